@@ -1,0 +1,84 @@
+"""PyTorch's scaled dot-product attention, for every device and layout; the cost grows with the sum of the documents.
+
+Documents of similar length are computed together as one padded batch, so no mask spans the pack. Text-only documents
+and dense layers need no mask at all; composite rows get the causal order of their document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+
+from ..layout import SequenceLayout, Visibility
+from .base import AttentionBackend, register_backend
+
+PADDING = 1.25  # documents share a batch while the longest has at most so many times the rows of the shortest
+
+
+@dataclass(frozen=True)
+class Group:
+    """Documents computed in one call: which rows they take, and what their queries see (None: plainly causal)."""
+
+    q_rows_BQ: Tensor
+    k_rows_BL: Tensor
+    mask_BQL: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    groups: list[Group]
+    restore_Q: Tensor  # where query row q lies in the concatenated results of all groups, padding included
+
+
+@register_backend("sdpa")
+class Sdpa(AttentionBackend):
+    """Grouped documents through `scaled_dot_product_attention`."""
+
+    def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
+        keys, queries, order = [], [], []  # per document: rows of the stream, rows among the queries, their order
+        k_start = q_start = 0
+        for document in layout.documents:
+            length = sum(run.length for run in document)
+            visual = torch.repeat_interleave(
+                torch.tensor([run.visual for run in document]), torch.tensor([run.length for run in document])
+            )
+            rows = torch.arange(length)
+            order.append(rows if visibility.visual_queries else rows[~visual])
+            queries.append(torch.arange(q_start, q_start + len(order[-1])))
+            keys.append(rows + k_start)
+            k_start, q_start = k_start + length, q_start + len(order[-1])
+
+        groups: list[Group] = []
+        slots_Q = torch.empty(q_start, dtype=torch.long)
+        offset = 0
+        by_length = sorted((d for d in range(len(keys)) if len(queries[d])), key=lambda d: (-len(keys[d]), -len(queries[d])))
+        while by_length:
+            first, limit = by_length[0], len(keys[by_length[0]])
+            members = [d for d in by_length if len(keys[d]) * PADDING >= limit and len(queries[d]) * PADDING >= len(queries[first])]
+            by_length = [d for d in by_length if d not in set(members)]
+            q_BQ = pad_sequence([queries[d] for d in members], batch_first=True)  # padding repeats row 0: discarded
+            k_BL = pad_sequence([keys[d] for d in members], batch_first=True)
+            causal = all(len(queries[d]) == len(keys[d]) for d in members)  # padding lies after the rows, nothing sees it
+            order_BQ = pad_sequence([order[d] for d in members], batch_first=True)
+            mask_BQL = None if causal else order_BQ[:, :, None] >= torch.arange(k_BL.shape[1])
+            groups.append(Group(*(x if x is None else x.to(layout.positions.device) for x in (q_BQ, k_BL, mask_BQL))))
+            for b, d in enumerate(members):
+                slots_Q[queries[d]] = torch.arange(len(queries[d])) + offset + b * q_BQ.shape[1]
+            offset += q_BQ.numel()
+        return Plan(groups, slots_Q.to(layout.positions.device))
+
+    def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan, scale: float) -> Tensor:
+        results = []
+        for group in plan.groups:
+            q_BNQH = q_QNH[group.q_rows_BQ].transpose(1, 2)
+            k_BKLH, v_BKLH = (x[group.k_rows_BL].transpose(1, 2) for x in (k_SKH, v_SKH))
+            mask = None if group.mask_BQL is None else group.mask_BQL[:, None]
+            out_BNQH = scaled_dot_product_attention(
+                q_BNQH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            )
+            results.append(out_BNQH.transpose(1, 2).flatten(0, 1))
+        return torch.cat(results).index_select(0, plan.restore_Q)

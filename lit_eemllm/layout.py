@@ -1,0 +1,153 @@
+"""What is text, what is image, which document, which position: decided once per batch, here.
+
+A *pack* holds documents back to back, without padding. A document is a list of runs, each text or visual (one run per
+image). The layout knows nothing of mechanisms: which rows query is a `Visibility`, chosen by the mechanism.
+
+Legend of shape suffixes, used all over the package:
+    S all tokens of the pack    T its text tokens    V its visual tokens    Q query rows (T or S)
+    N heads    K key/value heads    H head size    h hidden size    I images    B sequences    L padded length
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Run(NamedTuple):
+    """A stretch of tokens of one kind; a visual run is exactly one image."""
+
+    visual: bool
+    length: int
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which rows of a layer query. Keys are always all rows.
+
+    Args:
+        visual_queries: visual tokens query too and see everything earlier in their document (a dense, LLaVA-like layer).
+            Otherwise only text queries (composite attention, EE-MLLM Eq. 1).
+    """
+
+    visual_queries: bool
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Documents, runs and positions of one pack. Build it with `SequenceLayout.of`, on the CPU.
+
+    The text of a document sees every earlier token of the same document, text or visual, and itself. With one document
+    ``t t V V t`` the dense mask and, beside it, the composite one (text rows only) are::
+
+        1 0 0 0 0        1 0 0 0 0
+        1 1 0 0 0        1 1 0 0 0
+        1 1 1 0 0        1 1 1 1 1
+        1 1 1 1 0
+        1 1 1 1 1
+
+    Attributes:
+        documents: the runs of each document, Python integers: lengths are never read from a device.
+        text_index: [T] rows of the stream that are text, ascending.
+        visual_index: [V] rows that are visual, ascending.
+        merge_index: [S] where row s lies in the concatenation of all text rows and all visual rows.
+        positions: [S] rotary position; LLaVA's sequence positions, counted from 0 in each document.
+    """
+
+    documents: tuple[tuple[Run, ...], ...]
+    text_index: Tensor
+    visual_index: Tensor
+    merge_index: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, documents: Sequence[Sequence[Run]]) -> SequenceLayout:
+        """Lay the documents out back to back. Raises ValueError for an empty document or run."""
+        docs = tuple(tuple(Run(*run) for run in doc) for doc in documents)
+        if not docs or any(not doc or any(run.length < 1 for run in doc) for doc in docs):
+            raise ValueError(f"a layout needs documents of non-empty runs, found {documents!r}")
+        runs = [run for doc in docs for run in doc]
+        visual_S = torch.repeat_interleave(
+            torch.tensor([run.visual for run in runs]), torch.tensor([run.length for run in runs])
+        )
+        text_index, visual_index = (~visual_S).nonzero().flatten(), visual_S.nonzero().flatten()
+        positions = torch.cat([torch.arange(sum(run.length for run in doc)) for doc in docs])
+        return cls(docs, text_index, visual_index, torch.cat([text_index, visual_index]).argsort(), positions)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.positions)
+
+    @property
+    def num_text(self) -> int:
+        return len(self.text_index)
+
+    @property
+    def num_visual(self) -> int:
+        return len(self.visual_index)
+
+    @property
+    def image_lengths(self) -> list[int]:
+        """Visual tokens of each image, in stream order."""
+        return [run.length for doc in self.documents for run in doc if run.visual]
+
+    def merge(self, text: Tensor, visual: Tensor) -> Tensor:
+        """Interleave text rows [T, ...] and visual rows [V, ...] into stream order [S, ...]."""
+        return torch.cat([text, visual]).index_select(0, self.merge_index) if self.num_visual else text
+
+    def mask(self, visibility: Visibility) -> Tensor:
+        """The dense truth, [Q, S] bool, True where a query row sees a key row. For the reference and for tests."""
+        lengths = torch.tensor([sum(run.length for run in doc) for doc in self.documents])
+        document_S = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.positions.device)
+        row_S = torch.arange(self.num_tokens, device=self.positions.device)
+        sees_SS = (document_S[:, None] == document_S[None, :]) & (row_S[:, None] >= row_S[None, :])
+        return sees_SS if visibility.visual_queries else sees_SS[self.text_index]
+
+    def to(self, device: torch.device | str) -> SequenceLayout:
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> SequenceLayout:
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def _map_tensors(self, function: Any) -> SequenceLayout:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "documents"}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+
+@dataclass
+class PackedBatch:
+    """One pack, ready for the model: what the data room hands to the training room.
+
+    Attributes:
+        input_ids: [S] token ids; 0 in visual rows, where they are not read.
+        target_rows: [n] text rows (0..T-1) that predict a supervised token.
+        targets: [n] the token ids they should predict.
+        pixel_values: [I, 3, height, width], or None when the pack has no image.
+        layout: documents, runs, positions.
+        keys: keys of the samples, in pack order.
+    """
+
+    input_ids: Tensor
+    target_rows: Tensor
+    targets: Tensor
+    pixel_values: Tensor | None
+    layout: SequenceLayout
+    keys: list[str]
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return self._map_tensors(lambda x: x.to(device) if isinstance(x, SequenceLayout) else x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        return self._map_tensors(lambda x: x.pin_memory())
+
+    def _map_tensors(self, function: Any) -> PackedBatch:
+        movable = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in movable.items() if isinstance(v, Tensor | SequenceLayout)})

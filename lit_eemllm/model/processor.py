@@ -1,0 +1,82 @@
+"""Conversations and images to the inputs of `EEMLLM.generate`, and answers back to text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..chat import IMAGE_SLOT, ChatTemplate, Conversation, get_template
+from ..errors import CheckpointError
+from ..images import ImageTransform
+
+FILE = "processor.json"
+
+
+class Processor:
+    """Tokenizer, chat template and image transform of a model, kept together.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        template: name of the chat template.
+        transform: image to pixels.
+        image_token_id: stands for a visual token in the ids.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, transform: ImageTransform, image_token_id: int
+    ) -> None:
+        self.tokenizer, self.transform, self.image_token_id = tokenizer, transform, image_token_id
+        self.template_name = template
+        self.template: ChatTemplate = get_template(template, tokenizer)
+
+    def prompts(self, conversations: Sequence[Conversation], images: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
+        """Left-padded prompts up to where the model speaks: input_ids, attention_mask, and pixel_values if any image.
+
+        Args:
+            conversations: a trailing answer, if any, is left out.
+            images: those of each conversation, in order.
+        """
+        rows, pixels = [], []
+        for conversation, pictures in zip(conversations, images, strict=True):
+            sizes = iter([self.transform.num_tokens(*picture.size) for picture in pictures])
+            ids: list[int] = []
+            for token in self.template.encode(conversation, generation=True).ids:
+                ids.extend([self.image_token_id] * next(sizes) if token == IMAGE_SLOT else [token])
+            rows.append(ids)
+            pixels.extend(self.transform(picture) for picture in pictures)
+        longest = max(map(len, rows))
+        inputs = {
+            "input_ids": torch.tensor([[0] * (longest - len(ids)) + ids for ids in rows]),
+            "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows]),
+        }
+        return {**inputs, "pixel_values": torch.stack(pixels)} if pixels else inputs
+
+    def answers(self, ids_BL: Tensor, prompt_length: int) -> list[str]:
+        """Text of the generated ids behind the prompt, up to the first id that ends a turn."""
+        texts = []
+        for row in ids_BL[:, prompt_length:].tolist():
+            end = next((i for i, token in enumerate(row) if token in self.template.stop_ids), len(row))
+            texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
+        return texts
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        values = {
+            "template": self.template_name, "transform": self.transform.to_dict(), "image_token_id": self.image_token_id
+        }  # fmt: skip
+        (folder / FILE).write_text(json.dumps(values, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path) -> Processor:
+        if not (folder / FILE).is_file():
+            raise CheckpointError(f"{folder}: no {FILE}; expected a folder written by this program's `fit`")
+        values = json.loads((folder / FILE).read_text())
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        transform = ImageTransform.from_dict(values["transform"])
+        return cls(tokenizer, values["template"], transform, values["image_token_id"])

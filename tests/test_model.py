@@ -1,0 +1,373 @@
+"""The model against transformers' own: mechanisms, families, packing, cache, generation, round trips."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+from transformers import Qwen2Config
+
+from lit_eemllm.errors import ConfigError
+from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
+from lit_eemllm.model import EEMLLM
+from lit_eemllm.model.decoder import check_decoder
+
+BOUND = 1e-5  # of a tensor's largest value, float32
+PACK = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 6]]  # text-image-text, text only, two images, image first
+ALIGNERS = [Aligner(*switches) for switches in itertools.product([False, True], repeat=3)]
+
+
+def split_documents(batch):
+    """Per document: its text ids (in stream order with 0 at visual rows), visual flags, and slice of the stream."""
+    start = 0
+    for document in batch.layout.documents:
+        length = sum(run.length for run in document)
+        visual = torch.tensor([run.visual for run in document for _ in range(run.length)])
+        yield slice(start, start + length), visual
+        start += length
+
+
+def hf_decoder(model):
+    """transformers' own causal LM with the decoder's weights: the names must fit without a change."""
+    twin = AutoModelForCausalLM.from_config(model.config.text_config, attn_implementation="eager").eval()
+    twin.load_state_dict(model.language_model.state_dict(), strict=True)
+    return twin
+
+
+def hf_loss(model, twin, batch, diagonal):
+    """Loss and text logits of the pack from transformers' decoder, a document at a time.
+
+    With `diagonal`, a visual row sees only itself: EE-MLLM is a dense layer under that mask.
+    """
+    visual_Vh = model.encode_images(batch.pixel_values)
+    logits_Tv, used = [], 0
+    for rows, visual in split_documents(batch):
+        x_Lh = twin.get_input_embeddings()(batch.input_ids[rows])
+        n = int(visual.sum())
+        x_Lh = x_Lh.masked_scatter(visual[:, None], visual_Vh[used : used + n])
+        used += n
+        length = len(visual)
+        sees = torch.ones(length, length).tril().bool()
+        if diagonal:
+            sees[visual] = torch.eye(length).bool()[visual]
+        bias = torch.zeros(length, length).masked_fill(~sees, torch.finfo(torch.float32).min)
+        logits_Tv.append(twin(inputs_embeds=x_Lh[None], attention_mask=bias[None, None]).logits[0, ~visual])
+    logits = torch.cat(logits_Tv)
+    return cross_entropy(logits[batch.target_rows], batch.targets, reduction="sum"), logits
+
+
+def text_logits(model, batch):
+    return model.language_model.lm_head(model._text_states(batch.input_ids, batch.pixel_values, batch.layout))
+
+
+def assert_same_gradients(found, true):
+    """Every gradient within the bound; tensors whose true gradient is zero up to rounding are left out."""
+    scale = max(g.abs().max() for g in true.values() if g is not None)
+    compared = 0
+    for name, gradient in true.items():
+        if gradient is None or gradient.abs().max() < 1e-6 * scale:
+            continue
+        assert tiny.max_error(found[name], gradient) <= BOUND, name
+        compared += 1
+    assert compared > len(true) // 2
+
+
+def gradients(module, loss):
+    module.zero_grad()
+    loss.backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("preset", ["ee_mllm", "llava"])
+@pytest.mark.parametrize("decoder", tiny.DECODERS)
+def test_decoder_equals_transformers_under_the_mechanisms_mask(decoder, preset, backend):
+    model, batch = tiny.model(decoder, preset), tiny.pack(PACK)
+    model.set_attention(backend)
+    twin = hf_decoder(model)
+    true_loss, true_logits = hf_loss(model, twin, batch, diagonal=preset == "ee_mllm")
+    assert tiny.max_error(text_logits(model, batch), true_logits) <= BOUND
+    loss = model.packed_loss(batch)
+    torch.testing.assert_close(loss, true_loss, rtol=BOUND, atol=0)
+    true_gradients = gradients(twin, true_loss)
+    assert_same_gradients(gradients(model.language_model, loss), true_gradients)
+
+
+def llava_twin(model, implementation="eager"):
+    vision, text = model.vision.model.config, model.config.text_config
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tiny.VOCAB - 1, vision_feature_layer=model.vision.select_layer
+    )
+    config._attn_implementation = implementation
+    twin = LlavaForConditionalGeneration(config).eval()
+    names = {
+        "vision.model.": "model.vision_tower.", "projector.": "model.multi_modal_projector.",
+        "language_model.model.": "model.language_model.", "language_model.lm_head": "lm_head",
+    }  # fmt: skip
+    rename = {
+        key: next(new + key.removeprefix(old) for old, new in names.items() if key.startswith(old))
+        for key in model.state_dict()
+    }
+    twin.load_state_dict({rename[key]: value for key, value in model.state_dict().items()}, strict=True)
+    return twin, rename
+
+
+@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "qwen3"])
+def test_llava_equals_transformers_llava(decoder):
+    model, batch = tiny.model(decoder, "llava"), tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3]])
+    batch.input_ids.clamp_(max=tiny.VOCAB - 2)  # the twin's image token is the last of its vocabulary
+    twin, rename = llava_twin(model)
+    loss_sum, count, used, logits_Tv = 0.0, 0, 0, []
+    targets = torch.full((batch.layout.num_tokens,), -100)
+    targets[batch.layout.text_index[batch.target_rows] + 1] = batch.targets.clamp(max=tiny.VOCAB - 2)
+    batch.targets.clamp_(max=tiny.VOCAB - 2)
+    for rows, visual in split_documents(batch):
+        ids = batch.input_ids[rows].masked_fill(visual, tiny.VOCAB - 1)
+        images = int(visual.sum()) // tiny.TOKENS
+        pixels = batch.pixel_values[used : used + images]
+        used += images
+        out = twin(input_ids=ids[None], pixel_values=pixels, labels=targets[rows][None])
+        n = int((targets[rows][1:] >= 0).sum())
+        loss_sum, count = loss_sum + out.loss * n, count + n
+        logits_Tv.append(out.logits[0, ~visual])
+    assert count == batch.num_targets
+    assert tiny.max_error(text_logits(model, batch), torch.cat(logits_Tv)) <= BOUND
+    loss = model.packed_loss(batch)
+    torch.testing.assert_close(loss, loss_sum, rtol=BOUND, atol=0)
+    true = gradients(twin, loss_sum)
+    assert_same_gradients({rename[k]: v for k, v in gradients(model, loss).items()}, true)
+
+
+@pytest.mark.parametrize("aligner", ALIGNERS, ids=str)
+@pytest.mark.parametrize("decoder", ["llama", "llama-gqa"])
+def test_aligner_combinations_follow_their_formula(decoder, aligner):
+    """One layer's visual states from the formula of `Aligner`, written out with transformers' submodules."""
+    model, batch = tiny.model(decoder, Mechanism(aligner=aligner)), tiny.pack(PACK)
+    layer = model.language_model.model.layers[0]
+    inputs, outputs = [], []
+    layer.register_forward_hook(lambda _, args, out: inputs.append(args[0]) or outputs.append(out))
+    model.packed_loss(batch).backward()
+    visual = inputs[0][batch.layout.visual_index]
+    u = layer.input_layernorm(visual)
+    heads = model.config.text_config.num_attention_heads
+    path = u
+    if aligner.value:
+        values = layer.self_attn.v_proj(u).view(len(u), -1, layer.self_attn.head_dim)
+        path = torch.stack([values[:, n // (heads // values.shape[1])] for n in range(heads)], 1).flatten(1)
+    path = layer.self_attn.o_proj(path) if aligner.output else path
+    h = visual + path if aligner.value or aligner.output else visual
+    expected = h + layer.mlp(layer.post_attention_layernorm(h)) if aligner.ffn else h
+    assert tiny.max_error(outputs[0][batch.layout.visual_index], expected) <= BOUND
+    if aligner == Aligner(False, False, False):
+        assert outputs[0][batch.layout.visual_index].equal(visual)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "projector" in n or "language_model" in n)
+
+
+def test_aligner_half_on_needs_square_heads_and_says_so():
+    with pytest.raises(ConfigError, match=r"value=False with output=True.*48 and 32"):
+        tiny.model("qwen3", Mechanism(aligner=Aligner(value=False)))
+    tiny.model("qwen3", Mechanism(aligner=Aligner(value=False, output=False)))
+    tiny.model("qwen3", Mechanism(dense_layers="all", aligner=Aligner(value=False)))
+
+
+def test_mixed_dense_layers_and_switching_touch_no_weight():
+    model, batch = tiny.model("llama-gqa", "llava"), tiny.pack(PACK)
+    dense, weights = text_logits(model, batch), {k: v.clone() for k, v in model.state_dict().items()}
+    model.set_mechanism(Mechanism(dense_layers=(0, 1)))  # the last layer's visual rows reach no text
+    assert text_logits(model, batch).equal(dense)
+    model.set_mechanism(Mechanism(dense_layers=(0,)))
+    assert tiny.max_error(text_logits(model, batch), dense) > 1e-3
+    assert all(v.equal(weights[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ConfigError, match=r"dense_layers: found \[7\].*layers 0 to 2"):
+        tiny.model("llama", Mechanism(dense_layers=(7,)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_without_image_every_mechanism_is_the_base_model(preset):
+    model, batch = tiny.model("llama-gqa", preset), tiny.pack([[5], [9]])
+    twin = hf_decoder(model)
+    true = [twin(batch.input_ids[None, rows]).logits[0] for rows, _ in split_documents(batch)]
+    assert tiny.max_error(text_logits(model, batch), torch.cat(true)) <= BOUND
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_packing_leaks_nothing(preset, backend):
+    model, batch = tiny.model("llama-gqa", preset), tiny.pack(PACK)
+    model.set_attention(backend)
+    n = len([r for r in batch.layout.text_index.tolist() if r < 3 + tiny.TOKENS + 4])
+    logits = text_logits(model, batch)
+    ids, pixels = batch.input_ids.clone(), batch.pixel_values.clone()
+    ids[3 + tiny.TOKENS + 4 :] = 7
+    pixels[1:] *= -2
+    changed = replace(batch, input_ids=ids, pixel_values=pixels)
+    assert text_logits(model, changed)[:n].equal(logits[:n])
+    assert not text_logits(model, changed)[n:].equal(logits[n:])
+
+    pixels = batch.pixel_values.clone().requires_grad_()
+    embeddings = []
+    model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.retain_grad() or embeddings.append(out))
+    text_logits(model, replace(batch, pixel_values=pixels))[:n].square().sum().backward()
+    assert embeddings[0].grad[n:].count_nonzero() == 0 and embeddings[0].grad[:n].count_nonzero()
+    assert pixels.grad[1:].count_nonzero() == 0 and pixels.grad[0].count_nonzero()
+
+
+def test_packed_equals_one_document_at_a_time():
+    model = tiny.model("llama-gqa", "ee_mllm")
+    batch = tiny.pack(PACK)
+    model.set_attention("sdpa")
+    joint, used = model.packed_loss(batch), 0
+    total = 0.0
+    for (rows, visual), document in zip(split_documents(batch), PACK, strict=True):
+        single = tiny.pack([document])
+        images = document.count(0)
+        single.input_ids = batch.input_ids[rows]
+        texts = single.input_ids[~visual]
+        single.targets = texts[single.target_rows + 1]
+        single.pixel_values = batch.pixel_values[used : used + images] if images else None
+        used += images
+        total = total + model.packed_loss(single)
+    torch.testing.assert_close(joint, total, rtol=BOUND, atol=0)
+
+
+def prompt(model, documents, seed=3):
+    """Left-padded ids of documents (run lengths, 0 an image) and their images."""
+    batches = [tiny.pack([doc], seed + i) for i, doc in enumerate(documents)]
+    image = model.config.image_token_id
+    ids = [b.input_ids.index_fill(0, b.layout.visual_index, image) for b in batches]
+    longest = max(map(len, ids))
+    pixels = [b.pixel_values for b in batches if b.pixel_values is not None]
+    return {
+        "input_ids": torch.stack([torch.nn.functional.pad(x, (longest - len(x), 0)) for x in ids]),
+        "attention_mask": torch.stack([(torch.arange(longest) >= longest - len(x)).long() for x in ids]),
+        **({"pixel_values": torch.cat(pixels)} if pixels else {}),
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("mechanism", [*PRESETS, Mechanism(dense_layers=(1,), aligner=Aligner(ffn=False))], ids=str)
+def test_cached_steps_equal_one_pass(mechanism, backend):
+    """Prefill + single tokens + a chunk with a new image give the logits of one pass without cache."""
+    model = tiny.model("llama-gqa", mechanism)
+    model.set_attention(backend)
+    inputs = prompt(model, [[3, 0, 6, 0, 3], [0, 9, 0, 2], [1, 0, 8, 0, 3]])
+    whole = model(**inputs).logits
+    assert (whole[inputs["input_ids"] == model.config.image_token_id][:, : tiny.VOCAB] == 0).all()
+    ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
+    cut = 22  # the first image of each row lies before, the second behind
+    assert (ids[:, :cut] == tiny.VOCAB).sum(1).tolist() == [16, 16, 16]
+    out = model(ids[:, :cut], mask[:, :cut], pixels[[0, 2, 4]], use_cache=True)
+    parts = [out.logits]
+    for a, b, images in [(cut, cut + 1, None), (cut + 1, cut + 2, None), (cut + 2, ids.shape[1], pixels[[1, 3, 5]])]:
+        if images is None and (ids[:, a:b] == tiny.VOCAB).any():
+            pytest.fail("the cut lies in an image")
+        parts.append(model(ids[:, a:b], mask[:, :b], images, past_key_values=out.past_key_values).logits)
+    found = torch.cat(parts, 1)[mask.bool()][:, : tiny.VOCAB]
+    assert tiny.max_error(found, whole[mask.bool()][:, : tiny.VOCAB]) <= BOUND
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_greedy_generation_alone_equals_in_a_batch_and_without_cache(preset):
+    model = tiny.model("llama-gqa", preset)
+    documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 2]]
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    batch = model.generate(**prompt(model, documents), **options)[:, -12:]
+    assert len({tuple(row.tolist()) for row in batch}) == len(documents)  # the prompts matter
+    for i, document in enumerate(documents):
+        alone = model.generate(**prompt(model, [document], seed=3 + i), **options)[:, -12:]
+        assert alone.equal(batch[i : i + 1])
+    uncached = model.generate(**prompt(model, documents), **options, use_cache=False)[:, -12:]
+    assert uncached.equal(batch)
+
+
+def test_sampling_beams_and_penalties_work_with_images():
+    model = tiny.model()
+    inputs = prompt(model, [[3, 0, 4], [2, 0, 1, 0, 3]])
+    options = dict(max_new_tokens=6, pad_token_id=0, eos_token_id=None)
+    torch.manual_seed(5)
+    sampled = model.generate(**inputs, **options, do_sample=True, repetition_penalty=1.3, num_return_sequences=3)
+    torch.manual_seed(5)
+    assert sampled.equal(model.generate(**inputs, **options, do_sample=True, repetition_penalty=1.3, num_return_sequences=3))
+    assert sampled.shape[0] == 6 and (sampled[:, -6:] < tiny.VOCAB).all()  # an image token is never generated
+    beams = model.generate(**inputs, **options, num_beams=4, do_sample=False)
+    greedy = model.generate(**inputs, **options, do_sample=False)
+    alone = model.generate(**prompt(model, [[3, 0, 4]]), **options, num_beams=4, do_sample=False)
+    assert beams[:1, -6:].equal(alone[:, -6:])
+
+    def score(ids):
+        logits = model(ids, torch.cat([inputs["attention_mask"], torch.ones(2, 6).long()], 1), inputs["pixel_values"]).logits
+        return logits[:, -7:-1].log_softmax(-1).gather(-1, ids[:, -6:, None]).sum((1, 2))
+
+    assert (score(beams) >= score(greedy) - 1e-4).all()
+
+
+def test_mismatch_of_images_and_image_tokens_names_both_numbers():
+    model = tiny.model()
+    inputs = prompt(model, [[3, 0, 4]])
+    with pytest.raises(ValueError, match="2 images give 32 visual tokens, but the ids hold 16"):
+        model(inputs["input_ids"], pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1))
+    with pytest.raises(ValueError, match="0 images give 0 visual tokens, but the ids hold 16"):
+        model(inputs["input_ids"])
+
+
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+def test_round_trip_through_a_folder(tmp_path, encoder):
+    model, batch = tiny.model("llama-gqa", build_mechanism("ee_mllm", aligner={"value": None, "ffn": False}), encoder), tiny.pack(PACK)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    again = EEMLLM.from_pretrained(tmp_path)
+    again.set_attention("reference")
+    assert again.config.mechanism["aligner"] == {"value": True, "output": True, "ffn": False}
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert text_logits(again.eval(), batch).equal(text_logits(model, batch))
+
+
+def test_joins_ordinary_checkpoints_unchanged(tmp_path):
+    """from_parts: decoder and encoder folders as transformers writes them; tied embeddings survive a round trip."""
+    torch.manual_seed(0)
+    text = LlamaConfig(**{**tiny.COMMON, "tie_word_embeddings": True}, num_attention_heads=4, num_key_value_heads=2)
+    decoder = AutoModelForCausalLM.from_config(text)
+    decoder.save_pretrained(tmp_path / "lm")
+    tower = tiny.vision().model
+    tower.save_pretrained(tmp_path / "clip")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16},'
+        ' "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+    )
+    model = EEMLLM.from_parts(
+        str(tmp_path / "lm"), "transformers", str(tmp_path / "clip"), PRESETS["ee_mllm"], tiny.VOCAB, select_layer=-2
+    )
+    assert all(model.language_model.state_dict()[k].equal(v) for k, v in decoder.state_dict().items())
+    assert all(model.vision.model.state_dict()[k].equal(v) for k, v in tower.state_dict().items())
+    model.save_pretrained(tmp_path / "both")
+    again = EEMLLM.from_pretrained(tmp_path / "both")
+    assert again.language_model.lm_head.weight is again.language_model.model.embed_tokens.weight
+    model.set_attention("reference"), again.set_attention("reference")
+    batch = tiny.pack(PACK)
+    assert text_logits(again.eval(), batch).equal(text_logits(model.eval(), batch))
+
+
+def test_unsupported_decoders_are_refused_with_what_to_do():
+    common = {**tiny.COMMON, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for config, reason in [
+        (GemmaConfig(**common), "model_type 'gemma'"),
+        (MistralConfig(**common, sliding_window=8), "sliding window"),
+        (Qwen2Config(**common, use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding window"),
+        (LlamaConfig(**common, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "rope type 'dynamic'"),
+        (LlamaConfig(**common, attention_dropout=0.1), "attention_dropout is 0.1"),
+    ]:
+        with pytest.raises(ConfigError, match=f"{reason}.*To add a family"):
+            check_decoder(config)
+
+
+def test_presets_and_their_mistakes():
+    assert build_mechanism("llava").visibility(5).visual_queries and not build_mechanism("ee_mllm").visibility(5).visual_queries
+    assert build_mechanism("ee_mllm", dense_layers=[1, 2]).visibility(2).visual_queries
+    assert Mechanism.from_dict(build_mechanism("ee_mllm", [1], {"ffn": False}).to_dict()) == Mechanism((1,), Aligner(ffn=False))
+    with pytest.raises(ConfigError, match="unknown preset 'ee-mllm'"):
+        build_mechanism("ee-mllm")
+    with pytest.raises(ConfigError, match="dense_layers"):
+        build_mechanism("llava", dense_layers="every")

@@ -335,7 +335,7 @@ def test_joins_ordinary_checkpoints_unchanged(tmp_path):
     tower.save_pretrained(tmp_path / "clip")
     (tmp_path / "clip" / "preprocessor_config.json").write_text(
         '{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16},'
-        ' "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+        ' "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 3}'
     )
     model = EEMLLM.from_parts(
         str(tmp_path / "lm"), "transformers", str(tmp_path / "clip"), PRESETS["ee_mllm"], tiny.VOCAB, select_layer=-2

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from pathlib import Path
+
+import tokenizers
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
+from lit_eemllm.config import Config, load_config
+from lit_eemllm.data import shards
 from lit_eemllm.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import PRESETS, Mechanism
@@ -84,3 +93,50 @@ def pack(documents: list[list[int]], seed: int = 0) -> PackedBatch:
 def max_error(found: torch.Tensor, true: torch.Tensor) -> float:
     """Largest difference relative to the tensor's largest value."""
     return ((found - true).abs().max() / true.abs().max()).item()
+
+
+def write_parts(folder: Path) -> None:
+    """A random decoder with its tokenizer and a random encoder, as transformers folders `decoder` and `encoder`."""
+    torch.manual_seed(0)
+    words = ["What colour is the big circle left of a square in this picture? It is red, green or blue.", "USER: ASSISTANT: 12345"]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    model.train_from_iterator(words, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder / "decoder")
+    text = LlamaConfig(**{**COMMON, "vocab_size": len(tokenizer)}, num_attention_heads=4, num_key_value_heads=2)
+    AutoModelForCausalLM.from_config(text).save_pretrained(folder / "decoder")
+    vision("siglip").model.save_pretrained(folder / "encoder")
+    preprocessor = {
+        "image_processor_type": "SiglipImageProcessor", "size": {"height": 16, "width": 16},
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 3,
+    }  # fmt: skip
+    (folder / "encoder" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+
+
+def write_shards(folder: Path, train: int = 160, val: int = 60) -> Path:
+    """Prepared shards of the embedded set, in `folder`, and its loose images beside."""
+    recipes = Path(__file__).parents[1] / "data_recipes" / "shapes.py"
+    spec = importlib.util.spec_from_file_location("shapes", recipes)
+    shapes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shapes)
+    raw = folder.parent / f"{folder.name}-raw"
+    rows = {split: shapes.write(raw, split, count) for split, count in (("train", train), ("val", val))}
+    shards.make(rows, raw / "images", folder, shard_size=40)
+    return folder
+
+
+def config(parts: Path, data: str | Path, out: Path, *overrides: str) -> Config:
+    """A short run of the parts of `write_parts` on shards or a recipe."""
+    return load_config([], [
+        f"model.decoder={parts / 'decoder'}", f"model.vision.path={parts / 'encoder'}", "model.vision.select_layer=-1",
+        "model.vision.policy=resize", f"data.train={data}", f"data.val={data}", "data.pack_tokens=512", "data.max_length=256",
+        "data.workers=0", "data.shuffle_buffer=30", "data.packing_buffer=24", "optim.max_steps=20", "optim.lr=3e-3",
+        "optim.tuning.llm=full", "optim.save_every=10", "optim.val_every=10", "optim.val_batches=2", "optim.log_every=1",
+        "optim.warmup_ratio=0.2", "trainer.accelerator=cpu", "eval.max_new_tokens=4", f"out={out}", *overrides,
+    ])  # fmt: skip

@@ -1,0 +1,41 @@
+# A fresh machine needs only Python 3.10 or newer with its venv module. `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The environment is made once, and again when the dependencies change.
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo compare test check fmt clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
+
+$(INSTALLED): pyproject.toml
+	@test -x $(BIN)/python || { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or newer is needed; try: make PYTHON=python3.12"; exit 1; }; $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install --editable '.[test]'
+	@touch $@
+
+demo: $(INSTALLED) ## train and ask a tiny model, from nothing, on a CPU
+	$(BIN)/python tools/demo.py
+
+compare: $(INSTALLED) ## the longer demo: mechanisms side by side
+	$(BIN)/python tools/demo.py --long
+
+test: $(INSTALLED) ## all tests that this machine can run
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fmt: $(INSTALLED) ## format, and mend what lint can mend
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+
+clean: ## remove build products and caches; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,403 @@
+"""Conversation -> token ids, and which of them are trained.
+
+    LLaVA row --parse_conversation--> Conversation --render--> spans of text --encode--> ids, supervised
+
+A template says which *text* is trained: the answers and their end-of-turn. `SpanTokenizer` turns spans into tokens such
+that (1) a border of spans is a border of tokens: nothing is re-tokenised and subtracted; (2) the tokens before a border
+do not depend on the text after it: the ids of a generation prompt are a prefix of the training ids.
+
+Text of a sample that holds a special token of the tokenizer ("</s>", "<|im_end|>", ...) is refused (``control_token``),
+since it would act as one.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+from lit_eemllm.errors import ConfigError, SampleError, UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerFast
+
+IMAGE = "<image>"  # placeholder of one image in the text of a human turn
+IMAGE_SLOT = -1  # the one entry that stands for a whole image in `EncodedText.ids`
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: str  # "system" | "human" | "gpt"
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns that alternate human, gpt, ... (a system turn may come first), one placeholder per image in human turns.
+
+    Raises:
+        SampleError: ``bad_conversation`` or ``placeholder_mismatch``.
+    """
+
+    key: str
+    turns: tuple[Turn, ...]
+    num_images: int
+    type: str | None = None
+
+    def __post_init__(self) -> None:
+        speakers = self.roles[1:] if self.roles[:1] == ["system"] else self.roles
+        if not speakers or speakers != [("human", "gpt")[i % 2] for i in range(len(speakers))]:
+            found = f"turns must alternate human, gpt, ... (system may come first), not {self.roles}"
+            raise self.refusal("bad_conversation", found)
+        if any(turn.role != "human" and IMAGE in turn.text for turn in self.turns):
+            raise self.refusal("bad_conversation", f"{IMAGE} in a gpt or system turn; only human turns show images")
+        placeholders = sum(turn.text.count(IMAGE) for turn in self.turns)
+        if placeholders != self.num_images:
+            found = f"{placeholders} {IMAGE} placeholders in the text but {self.num_images} images"
+            raise self.refusal("placeholder_mismatch", f"{found}; each image needs one in a human turn")
+
+    @property
+    def roles(self) -> list[str]:
+        return [turn.role for turn in self.turns]
+
+    def refusal(self, reason: str, message: str) -> SampleError:
+        return SampleError(reason, f"sample {self.key!r}: {message}")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of rendered text; images stand in it as `IMAGE`."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Token ids with `IMAGE_SLOT` for each image, and for each entry whether it is a target of the loss."""
+
+    ids: list[int]
+    supervised: list[bool]
+
+
+def parse_conversation(row: Mapping[str, Any], num_images: int, key: str) -> Conversation:
+    """Check a row in LLaVA's JSON form and return its conversation.
+
+    Args:
+        row: ``{"conversations": [{"from": "human"|"gpt"|"system", "value": str}, ...], "type": str (optional)}``.
+        num_images: images that come with the row; human turns must hold as many placeholders.
+        key: names the sample in messages.
+
+    Raises:
+        SampleError: ``bad_conversation``, ``placeholder_mismatch`` or ``no_target`` (all answers are white space).
+    """
+    expected = f"sample {key!r}: expected a list 'conversations' of mappings with strings 'from' and 'value'"
+    entries = row.get("conversations") if isinstance(row, Mapping) else None
+    if not isinstance(entries, list):
+        raise SampleError("bad_conversation", f"{expected}, found {str(row)[:80]!r}")
+    turns = []
+    for entry in entries:
+        role, value = (entry.get("from"), entry.get("value")) if isinstance(entry, Mapping) else (None, None)
+        if not isinstance(role, str) or not isinstance(value, str):
+            raise SampleError("bad_conversation", f"{expected}, one turn is {str(entry)[:80]!r}")
+        turns.append(Turn(role, value))
+    kind = row.get("type")
+    if kind is not None and not isinstance(kind, str):
+        raise SampleError("bad_conversation", f"sample {key!r}: 'type' must be a string, found {str(kind)[:80]!r}")
+    conversation = Conversation(key, tuple(turns), num_images, kind)
+    if not any(turn.role == "gpt" and turn.text.strip() for turn in turns):
+        raise conversation.refusal("no_target", "no gpt turn holds an answer, so there is nothing to train on")
+    return conversation
+
+
+class SpanTokenizer:
+    """Tokenises spans one after the other; what is emitted for a span never changes when more spans follow.
+
+    A span is tokenised together with the text before it, its context: the common case is the tokenizer's own
+    tokenisation of the whole text. Only if the context's tokens are not a prefix of the result (the prompt's last
+    character merged with the answer's first) is the text cut there, and the span tokenised after a neutral newline,
+    which keeps SentencePiece from inventing a leading space, or alone where even that merges. Tokenizers split text at
+    special tokens themselves, so after one the context starts anew from it, and the cost stays linear.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.special: dict[str, int] = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.special |= {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._endings = tuple(sorted(self.special, key=len, reverse=True))
+        self._special_ids = frozenset(self.special.values())
+        # matches any special token in a text
+        self.control = re.compile("|".join(re.escape(text) for text in self._endings if text != IMAGE) or "(?!)")
+        self._newline = self._encodings(["\n"])[0].ids
+
+    def __call__(self, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+        """Token ids and supervised flags; a span that is `IMAGE` gives one `IMAGE_SLOT`, text after it starts anew."""
+        uncut, context = [], ""  # what is to be tokenised if no border needs a cut: nearly always all, in one call
+        for span in spans:
+            uncut.append(context + span.text)
+            context = "" if span.text == IMAGE else self.ending(span.text) or context + span.text
+        known = dict(zip(uncut, self._encodings(uncut), strict=True))
+        ids, supervised = list[int](), list[bool]()
+        before: tuple[str, list[int]] = ("", [])
+        for span in spans:
+            if span.text == IMAGE:
+                ids.append(IMAGE_SLOT)
+                supervised.append(False)
+                before = ("", [])
+                continue
+            for context, head in (before, ("\n", self._newline), ("", [])):
+                text = context + span.text
+                encoding = known[text] if text in known else self._encodings([text])[0]
+                whole = encoding.ids
+                if self._continues(encoding, whole, head, len(context)):
+                    break
+            ids += whole[len(head) :]
+            supervised += [span.supervised] * (len(whole) - len(head))
+            ending = self.ending(text)
+            restart = ending and whole[-1:] == [self.special[ending]]
+            before = (ending, whole[-1:]) if restart else (text, whole)
+        return ids, supervised
+
+    def ending(self, text: str) -> str:
+        """The special token with which the text ends, or ""."""
+        return next((e for e in self._endings if text.endswith(e)), "") if text.endswith(self._endings) else ""
+
+    def _continues(self, encoding: Encoding, whole: list[int], head: list[int], border: int) -> bool:
+        """Whether `head`, the tokens of the first `border` characters, are the first tokens of the whole text."""
+        if whole[: len(head)] != head:
+            return False
+        if not head or head[-1] in self._special_ids:  # a special token may swallow white space that follows it
+            return True
+        # the same ids may cover more text: unknown characters in a row are fused into one token
+        return encoding.offsets[len(head) - 1][1] <= border
+
+    def _encodings(self, texts: list[str]) -> list[Encoding]:
+        # not verbose: texts over the tokenizer's model_max_length are the concern of data.max_length
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
+
+
+class ChatTemplate(ABC):
+    """One style of conversation with one tokenizer; `begin_ids` come before all, `stop_ids` end a generated turn."""
+
+    name: str
+    end_of_turn: str
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            found = f"{type(tokenizer).__name__} is not a fast tokenizer and gives no character offsets"
+            raise UserError(f"{found}; load one with AutoTokenizer from a folder that holds a tokenizer.json")
+        self.tokenizer = tokenizer
+        self.spans = SpanTokenizer(tokenizer)
+        self.begin_ids: list[int] = []
+        self.stop_ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    @abstractmethod
+    def _render(self, conversation: Conversation) -> Iterable[Span]:
+        """What `render` returns, before its checks."""
+
+    def render(self, conversation: Conversation) -> list[Span]:
+        """The text of a conversation in spans, for inspection and for `encode`.
+
+        A conversation that ends with a human turn ends where the model speaks. A supervised span holds an answer and
+        its end-of-turn; an answer of white space alone is no target and is not supervised.
+
+        Raises:
+            SampleError: ``control_token``, or ``bad_conversation`` if the template cannot render it.
+        """
+        control = self.spans.control
+        for turn in conversation.turns:
+            # taking a placeholder out, as vicuna_v1 does, may complete a special token
+            if found := control.search(turn.text) or control.search(turn.text.replace(IMAGE, "")):
+                held = f"a {turn.role} turn holds {found.group()!r}, a special token of the tokenizer"
+                raise conversation.refusal("control_token", f"{held}, which would act as a control token; rewrite it")
+        spans = [span for span in self._render(conversation) if span.text]
+        silent = [span.supervised and not span.text.removesuffix(self.end_of_turn).strip() for span in spans]
+        return [Span(span.text, False) if empty else span for span, empty in zip(spans, silent, strict=True)]
+
+    def encode(self, conversation: Conversation, *, generation: bool = False) -> EncodedText:
+        """Token ids of a conversation, image i as one `IMAGE_SLOT`, with the targets marked.
+
+        With `generation` it is only the prompt, up to where the model speaks (a trailing gpt turn is dropped); its ids
+        are a prefix of those of the whole conversation.
+
+        Raises:
+            SampleError: what `render` raises; ``placeholder_mismatch`` if the template lost or invented an image;
+                ``no_text_after_image`` if no unsupervised text token lies between an image and a target or the
+                model's turn: the image rows of composite layers cannot predict anything.
+        """
+        if generation and conversation.turns[-1].role == "gpt":
+            conversation = replace(conversation, turns=conversation.turns[:-1])
+        rendered = ((text, s.supervised) for s in self.render(conversation) for text in re.split(f"({IMAGE})", s.text))
+        ids, supervised = self.spans([Span(text, flag) for text, flag in rendered if text])
+        slots = [position for position, token in enumerate(ids) if token == IMAGE_SLOT]
+        if len(slots) != conversation.num_images:
+            found = f"template {self.name!r} rendered {len(slots)} {IMAGE} for {conversation.num_images} images"
+            raise conversation.refusal("placeholder_mismatch", found)
+        follows = [*supervised[1:], generation]  # whether a target, or the model's turn, comes next
+        if any(follows[slot] for slot in slots):
+            found = f"template {self.name!r} leaves no text token between an image and the answer, so nothing could"
+            raise conversation.refusal("no_text_after_image", f"{found} predict it; put text after the placeholder")
+        return EncodedText(self.begin_ids + ids, [False] * len(self.begin_ids) + supervised)
+
+
+class StringTemplate(ChatTemplate):
+    """A template written here: what the tokenizer puts first (BOS) once, and its end-of-sequence as end-of-turn."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(tokenizer)
+        self.end_of_turn = tokenizer.eos_token or ""
+        if not self.stop_ids or tokenizer(self.end_of_turn, add_special_tokens=False).input_ids != self.stop_ids:
+            found = f"eos_token {tokenizer.eos_token!r} is not one token; set it and leave split_special_tokens off"
+            raise UserError(f"template {self.name!r} ends answers with the end-of-sequence token, but {found}")
+        bare, full = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+        self.begin_ids = full[: full.index(bare[0])]
+
+
+class PlainTemplate(StringTemplate):
+    """Caption pre-training: the image(s), a newline, then the caption and its end-of-turn, which are trained.
+
+    As in LLaVA's `plain` the human text is dropped. Two departures: LLaVA puts the caption right after the image and a
+    trained newline at its end. Here the newline stands between them, untrained, because an image row need not be able
+    to predict (see `ChatTemplate.encode`); and the caption ends with end-of-sequence, at which generation stops.
+    """
+
+    name = "plain"
+
+    def _render(self, conversation: Conversation) -> Iterator[Span]:
+        if not conversation.num_images or conversation.roles not in (["human", "gpt"], ["human"]):
+            found = f"found {conversation.num_images} images and turns {conversation.roles}"
+            raise conversation.refusal("bad_conversation", f"'plain' takes images, a human and a gpt turn; {found}")
+        yield Span(IMAGE * conversation.num_images + "\n", False)
+        for caption in conversation.turns[1:]:
+            yield Span(caption.text + self.end_of_turn, True)
+
+
+class VicunaTemplate(StringTemplate):
+    r"""LLaVA-1.5's style: ``SYSTEM USER: <image>\nquestion ASSISTANT: answer</s>USER: ...``.
+
+    A turn with one image shows it first and its text is stripped, as in LLaVA; several images stay where they are. A
+    system turn replaces the default system text.
+    """
+
+    name = "vicuna_v1"
+
+    def _render(self, conversation: Conversation) -> Iterator[Span]:
+        prompt = f"{VICUNA_SYSTEM} "
+        for turn in conversation.turns:
+            text = turn.text
+            if turn.role == "system":
+                prompt = f"{text} " if text else ""
+            elif turn.role == "human":
+                if text.count(IMAGE) == 1:
+                    text = f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
+                prompt += f"USER: {text} ASSISTANT:"
+            else:
+                yield Span(prompt, False)
+                yield Span(f" {text}{self.end_of_turn}", True)
+                prompt = ""
+        yield Span(prompt, False)
+
+
+class JinjaTemplate(ChatTemplate):
+    """The tokenizer's own chat template, rendered in transformers' sandbox; it writes BOS and everything else itself.
+
+    Where it has ``{% generation %}`` marks, they say what is trained. Otherwise it is the text an answer adds to its
+    generation prompt, through the end-of-turn token (not the newline after it); this needs a template that leaves the
+    text up to a turn as it is when turns follow, and any other is refused.
+    """
+
+    name = "jinja"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(tokenizer)
+        if not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template of its own; choose template 'vicuna_v1' or 'plain'")
+        self.source: str = tokenizer.get_chat_template()
+        self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+        # refuse an unsuitable template before any data is read, and learn which token ends a turn
+        turns = (Turn("human", "alpha"), Turn("gpt", "beta"), Turn("human", "gamma"), Turn("gpt", "delta"))
+        probe = Conversation("probe", turns, 0)
+        try:
+            prompt, _ = self._jinja(probe, 3, generation=True)
+            *before, last, _ = [Span("", False), *self._render(probe)]
+        except SampleError as error:
+            raise UserError(f"the tokenizer's chat template cannot be used: {error}") from error
+        lead, answer, self.end_of_turn = last.text.partition("delta")
+        prompted = prompt == "".join(span.text for span in before) and (self.marked or not lead.strip())
+        if not (prompted and answer and self.end_of_turn):
+            raise UserError(
+                "the tokenizer's chat template cannot be used: right after the generation prompt an answer and its "
+                f"end-of-turn must be trained; but the prompt ends with {prompt[-40:]!r} and for the answer 'delta' "
+                f"{last.text!r} is trained; mend the template or its {{% generation %}} marks"
+            )
+        if ending := self.spans.ending(last.text):
+            self.stop_ids = list(dict.fromkeys([*self.stop_ids, self.spans.special[ending]]))
+
+    def _render(self, conversation: Conversation) -> Iterator[Span]:
+        roles = conversation.roles
+        full, answers = self._jinja(conversation, len(roles), generation=roles[-1] == "human")
+        position = 0
+        for start, end in answers if self.marked else self._answers(conversation, full):
+            answer = full[start:end]
+            if self.spans.ending(answer.rstrip()):
+                answer = answer.rstrip()
+            yield Span(full[position:start], False)
+            yield Span(answer, True)
+            position = start + len(answer)
+        yield Span(full[position:], False)
+
+    def _answers(self, conversation: Conversation, full: str) -> Iterator[tuple[int, int]]:
+        """Start and end of each answer in the full text: what lies between the text with its prompt and with it."""
+        texts = [""]
+        for number in (i for i, role in enumerate(conversation.roles) if role == "gpt"):
+            texts.append(self._jinja(conversation, number, generation=True)[0])
+            texts.append(self._jinja(conversation, number + 1, generation=False)[0])
+        texts.append(full)
+        if not all(after.startswith(before) for before, after in pairwise(texts)):
+            why = "the chat template has no {% generation %} marks and changes earlier text when turns are added"
+            how = "so training would show other text than generation; add marks or choose another template"
+            raise conversation.refusal("unstable_template", f"{why}, {how}")
+        return zip(map(len, texts[1:-1:2]), map(len, texts[2:-1:2]), strict=True)
+
+    def _jinja(self, conversation: Conversation, turns: int, *, generation: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Rendered text of the first turns and, if the template has them, the marked (start, end) in it."""
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        roles = {"system": "system", "human": "user", "gpt": "assistant"}
+        messages = [{"role": roles[turn.role], "content": turn.text} for turn in conversation.turns[:turns]]
+        try:
+            texts, marks = render_jinja_template(
+                [messages],
+                chat_template=self.source,
+                return_assistant_tokens_mask=self.marked,
+                add_generation_prompt=generation,
+                **cast(Any, self.tokenizer.special_tokens_map),
+            )
+        except (TemplateError, TypeError, ValueError) as error:  # the template may refuse a role or an order of turns
+            raise conversation.refusal("bad_conversation", f"the chat template refuses it: {error}") from error
+        return texts[0], marks[0] if self.marked else []
+
+
+TEMPLATES: dict[str, type[ChatTemplate]] = {t.name: t for t in (PlainTemplate, VicunaTemplate, JinjaTemplate)}
+
+
+def get_template(name: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+    """The template of that name in `TEMPLATES`.
+
+    Raises:
+        ConfigError: the name is unknown.
+        UserError: the tokenizer does not fit: not a fast one, no end-of-sequence token, unusable Jinja template.
+    """
+    if name not in TEMPLATES:
+        raise ConfigError(f"unknown chat template {name!r}; known: {', '.join(sorted(TEMPLATES))}")
+    return TEMPLATES[name](tokenizer)

@@ -1,0 +1,50 @@
+"""How the program speaks on the terminal and writes small files: one console, one kind of progress bar."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def progress_bar() -> Progress:
+    """Title, count, bar, time so far and time left; silent where nobody watches a terminal."""
+    return Progress(
+        TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over `total`; yields the function that advances it."""
+    with progress_bar() as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds the whole text or what it held before."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def quiet_libraries() -> None:
+    """Hide the libraries' own chatter, which repeats what our summary says or concerns what we decided on purpose."""
+    from lightning.pytorch.utilities.warnings import PossibleUserWarning
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of a deprecated function of torch
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

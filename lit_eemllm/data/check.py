@@ -1,0 +1,97 @@
+"""Every sample of a shard folder or recipe, read as training would read it, before training does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from lit_eemllm.data.recipe import META, Source, read_folder, read_recipe, read_yaml
+from lit_eemllm.data.samples import SampleEncoder, read_members
+from lit_eemllm.data.shards import Report, progress, read_shard, shard_names
+from lit_eemllm.errors import SampleError, UserError
+from lit_eemllm.images import open_image
+
+_T = TypeVar("_T")
+
+
+def check(path: Path, encoder: SampleEncoder | None = None, *, max_image_pixels: int = 50_000_000) -> Report:
+    """Read every sample: members, JSON, conversation, images; with an encoder also tokens, length and targets.
+
+    Args:
+        path: a recipe, or a shard folder, prepared or not.
+        encoder: the one that training will use; None = only what does not depend on a model.
+        max_image_pixels: for use without an encoder.
+
+    Returns:
+        Good samples by folder, and the bad ones by reason: those of `SampleEncoder`, and ``not_prepared``, ``bad_recipe``
+        and ``bad_shard``, which stand for a whole folder, recipe or rest of a shard.
+
+    Raises:
+        UserError: there are no shards, or the recipe file cannot be read at all.
+    """
+    report = Report()
+    with progress() as bar:
+        for shard in bar.track(list(_listed(path, report)), description="checking shards"):
+            _check_shard(shard, encoder, max_image_pixels, report)
+    return report
+
+
+def _listed(path: Path, report: Report) -> Iterable[Path]:
+    """The shards to read; what is wrong with recipe, index or files goes to the report."""
+    if path.is_dir():
+        for split in _splits(path, report):
+            _try(report, "not_prepared", partial(read_folder, path, split, 1.0))
+        return [path / name for name in shard_names(path)]
+    document = read_yaml(path) if path.is_file() else None
+    splits = document.get("splits") if isinstance(document, dict) else None
+    sources: dict[Path, Source] = {}
+    for split in splits if isinstance(splits, dict) and splits else ["train"]:
+        recipe = _try(report, "bad_recipe", partial(read_recipe, path, str(split)))
+        for source in recipe.sources if recipe else ():
+            sources |= {source.folder / name: source for name, _ in source.shards}
+    return list(sources)
+
+
+def _splits(folder: Path, report: Report) -> list[str]:
+    file = folder / META / "split.yaml"
+    content = _try(report, "not_prepared", partial(read_yaml, file)) if file.is_file() else None
+    parts = content.get("split_parts") if isinstance(content, dict) else None
+    # an index that cannot be read at all says so under the name of the usual split
+    return [str(split) for split in parts] if isinstance(parts, dict) and parts else ["train"]
+
+
+def _try(report: Report, reason: str, function: Callable[[], _T]) -> _T | None:
+    try:
+        return function()
+    except UserError as error:
+        report.drop(reason, str(error))
+        return None
+
+
+def _check_shard(shard: Path, encoder: SampleEncoder | None, max_image_pixels: int, report: Report) -> None:
+    try:
+        for key, members in read_shard(shard):
+            try:
+                _check_sample(f"{shard.name}/{key}", members, encoder, max_image_pixels, report)
+                report.good[shard.parent.name] += 1
+            except SampleError as error:
+                report.drop(error.reason, error.message)
+    except UserError as error:
+        report.drop("bad_shard", str(error))
+
+
+def _check_sample(
+    name: str, members: dict[str, bytes], encoder: SampleEncoder | None, max_image_pixels: int, report: Report
+) -> None:
+    if encoder is None:
+        _, images = read_members(name, members)
+        for number, data in enumerate(images):
+            open_image(data, f"{name}, image {number}", max_image_pixels)
+    else:
+        sample = encoder.tokenize(name, members)
+        images = encoder.load_pixels(sample).tokens.images
+        report.tokens += sample.length
+        report.longest = max(report.longest, sample.length)
+    report.images += len(images)

@@ -1,0 +1,261 @@
+"""Energon's datasets and loaders, put together from a checked `Recipe`; and the position of a batch, for exact resume.
+
+The trainer asks for a batch before it has trained on the one in hand, and worker processes are further ahead still. So a
+checkpoint must not hold where the loader *is*, but where it was after the last batch that was trained on. Every batch leaves
+`EndlessLoader` with such a `Position`: the last snapshot of the loader's state and how many batches to skip from there. Workers
+keep the snapshots themselves and are asked when a checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.energon import CrudeWebdataset, WorkerConfig
+from megatron.energon.epathlib import EPath
+from megatron.energon.errors import reraise_exception
+from megatron.energon.flavors import SavableDataset
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+from megatron.energon.savable_loader import BasicDataLoader, SavableDataLoader, SavableDataLoaderState
+
+from lit_eemllm.data.recipe import Recipe, Source
+from lit_eemllm.data.task import Packed, PackTask
+from lit_eemllm.errors import UserError
+from lit_eemllm.layout import PackedBatch
+
+SLICE = 100
+"""Samples read in sequence from a shard before another place is chosen at random: disks like long, shuffling short."""
+PREFETCH = 2
+"""Batches a worker prepares ahead."""
+SNAPSHOT_SECONDS = 2.0
+"""Age of a snapshot at which a new one is taken (some 10 ms); so, about, what is computed again on resume."""
+WATCHDOG_SECONDS = 300.0
+"""A worker that needs longer for a batch says where it is stuck."""
+
+_USER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}: "
+_log = logging.getLogger("lit_eemllm.data")
+
+
+def worker_config(workers: int, seed: int) -> WorkerConfig:
+    """For this rank of the running process group. Errors are raised, never swallowed (Energon's default is to log them)."""
+    running = dist.is_available() and dist.is_initialized()
+    return WorkerConfig(
+        rank=dist.get_rank() if running else 0,
+        world_size=dist.get_world_size() if running else 1,
+        num_workers=workers,
+        seed_offset=seed,
+        global_error_handler=reraise_exception,
+        restore_error_handler=reraise_exception,
+    )
+
+
+def train_dataset(
+    recipe: Recipe, task: PackTask, config: WorkerConfig, shuffle_buffer: int, packing_buffer: int
+) -> SavableDataset:
+    """Endless, shuffled, blended packs. Raises UserError if some process would have no sample."""
+    processes = config.world_size * max(1, config.num_workers)
+    if recipe.num_samples < processes:
+        raise UserError(
+            f"{recipe.path}: {recipe.num_samples} samples cannot feed {config.world_size} ranks x "
+            f"{max(1, config.num_workers)} workers = {processes} loader processes. Lower data.workers or add data."
+        )
+    if (shards := sum(len(source.shards) for source in recipe.sources)) < processes:
+        _log.warning(
+            f"{recipe.path}: {shards} shards for {processes} loader processes, so several read from the same file. "
+            "Harmless on a local disk; on a slow one make smaller shards (shards make --shard-size)."
+        )
+    blend = {"weight": DatasetBlendMode.DATASET_WEIGHT, "repetitions": DatasetBlendMode.SAMPLE_REPETITIONS}[recipe.blend]
+    share = recipe.num_samples // processes  # of which a larger buffer would only hold several copies
+    return task.build_train_datasets(
+        datasets=[
+            LoadedDataset(dataset=_open(source, config, training=True), **{recipe.blend: source.share})
+            for source in recipe.sources
+        ],
+        worker_config=config,
+        batch_size=None,
+        shuffle_buffer_size=min(shuffle_buffer, share),
+        packing_buffer_size=min(packing_buffer, share),
+        blend_mode=blend,
+    )
+
+
+def val_dataset(recipe: Recipe, task: PackTask, config: WorkerConfig, packing_buffer: int) -> SavableDataset:
+    """Every sample once, in order, packed. Weights play no part."""
+    return task.build_val_datasets(
+        datasets=[LoadedDataset(dataset=_open(source, config, training=False)) for source in recipe.sources],
+        worker_config=config,
+        batch_size=None,
+        packing_buffer_size=packing_buffer,
+    )
+
+
+def _open(source: Source, config: WorkerConfig, training: bool) -> CrudeWebdataset:
+    dataset = CrudeWebdataset(
+        EPath(source.folder),
+        split_part=source.split,
+        training=training,
+        worker_config=config,
+        max_samples_per_sequence=SLICE,
+        decoder=None,
+        part_filter=lambda extension: not extension.startswith("__"),  # Energon's own fields have such names
+    )
+    found = tuple((shard.name, shard.count) for shard in dataset.shards)
+    if found != source.shards:
+        raise UserError(f"{source.folder}: Energon reads other shards than were checked: {found} instead of {source.shards}.")
+    return dataset
+
+
+@dataclass
+class Position:
+    """Where the loader was right after a batch, and what had been skipped until then.
+
+    Attributes:
+        counters, next_worker: with workers: batches delivered by each, and whose turn it is.
+        snapshot, offset: without workers: an earlier state, and the batches since.
+        batches, skipped, truncated: totals since the run began.
+    """
+
+    counters: list[int]
+    next_worker: int
+    snapshot: SavableDataLoaderState | None = None
+    offset: int = 0
+    batches: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+
+
+class PositionLoader(SavableDataLoader):
+    """Energon's savable loader, which can also give its state as it was at an earlier `Position`."""
+
+    def __init__(self, dataset: SavableDataset) -> None:
+        workers = dataset.worker_config.num_workers
+        super().__init__(
+            dataset,
+            checkpoint_every_sec=SNAPSHOT_SECONDS,
+            prefetch_factor=PREFETCH,
+            # enough that one is always older than the trainer, which is a few batches behind what was handed out
+            n_checkpoints=PREFETCH * max(1, workers) + 8,
+            gc_collect_every_n_steps=10 if workers else 0,
+            watchdog_timeout_seconds=WATCHDOG_SECONDS,
+        )
+        _own_generator(self)
+
+    def state_at(self, position: Position) -> SavableDataLoaderState | None:
+        """To be restored, and followed by `position.offset` batches to skip. None: the very beginning."""
+        if not self.num_workers:
+            return position.snapshot
+        now = self._worker_sample_counters, self._next_worker_id
+        self._worker_sample_counters, self._next_worker_id = position.counters, position.next_worker
+        try:
+            return self.save_state_rank()
+        finally:
+            self._worker_sample_counters, self._next_worker_id = now
+
+    def restore(self, state: SavableDataLoaderState | None) -> None:
+        self.restore_state_rank(state)
+        if state is not None and self.num_workers:
+            # Energon leaves out the batches that a worker is yet to skip, and would replay them if saved before its first
+            self._worker_sample_counters = [
+                worker.offset - 1 + (worker.state.sample_index if worker.state else 0) for worker in state.worker_states
+            ]
+
+    def counters(self) -> tuple[list[int], int]:
+        return list(self._worker_sample_counters), self._next_worker_id
+
+
+class EndlessLoader:
+    """What the trainer iterates over: packs for ever. It has no length on purpose: Energon's counts samples, not packs.
+
+    Args:
+        loader: fresh, or restored.
+        start: totals of the run so far, and the batches to skip from the restored state.
+
+    Attributes:
+        last: position of the batch handed out last; of the beginning before the first.
+        delivered: positions of the batches handed out, oldest first; whoever trains on them takes them out.
+    """
+
+    def __init__(self, loader: PositionLoader, start: Position) -> None:
+        self.loader = loader
+        self.last = replace(start, snapshot=None if loader.num_workers else loader.save_state_rank())
+        self.delivered: deque[Position] = deque(maxlen=16)
+        self.failed = False
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        skip, taken = self.last.offset, time.monotonic()
+        try:
+            for packed in tidy_errors(self.loader):
+                if skip:
+                    skip -= 1
+                    continue
+                counters, next_worker = self.loader.counters()
+                snapshot, offset = self.last.snapshot, self.last.offset + 1
+                if not self.loader.num_workers and time.monotonic() - taken > SNAPSHOT_SECONDS:
+                    snapshot, offset, taken = self.loader.save_state_rank(), 0, time.monotonic()
+                self.last = Position(
+                    counters,
+                    next_worker,
+                    snapshot,
+                    0 if self.loader.num_workers else offset,
+                    self.last.batches + 1,
+                    self.last.skipped + packed.skipped,
+                    self.last.truncated + packed.truncated,
+                )
+                self.delivered.append(self.last)
+                yield packed.batch
+        except Exception:
+            self.failed = True  # its workers may no longer answer
+            raise
+
+
+class FiniteLoader:
+    """Validation: every pass starts afresh, whatever was left of the one before, so all passes are equal.
+
+    With several ranks all stop together, when the first has no batch left: a rank that went on would wait for ever.
+    """
+
+    def __init__(self, recipe: Recipe, task: PackTask, config: WorkerConfig, packing_buffer: int) -> None:
+        self.arguments = recipe, task, config, packing_buffer
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        config = self.arguments[2]
+        loader = BasicDataLoader(
+            val_dataset(*self.arguments),
+            gc_collect_every_n_steps=10 if config.num_workers else 0,
+            prefetch_factor=PREFETCH,
+            watchdog_timeout_seconds=WATCHDOG_SECONDS,
+        )
+        _own_generator(loader)
+        batches = (packed.batch for packed in tidy_errors(loader))
+        return _in_step(batches) if config.world_size > 1 else batches
+
+
+def _in_step(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    while True:
+        batch = next(batches, None)
+        everybody = torch.tensor(int(batch is not None), device=device)
+        dist.all_reduce(everybody, dist.ReduceOp.MIN)
+        if batch is None or not everybody.item():
+            return
+        yield batch
+
+
+def tidy_errors(loader: Any) -> Iterator[Packed]:
+    """A `UserError` from a worker arrives wrapped in the worker's traceback; people get the message alone."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rpartition(_USER_ERROR)[2].rstrip()) from None
+
+
+def _own_generator(loader: SavableDataLoader | BasicDataLoader) -> None:
+    """Starting an iterator draws a seed: from here, not from the global generator, whose state a resumed run must match."""
+    loader.generator = torch.Generator()
+    loader.pin_memory = torch.cuda.is_available()

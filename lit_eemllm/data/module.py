@@ -1,0 +1,183 @@
+"""`ShardDataModule`: the data room's door to Lightning. Endless training packs with exact resume, finite validation packs."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule
+
+from lit_eemllm.data import state as loader_state
+from lit_eemllm.data.loader import EndlessLoader, FiniteLoader, Position, PositionLoader, train_dataset, worker_config
+from lit_eemllm.data.recipe import Recipe, read_recipe
+from lit_eemllm.data.samples import SampleEncoder
+from lit_eemllm.data.task import PackTask
+from lit_eemllm.errors import CheckpointError, ConfigError, UserError
+from lit_eemllm.layout import PackedBatch
+
+if TYPE_CHECKING:
+    from lit_eemllm.chat import ChatTemplate
+    from lit_eemllm.config import DataConfig
+    from lit_eemllm.images import ImageTransform
+
+
+class ShardDataModule(LightningDataModule):
+    """Yields `PackedBatch`.
+
+    A checkpoint holds, as plain JSON, the position of every rank after the last batch it trained on; a run continued from it
+    sees the batches an unbroken run would have seen. It must have as many ranks and workers, the same data and the same keys
+    of the configuration that shape batches; what differs is named.
+
+    Do not touch `trainer.estimated_stepping_batches`: it builds the loader before Lightning has restored anything.
+
+    Args:
+        config: section `data` of the configuration.
+        seed: of all shuffling and blending.
+    """
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        self._encoder: SampleEncoder | None = None
+        self._loader: EndlessLoader | None = None
+        self._saved: dict[str, Any] = {}  # where to start from, or where the last fit ended
+        self._done = self._in_hand = Position([], 0)
+
+    def connect(self, template: ChatTemplate, transform: ImageTransform) -> None:
+        """Tell how text and images become tokens, which is known once the model is. Call before the trainer starts."""
+        c = self.config
+        self._encoder = SampleEncoder(template, transform, c.max_length, c.truncation, c.max_image_pixels)
+
+    def setup(self, stage: str) -> None:
+        """Read the recipes, so that what is wrong with them is said before anything expensive is built."""
+        if stage == "fit":
+            self.recipe("train")
+        if self.config.val is not None:
+            self.recipe("val")
+
+    def recipe(self, split: str) -> Recipe:
+        """The checked recipe of split "train" or "val". Raises UserError."""
+        path = {"train": self.config.train, "val": self.config.val}[split]
+        if path is None:
+            raise ConfigError(f"data.{split} is not set: name a recipe or a folder of prepared shards")
+        return read_recipe(path, split)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Unusable training samples by reason, since the run began, on this rank, up to the batch handed out last."""
+        return dict(self._loader.last.skipped) if self._loader else {}
+
+    @property
+    def truncated(self) -> int:
+        """Training conversations that were shortened; as `skipped`."""
+        return self._loader.last.truncated if self._loader else 0
+
+    def train_dataloader(self) -> Iterable[PackedBatch]:
+        c, workers, recipe = self.config, worker_config(self.config.workers, self.seed), self.recipe("train")
+        loader = PositionLoader(train_dataset(recipe, self._task(), workers, c.shuffle_buffer, c.packing_buffer))
+        mine: dict[str, Any] = {}
+        if self._saved:
+            self._refuse_changes()
+            mine = dict(self._saved["ranks"][workers.rank])
+            loader.restore(loader_state.loads(mine.pop("loader")))
+        start = Position(*loader.counters(), **{**mine, "skipped": Counter(mine.get("skipped", {}))})
+        self._loader = EndlessLoader(loader, start)
+        self._done = self._in_hand = self._loader.last
+        return self._loader
+
+    def val_dataloader(self) -> Iterable[PackedBatch]:
+        if self.config.val is None:
+            return []
+        recipe = self.recipe("val")
+        ranks = worker_config(0, self.seed).world_size
+        if recipe.num_samples < ranks:
+            raise UserError(f"{recipe.path}: {recipe.num_samples} validation samples cannot feed {ranks} ranks.")
+        workers = min(self.config.workers, recipe.num_samples // ranks)
+        return FiniteLoader(recipe, self._task(), worker_config(workers, self.seed), self.config.packing_buffer)
+
+    def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
+        """The trainer takes a batch in hand, which it may have fetched earlier; so it is done with the one before."""
+        if self._loader is not None and self.trainer is not None and self.trainer.training:
+            self._done, self._in_hand = self._in_hand, self._loader.delivered.popleft()
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch trained on, of all ranks: text, numbers, lists and dicts only.
+
+        A collective call where there are several ranks. Without a trainer: after the last batch handed out.
+        """
+        if self._loader is None:
+            return self._saved
+        if self._loader.failed:
+            raise UserError("The data loader has failed, so its position cannot be saved; continue from an earlier checkpoint.")
+        position = self._trained_on()
+        mine = {
+            "loader": loader_state.dumps(self._loader.loader.state_at(position)),
+            "offset": position.offset,
+            "batches": position.batches,
+            "skipped": dict(position.skipped),
+            "truncated": position.truncated,
+        }
+        ranks: list[Any] = [mine]
+        if dist.is_available() and dist.is_initialized():
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, mine)
+        return {"shape": self._shape(), "ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._loader is not None:
+            raise RuntimeError(
+                "The training loader was built before its position was restored, so the run would begin anew. "
+                "Something touched trainer.estimated_stepping_batches: use max_steps instead."
+            )
+        self._saved = state_dict
+        self._refuse_changes()
+
+    def teardown(self, stage: str) -> None:
+        """Stop the loader's processes. The position is kept: for a checkpoint saved after `fit`, and for another `fit`."""
+        if stage == "fit" and self._loader is not None and not self._loader.failed:
+            self._saved = self.state_dict()
+            self._loader = None
+
+    def _trained_on(self) -> Position:
+        if self.trainer is None:
+            assert self._loader is not None
+            return self._loader.last
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return self._in_hand if progress.processed >= progress.ready else self._done
+
+    def _task(self) -> PackTask:
+        if self._encoder is None:
+            raise RuntimeError("ShardDataModule.connect(template, transform) must be called before a loader is made")
+        # a warning of every forked worker otherwise; a worker has one core to itself anyway
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return PackTask(self._encoder, self.config.pack_tokens, self.config.pack_samples, self.config.max_bad_in_a_row)
+
+    def _shape(self) -> dict[str, Any]:
+        """Everything that decides which samples make up batch n."""
+        keys = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples", "max_length", "truncation")
+        return {
+            "ranks": worker_config(0, self.seed).world_size,
+            "seed": self.seed,
+            **{f"data.{key}": getattr(self.config, key) for key in keys},
+            "data.train": self.recipe("train").fingerprint(),
+        }
+
+    def _refuse_changes(self) -> None:
+        was, now = self._saved["shape"], self._shape()
+        changes = [f"{key} was {was.get(key)} and is {now[key]}" for key in now if key != "data.train" and was.get(key) != now[key]]
+        if was.get("data.train") != now["data.train"]:
+            old, new = ([f"{split} x {share}: {len(shards)} shards, {sum(n for _, n in shards)} samples"
+                         for split, share, shards in side["data.train"]] for side in (was, now))  # fmt: skip
+            changes.append(f"data.train was {old} and is {new} (or other shard names)")
+        if changes:
+            processes = [f"{s.get('ranks')} ranks x {s.get('data.workers')} workers" for s in (was, now)]
+            raise CheckpointError(
+                "This run cannot continue with the batches it would have seen: " + "; ".join(changes) + ". "
+                f"The position was saved by {processes[0]}, this is {processes[1]}. "
+                "Set it back, or begin a new run from the weights (init_from)."
+            )

@@ -1,0 +1,187 @@
+"""One sample, from the bytes in a shard to ids and pixels. Knows nothing of Energon: loader, checker and preview share it.
+
+Two steps, because choosing packs needs lengths only, and a buffer of hundreds of decoded images would not fit in memory:
+`tokenize` reads the JSON and the headers of the images, `load_pixels` decodes the images of a chosen pack.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from lit_eemllm.chat import IMAGE_SLOT, ChatTemplate, Conversation, parse_conversation
+from lit_eemllm.errors import SampleError, UserError
+from lit_eemllm.images import FORMATS, ImageTransform, open_image
+
+MAX_JSON_BYTES = 4 * 2**20
+TRUNCATION = ("drop", "truncate", "error")
+
+_IMAGE_MEMBER = re.compile(r"(?:(\d{1,6})\.)?(jpg|jpeg|png|webp|bmp|gif|tif|tiff)", re.IGNORECASE)
+_PICKLE_MEMBER = re.compile(r"(.*\.)?(pkl|pickle|pyd|pth|pt|joblib|npy|npz|ckpt|bin)", re.IGNORECASE)
+
+
+@dataclass
+class TokenSample:
+    """A conversation as ids; its images are still files.
+
+    Attributes:
+        key: names the sample in messages and in `PackedBatch.keys`.
+        ids: token ids; `IMAGE_SLOT` stands for a whole image.
+        supervised: per entry of `ids`, whether the model is to say it.
+        image_tokens: visual tokens of each image, in order of appearance.
+        images: the image files.
+        truncated: whether text was cut off its end.
+    """
+
+    key: str
+    ids: list[int]
+    supervised: list[bool]
+    image_tokens: list[int]
+    images: list[bytes]
+    truncated: bool = False
+    __restore_key__: tuple = ()  # Energon's address of the sample: its buffers are saved as addresses
+
+    @property
+    def length(self) -> int:
+        """Tokens, visual tokens counted."""
+        return len(self.ids) - len(self.image_tokens) + sum(self.image_tokens)
+
+    def targets(self) -> list[int]:
+        """Entries to be predicted, each by the entry before it, which is text: templates refuse an answer after an image."""
+        return [i for i, supervised in enumerate(self.supervised) if supervised and i > 0]
+
+
+@dataclass
+class EncodedSample:
+    """A `TokenSample` with decoded images: `pixels[i]` is [3, height, width]."""
+
+    tokens: TokenSample
+    pixels: list[Tensor]
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Everything that decides how a sample becomes tokens and pixels.
+
+    Args:
+        template: renders conversations and marks what is supervised.
+        transform: image to pixels and number of visual tokens.
+        max_length: most tokens of a conversation, visual tokens counted.
+        truncation: what happens to a longer one: "drop" it; "truncate": keep the longest beginning that fits, cutting text
+            only (an image that does not fit goes whole, with all that follows it), and drop the sample if no target remains;
+            "error": stop.
+        max_image_pixels: larger images are refused by their header.
+    """
+
+    template: ChatTemplate
+    transform: ImageTransform
+    max_length: int
+    truncation: str
+    max_image_pixels: int
+
+    def __post_init__(self) -> None:
+        if self.truncation not in TRUNCATION:
+            raise ValueError(f"truncation is {self.truncation!r}, expected one of {', '.join(TRUNCATION)}")
+
+    def tokenize(self, key: str, members: Mapping[str, bytes]) -> TokenSample:
+        """Members of a shard's sample, by extension (``json``, ``0.jpg``), to token ids.
+
+        Raises:
+            SampleError: the sample cannot be used; `reason` is the slug under which it is counted.
+            UserError: it is too long and `truncation` is "error".
+        """
+        conversation, images = read_members(key, members)
+        encoded = self.template.encode(conversation)
+        sizes = [_header_size(data, f"{key}, image {i}", self.max_image_pixels) for i, data in enumerate(images)]
+        image_tokens = [self.transform.num_tokens(width, height) for width, height in sizes]
+        sample = TokenSample(key, encoded.ids, encoded.supervised, image_tokens, images)
+        if not sample.targets():
+            raise SampleError("no_target", f"{key}: there is no answer to learn from")
+        return sample if sample.length <= self.max_length else self._shorten(sample)
+
+    def load_pixels(self, sample: TokenSample) -> EncodedSample:
+        """Decode the images. Raises SampleError."""
+        names = [f"{sample.key}, image {i}" for i in range(len(sample.images))]
+        opened = [open_image(data, name, self.max_image_pixels) for data, name in zip(sample.images, names, strict=True)]
+        return EncodedSample(sample, [self.transform(image) for image in opened])
+
+    def _shorten(self, sample: TokenSample) -> TokenSample:
+        found = f"{sample.key}: {sample.length} tokens with {len(sample.images)} images, at most {self.max_length} are allowed"
+        if self.truncation == "error":
+            raise UserError(f"{found}. Raise data.max_length, or set data.truncation to drop or truncate.")
+        if self.truncation == "drop":
+            raise SampleError("too_long", found)
+        length, entries, image = 0, 0, 0
+        for entry in sample.ids:
+            cost = sample.image_tokens[image] if entry == IMAGE_SLOT else 1
+            if length + cost > self.max_length:
+                break
+            length, entries, image = length + cost, entries + 1, image + (entry == IMAGE_SLOT)
+        targets = [target for target in sample.targets() if target < entries]
+        if not targets:
+            raise SampleError("too_long", f"{found}, and the answer begins after that")
+        end = targets[-1] + 1  # what follows the last target would be computed for nothing
+        num_images = sample.ids[:end].count(IMAGE_SLOT)
+        return replace(
+            sample,
+            ids=sample.ids[:end],
+            supervised=sample.supervised[:end],
+            image_tokens=sample.image_tokens[:num_images],
+            images=sample.images[:num_images],
+            truncated=True,
+        )
+
+
+def _header_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
+    """Width and height by the header alone: an unusable image need not wait for its pack to be refused."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise SampleError("image_too_large", f"{name}: {error}") from error
+    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+        raise SampleError("bad_image", f"{name}: {len(data)} bytes, not an image: {error}") from error
+    if width * height > max_pixels:
+        raise SampleError("image_too_large", f"{name}: {width} x {height} pixels, at most {max_pixels} (data.max_image_pixels)")
+    return width, height
+
+
+def read_members(key: str, members: Mapping[str, bytes]) -> tuple[Conversation, list[bytes]]:
+    """Check a sample's members and parse its conversation. Only JSON is parsed; images stay bytes. Raises SampleError."""
+    numbered: dict[int, bytes] = {}
+    for name, data in members.items():
+        if name == "json":
+            continue
+        if _PICKLE_MEMBER.fullmatch(name):
+            raise SampleError("pickle", f"{key}.{name}: pickled or binary Python data is never opened; only JSON and images are")
+        match = _IMAGE_MEMBER.fullmatch(name)
+        if match is None:
+            raise SampleError("unexpected_member", f"{key}.{name}: expected {key}.json and images {key}.0.jpg, {key}.1.png …")
+        if (index := int(match[1] or 0)) in numbered:
+            raise SampleError("unexpected_member", f"{key}.{name}: there are two images number {index}")
+        numbered[index] = data
+    images = [numbered[index] for index in sorted(numbered)]
+    if sorted(numbered) != list(range(len(images))):
+        raise SampleError("missing_image", f"{key}: images {sorted(numbered)} found, expected 0 to {max(numbered)}")
+    return parse_conversation(_parse_json(key, members.get("json")), len(images), key), images
+
+
+def _parse_json(key: str, data: bytes | None) -> Mapping[str, Any]:
+    if data is None:
+        raise SampleError("bad_json", f"{key}.json is missing")
+    if len(data) > MAX_JSON_BYTES:
+        raise SampleError("bad_json", f"{key}.json: {len(data):,} bytes, at most {MAX_JSON_BYTES:,} are read")
+    try:
+        row = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SampleError("bad_json", f"{key}.json: {error}") from None
+    if not isinstance(row, dict):
+        raise SampleError("bad_json", f"{key}.json: found {type(row).__name__}, expected an object with 'conversations'")
+    return row

@@ -1,0 +1,1 @@
+"""Evaluation by generation and by loss, each with its shuffled-image control."""

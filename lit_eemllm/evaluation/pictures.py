@@ -1,0 +1,47 @@
+"""Pictures of questions with their images, answers and truths."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+from ..chat import IMAGE
+from ..images import open_image
+from .metrics import normalise
+
+if TYPE_CHECKING:
+    from .run import Question
+
+matplotlib.use("Agg")
+
+
+def draw_samples(samples: Sequence[tuple[Question, str]], max_pixels: int, path: Path) -> None:
+    """A grid of image, question, answer and truth; right answers green, wrong ones red."""
+    from matplotlib import pyplot as plt
+
+    columns = min(4, len(samples))
+    rows = -(-len(samples) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.9 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (question, answer) in zip(axes.flat, samples, strict=False):
+        pictures = [open_image(data, question.conversation.key, max_pixels) for data in question.images]
+        for i, picture in enumerate(pictures):
+            width = 1 / len(pictures)
+            axis.inset_axes((i * width, 0.34, width * 0.97, 0.66)).imshow(picture)
+            axis.child_axes[-1].axis("off")
+        turns = question.conversation.turns
+        prompt = turns[-2].text.replace(IMAGE, "").strip() if len(turns) > 1 else ""
+        lines = [*textwrap.wrap(prompt, 42)[:3], f"truth: {textwrap.shorten(question.truth, 40)}"]
+        axis.text(0.5, 0.3, "\n".join(lines), ha="center", va="top", fontsize=9, transform=axis.transAxes)
+        right = normalise(answer) == normalise(question.truth)
+        said = textwrap.shorten("".join(c if c.isprintable() else " " for c in answer), 40) or "(nothing)"
+        colour = "tab:green" if right else "tab:red"
+        axis.text(0.5, 0.0, said, ha="center", va="bottom", fontsize=11, color=colour, weight="bold", transform=axis.transAxes)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)

@@ -1,0 +1,294 @@
+"""`validate` and `generate`: a run's model asked about images it has not seen, and again with the images shuffled.
+
+The control answers what a score owes to looking: the same model and questions, each with the images of another question
+of the same type. Beside it stands the best constant answer of the type.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning import seed_everything
+from PIL import Image
+from rich.table import Table
+
+from ..chat import IMAGE, Conversation, Turn
+from ..console import console, progress, quiet_libraries, write_atomically
+from ..data.module import ShardDataModule
+from ..data.recipe import Recipe
+from ..data.samples import read_members
+from ..data.shards import read_shard
+from ..errors import CheckpointError, SampleError, UserError
+from ..estimate import prefill_flops
+from ..images import open_image
+from ..layout import PackedBatch
+from ..mechanisms import Mechanism
+from ..model.build import build
+from ..training.checkpoint import load_weights, newest_checkpoint
+from .metrics import ExactMatch
+from .pictures import draw_samples
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..model import EEMLLM, Processor
+
+UNTRAINED = "none"  # value of --checkpoint: the parts as they are, before any training
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation whose last turn is to be answered, and the answer."""
+
+    conversation: Conversation
+    truth: str
+    images: list[bytes]
+
+    @property
+    def type(self) -> str:
+        return self.conversation.type or "all"
+
+
+def validate(config: Config, checkpoint: str | None) -> None:
+    """Score a run on ``data.val`` and write results, predictions and a picture below its directory.
+
+    Args:
+        config: of the run.
+        checkpoint: a file; None takes the run's newest; "none" the untrained parts.
+    """
+    quiet_libraries()
+    model, processor, source = load(config, checkpoint)
+    folder = Path(config.out) / ("eval" if checkpoint != UNTRAINED else "eval-untrained")
+    folder.mkdir(parents=True, exist_ok=True)
+    data = ShardDataModule(config.data, config.seed)
+    data.connect(processor.template, model.vision.transform)
+    data.setup("validate")
+    console.print(f"{source}; attention {model.backend.name}; validation data {config.data.val}")
+    results: dict[str, Any] = {
+        "checkpoint": source,
+        "seed": config.seed,
+        "mechanism": model.config.mechanism,
+        "preset": config.model.mechanism.preset,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **losses(model, data, config.optim.val_batches),
+    }
+    if results["loss_shuffled_images"] is not None:
+        console.print(f"loss {results['loss']:.4f} a token; images shuffled {results['loss_shuffled_images']:.4f}")
+
+    questions, skipped = read_questions(data.recipe("val"), config.eval.samples)
+    if questions:
+        results |= score(model, processor, questions, config, folder)
+        results["skipped"] = dict(skipped)
+        print_scores(results)
+    write_atomically(folder / "results.json", json.dumps(results, indent=2))
+    console.print(f"results: {folder / 'results.json'}")
+
+
+def generate(
+    config: Config, checkpoint: str | None, images: Sequence[Path], prompt: str, max_new_tokens: int, temperature: float
+) -> None:
+    """Answer one prompt about images on the terminal; images without a mark in the prompt come first."""
+    quiet_libraries()
+    missing = len(images) - prompt.count(IMAGE)
+    text = f"{IMAGE}\n" * max(0, missing) + prompt
+    conversation = Conversation("prompt", (Turn("human", text),), len(images))
+    pictures = []
+    for path in images:
+        if not path.is_file():
+            raise UserError(f"--image {path}: no such file")
+        pictures.append(open_image(path.read_bytes(), str(path), config.data.max_image_pixels))
+    model, processor, _ = load(config, checkpoint)
+    print(answer(model, processor, [conversation], [pictures], max_new_tokens, temperature)[0])
+
+
+def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str]:
+    """Build a run's model with its trained weights, in evaluation mode. Returns also where they came from."""
+    seed_everything(config.seed, verbose=False)
+    model, processor = build(config.model)
+    if config.init_from is not None:
+        load_weights(model, Path(config.init_from))
+    if checkpoint == UNTRAINED:
+        source = "before training"
+    else:
+        path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(Path(config.out))
+        if path is None:
+            raise CheckpointError(f"{config.out}: no checkpoint in it; train first, or use --checkpoint {UNTRAINED}")
+        load_weights(model, path)
+        source = str(path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.set_attention(config.model.attention)
+    return model, processor, source
+
+
+def read_questions(recipe: Recipe, most: int | None) -> tuple[list[Question], Counter[str]]:
+    """Questions in the order of the shards (every n-th if only some are wanted), and how many samples were unusable."""
+    questions, skipped = [], Counter[str]()
+    for source in recipe.sources:
+        for shard, _ in source.shards:
+            for key, members in read_shard(source.folder / shard):
+                try:
+                    conversation, images = read_members(key, members)
+                except SampleError as error:
+                    skipped[error.reason] += 1
+                    continue
+                questions.append(Question(conversation, conversation.turns[-1].text, images))
+    if most is not None and most < len(questions):
+        questions = [questions[i * len(questions) // most] for i in range(most)]
+    return questions, skipped
+
+
+@torch.inference_mode()
+def answer(
+    model: EEMLLM,
+    processor: Processor,
+    conversations: Sequence[Conversation],
+    images: Sequence[Sequence[Image.Image]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> list[str]:
+    """Generated answers; greedy when the temperature is 0."""
+    inputs = {name: tensor.to(model.device) for name, tensor in processor.prompts(conversations, images).items()}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    ids = model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens)
+    return processor.answers(ids, inputs["input_ids"].shape[1])
+
+
+def answer_all(model: EEMLLM, processor: Processor, questions: Sequence[Question], config: Config, title: str) -> list[str]:
+    """Answers to all questions, in batches of similar ones, with a progress bar."""
+    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].conversation.turns)))
+    answers = [""] * len(questions)
+    with progress(title, len(questions)) as advance:
+        for start in range(0, len(order), config.eval.batch_size):
+            chunk = order[start : start + config.eval.batch_size]
+            opened = [
+                [open_image(data, questions[i].conversation.key, config.data.max_image_pixels) for data in questions[i].images]
+                for i in chunk
+            ]
+            conversations = [questions[i].conversation for i in chunk]
+            for i, text in zip(
+                chunk, answer(model, processor, conversations, opened, config.eval.max_new_tokens), strict=True
+            ):
+                answers[i] = text
+            advance(len(chunk))
+    return answers
+
+
+def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
+    """Each question with the images of another of its type that has as many; questions without such stay out."""
+    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for i, question in enumerate(questions):
+        if question.images:
+            groups[question.type, len(question.images)].append(i)
+    shuffled = []
+    for members in groups.values():
+        if len(members) > 1:
+            random.Random(seed).shuffle(members)
+            others = members[1:] + members[:1]  # a cycle: nobody keeps his own
+            shuffled += [replace(questions[i], images=questions[j].images) for i, j in zip(members, others, strict=True)]
+    return shuffled
+
+
+def score(
+    model: EEMLLM, processor: Processor, questions: Sequence[Question], config: Config, folder: Path
+) -> dict[str, Any]:
+    """Exact match per type beside the shuffled-image control and the best constant answer; files into `folder`."""
+    answers = answer_all(model, processor, questions, config, "answering")
+    matches, controls = defaultdict(ExactMatch), defaultdict(ExactMatch)
+    for question, text in zip(questions, answers, strict=True):
+        matches[question.type].update([text], [question.truth])
+    for round_ in range(config.eval.control):
+        shuffled = shuffle_images(questions, config.seed + round_)
+        for question, text in zip(shuffled, answer_all(model, processor, shuffled, config, "images shuffled"), strict=True):
+            controls[question.type].update([text], [question.truth])
+
+    types = {}
+    for type_ in sorted(matches):
+        truths = Counter(question.truth for question in questions if question.type == type_)
+        constant, count = truths.most_common(1)[0]
+        types[type_] = {
+            "questions": truths.total(),
+            "exact_match": matches[type_].compute().item(),
+            "control": controls[type_].compute().item() if type_ in controls else None,
+            "constant": count / truths.total(),
+            "constant_answer": constant,
+        }
+    with (folder / "predictions.jsonl").open("w") as file:
+        for question, text in zip(questions, answers, strict=True):
+            prompt = question.conversation.turns[-2].text if len(question.conversation.turns) > 1 else ""
+            row = {"key": question.conversation.key, "type": question.type, "prompt": prompt, "answer": text}
+            file.write(json.dumps({**row, "truth": question.truth}) + "\n")
+    draw_samples(pick(questions, answers), config.data.max_image_pixels, folder / "samples.png")
+
+    lengths = [prompt_length(model, processor, question) for question in questions[:: max(1, len(questions) // 500)]]
+    mechanism, decoder = Mechanism.from_dict(model.config.mechanism), model.config.text_config
+    flops = [prefill_flops(mechanism, decoder, text, visual) for text, visual in lengths]
+    return {
+        "types": types,
+        "average": sum(t["exact_match"] for t in types.values()) / len(types),
+        "prefill_flops": sum(flops) / len(flops),
+        "prompt_text_tokens": sum(text for text, _ in lengths) / len(lengths),
+        "prompt_visual_tokens": sum(visual for _, visual in lengths) / len(lengths),
+    }
+
+
+def prompt_length(model: EEMLLM, processor: Processor, question: Question) -> tuple[int, int]:
+    """Text and visual tokens of a question's prompt."""
+    ids = processor.template.encode(question.conversation, generation=True).ids
+    images = question.conversation.num_images
+    tokens = model.vision.transform.num_tokens(model.vision.transform.width, model.vision.transform.height)
+    return len(ids) - images, images * tokens
+
+
+def pick(questions: Sequence[Question], answers: Sequence[str], most: int = 12) -> list[tuple[Question, str]]:
+    """Some questions of every type in turn, right or wrong as they come."""
+    by_type: dict[str, list[tuple[Question, str]]] = defaultdict(list)
+    for pair in zip(questions, answers, strict=True):
+        by_type[pair[0].type].append(pair)
+    rounds = (pairs[i] for i in range(most) for pairs in by_type.values() if i < len(pairs))
+    return list(islice(rounds, most))
+
+
+@torch.inference_mode()
+def losses(model: EEMLLM, data: ShardDataModule, batches: int) -> dict[str, float | None]:
+    """Mean loss per supervised token over the first packs of ``data.val``, and with each image given to another document.
+
+    Both numbers are of the same packs: those in which every image can move to another document.
+    """
+    sums, tokens = [0.0, 0.0], 0
+    for batch in islice(movable(data.val_dataloader()), batches):
+        batch = batch.to(model.device)
+        moved = replace(batch, pixel_values=batch.pixel_values.roll(images_per_document(batch), 0))
+        sums = [total + model.packed_loss(b).item() for total, b in zip(sums, (batch, moved), strict=True)]
+        tokens += batch.num_targets
+    right, wrong = (total / tokens if tokens else None for total in sums)
+    return {"loss": right, "loss_shuffled_images": wrong, "loss_tokens": tokens}
+
+
+def images_per_document(batch: PackedBatch) -> int:
+    return max(sum(run.visual for run in document) for document in batch.layout.documents)
+
+
+def movable(batches: Any) -> Iterator[PackedBatch]:
+    """Packs in which rolling all images by the most that a document holds leaves none in its document."""
+    for batch in batches:
+        if 0 < 2 * images_per_document(batch) <= len(batch.layout.image_lengths):
+            yield batch
+
+
+def print_scores(results: dict[str, Any]) -> None:
+    table = Table(title="held-out questions")
+    for heading in ("type", "questions", "exact match", "images shuffled", "best constant"):
+        table.add_column(heading, no_wrap=True)
+    for name, row in results["types"].items():
+        control = "" if row["control"] is None else f"{row['control']:.3f}"
+        constant = f"{row['constant']:.3f} ({row['constant_answer'][:20]!r})"
+        table.add_row(name, str(row["questions"]), f"{row['exact_match']:.3f}", control, constant)
+    table.add_row("average over types", "", f"{results['average']:.3f}")
+    console.print(table)

@@ -1,0 +1,179 @@
+"""Image bytes -> RGB picture -> pixels for the vision encoder, and the number of visual tokens they become.
+
+`open_image` reads untrusted bytes: only plain raster formats (no reader that starts another program), and nothing is
+decoded before the size in the file's header was found acceptable.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from lit_eemllm.errors import ConfigError, SampleError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+POLICIES = ("pad", "resize", "crop")
+RESAMPLING = {method.name.lower(): method for method in Image.Resampling}
+MAX_SIDE = 8192  # pixels; pictures with a longer side are first reduced by a whole factor, to bound memory
+MAX_ASPECT = 16  # of what "crop" resizes; longer ends are cut off before, not after, to bound memory
+
+
+def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """Decode the first frame of an image file, upright, in RGB, with transparent pixels on white.
+
+    Args:
+        data: the file's content.
+        name: names the image in messages.
+        max_pixels: largest accepted width x height; Pillow's own limit (`Image.MAX_IMAGE_PIXELS`) holds as well.
+
+    Raises:
+        SampleError: ``image_too_large`` (by its header) or ``bad_image`` (other format, damaged, truncated).
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                found = f"image {name!r} has {image.width} x {image.height} pixels, more than {max_pixels}"
+                raise SampleError("image_too_large", f"{found}; shrink it or raise data.max_image_pixels")
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except (SampleError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SampleError("image_too_large", f"image {name!r}: {error}") from error
+    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
+        message = f"image {name!r} ({len(data)} bytes) cannot be read as {', '.join(FORMATS)}: {error}"
+        raise SampleError("bad_image", message) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range")
+    if image.mode.startswith("I"):  # 16-bit grey values, which Pillow would clip to 255
+        values = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """RGB picture -> normalised pixels of a fixed size.
+
+    Policies: ``pad`` puts the picture in the middle of a square of the mean colour and resizes that, as LLaVA-1.5 does
+    (height must equal width); ``resize`` stretches it; ``crop`` resizes its shortest side to `shortest` and cuts out
+    the centre, as CLIP does.
+    """
+
+    height: int  # pixels of the result
+    width: int
+    patch: int  # side in pixels of the square that becomes a visual token; a remainder at the border is dropped
+    mean: tuple[float, float, float]  # of the values 0..1 of each channel
+    std: tuple[float, float, float]
+    policy: str = "resize"
+    resample: str = "bicubic"
+    shortest: int | None = None  # pixels, used by "crop" alone; default: the larger of height and width
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        for name, value, known in (("policy", self.policy, POLICIES), ("resampling", self.resample, RESAMPLING)):
+            if value not in known:
+                raise ConfigError(f"unknown image {name} {value!r}; known: {', '.join(known)}")
+        size = f"{self.height} x {self.width} pixels"
+        if not 1 <= self.patch <= min(self.height, self.width):
+            raise ConfigError(f"a patch of {self.patch} pixels does not fit into images of {size}")
+        if self.policy == "pad" and self.height != self.width:
+            raise ConfigError(f"image policy 'pad' makes squares, but images are to have {size}")
+        if self.policy == "crop" and self.shortest and self.shortest < max(self.height, self.width):
+            raise ConfigError(f"images resized to a shortest side of {self.shortest} cannot be cropped to {size}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError(f"image mean and std need 3 values, std above 0; found {self.mean} and {self.std}")
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Pixels, float32 [3, height, width], of an RGB picture."""
+        if max(image.size) > MAX_SIDE:
+            image = image.reduce(math.ceil(max(image.size) / MAX_SIDE))
+        size = (self.width, self.height)
+        if self.policy == "pad":
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in self.mean))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        elif self.policy == "crop":
+            keep = MAX_ASPECT * min(image.size)
+            image = _centre(image, min(image.width, keep), min(image.height, keep))
+            shortest, before = self.shortest or max(size), min(image.size)
+            size = (image.width * shortest // before, image.height * shortest // before)
+        image = _centre(image.resize(size, RESAMPLING[self.resample]), self.width, self.height)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+        return (pixels - self._channels(self.mean)) / self._channels(self.std)
+
+    def num_tokens(self, width: int, height: int) -> int:
+        """Visual tokens of a picture of width x height pixels: the same for all, as the result has a fixed size."""
+        return (self.height // self.patch) * (self.width // self.patch)
+
+    def unnormalize(self, pixels: torch.Tensor) -> Image.Image:
+        """The picture that the model sees, from its pixels [3, height, width]."""
+        values = pixels.float().cpu() * self._channels(self.std) + self._channels(self.mean)
+        return Image.fromarray((values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+    @staticmethod
+    def _channels(values: tuple[float, float, float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values from which `from_dict` makes the same transform."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageTransform:
+        """Raises ConfigError on unknown or missing keys."""
+        if wrong := set(values) ^ {field.name for field in fields(cls)}:
+            raise ConfigError(f"image transform: unknown or missing keys {', '.join(sorted(wrong))}")
+        return cls(**values)
+
+    @classmethod
+    def from_preprocessor_config(cls, config: Mapping[str, Any], patch: int) -> ImageTransform:
+        """The transform that a transformers ``preprocessor_config.json`` describes (CLIP, SigLIP, DINOv2, ViT, ...).
+
+        Sizes may be in the old form (a number) or the new one (a mapping); `patch` is the encoder's patch size in
+        pixels. Raises ConfigError if a key is missing or asks for something that no policy does.
+        """
+        crop, normalize = config.get("do_center_crop"), config.get("do_normalize", True)
+        needed = ["size", "resample"] + ["crop_size"] * bool(crop) + ["image_mean", "image_std"] * bool(normalize)
+        if missing := [key for key in needed if config.get(key) is None]:
+            raise ConfigError(f"preprocessor config: {', '.join(missing)} is missing")
+        size, target = config["size"], config["crop_size" if crop else "size"]
+        if isinstance(size, int):
+            size = {"shortest_edge": size} if crop else {"height": size, "width": size}
+        if isinstance(target, int):
+            target = {"height": target, "width": target}
+        by_side = bool(crop) and set(size) == {"shortest_edge"}
+        policy = "crop" if by_side else "resize"
+        refused = {"do_resize": False, "do_rescale": False, "do_pad": True}
+        wrong = [key for key, value in refused.items() if config.get(key) is value]
+        if set(target) != {"height", "width"} or (not by_side and size != target):
+            wrong += ["size", "crop_size"]
+        if not math.isclose(config.get("rescale_factor") or 1 / 255, 1 / 255):
+            wrong.append("rescale_factor")
+        if wrong:
+            found = ", ".join(f"{key}={config.get(key)}" for key in wrong)
+            raise ConfigError(f"preprocessor config: {found} fits none of the image policies {', '.join(POLICIES)}")
+        mean, std = (config["image_mean"], config["image_std"]) if normalize else ((0.0,) * 3, (1.0,) * 3)
+        names = {int(method): name for name, method in RESAMPLING.items()}
+        resample = names.get(config["resample"], config["resample"])
+        shortest = size.get("shortest_edge")
+        return cls(**target, patch=patch, mean=mean, std=std, policy=policy, resample=resample, shortest=shortest)

@@ -1,0 +1,55 @@
+"""From the configuration to a model with its processor: the parts are loaded, joined, and the backend is chosen."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
+
+from ..chat import IMAGE
+from ..mechanisms import build_mechanism
+from .modeling import EEMLLM
+from .processor import Processor
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+
+
+def build(config: ModelConfig) -> tuple[EEMLLM, Processor]:
+    """Load decoder, encoder and tokenizer and join them. Seed torch before: the projector is fresh."""
+    switches = config.mechanism.aligner
+    mechanism = build_mechanism(
+        config.mechanism.preset,
+        config.mechanism.dense_layers,
+        {"value": switches.value, "output": switches.output, "ffn": switches.ffn},
+    )
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.decoder)
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True)])  # no effect if it has one
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    vision = config.vision
+    model = EEMLLM.from_parts(
+        config.decoder,
+        vision.encoder,
+        vision.path,
+        mechanism,
+        image_token_id,
+        select_layer=vision.select_layer,
+        policy=vision.policy,
+    )
+    processor = Processor(tokenizer, config.template, model.vision.transform, image_token_id)
+    model.generation_config.eos_token_id = processor.template.stop_ids
+    model.generation_config.pad_token_id = processor.template.stop_ids[0]
+    return model, processor
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+    """16 hexadecimal digits of names, shapes and a sample of every tensor's values: are these the same base weights?"""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]

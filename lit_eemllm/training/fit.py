@@ -1,0 +1,104 @@
+"""The story of a run: seed, build, connect data, summarise, train or continue, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from ..config import Config, to_yaml
+from ..console import console, quiet_libraries, write_atomically
+from ..data.module import ShardDataModule
+from ..errors import CheckpointError
+from ..model.build import build
+from .checkpoint import FOLDER, AtomicCheckpointIO, load_weights, newest_checkpoint
+from .module import LitEEMLLM
+from .runlog import RunLog, print_summary
+
+
+def fit(config: Config) -> None:
+    """Train, or continue the run found in `config.out`.
+
+    Raises:
+        UserError: configuration, data or checkpoint cannot be used; the message says what to do.
+    """
+    quiet_libraries()
+    out = Path(config.out)
+    resume = find_resume(config)
+
+    # Seed before any module is built: the projector is fresh.
+    seed_everything(config.seed, verbose=False)
+    data = ShardDataModule(config.data, config.seed)
+    data.setup("fit")
+    model, processor = build(config.model)
+    if config.init_from is not None and resume is None:
+        console.print(f"weights: {load_weights(model, Path(config.init_from))}")
+    data.connect(processor.template, model.vision.transform)
+    module = LitEEMLLM(model, config)
+
+    runlog = RunLog(config)
+    trainer = make_trainer(config, runlog)
+    if trainer.is_global_zero:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.yaml", to_yaml(config, comments=True))
+        processor.save(out / "processor")
+        print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size)
+        if resume is not None:
+            console.print(f"continuing from {resume}")
+    with runlog.running():
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    trainer.save_checkpoint(out / FOLDER / f"step-{trainer.global_step}.ckpt")
+    if trainer.is_global_zero:
+        console.print(f"done: {trainer.global_step} steps; run directory {out}")
+
+
+def find_resume(config: Config) -> Path | None:
+    """The checkpoint to continue from, if any, as `config.resume` says."""
+    if config.resume == "never":
+        newest = newest_checkpoint(Path(config.out))
+        if newest is not None:
+            raise CheckpointError(f"resume=never, but {newest} exists: name another `out` or remove the run")
+        return None
+    if config.resume == "auto":
+        return newest_checkpoint(Path(config.out))
+    if not Path(config.resume).is_file():
+        raise CheckpointError(f"resume={config.resume}: no such checkpoint; expected auto, never or a file")
+    return Path(config.resume)
+
+
+def make_trainer(config: Config, runlog: RunLog) -> Trainer:
+    """`config.trainer` goes to Lightning as it is; what this project decides is added."""
+    optim, options = config.optim, dict(config.trainer)
+    out = Path(config.out)
+    if config.data.val is None:
+        validation = {"limit_val_batches": 0}
+    else:  # Lightning counts packs, the config steps
+        every = optim.val_every * options.get("accumulate_grad_batches", 1)
+        validation = {"val_check_interval": every, "check_val_every_n_epoch": None, "limit_val_batches": optim.val_batches}
+    checkpoints = ModelCheckpoint(
+        dirpath=out / FOLDER,
+        filename="step-{step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=optim.save_every,
+        monitor="step",  # Lightning's way to say: keep the newest
+        mode="max",
+        save_top_k=optim.keep,
+    )
+    csv = CSVLogger(out, name="logs", flush_logs_every_n_steps=1)
+    return Trainer(
+        **{
+            "max_steps": optim.max_steps,
+            "logger": [csv, TensorBoardLogger(out, name="logs", version=csv.version)],
+            "log_every_n_steps": optim.log_every,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            **validation,
+            **options,
+            "callbacks": [runlog, checkpoints],
+            "plugins": [AtomicCheckpointIO()],
+        }
+    )

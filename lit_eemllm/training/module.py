@@ -1,0 +1,175 @@
+"""`LitEEMLLM`: the LightningModule. Token-weighted loss over the whole optimiser step, slim self-describing checkpoints."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from .. import __version__
+from ..errors import CheckpointError
+from ..layout import PackedBatch
+from ..model.build import fingerprint
+from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..model import EEMLLM
+
+
+class LitEEMLLM(LightningModule):
+    """Trains an `EEMLLM`.
+
+    Every supervised token of an optimiser step weighs the same, however it was split into micro-batches and ranks: sums
+    are back-propagated, and the gradients are divided once, before clipping, by the step's token count over all ranks.
+
+    Args:
+        model: the model; frozen, cast and moved here as the config says.
+        config: the whole configuration, kept in every checkpoint.
+    """
+
+    def __init__(self, model: EEMLLM, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.trained = apply_tuning(model, config.optim, config.model.dtype)
+        self.model = model
+        self.strict_loading = False  # a checkpoint holds trained weights only; `on_load_checkpoint` is stricter
+        self.val_loss = MeanMetric()
+        self.step_loss: Tensor | float = 0.0  # summed loss of the optimiser step so far, on this rank
+        self.step_tokens = 0
+        self._restored_rng: dict[str, Any] | None = None
+        self.mean_loss = self.grad_norm = torch.tensor(torch.nan)  # of the last optimiser step
+        self.step_lr = 0.0
+
+    def on_fit_start(self) -> None:
+        self.model.set_attention(self.config.model.attention)
+
+    def on_train_epoch_start(self) -> None:
+        set_modes(self.model, self.trained)
+
+    # --- one optimiser step ---
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        loss = self.model.packed_loss(batch)
+        self.step_loss = self.step_loss + loss.detach()
+        self.step_tokens += batch.num_targets
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn what Lightning accumulated (sums, divided by micro-batches and averaged over ranks) into the token mean."""
+        totals = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in (self.step_loss, self.step_tokens)])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+        loss, tokens = totals
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
+        torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
+        self.mean_loss = loss / tokens
+        self.step_lr = optimizer.param_groups[0]["lr"]
+        self.step_loss, self.step_tokens = 0.0, 0
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        most = self.config.optim.clip_grad_norm
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if most is None else most)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optim = self.config.optim
+        groups = parameter_groups(self.model, optim)
+        optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(optim))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        scheduler.step()
+
+    # --- validation: token-weighted loss ---
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        self.val_loss.update(self.model.packed_loss(batch) / batch.num_targets, batch.num_targets)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_loss", self.val_loss.compute())
+        self.val_loss.reset()
+        set_modes(self.model, self.trained)
+
+    # --- checkpoints ---
+
+    def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        prefixes = tuple(f"model.{COMPONENTS[word]}." for word in self.trained)
+        return {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
+
+    def _frozen_fingerprint(self) -> str:
+        kept = self._kept(self.state_dict())
+        return fingerprint({name: tensor for name, tensor in self.state_dict().items() if name not in kept})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self._kept(checkpoint["state_dict"])
+        checkpoint["lit_eemllm"] = {
+            "config": asdict(self.config),
+            "frozen": self._frozen_fingerprint(),
+            "versions": {
+                "lit_eemllm": __version__,
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+                "lightning": lightning.__version__,
+            },
+        }
+        checkpoint["rng"] = rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises CheckpointError unless the checkpoint holds exactly the trained weights of this model."""
+        if "lit_eemllm" not in checkpoint:
+            raise CheckpointError("this file is not a checkpoint of lit_eemllm (it has no section 'lit_eemllm')")
+        expected, found = set(self._kept(self.state_dict())), set(checkpoint["state_dict"])
+        if expected != found:
+            raise CheckpointError(
+                f"the checkpoint does not hold what this configuration trains ({', '.join(self.trained)}): "
+                f"missing {_some(expected - found)}, unexpected {_some(found - expected)}. "
+                "Set optim.tuning as it was, or start from its weights with init_from."
+            )
+        frozen = checkpoint["lit_eemllm"]["frozen"]
+        if frozen != self._frozen_fingerprint():
+            raise CheckpointError(
+                f"the frozen parts differ from those it was trained with (fingerprint {frozen}, here "
+                f"{self._frozen_fingerprint()}): use the same model.decoder, model.vision.path and model.dtype"
+            )
+        self._restored_rng = checkpoint["rng"]
+
+    def on_train_start(self) -> None:
+        if self._restored_rng is not None:  # as late as possible: building loaders may draw numbers
+            set_rng_state(self._restored_rng)
+
+
+def _some(names: set[str]) -> str:
+    return f"{len(names)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})" if names else "none"
+
+
+def rng_state() -> dict[str, Any]:
+    """States of all generators of this process, as types that load with ``weights_only=True``."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  libraries use the global one
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": list(random.getstate()[1]),
+        "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    random.setstate((3, tuple(state["python"]), None))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002

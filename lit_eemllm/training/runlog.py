@@ -1,0 +1,130 @@
+"""What a run tells while it runs: the start-up summary, one line per logged step, a progress bar with the time left."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from rich.table import Table
+
+from ..console import console, progress_bar
+from ..layout import PackedBatch
+from .tuning import COMPONENTS
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from .module import LitEEMLLM
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process: allocated on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size: int) -> None:
+    """Components and what is trained, tokens per step, mechanism."""
+    table = Table("component", "parameters", "trained", "peak lr", title=f"{config.out}", title_justify="left")
+    rates = {"vision": config.optim.vision_lr, "projector": config.optim.projector_lr, "llm": None}
+    for word, name in COMPONENTS.items():
+        count = sum(p.numel() for p in getattr(module.model, name).parameters())
+        trained = word in module.trained
+        rate = f"{config.optim.lr if rates[word] is None else rates[word]:g}"
+        table.add_row(name, f"{count:,}", "yes" if trained else f"frozen, {config.model.dtype}", rate if trained else "")
+    console.print(table)
+    mechanism = module.model.config.mechanism
+    console.print(f"mechanism {config.model.mechanism.preset}: {mechanism}")
+    budget = config.data.pack_tokens
+    console.print(
+        f"tokens per step: at most {budget:,} per pack x {accumulate} packs x {world_size} ranks = "
+        f"{budget * accumulate * world_size:,}; {config.optim.max_steps:,} steps; seed {config.seed}"
+    )
+
+
+class RunLog(Callback):
+    """Writes one line and one row of metrics per logged step, and keeps a progress bar over `max_steps`."""
+
+    def __init__(self, config: Config) -> None:
+        self.every, self.steps = config.optim.log_every, config.optim.max_steps
+        self._bar = progress_bar()
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._tokens = self._targets = self._samples = self._crc = 0
+        self._waited, self._window_start = 0.0, time.perf_counter()
+        self._batch_end = self._window_start
+        self._losses: list[torch.Tensor] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self._bar:
+            yield
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._task = self._bar.add_task("step", total=self.steps, completed=trainer.global_step)
+        self._logged = trainer.global_step
+        self._start_window()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: PackedBatch, batch_idx: int) -> None:
+        self._waited += time.perf_counter() - self._batch_end
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        self._tokens += batch.layout.num_tokens
+        self._targets += batch.num_targets
+        self._samples += len(batch.keys)
+        self._crc = zlib.crc32("\n".join(batch.keys).encode(), self._crc)
+        step = trainer.global_step
+        if step > self._logged + len(self._losses):  # an optimiser step has ended with this batch
+            self._losses.append(pl_module.mean_loss)
+            self._bar.update(self._task, completed=step)
+            if step % self.every == 0 or step == self.steps:
+                self._log(trainer, pl_module, step)
+                self._logged = step
+                self._start_window()
+        self._batch_end = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        loss = trainer.callback_metrics.get("val_loss")
+        if trainer.is_global_zero and loss is not None and not trainer.sanity_checking:
+            self._bar.console.print(f"step {trainer.global_step:>6}  validation loss {loss:.4f}")
+        self._batch_end = time.perf_counter()
+        self._window_start += self._batch_end - self._validation_start  # is no training time
+
+    def _log(self, trainer: Trainer, module: LitEEMLLM, step: int) -> None:
+        seconds = time.perf_counter() - self._window_start
+        world = trainer.world_size
+        metrics: dict[str, float] = {
+            "loss": torch.stack(self._losses).mean().item(),
+            "lr": module.step_lr,
+            "grad_norm": module.grad_norm.item(),
+            "tokens_per_second": world * self._tokens / seconds,
+            "samples_per_second": world * self._samples / seconds,
+            "step_seconds": seconds / len(self._losses),
+            "data_wait_percent": 100 * self._waited / seconds,
+            "memory_gib": peak_memory_gib(),
+            "targets_per_step": world * self._targets / len(self._losses),
+            "keys_crc": self._crc,
+        }
+        skipped = sum(trainer.datamodule.skipped.values()) if trainer.datamodule is not None else 0  # type: ignore[attr-defined]
+        metrics["skipped"] = skipped
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+        if trainer.is_global_zero:
+            self._bar.console.print(
+                f"step {step:>6}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
+                f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_percent']:.0f}%  "
+                f"memory {metrics['memory_gib']:.2f} GiB" + (f"  skipped {skipped}" if skipped else "")
+            )

@@ -1,0 +1,69 @@
+"""What is trained, and how fast: components, parameter groups, the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from ..config import OptimConfig
+    from ..model import EEMLLM
+
+COMPONENTS = {"vision": "vision", "projector": "projector", "llm": "language_model"}
+"""Words of ``optim.tuning`` -> the submodule of the model."""
+
+
+def apply_tuning(model: EEMLLM, config: OptimConfig, frozen_dtype: str) -> list[str]:
+    """Freeze and cast components: trained ones are float32, frozen ones `frozen_dtype`. Returns the trained ones."""
+    trained = [word for word, choice in asdict(config.tuning).items() if choice == "full"]
+    for word, name in COMPONENTS.items():
+        component: nn.Module = getattr(model, name)
+        component.requires_grad_(word in trained)
+        component.to(torch.float32 if word in trained else getattr(torch, frozen_dtype))
+    return trained
+
+
+def set_modes(model: EEMLLM, trained: list[str]) -> None:
+    """Training mode for trained components only: a frozen encoder's dropout and batch statistics stay off."""
+    model.train()
+    for word, name in COMPONENTS.items():
+        getattr(model, name).train(word in trained)
+
+
+def parameter_groups(model: EEMLLM, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups by component's learning rate and by weight decay, which biases and norms do not get."""
+    rates = {"vision": config.vision_lr, "projector": config.projector_lr}
+    groups: list[dict[str, Any]] = []
+    for word, name in COMPONENTS.items():
+        parameters = [p for p in getattr(model, name).parameters() if p.requires_grad]
+        for decays in (True, False):
+            members = [p for p in parameters if (p.ndim > 1) == decays]
+            if members:
+                rate = rates.get(word)
+                groups.append(
+                    {
+                        "name": word if decays else f"{word}, no decay",
+                        "params": members,
+                        "lr": config.lr if rate is None else rate,
+                        "weight_decay": config.weight_decay if decays else 0.0,
+                    }
+                )
+    return groups
+
+
+def schedule(config: OptimConfig) -> Callable[[int], float]:
+    """Factor of the peak learning rate at an optimiser step: linear warm-up, then decay; stays at its end."""
+    warmup = math.ceil(config.warmup_ratio * config.max_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, config.max_steps - warmup))
+        return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
+
+    return factor

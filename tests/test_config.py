@@ -1,0 +1,425 @@
+"""The configuration: precedence, references resolved last, every mistake at once, nothing executed, round trip."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_eemllm.config import MAX_FILES, Config, check, check_names, config_hash, load_config, to_yaml
+from lit_eemllm.errors import ConfigError
+
+GOOD = """
+model: {decoder: some/decoder, vision: {path: some/encoder}}
+data: {train: recipe.yaml}
+optim: {lr: 1e-3, max_steps: 100}
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes files into an empty current directory: write(name=text) -> paths in that order."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**texts: str) -> list[Path]:
+        paths = [Path(f"{name}.yaml") for name in texts]
+        for path, text in zip(paths, texts.values(), strict=True):
+            path.write_text(text, encoding="utf-8")
+        return paths
+
+    return write
+
+
+def mistakes(files, overrides=(), **keywords) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(files, overrides, **keywords)
+    head, *lines = str(caught.value).split("\n  ")
+    assert head.startswith(f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake")
+    return lines
+
+
+def only(files, overrides=(), **keywords) -> str:
+    lines = mistakes(files, overrides, **keywords)
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_defaults_then_files_then_overrides(write):
+    files = write(
+        a=GOOD + "seed: 1\nout: from-a\ntrainer: {devices: 2, strategy: {name: ddp, find: true}}\neval: {control: 3}\n",
+        b="seed: 2\noptim: {betas: [0.8, 0.9]}\ntrainer: {strategy: {find: false}}\n",
+    )
+    config = load_config(files, ["seed=3", "seed=4", "optim.betas=[0.5, 0.6]", "trainer.strategy.extra=x"])
+    assert isinstance(config, Config)
+    assert config.seed == 4
+    assert config.out == "from-a"
+    assert config.optim.betas == [0.5, 0.6]  # a list is replaced, not merged
+    assert config.optim.weight_decay == Config().optim.weight_decay
+    assert config.trainer == {"devices": 2, "strategy": {"name": "ddp", "find": False, "extra": "x"}}
+    assert config.eval.control == 3
+    assert load_config(files[:1]).seed == 1
+    assert load_config(files).seed == 2
+    assert load_config([*files, files[0]]).seed == 1  # a file named twice on the command line wins where it stands last
+
+
+def test_references_are_resolved_after_all_files_and_overrides(write):
+    files = write(
+        a=GOOD + "out: runs/${model.mechanism.preset}/${seed}\neval: {samples: '${trainer.limit}'}\n",
+        b="seed: 2\nmodel: {tokenizer: '${model.decoder}'}\noptim: {projector_lr: '${optim.lr}'}\n"
+        "trainer: {limit: 7}\n",
+    )
+    config = load_config(files)
+    assert (config.out, config.eval.samples) == ("runs/ee_mllm/2", 7)
+    config = load_config(files, ["model.mechanism.preset=llava", "seed=5", "optim.lr=0.5", "trainer.limit=8"])
+    assert config.out == "runs/llava/5"
+    assert config.optim.projector_lr == 0.5
+    assert config.model.tokenizer == "some/decoder"
+    assert config.eval.samples == 8
+    config = load_config(files, ["optim.vision_lr=${optim.eps}", "optim.tuning.vision=full"])
+    assert config.optim.vision_lr == config.optim.eps
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("optim.lr=1e-3", "optim.lr", 0.001),
+        ("optim.lr=2E+1", "optim.lr", 20.0),
+        ("optim.lr=3", "optim.lr", 3.0),
+        ("data.max_image_pixels=1_000", "data.max_image_pixels", 1000),
+        ("model.mechanism.aligner.ffn=off", "model.mechanism.aligner.ffn", False),
+        ("model.mechanism.aligner.ffn=Yes", "model.mechanism.aligner.ffn", True),
+        ("model.mechanism.aligner.ffn=", "model.mechanism.aligner.ffn", None),
+        ("model.mechanism.dense_layers=none", "model.mechanism.dense_layers", "none"),
+        ("model.mechanism.dense_layers=[0, 2]", "model.mechanism.dense_layers", [0, 2]),
+        ("model.mechanism={preset: llava, aligner: {value: no}}", "model.mechanism.aligner.value", False),
+        ("optim.clip_grad_norm=null", "optim.clip_grad_norm", None),
+        # text stays as it is written, whatever YAML would make of it elsewhere
+        ("out=1.50", "out", "1.50"),
+        ("out=no", "out", "no"),
+        ("out=0123", "out", "0123"),
+        ("out=2024-01-01", "out", "2024-01-01"),
+        ("out='runs/a=b: c'", "out", "runs/a=b: c"),
+        ("data.val=~", "data.val", None),
+        ("trainer.limit=1e-3", "trainer.limit", 0.001),
+        # and where the schema does not say, 1:30 is no number of seconds and 010 no octal
+        ("trainer.max_time=1:30", "trainer.max_time", "1:30"),
+        ("trainer.max_time=010", "trainer.max_time", "010"),
+    ],
+)
+def test_values(write, override, key, value):
+    config = asdict(load_config(write(a=GOOD), [override]))
+    for part in key.split("."):
+        config = config[part]
+    assert config == value and type(config) is type(value)
+    # the same text in a file
+    section, _, text = override.partition("=")
+    nested = "".join(f"{'  ' * i}{part}:\n" for i, part in enumerate(section.split(".")))
+    (path,) = write(b=f"{nested.rstrip()} {text}\n")
+    assert asdict(load_config(["a.yaml", path])) == asdict(load_config(["a.yaml"], [override]))
+
+
+def test_every_mistake_at_once_with_file_line_and_nearest_name(write):
+    files = write(
+        a="""\
+optim:
+  lr: fast
+  max_step: 10
+  warmup_ratio: 1.5
+  tuning: {projector: lora}
+model:
+  decodr: x
+  mechanism: {aligner: {ffn: 3}, dense_layers: some}
+  vision: {path: v, select_feature: cls}
+data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
+""",
+        b="optimizer: {lr: 1}\nseed: -1\neval: 3\nbetas: [1]\n",
+    )
+    assert sorted(mistakes(files, ["optim.betas=[1, x]", "quality=3", "eval.batch_size=0", "=3"])) == sorted(
+        [
+            "a.yaml:2: optim.lr: found 'fast' (text), expected a number",
+            "a.yaml:3: optim.max_step: unknown key; did you mean optim.max_steps?",
+            "optim.max_steps: required, but not set; add it to a file or write optim.max_steps=VALUE",
+            "a.yaml:4: optim.warmup_ratio: found 1.5, expected 0 to 1",
+            "a.yaml:5: optim.tuning.projector: found 'lora', expected frozen or full",
+            "a.yaml:7: model.decodr: unknown key; did you mean model.decoder?",
+            "model.decoder: required, but not set; add it to a file or write model.decoder=VALUE",
+            "a.yaml:8: model.mechanism.aligner.ffn: found 3 (a whole number), expected true or false or null",
+            "a.yaml:8: model.mechanism.dense_layers: found 'some', expected all, none, null or a list of distinct "
+            "layer numbers such as [0, 1]",
+            "a.yaml:9: model.vision.select_feature: found 'cls', expected patch or full",
+            "a.yaml:10: data.workers: found 'many' (text), expected a whole number",
+            "a.yaml:10: data.truncation: found 'cut', expected drop or truncate or error",
+            "a.yaml:10: data.pack_samples: found 0, expected 1 or more",
+            "a.yaml:10: data.max_length: 9000 tokens do not fit in a pack of data.pack_tokens=4096",
+            "data.train: required, but not set; add it to a file or write data.train=VALUE",
+            "b.yaml:1: optimizer: unknown key; did you mean optim?",
+            "b.yaml:2: seed: found -1, expected 0 to 4294967295",
+            "b.yaml:3: eval: found 3 (a whole number), expected a section",
+            "b.yaml:4: betas: unknown key; did you mean optim.betas?",
+            "command line: optim.betas: found [1, 'x'] (a list), expected a list of numbers",
+            "command line: quality: unknown key; the top level has: seed, out, resume, init_from, model, data, optim, "
+            "trainer, eval",
+            "command line: eval.batch_size: found 0, expected 1 or more",
+            "command line: =3: expected key=value",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["optim.lr=.nan"], "optim.lr: found nan, expected more than 0"),
+        (["optim.lr=.inf"], "optim.lr: found inf, expected more than 0"),
+        (["optim.lr=0"], "optim.lr: found 0.0, expected more than 0"),
+        (["optim.lr=true"], "optim.lr: found True (true or false), expected a number"),
+        (["optim.weight_decay=-1"], "optim.weight_decay: found -1.0, expected 0 or more"),
+        (["optim.betas=[0.9, 1.0]"], "optim.betas: found [0.9, 1.0], expected two numbers from 0 to below 1"),
+        (["optim.betas=[0.9]"], "optim.betas: found [0.9], expected two numbers from 0 to below 1"),
+        (["optim.max_steps=1.5"], "optim.max_steps: found 1.5 (a number), expected a whole number"),
+        (["optim.max_steps=null"], "optim.max_steps: found null, expected a whole number"),
+        (["optim.schedule=cos"], "optim.schedule: found 'cos', expected cosine or linear or constant"),
+        (["model.mechanism.dense_layers=[0, 0]"], "model.mechanism.dense_layers: found [0, 0], expected all"),
+        (["model.mechanism.dense_layers=[true]"], "model.mechanism.dense_layers: found [True], expected all"),
+        (["model.vision.path=null"], "model.vision.path: required by model.vision.encoder=transformers"),
+        (["model.decoder=[a]"], "model.decoder: found ['a'] (a list), expected text"),
+        (["out={a: b}"], "out: found {'a': 'b'} (a section), expected text"),
+        (["out=' '"], "out: found ' ', expected text that is not empty"),
+        (["data.pack_tokens=100"], "data.max_length: 2048 tokens do not fit in a pack of data.pack_tokens=100"),
+        (["optim.tuning.projector=frozen"], "optim.tuning: vision, projector and llm are all frozen"),
+        (["optim.vision_lr=1"], "optim.vision_lr: has no effect: optim.tuning.vision is frozen"),
+        (
+            ["optim.projector_lr=1", "optim.tuning={projector: frozen, llm: full}"],
+            "optim.projector_lr: has no effect: optim.tuning.projector is frozen",
+        ),
+        (["trainer.max_steps=5"], "trainer.max_steps: belongs to optim.max_steps"),
+        (["trainer.gradient_clip_val=5"], "trainer.gradient_clip_val: belongs to optim.clip_grad_norm"),
+        (["trainer=5"], "trainer: found 5 (a whole number), expected a section"),
+        (["optim=${model}"], "optim: found '${model}' (text), expected a section"),
+        (["seed"], "seed: expected key=value"),
+        (["seed.=1"], "seed.=1: expected key=value"),
+        (["seed=#1"], "seed: found null, expected a whole number"),
+        (["optim.lr.x=1"], "optim.lr.x: unknown key; did you mean optim.lr?"),
+        (["data.learning=1"], "data.learning: unknown key; data has: train, val, pack_tokens,"),
+        (["defaults=[a.yaml]"], "defaults: unknown key"),
+        (["seed=[1"], "seed: not valid YAML: "),
+        (["seed=${modle.decoder}"], "seed: ${modle.decoder} refers to modle.decoder, which is not a key; did you mean"),
+        (["trainer.a=${trainer.b}"], "trainer.a: ${trainer.b} refers to trainer.b, which is not a key"),
+        (["seed=${model.decoder}"], "seed: ${model.decoder} does not give a whole number"),
+        (["out=${model}"], "out: ${model} does not give text"),
+        (["trainer.x=???"], "trainer.x: ??? marks a required key of the schema; write a value"),
+        (["optim.betas=[0.1, '???']"], "optim.betas: ??? marks a required key of the schema; write a value"),
+    ],
+)
+def test_one_mistake(write, overrides, expected):
+    line = only(write(a=GOOD), overrides)
+    assert line.removeprefix("command line: ").removeprefix("a.yaml:3: ").startswith(expected)
+
+
+def test_consequences_of_a_mistake_are_not_listed(write):
+    files = write(a=GOOD + "out: ${optim.schedule}\nseed: '${trainer.a}'\ntrainer: {a: '${trainer.no}'}\n")
+    lines = mistakes(
+        files,
+        ["data.pack_tokens=big", "data.max_length=9000", "optim.max_steps=???", "data.workers=${optim.max_steps}"],
+    )
+    assert [line.partition(": ")[2].partition(":")[0] for line in lines[:1]] == ["data.pack_tokens"]
+    assert len(lines) == 3, lines
+    assert sum("optim.max_steps: required" in line for line in lines) == 1
+    assert sum("trainer.a: ${trainer.no} refers to" in line for line in lines) == 1
+
+
+def test_circular_references_are_named(write):
+    lines = mistakes(write(a=GOOD), ["optim.lr=${optim.eps}", "optim.eps=${optim.lr}"])
+    assert lines[0] == "command line: optim.lr: ${optim.eps} cannot be resolved: Recursive interpolation detected"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 1\nout: x\nseed: 2\n", "x.yaml:3: seed: set twice, first in line 1; remove one"),
+        ("eval:\n  samples: 1\n  samples: 1\n", "x.yaml:3: eval.samples: set twice, first in line 2; remove one"),
+        ("seed: 1\n out: 2\n", "x.yaml:2: not valid YAML: "),
+        (
+            "eval: {samples: ${seed}}\n",
+            "x.yaml:1: not valid YAML: expected ',' or '}', but got '{'; inside [] or {} write",
+        ),
+        ("optim.lr: 1\n", "x.yaml:1: expected a word before the colon; write a key `a.b` as `a:` with `b:` below it"),
+        ("[a]: 1\n", "x.yaml:1: expected a word before the colon"),
+        ("- seed\n", "x.yaml:1: found ['seed'] (a list), expected a section"),
+        ("seed: 1\n---\nseed: 2\n", "x.yaml:2: not valid YAML: but found another document"),
+        ("out: &a x\ninit_from: *a\n", "x.yaml:2: not valid YAML: aliases (*name) are not allowed"),
+        (
+            "seed: !!python/object/apply:os.system ['touch ran']\n",
+            "x.yaml:1: not valid YAML: the tag tag:yaml.org,2002",
+        ),
+        ("out: !!binary aGk=\n", "x.yaml:1: not valid YAML: the tag tag:yaml.org,2002:binary is not allowed"),
+        ("trainer: " + "[" * 5000, "x.yaml:1: not valid YAML: more than 20 levels of nesting"),
+        ("out: \x00\n", "x.yaml: not valid YAML: "),
+        ("# " + "x" * 300_000, "x.yaml: more than 262144 bytes: not a configuration"),
+        ("defaults: {a: b}\n", "x.yaml:1: defaults: expected a list of files, such as [base.yaml]"),
+        (
+            "defaults: [none.yaml]\n",
+            "none.yaml: cannot be read: No such file or directory (named under defaults of x.yaml)",
+        ),
+        (
+            "defaults: [/etc/passwd]\n",
+            "/etc/passwd: a configuration file ends in .yaml or .yml (named under defaults of",
+        ),
+    ],
+)
+def test_broken_files(write, text, expected):
+    (good, broken) = write(a=GOOD, x=text)
+    assert only([good, broken]).startswith(expected)
+    assert not Path("ran").exists()
+
+
+def test_a_file_that_is_not_there_or_empty(write):
+    (good, empty) = write(a=GOOD, empty="# nothing\n")
+    assert only([good, "gone.yaml"]) == "gone.yaml: cannot be read: No such file or directory"
+    assert load_config([good, empty], ["seed=3"]).seed == 3
+    (sections,) = write(sections="model:\noptim:\n  # lr: 3\ntrainer:\n")
+    assert load_config([good, sections]) == load_config([good])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:HOME}",
+        "x${oc.env:HOME,none}",
+        "${oc.decode:'{a: 1}'}",
+        "${oc.create:${model}}",
+        "${oc.select:seed}",
+        "${${out}:HOME}",
+        "${model.${out}}",
+        "\\${seed}",
+        "${ oc.env:HOME}",
+        "${.seed}",
+        "${seed",
+    ],
+)
+@pytest.mark.parametrize("key", ["data.val", "trainer.x"])
+def test_only_plain_references(write, monkeypatch, key, value):
+    monkeypatch.setenv("HOME", "secret")
+    (path,) = write(a=GOOD)
+    nested = {key.partition(".")[0]: {key.partition(".")[2]: [value] if key == "trainer.x" else value}}
+    Path("b.yaml").write_text(yaml.safe_dump(nested), encoding="utf-8")
+    for line in (only([path, "b.yaml"]), only([path], [f"{key}={yaml.safe_dump(value).partition(chr(10))[0]}"])):
+        assert f": {key}: found {value!r}; only a plain reference such as ${{optim.lr}} is allowed" in line
+        assert "secret" not in line
+
+
+def test_a_resolver_that_someone_registered_is_not_run(write):
+    from omegaconf import OmegaConf
+
+    ran = []
+    OmegaConf.register_resolver("lit_test", lambda: ran.append(1))
+    try:
+        assert "only a plain reference" in only(write(a=GOOD), ["out='${lit_test:}'"])
+    finally:
+        OmegaConf.clear_resolver("lit_test")
+    assert not ran
+
+
+def test_defaults_are_relative_to_their_file_and_applied_once(write):
+    Path("base").mkdir()
+    Path("base/common.yaml").write_text(GOOD + "seed: 1\nout: common\neval: {control: 1}\n", encoding="utf-8")
+    Path("base/left.yaml").write_text("defaults: [common.yaml]\nseed: 2\n", encoding="utf-8")
+    Path("base/right.yaml").write_text("defaults: common.yaml\nout: right\n", encoding="utf-8")
+    (top,) = write(top="eval: {control: 5}\ndefaults: [base/left.yaml, base/right.yaml]\n")
+    config = load_config([top])
+    # common, left, right, top: right's own `defaults` do not take back what left says
+    assert (config.seed, config.out, config.eval.control) == (2, "right", 5)
+    assert load_config([top, "base/common.yaml"]).seed == 1  # named on the command line, it counts where it stands
+
+
+def test_defaults_in_a_circle(write):
+    files = write(a="defaults: [b.yaml]\n" + GOOD, b="defaults: [c.yaml]\n", c="defaults: [a.yaml]\n")
+    assert only(files[:1]).endswith("circle: a.yaml -> b.yaml -> c.yaml -> a.yaml")
+    assert only(files[1:2]).endswith("circle: b.yaml -> c.yaml -> a.yaml -> b.yaml")
+
+
+def test_many_defaults_are_refused(write):
+    (good,) = write(a=GOOD)
+    for i in range(MAX_FILES + 1):
+        Path(f"n{i}.yaml").write_text(f"defaults: [n{i + 1}.yaml]\n", encoding="utf-8")
+    assert "built from more than 64 files (named under defaults of n62.yaml)" in only([good, "n0.yaml"])
+
+
+def test_round_trip_and_hash(write):
+    (good,) = write(a=GOOD)
+    awkward = [
+        "out='runs/a: b #c \"quoted\" Größe'",
+        "init_from='1e-3'",
+        "data.val='null'",
+        "optim.eps=1e-30",
+        "model.mechanism.dense_layers=[0, 3]",
+        "model.mechanism.aligner.value=off",
+        "trainer={a: '1e-3', b: 1e-3, c: 'yes', d: '', e: {f: [1, {g: null}], h: {}}, i: '010'}",
+        "trainer.j='2024-01-01'",
+        "trainer.k='~'",
+    ]
+    config = load_config([good], awkward)
+    assert config.data.val == "null" and config.trainer["a"] == "1e-3" and config.trainer["e"]["h"] == {}
+    for comments in (False, True):
+        (path,) = write(saved=to_yaml(config, comments))
+        assert load_config([path]) == config
+        assert config_hash(load_config([path])) == config_hash(config)
+    # ordinary YAML readers agree, but for text that YAML 1.1 has no float for
+    assert yaml.safe_load(to_yaml(config)) == asdict(config)
+    assert config_hash(load_config([good], [*awkward, "seed=1"])) != config_hash(config)
+    orders = [config_hash(load_config([good], [f"trainer={text}"])) for text in ("{a: 1, b: 2}", "{b: 2, a: 1}")]
+    assert orders[0] == orders[1]
+    assert re.fullmatch("[0-9a-f]{16}", config_hash(config))
+
+
+def test_every_key_is_explained():
+    config = load_config(
+        [], ["optim.lr=1", "optim.max_steps=1", "model.decoder=a", "model.vision.path=b", "data.train=c"]
+    )
+    text = to_yaml(config, comments=True).splitlines()
+
+    def keys(section, indent):
+        for item in fields(section):
+            value = getattr(section, item.name)
+            if is_dataclass(value):
+                yield from keys(value, indent + "  ")
+            else:
+                yield f"{indent}{item.name}: "
+
+    for key in keys(config, ""):
+        index = next(i for i, line in enumerate(text) if line.startswith(key))
+        assert re.match(r" *# \S.*\.$", text[index - 1]), key
+
+
+def test_checks_of_names(write):
+    files = write(a=GOOD)
+    load_config(files, checks=[check_names])
+    lines = mistakes(
+        files,
+        [
+            "model.mechanism.preset=lava",
+            "model.attention=x",
+            "model.template=y",
+            "model.vision.encoder=z",
+            "trainer.device=1",
+        ],
+        checks=[check_names, lambda config: [(("seed",), f"found {config.seed}, and {config.optim.lr}")]],
+    )
+    assert [line.partition(": ")[2].partition(":")[0] for line in lines[:-1]] == [
+        "model.mechanism.preset",
+        "model.attention",
+        "model.template",
+        "model.vision.encoder",
+        "trainer.device",
+    ]
+    assert "ee_mllm or llava" in lines[0] and "reference" in lines[1] and "vicuna_v1" in lines[2]
+    assert "transformers" in lines[3] and "did you mean devices?" in lines[4]
+    assert lines[-1] == "seed: found 0, and 0.001"
+
+
+def test_check_of_a_configuration_made_in_python():
+    config = Config()
+    config.optim.lr, config.optim.max_steps, config.model.vision.path = -1.0, 10, "x"
+    assert check(config) == [(("optim.lr",), "found -1.0, expected more than 0")]

@@ -1,0 +1,279 @@
+"""Decoding of untrusted image files, and the transform against transformers' own image processors."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lit_eemllm.errors import ConfigError, SampleError
+from lit_eemllm.images import MAX_SIDE, ImageTransform, open_image
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some noise, so that resampling filters matter."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = np.stack([np.sin(x / 9 + y / 17), np.cos(x / 23), np.sin(y / 5)], -1) * 90 + 128
+    return Image.fromarray((waves + rng.normal(0, 25, waves.shape)).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixel(image: Image.Image, x: int, y: int) -> tuple[int, ...]:
+    return tuple(np.asarray(image)[y, x].tolist())
+
+
+def two_colours(mode: str) -> Image.Image:
+    """Left half red, right half white with half of its opacity where the mode has one."""
+    image = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
+    image.paste((0, 0, 255, 0), (4, 0, 8, 4))
+    return image.convert(mode)
+
+
+# ---------------------------------------------------------------------------------------------------- open_image
+
+
+def palette_with_transparency() -> bytes:
+    image = Image.new("P", (8, 4), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.paste(1, (4, 0, 8, 4))
+    return encoded(image, transparency=1)
+
+
+def sixteen_bit() -> bytes:
+    values = np.full((4, 8), 65535, dtype=np.uint16)
+    values[:, :4] = 32768
+    return encoded(Image.fromarray(values))
+
+
+def animated() -> bytes:
+    frames = [Image.new("RGB", (8, 4), colour) for colour in ("red", "blue")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def cmyk() -> bytes:
+    return encoded(Image.new("RGB", (8, 4), "red").convert("CMYK"), "TIFF")
+
+
+@pytest.mark.parametrize(
+    ("data", "left", "right"),
+    [
+        pytest.param(encoded(two_colours("RGBA")), (255, 0, 0), (255, 255, 255), id="alpha-over-white"),
+        pytest.param(encoded(two_colours("LA")), (76, 76, 76), (255, 255, 255), id="grey-alpha"),
+        pytest.param(palette_with_transparency(), (255, 0, 0), (255, 255, 255), id="palette-transparency"),
+        pytest.param(encoded(Image.new("1", (8, 4), 1)), (255, 255, 255), (255, 255, 255), id="one-bit"),
+        pytest.param(sixteen_bit(), (128, 128, 128), (255, 255, 255), id="sixteen-bit"),
+        pytest.param(b"P5 2 1 65535\n\x80\x00\xff\xff", (128, 128, 128), (255, 255, 255), id="sixteen-bit-ppm"),
+        pytest.param(animated(), (255, 0, 0), (255, 0, 0), id="first-frame"),
+        pytest.param(cmyk(), (255, 0, 0), (255, 0, 0), id="cmyk"),
+    ],
+)
+def test_every_mode_becomes_rgb(data, left, right) -> None:
+    image = open_image(data, "x", 100)
+    assert image.mode == "RGB"
+    assert pixel(image, 0, 0) == left
+    assert pixel(image, image.width - 1, 0) == right
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = Image.new("RGB", (8, 4), "red")
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    assert open_image(encoded(image, "JPEG", exif=exif), "x", 100).size == (4, 8)
+
+
+def png_promise(width: int, height: int) -> bytes:
+    """A PNG whose header promises a size and that holds no pixels: decoding it must fail."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b"")]
+    packed = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize("side", [101, 12_000, 100_000])
+def test_size_is_checked_before_decoding(side) -> None:
+    """Above our own limit, above Pillow's warning and above Pillow's refusal, by the header alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(SampleError, match=r"'a/b\.png'") as caught:
+            open_image(png_promise(side, side), "a/b.png", 10_000)
+    assert caught.value.reason == "image_too_large"
+    assert open_image(encoded(Image.new("RGB", (100, 100))), "x", 10_000).size == (100, 100)
+
+
+def test_pillow_limit_holds_when_ours_is_larger(monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(SampleError) as caught:
+        open_image(encoded(Image.new("RGB", (20, 20))), "x", 10**9)
+    assert caught.value.reason == "image_too_large"
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no image", POSTSCRIPT, png_promise(10, 10)], ids=["empty", "text", "eps", "png"]
+)
+def test_what_is_no_image_is_refused(data) -> None:
+    with pytest.raises(SampleError, match="'name'") as caught:
+        open_image(data, "name", 10_000)
+    assert caught.value.reason == "bad_image"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_damaged_files_never_raise_anything_else(format) -> None:
+    data = encoded(picture(40, 30), format)
+    for share in (0.3, 0.6, 0.9):
+        with pytest.raises(SampleError) as caught:
+            open_image(data[: int(len(data) * share)], "x", 10_000)
+        assert caught.value.reason == "bad_image"
+    rng = np.random.default_rng(0)
+    for _ in range(60):  # flipped bytes may leave a readable picture
+        damaged = bytearray(data)
+        for position in rng.integers(0, min(len(data), 400), 4):
+            damaged[position] = rng.integers(256)
+        with contextlib.suppress(SampleError):
+            assert open_image(bytes(damaged), "x", 10_000).mode == "RGB"
+
+
+# ------------------------------------------------------------------------------------------------ ImageTransform
+
+
+def processors() -> dict:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    return {
+        "clip": CLIPImageProcessorPil(),
+        "clip-336": CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
+        "dinov2-like": CLIPImageProcessorPil(size={"shortest_edge": 256}, resample=2),
+        "crop-landscape": CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 30, "width": 64}),
+        "siglip": SiglipImageProcessorPil(size={"height": 384, "width": 384}),
+        "stretch-not-square": SiglipImageProcessorPil(size={"height": 64, "width": 96}, resample=3),
+        "not-normalised": SiglipImageProcessorPil(do_normalize=False),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(processors()))
+def test_same_pixels_as_transformers(name) -> None:
+    """The same resize of the same uint8 picture: equal up to float32 rounding of the normalisation."""
+    processor = processors()[name]
+    from_file = json.loads(processor.to_json_string())
+    transform = ImageTransform.from_preprocessor_config(from_file, patch=14)
+    for width, height in ((64, 48), (48, 64), (224, 224), (225, 301), (53, 47), (600, 40), (700, 500)):
+        image = picture(width, height)
+        expected = processor(image, return_tensors="pt")["pixel_values"][0]
+        pixels = transform(image)
+        assert pixels.dtype == torch.float32
+        assert pixels.is_contiguous()
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
+
+
+def test_old_preprocessor_config_with_numbers() -> None:
+    old = {"crop_size": 336, "size": 336, "do_center_crop": True, "do_normalize": True, "resample": 3}
+    old |= {"image_mean": list(MEAN), "image_std": list(STD), "feature_extractor_type": "CLIPFeatureExtractor"}
+    expected = ImageTransform(336, 336, 14, MEAN, STD, "crop", "bicubic", 336)
+    assert ImageTransform.from_preprocessor_config(old, 14) == expected
+    assert ImageTransform.from_preprocessor_config({**old, "do_center_crop": False}, 14).policy == "resize"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": {"shortest_edge": 224}}, "shortest_edge"),
+        ({"size": {"height": 64, "width": 64}, "do_center_crop": True, "crop_size": 32}, "crop_size=32"),
+        ({"size": 32, "do_center_crop": True, "crop_size": 64}, "cannot be cropped"),
+        ({"do_resize": False}, "do_resize=False"),
+        ({"do_rescale": False}, "do_rescale=False"),
+        ({"do_pad": True}, "do_pad=True"),
+        ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"resample": 99}, "99"),
+        ({"image_mean": None}, "image_mean is missing"),
+        ({"image_std": [0.5]}, "3 values"),
+        ({"size": 8}, "patch"),
+    ],
+)
+def test_unsupported_preprocessor_config_is_refused(change, message) -> None:
+    config = {"size": 224, "resample": 3, "image_mean": list(MEAN), "image_std": list(STD)}
+    ImageTransform.from_preprocessor_config(config, 14)
+    with pytest.raises(ConfigError, match=message):
+        ImageTransform.from_preprocessor_config(config | change, 14)
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 20), (20, 60), (31, 40), (50, 50)])
+def test_pad_is_a_square_of_the_mean_colour(width, height) -> None:
+    """Against NumPy: the rows (or columns) around the picture hold int(255 x mean), as LLaVA's padding does."""
+    side = max(width, height)
+    image = picture(width, height)
+    expected = np.broadcast_to(np.array([int(255 * channel) for channel in MEAN], np.uint8), (side, side, 3)).copy()
+    top, left = (side - height) // 2, (side - width) // 2
+    expected[top : top + height, left : left + width] = np.asarray(image)
+    seen = ImageTransform(side, side, 10, MEAN, STD, "pad")
+    assert np.array_equal(np.asarray(seen.unnormalize(seen(image))), expected)
+    smaller = ImageTransform(24, 24, 8, MEAN, STD, "pad")
+    resized = Image.fromarray(expected).resize((24, 24), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(smaller.unnormalize(smaller(image))), np.asarray(resized))
+
+
+@pytest.mark.parametrize("policy", ["pad", "resize", "crop"])
+@pytest.mark.parametrize(("width", "height"), [(3 * MAX_SIDE, 1), (1, 3 * MAX_SIDE), (MAX_SIDE + 1, 300)])
+def test_extreme_sides_stay_within_bounds(policy, width, height, monkeypatch) -> None:
+    areas = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda i, s, *a: areas.append(s[0] * s[1]) or resize(i, s, *a))
+    transform = ImageTransform(28, 28, 14, MEAN, STD, policy)
+    pixels = transform(Image.new("RGB", (width, height), "white"))
+    assert pixels.shape == (3, 28, 28)
+    assert pixel(transform.unnormalize(pixels), 14, 14)[0] > 100
+    assert max(areas) <= 17 * 28 * 28
+
+
+def test_tokens_dict_and_resampling() -> None:
+    transform = ImageTransform(384, 384, 14, MEAN, STD, "resize", "bilinear")
+    assert transform.num_tokens(1000, 3) == 27 * 27  # SigLIP so400m/14 at 384 pixels
+    assert ImageTransform(28, 56, 14, MEAN, STD).num_tokens(9, 9) == 2 * 4
+    stored = json.loads(json.dumps(transform.to_dict()))
+    assert ImageTransform.from_dict(stored) == transform
+    assert hash(ImageTransform.from_dict(stored)) == hash(transform)
+    image = picture(50, 40)
+    nearest = ImageTransform(40, 50, 10, MEAN, STD, "resize", "nearest")
+    assert np.array_equal(np.asarray(nearest.unnormalize(nearest(image))), np.asarray(image))
+    assert not torch.equal(transform(image), ImageTransform(384, 384, 14, MEAN, STD)(image))
+    for broken in ({**stored, "sise": 3}, {key: stored[key] for key in stored if key != "mean"}):
+        with pytest.raises(ConfigError, match=r"sise|mean"):
+            ImageTransform.from_dict(broken)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": "squash"}, "pad, resize, crop"),
+        ({"resample": "cubic"}, "bicubic"),
+        ({"policy": "pad", "width": 56}, "28 x 56"),
+        ({"policy": "crop", "shortest": 20}, "20"),
+        ({"patch": 29}, "29"),
+        ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
+    ],
+)
+def test_impossible_transforms_are_refused(values, message) -> None:
+    good = {"height": 28, "width": 28, "patch": 14, "mean": MEAN, "std": STD}
+    with pytest.raises(ConfigError, match=message):
+        ImageTransform(**{**good, **values})

@@ -1,0 +1,309 @@
+"""Training: exact resume after SIGKILL, token-weighted steps, slim and safe checkpoints, what is trained, honest logs."""
+
+import csv
+import math
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from lit_eemllm.config import to_yaml
+from lit_eemllm.errors import CheckpointError
+from lit_eemllm.training import runlog
+from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
+from lit_eemllm.training.fit import fit
+from lit_eemllm.training.module import LitEEMLLM
+from lit_eemllm.training.runlog import RunLog
+from lit_eemllm.training.tuning import schedule
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    tiny.write_parts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blend(tmp_path_factory):
+    """A recipe that blends two shard folders."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny.write_shards(folder / "a")
+    tiny.write_shards(folder / "b", train=90)
+    recipe = folder / "blend.yaml"
+    recipe.write_text(
+        "splits:\n  train:\n    blend:\n      - {path: a, weight: 2}\n      - {path: b, weight: 1}\n"
+        "  val:\n    path: a\n"
+    )
+    return recipe
+
+
+def metrics(run):
+    """step -> row of all metrics files, later files win."""
+    rows = {}
+    for file in sorted(run.glob("logs/version_*/metrics.csv")):
+        with file.open() as lines:
+            rows |= {int(row["step"]): row for row in csv.DictReader(lines) if row["loss"]}
+    return rows
+
+
+def assert_same(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.equal(b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_resumed_run_equals_an_unbroken_one(tmp_path, parts, blend, workers):
+    """20 steps = about 10 + SIGKILL + resume, with shuffling, blending, packing and accumulation: bit-equal."""
+    options = (f"data.workers={workers}", "trainer.accumulate_grad_batches=2")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    fit(tiny.config(parts, blend, whole, *options))
+
+    config = tiny.config(parts, blend, cut, *options)
+    file = tmp_path / "cut.yaml"
+    file.write_text(to_yaml(config))
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen([sys.executable, "-m", "lit_eemllm", "fit", file], stdout=output, stderr=output)
+        deadline = time.monotonic() + 120
+        while not (cut / "checkpoints" / "step-10.ckpt").is_file():
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert newest_checkpoint(cut).name == "step-10.ckpt"
+    killed_at = max(metrics(cut))
+    fit(config)
+
+    rows, true = metrics(cut), metrics(whole)
+    assert sorted(rows) == sorted(true) == list(range(1, 21)) and 10 <= killed_at < 20
+    for step in true:
+        for name in ("loss", "lr", "grad_norm", "keys_crc"):
+            assert rows[step][name] == true[step][name], (step, name)
+    assert len({row["keys_crc"] for row in true.values()}) == 20
+    a, b = (read_checkpoint(run / "checkpoints" / "step-20.ckpt") for run in (cut, whole))
+    for section in ("state_dict", "optimizer_states", "lr_schedulers", "rng"):
+        assert_same(a[section], b[section], section)
+    assert_same(a["ShardDataModule"], b["ShardDataModule"], "data")
+
+
+def test_same_seed_same_run_and_another_seed_another(tmp_path, parts, blend):
+    runs = []
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        fit(tiny.config(parts, blend, tmp_path / out, f"seed={seed}", "optim.max_steps=3"))
+        runs.append(read_checkpoint(newest_checkpoint(tmp_path / out))["state_dict"])
+    assert_same(runs[0], runs[1])
+    assert any(not runs[0][name].equal(runs[2][name]) for name in runs[0])
+
+
+class Probe(LitEEMLLM):
+    """Keeps the gradients that the optimiser would get, unclipped."""
+
+    def configure_gradient_clipping(self, *args, **kwargs):
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+
+def one_step(documents_per_pack, parts, tmp_path):
+    """Gradients of one optimiser step over eight documents, in packs of so many."""
+    documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 6], [9], [1, 0, 2], [4, 0, 8], [2, 0, 2]]
+    whole = [tiny.pack([doc], seed) for seed, doc in enumerate(documents)]
+    packs = [join(whole[i : i + documents_per_pack]) for i in range(0, 8, documents_per_pack)]
+    config = tiny.config(parts, "unused", tmp_path, "optim.max_steps=1", "optim.tuning.vision=full")
+    module = Probe(tiny.model(), config)
+    trainer = Trainer(
+        max_steps=1, accumulate_grad_batches=len(packs), accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(packs, batch_size=None))
+    return module, packs
+
+
+def join(batches):
+    """One pack of several single-document packs."""
+    joined = tiny.pack([[run.length if not run.visual else 0 for run in b.layout.documents[0]] for b in batches])
+    offsets = [sum(b.layout.num_text for b in batches[:i]) for i in range(len(batches))]
+    joined.input_ids = torch.cat([b.input_ids for b in batches])
+    joined.target_rows = torch.cat([b.target_rows + offset for b, offset in zip(batches, offsets, strict=True)])
+    joined.targets = torch.cat([b.targets for b in batches])
+    pixels = [b.pixel_values for b in batches if b.pixel_values is not None]
+    joined.pixel_values = torch.cat(pixels) if pixels else None
+    return joined
+
+
+def test_every_token_of_a_step_weighs_the_same(tmp_path, parts):
+    """8 documents in one pack, 1 x 8 accumulated, 4 x 2: the same gradient, which is that of the token mean."""
+    (whole, packs), *others = (one_step(n, parts, tmp_path) for n in (8, 1, 2))
+    model = tiny.model().train()
+    model.requires_grad_(True)
+    (model.packed_loss(packs[0]) / packs[0].num_targets).backward()
+    true = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    largest = max(g.abs().max() for g in true.values())
+    for module in (whole, *(module for module, _ in others)):
+        assert module.gradients.keys() == true.keys()
+        for name, gradient in true.items():
+            assert (module.gradients[name] - gradient).abs().max() <= 1e-5 * max(gradient.abs().max(), 1e-3 * largest), name
+    losses = [module.mean_loss.item() for module in (whole, *(module for module, _ in others))]
+    assert losses == pytest.approx([(model.packed_loss(packs[0]) / packs[0].num_targets).item()] * 3, rel=1e-5)
+
+
+def test_checkpoint_holds_what_was_trained_and_is_strict(tmp_path, parts, blend):
+    config = tiny.config(parts, blend, tmp_path / "a", "optim.tuning.llm=frozen", "optim.max_steps=2")
+    fit(config)
+    path = newest_checkpoint(tmp_path / "a")
+    checkpoint = read_checkpoint(path)
+    assert set(checkpoint["state_dict"]) == {
+        f"model.projector.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")
+    }
+    assert checkpoint["lit_eemllm"]["config"]["optim"]["max_steps"] == 2
+
+    longer = tiny.config(parts, blend, tmp_path / "a", "optim.max_steps=4")  # trains the decoder too
+    with pytest.raises(CheckpointError, match=r"trains \(projector, llm\): missing \d+ .*unexpected none"):
+        fit(longer)
+    tiny_parts = tmp_path / "parts"
+    tiny.write_parts(tiny_parts)
+    weights = tiny_parts / "encoder" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-200:] = bytes(200)
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match="frozen parts differ"):
+        fit(tiny.config(tiny_parts, blend, tmp_path / "a", "optim.tuning.llm=frozen", "optim.max_steps=4"))
+
+    # finetune from the pretrained projector: weights only, a new schedule
+    fit(tiny.config(parts, blend, tmp_path / "b", f"init_from={tmp_path / 'a'}", "optim.max_steps=1", "optim.lr=1e-30"))
+    after = read_checkpoint(newest_checkpoint(tmp_path / "b"))["state_dict"]
+    assert all(after[name].equal(tensor) for name, tensor in checkpoint["state_dict"].items())
+
+
+def test_broken_foreign_and_hostile_checkpoints_are_refused(tmp_path, parts, blend):
+    good = tmp_path / "good.ckpt"
+    torch.save({"lit_eemllm": {}, "x": torch.zeros(100)}, good)
+    assert read_checkpoint(good)["x"].shape == (100,)
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(good.read_bytes()[:-300])
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {}}, foreign)
+    sentinel = tmp_path / "executed"
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(sentinel), "w"))
+
+    hostile, plain = tmp_path / "hostile.ckpt", tmp_path / "plain.ckpt"
+    torch.save({"lit_eemllm": Bomb()}, hostile)
+    plain.write_bytes(pickle.dumps({"lit_eemllm": Bomb()}))
+    for path, reason in [(cut, "not readable"), (foreign, "no section"), (hostile, "not readable"), (plain, "not readable"),
+                         (tmp_path / "none.ckpt", "no such")]:  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"{path.name}.*{reason}"):
+            read_checkpoint(path)
+        with pytest.raises(CheckpointError):
+            fit(tiny.config(parts, blend, tmp_path / "run", f"resume={path}"))
+    assert not sentinel.exists()
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, parts, blend, monkeypatch):
+    config = tiny.config(parts, blend, tmp_path, "optim.max_steps=4", "optim.save_every=2", "optim.val_every=50")
+    save, calls = torch.save, []
+
+    def full_disk(value, file):
+        calls.append(file)
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise OSError("No space left on device")
+        save(value, file)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        fit(config)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2.ckpt"]
+    assert read_checkpoint(tmp_path / "checkpoints" / "step-2.ckpt")["global_step"] == 2
+
+
+@pytest.mark.parametrize("trained", [("projector",), ("projector", "llm"), ("vision", "projector", "llm")], ids=str)
+def test_only_what_is_tuned_changes_and_all_of_it(tmp_path, parts, blend, trained):
+    words = {part: "full" if part in trained else "frozen" for part in ("vision", "projector", "llm")}
+    options = [f"optim.tuning.{part}={word}" for part, word in words.items()]
+    config = tiny.config(parts, blend, tmp_path, *options, "optim.projector_lr=1e-2", "optim.max_steps=2", "model.dtype=bfloat16")
+    module = LitEEMLLM(tiny.model("llama-gqa"), config)
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    assert {g["lr"] * 5 for g in groups if g["name"].startswith("projector")} == {1e-2}  # times the first warm-up factor
+    names = {id(p): name for name, p in module.model.named_parameters()}
+    grouped = [names[id(p)] for g in groups for p in g["params"]]
+    component = {"vision": "vision.", "projector": "projector.", "llm": "language_model."}
+    expected = [n for n in names.values() if n.startswith(tuple(component[part] for part in trained))]
+    assert sorted(grouped) == sorted(expected)
+    assert all(g["weight_decay"] == 0 for g in groups)
+    for part, prefix in component.items():
+        dtype = torch.float32 if part in trained else torch.bfloat16
+        assert {p.dtype for n, p in module.model.named_parameters() if n.startswith(prefix)} == {dtype}
+    before = {n: p.clone() for n, p in module.model.named_parameters()}
+    trainer = Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, DataLoader([tiny.pack([[3, 0, 4], [5]]), tiny.pack([[2, 0, 1, 0, 3]])], batch_size=None))
+    changed = {n for n, p in module.model.named_parameters() if not p.equal(before[n])}
+    unused = {n for n in expected if "layers.2" in n and n.startswith("vision")} | {n for n in expected if "post_layernorm" in n}
+    ids_seen = {n for n in expected if n.endswith("lm_head.weight")}
+    assert changed <= set(expected) and set(expected) - unused - ids_seen <= changed
+
+
+def test_schedule_by_hand():
+    optim = SimpleNamespace(max_steps=100, warmup_ratio=0.03, schedule="cosine")
+    factor = schedule(optim)
+    assert [factor(step) for step in range(4)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert factor(3 + 97 // 2) == pytest.approx(0.5 * (1 + math.cos(math.pi * 48 / 97)))
+    assert factor(100) == factor(500) == pytest.approx(0)  # it never climbs back
+    optim.schedule = "linear"
+    assert schedule(optim)(51) == pytest.approx(49 / 97)
+    optim.schedule, optim.warmup_ratio = "constant", 0.0
+    assert {schedule(optim)(step) for step in (0, 50, 500)} == {1.0}
+
+
+def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts):
+    """Two steps of two packs: waits of 1 s, work of 3 s, and a validation of 100 s that does not count."""
+    now = [0.0]
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
+    config = tiny.config(parts, "unused", tmp_path, "optim.log_every=2", "optim.max_steps=2")
+    log, logged = RunLog(config), []
+    logger = SimpleNamespace(log_metrics=lambda values, step: logged.append((step, values)))
+    trainer = SimpleNamespace(
+        global_step=0, world_size=1, loggers=[logger], is_global_zero=True, callback_metrics={}, sanity_checking=False,
+        datamodule=SimpleNamespace(skipped={"bad_image": 2}),
+    )  # fmt: skip
+    module = SimpleNamespace(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0), step_lr=0.5)
+    batch = tiny.pack([[3, 0, 4], [5]])  # 28 tokens, 2 + 3 + 4 = 9 targets
+    log.on_train_start(trainer, module)
+    for micro in range(4):
+        now[0] += 1
+        log.on_train_batch_start(trainer, module, batch, micro)
+        now[0] += 3
+        if micro % 2:
+            trainer.global_step += 1
+            module.mean_loss = torch.tensor(float(trainer.global_step))
+        log.on_train_batch_end(trainer, module, None, batch, micro)
+        if micro == 1:
+            log.on_validation_start(trainer, module)
+            now[0] += 100
+            log.on_validation_end(trainer, module)
+    ((step, values),) = logged
+    assert step == 2 and values["loss"] == 1.5 and values["lr"] == 0.5 and values["grad_norm"] == 2.0
+    assert values["tokens_per_second"] == 4 * 28 / 16 and values["samples_per_second"] == 8 / 16
+    assert values["step_seconds"] == 8 and values["data_wait_percent"] == 25 and values["targets_per_step"] == 18
+    assert values["skipped"] == 2

@@ -1,0 +1,273 @@
+"""Make the tiny pretrained parts of the shapes demo: a tokenizer, a vision encoder and a decoder, in transformers folders.
+
+    python tools/make_tiny_parts.py [--out data_recipes/parts] [--only tokenizer encoder decoder]
+
+They stand for the pretrained SigLIP and Vicuna of a real run and know more of the shapes set than those would:
+
+* The encoder is trained on *labels of each 16 x 16 patch* (colour, shape, height of the bar, letters of the word) of
+  training scenes. It sees no question and no answer, but this nearly solves the vision beforehand.
+* The decoder is trained on *text only*: questions like those of the set about scenes told in words. It never sees a picture,
+  but it has learnt to look up, count and compare what it is told, as a large language model has.
+
+No part sees a validation scene: pictures and told scenes come from `shapes.rows_and_scenes("train", ...)`, whose scenes are
+those with ``is_val(scene) == False``. Runs on the CPU in about MINUTES; the same seed, versions and number of threads give the
+same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "data_recipes"))
+import shapes  # noqa: E402
+
+SEED = 20  # also of the scenes: the demo draws its own with seed 0
+BOS, END, PAD, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}<|user|>{% elif message['role'] == 'assistant' %}<|assistant|>{% endif %}"
+    "{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def make_tokenizer(out: Path) -> None:
+    """Byte-level BPE trained on the questions and answers of training rows and on scenes told in words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=[PAD, BOS, END, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((turn for pair in told_rows(8000) for turn in pair), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[USER, ASSISTANT],
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(out)
+
+
+# ---------------------------------------------------------------- vision encoder
+
+LABELS = {  # the classes of a patch; class 0 of each means nothing
+    "colour": ("", *shapes.COLOURS),
+    "shape": ("", *shapes.SHAPES),
+    "height": ("", *shapes.BAR_HEIGHTS),
+    **{f"letter {n}": ("", *sorted({word[n] for word in shapes.WORDS})) for n in range(3)},
+}
+
+
+def patch_labels(scene: shapes.Scene) -> np.ndarray:
+    """[16 patches, len(LABELS)] classes of what each patch shows; patches are in reading order."""
+    classes = np.zeros((shapes.GRID, shapes.GRID, len(LABELS)), dtype=np.int64)
+    names = list(LABELS)
+
+    def put(rows: slice, columns: slice, **values: str | int) -> None:
+        for name, value in values.items():
+            name = name.replace("_", " ")
+            classes[rows, columns, names.index(name)] = LABELS[name].index(value)
+
+    for place, item in enumerate(scene["items"]):
+        if scene["kind"] == "objects":
+            row, column = divmod(item[0], shapes.GRID)
+            put(slice(row, row + 1), slice(column, column + 1), colour=item[1], shape=item[2])
+        elif scene["kind"] == "bars":
+            top = shapes.SIZE - 2 - shapes.BAR_UNIT * item[1]
+            put(slice(top // shapes.CELL, None), slice(place, place + 1), colour=item[0], height=item[1])
+        else:
+            word, colour = item[:2]
+            left, top, right, bottom = shapes.word_box(item)
+            rows = slice(top // shapes.CELL, (bottom - 1) // shapes.CELL + 1)
+            columns = slice(left // shapes.CELL, (right - 1) // shapes.CELL + 1)
+            put(rows, columns, colour=colour, letter_0=word[0], letter_1=word[1], letter_2=word[2])
+    return classes.reshape(-1, len(LABELS))
+
+
+def labelled_batches(size: int, seed: int, split: str = "train") -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (pixels [size, 3, 64, 64] in -1..1, classes [size, 16, len(LABELS)]) of the scenes of a split.
+
+    A third are additional words, which are the hardest to read.
+    """
+    every, words = (
+        (scene for _, items in shapes.rows_and_scenes(split, sys.maxsize, seed, types) for scene in items)
+        for types in (shapes.TYPES, ("word",))
+    )
+    while True:
+        batch = [*islice(every, size - size // 3), *islice(words, size // 3)]
+        pixels = np.stack([np.asarray(shapes.render(scene).convert("RGB")) for scene in batch])
+        labels = np.stack([patch_labels(scene) for scene in batch])
+        yield torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, torch.from_numpy(labels)
+
+
+def make_encoder(out: Path, steps: int = 2500, batch: int = 128, lr: float = 1.5e-3) -> None:
+    """A SigLIP vision tower trained to tell, from its last hidden state of a patch, what the patch shows."""
+    torch.manual_seed(SEED)
+    config = SiglipVisionConfig(
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=shapes.SIZE,
+        patch_size=shapes.CELL,
+        vision_use_head=False,
+    )
+    model = SiglipVisionModel(config)
+    heads = nn.ModuleList(nn.Linear(config.hidden_size, len(classes)) for classes in LABELS.values())
+    optimiser, schedule = adamw([*model.parameters(), *heads.parameters()], lr, steps)
+    start = time.monotonic()
+    for step, (pixels, labels) in enumerate(islice(labelled_batches(batch, SEED), steps), start=1):
+        states = model(pixels, output_hidden_states=True).hidden_states[-1]
+        loss = sum(cross_entropy(head(states).flatten(0, 1), labels[..., n].flatten()) for n, head in enumerate(heads))
+        update(loss, optimiser, schedule)
+        if step % 250 == 0:
+            print(f"encoder step {step} loss {loss.item():.4f} ({time.monotonic() - start:.0f} s)", flush=True)
+    with torch.no_grad():  # reported only: nothing is chosen by it
+        pixels, labels = next(labelled_batches(2000, SEED, "val"))
+        states = model(pixels, output_hidden_states=True).hidden_states[-1]
+        for n, (name, head) in enumerate(zip(LABELS, heads, strict=True)):
+            something = labels[..., n] > 0
+            right = (head(states).argmax(-1) == labels[..., n])[something].float().mean().item()
+            print(f"encoder, validation scenes: {name} right in {right:.4f} of the patches that have one")
+    model.save_pretrained(out)
+    preprocessor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": shapes.SIZE, "width": shapes.SIZE},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- decoder
+
+
+def tell(scene: shapes.Scene, rng: random.Random) -> str:
+    """The scene in words, its items in random order: "top left red circle, bottom right blue ring."."""
+    told = []
+    for item in scene["items"]:
+        if scene["kind"] == "objects":
+            row, column = divmod(item[0], shapes.GRID)
+            told.append(f"{shapes.QUADRANTS[2 * (row // 2) + column // 2]} {item[1]} {item[2]}")
+        elif scene["kind"] == "bars":
+            told.append(f"bar {item[0]} height {item[1]}")
+        else:
+            told.append(f"{item[1]} word {item[0]}")
+    rng.shuffle(told)
+    return ", ".join(told) + "."
+
+
+def told_rows(count: int) -> Iterator[tuple[str, str]]:
+    """(question, answer) of training rows with each picture replaced by words."""
+    rng = random.Random(SEED)
+    for row, shown in shapes.rows_and_scenes("train", count, SEED + 1):
+        question, answer = (turn["value"] for turn in row["conversations"])
+        for scene in shown:
+            question = question.replace("<image>", tell(scene, rng), 1)
+        yield question, answer
+
+
+def make_decoder(out: Path, tokenizer: PreTrainedTokenizerFast, steps: int = 2500, batch: int = 64, lr: float = 2e-3) -> None:
+    """A small Llama trained on told rows: every token counts, answers as much as all else together."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,  # the usual 0.02 learns slowly at this width
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
+    optimiser, schedule = adamw(model.parameters(), lr, steps)
+    told, start = told_rows(steps * batch), time.monotonic()
+    for step in range(1, steps + 1):
+        prompts, answers = zip(*islice(told, batch), strict=True)
+        texts = [f"{BOS}{USER}{p}{END}{ASSISTANT}{a}{END}" for p, a in zip(prompts, answers, strict=True)]
+        encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        logits = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).logits[:, :-1]
+        targets = encoded.input_ids[:, 1:]
+        answered = (encoded.input_ids == tokenizer.convert_tokens_to_ids(ASSISTANT)).cumsum(1)[:, :-1] > 0
+        losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        real = encoded.attention_mask[:, 1:].bool()
+        loss = losses[real & answered].mean() + losses[real & ~answered].mean()
+        update(loss, optimiser, schedule)
+        if step % 250 == 0:
+            right = (logits.argmax(-1) == targets)[real & answered].float().mean().item()
+            print(f"decoder step {step} loss {loss.item():.4f} right {right:.4f} ({time.monotonic() - start:.0f} s)", flush=True)
+    model.save_pretrained(out)
+
+
+# ---------------------------------------------------------------- training
+
+
+def adamw(parameters, lr: float, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with 5 % warm-up and a cosine to zero."""
+    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    return optimiser, torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, lr, steps, pct_start=0.05, cycle_momentum=False, div_factor=20
+    )
+
+
+def update(loss: Tensor, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+    optimiser.step()
+    schedule.step()
+    optimiser.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "data_recipes" / "parts")
+    parser.add_argument("--only", nargs="*", choices=["tokenizer", "encoder", "decoder"], default=["tokenizer", "encoder", "decoder"])
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if "tokenizer" in arguments.only:
+        make_tokenizer(arguments.out / "decoder")
+    if "encoder" in arguments.only:
+        make_encoder(arguments.out / "encoder")
+    if "decoder" in arguments.only:
+        make_decoder(arguments.out / "decoder", PreTrainedTokenizerFast.from_pretrained(arguments.out / "decoder"))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,7 @@ A template says which *text* is trained: the answers and their end-of-turn. `Spa
 that (1) a border of spans is a border of tokens: nothing is re-tokenised and subtracted; (2) the tokens before a border
 do not depend on the text after it: the ids of a generation prompt are a prefix of the training ids.
 
-Text of a sample that holds a special token of the tokenizer ("</s>", "<|im_end|>", ...) is refused (``control_token``),
-since it would act as one.
+A text with a special token of the tokenizer in it ("</s>", "<|im_end|>", ...) is refused: it would act as that token.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IMAGE = "<image>"  # placeholder of one image in the text of a human turn
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold and no tokenizer takes
 IMAGE_SLOT = -1  # the one entry that stands for a whole image in `EncodedText.ids`
 
 VICUNA_SYSTEM = (
@@ -42,11 +42,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns that alternate human, gpt, ... (a system turn may come first), one placeholder per image in human turns.
-
-    Raises:
-        SampleError: ``bad_conversation`` or ``placeholder_mismatch``.
-    """
+    """Turns human, gpt, ... (system may come first), one placeholder per image in human turns; else SampleError."""
 
     key: str
     turns: tuple[Turn, ...]
@@ -107,8 +103,8 @@ def parse_conversation(row: Mapping[str, Any], num_images: int, key: str) -> Con
     turns = []
     for entry in entries:
         role, value = (entry.get("from"), entry.get("value")) if isinstance(entry, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(value, str):
-            raise SampleError("bad_conversation", f"{expected}, one turn is {str(entry)[:80]!r}")
+        if not isinstance(role, str) or not isinstance(value, str) or SURROGATE.search(value):
+            raise SampleError("bad_conversation", f"{expected}, one turn is {str(entry)[:80]!a}")
         turns.append(Turn(role, value))
     kind = row.get("type")
     if kind is not None and not isinstance(kind, str):
@@ -134,7 +130,7 @@ class SpanTokenizer:
         self.special: dict[str, int] = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self.special |= {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._endings = tuple(sorted(self.special, key=len, reverse=True))
-        self._special_ids = frozenset(self.special.values())
+        self._special_ids = frozenset(self.special.values()) - {tokenizer.unk_token_id}
         # matches any special token in a text
         self.control = re.compile("|".join(re.escape(text) for text in self._endings if text != IMAGE) or "(?!)")
         self._newline = self._encodings(["\n"])[0].ids
@@ -143,9 +139,9 @@ class SpanTokenizer:
         """Token ids and supervised flags; a span that is `IMAGE` gives one `IMAGE_SLOT`, text after it starts anew."""
         uncut, context = [], ""  # what is to be tokenised if no border needs a cut: nearly always all, in one call
         for span in spans:
-            uncut.append(context + span.text)
+            uncut += [context + span.text] * (span.text != IMAGE)
             context = "" if span.text == IMAGE else self.ending(span.text) or context + span.text
-        known = dict(zip(uncut, self._encodings(uncut), strict=True))
+        known = dict(zip(uncut, self._encodings(uncut) if uncut else [], strict=True))
         ids, supervised = list[int](), list[bool]()
         before: tuple[str, list[int]] = ("", [])
         for span in spans:
@@ -219,9 +215,8 @@ class ChatTemplate(ABC):
             if found := control.search(turn.text) or control.search(turn.text.replace(IMAGE, "")):
                 held = f"a {turn.role} turn holds {found.group()!r}, a special token of the tokenizer"
                 raise conversation.refusal("control_token", f"{held}, which would act as a control token; rewrite it")
-        spans = [span for span in self._render(conversation) if span.text]
-        silent = [span.supervised and not span.text.removesuffix(self.end_of_turn).strip() for span in spans]
-        return [Span(span.text, False) if empty else span for span, empty in zip(spans, silent, strict=True)]
+        spans = (span for span in self._render(conversation) if span.text)
+        return [Span(s.text, s.supervised and bool(s.text.removesuffix(self.end_of_turn).strip())) for s in spans]
 
     def encode(self, conversation: Conversation, *, generation: bool = False) -> EncodedText:
         """Token ids of a conversation, image i as one `IMAGE_SLOT`, with the targets marked.

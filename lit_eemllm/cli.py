@@ -1,116 +1,72 @@
-"""The command line: one verb, one function. Nothing heavy is imported before a verb has been chosen.
-
-Code of your own (a vision encoder, an attention backend) enters by ``--import FILE`` or by a package with an entry point
-in the group ``lit_eemllm.plugins``, never by a key of a configuration, a recipe or a checkpoint.
-"""
+"""The command line: one verb, one function. Nothing heavy is imported before a verb has been chosen."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import os
 import re
 import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_eemllm import __version__
 from lit_eemllm.errors import ConfigError, UserError
 
+if TYPE_CHECKING:
+    from lit_eemllm.config import Config
+
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+# Procedural data sets of the repository: name -> "file:function" in data_recipes/. The function (out, split, number of
+# rows) writes out/images/ and returns the path of the rows' JSON file.
+_SOURCES = {"shapes": "shapes.py:write"}
 
 
-def _import_user_code(files: Sequence[Path]) -> None:
-    """Run the user's own files and installed plugins, which register themselves. Their errors keep their traceback."""
-    from importlib.metadata import entry_points
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    for plugin in entry_points(group="lit_eemllm.plugins"):
-        plugin.load()
-    for file in files:
-        spec = spec_from_file_location(f"lit_eemllm_user_{file.stem}", file)
-        if not file.is_file() or spec is None or spec.loader is None:
-            raise UserError(f"--import {file}: expected a Python file (.py)")
-        module = module_from_spec(spec)
-        sys.modules[spec.name] = module  # so that loader processes can find its classes
-        spec.loader.exec_module(module)
-
-
-def _split(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Files and overrides. A run directory stands for its config.yaml, with `out` set to where it lies now."""
-    files: list[Path] = []
-    overrides: list[str] = []
-    moved: list[str] = []
-    for text in inputs:
-        if _OVERRIDE.match(text):
-            overrides.append(text)
-        elif Path(text).is_dir():
-            if not (Path(text) / "config.yaml").is_file():
-                raise ConfigError(f"{text}: not a run directory, it has no config.yaml")
-            files.append(Path(text) / "config.yaml")
-            moved.append(f"out={json.dumps(text)}")
-        else:
-            files.append(Path(text))
-    if not files:
-        raise ConfigError("name at least one configuration file or run directory before the key=value overrides")
-    return files, moved + overrides
-
-
-def _config(args: argparse.Namespace) -> Any:
-    from lit_eemllm.config import check_names, load_config
-
-    _import_user_code(args.imports)
-    files, overrides = _split(args.inputs)
-    return load_config(files, overrides, checks=[check_names])
-
-
-def _fit(args: argparse.Namespace) -> None:
+# --- verbs
+def _fit(args: Namespace) -> None:
     config = _config(args)
     from lit_eemllm.training.fit import fit
 
     fit(config)
 
 
-def _validate(args: argparse.Namespace) -> None:
+def _validate(args: Namespace) -> None:
     config = _config(args)
     from lit_eemllm.evaluation.run import validate
 
     validate(config, args.checkpoint)
 
 
-def _generate(args: argparse.Namespace) -> None:
+def _generate(args: Namespace) -> None:
     config = _config(args)
     from lit_eemllm.evaluation.run import generate
 
     tokens = config.eval.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
-    generate(config, args.checkpoint, args.images, args.prompt, tokens, args.temperature)
+    generate(config, args.checkpoint, args.image, args.prompt, tokens, args.temperature)
 
 
-def _report(args: argparse.Namespace) -> None:
+def _report(args: Namespace) -> None:
     from lit_eemllm.report import report
 
     report(args.runs, args.out)
 
 
-def _config_show(args: argparse.Namespace) -> None:
-    from lit_eemllm.config import load_config, to_yaml
+def _config_show(args: Namespace) -> None:
+    config = _config(args)
+    from lit_eemllm.config import to_yaml
 
-    print(to_yaml(load_config(*_split(args.inputs)), comments=True), end="")
+    print(to_yaml(config, comments=True), end="")
 
 
-def _config_check(args: argparse.Namespace) -> None:
-    """Each file on its own, with the same overrides; the mistakes of all of them."""
-    from lit_eemllm.config import check_names, load_config
-
-    _import_user_code(args.imports)
-    files, overrides = _split(args.inputs)
+def _config_check(args: Namespace) -> None:
     problems = []
-    for file in files:
+    for file in _split(args.inputs)[0]:
         try:
-            load_config([file], overrides, checks=[check_names])
+            _config(args, file)
             print(f"{file}: good")
         except ConfigError as error:
             problems.append(f"{file}: {error}")
@@ -118,121 +74,161 @@ def _config_check(args: argparse.Namespace) -> None:
         raise ConfigError("\n".join(problems))
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the examples."""
+def _shards_make(args: Namespace) -> int:
+    from lit_eemllm.data.shards import make
+    from lit_eemllm.plugins import run_file
+
+    given = {split: getattr(args, split) for split in ("train", "val") if getattr(args, split) is not None}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.source is None:
+            rows = {split: Path(text) for split, text in given.items()}
+        else:
+            file, _, function = _SOURCES[args.source].partition(":")
+            write = getattr(run_file(Path(__file__).resolve().parents[1] / "data_recipes" / file), function)
+            if wrong := [text for text in given.values() if not text.isdecimal()]:
+                raise UserError(f"shards make --source: expected a number of rows, found {wrong[0]!r}")
+            rows = {split: write(Path(folder), split, int(text)) for split, text in given.items()}
+            args.images = Path(folder) / "images"
+        report = make(rows, args.images, args.out, shard_size=args.shard_size, follow_links=args.follow_links)
+    print(report)
+    return 0 if report.ok else 1
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _shards_prepare(args: Namespace) -> None:
+    from lit_eemllm.data.shards import prepare
+
+    for split, count in prepare(args.folder).items():
+        print(f"{split}: {count:,} samples")
+
+
+def _shards_check(args: Namespace) -> int:
+    config = _config(args) if args.inputs else None
+    from lit_eemllm.data.check import check
+
+    encoder = None
+    if config is not None:
+        from lit_eemllm.data.samples import SampleEncoder
+        from lit_eemllm.model.build import build
+
+        parts, data = build(config.model)[1], config.data
+        limits = data.max_length, data.truncation, data.max_image_pixels
+        encoder = SampleEncoder(parts.template, parts.transform, *limits)
+    report = check(args.data, encoder)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _shards_inspect(args: Namespace) -> None:
+    config = _config(args)
+    from lit_eemllm.data.preview import inspect
+    from lit_eemllm.model.build import build
+
+    parts, out = build(config.model)[1], args.out or Path(config.out) / "inspect"
+    options = {"split": args.split, "packs": args.packs, "seed": config.seed}
+    for path in inspect(config.data, parts.template, parts.transform, out, **options):
+        print(path)
+
+
+# --- from arguments to a configuration
+def _config(args: Namespace, only: Path | None = None) -> Config:
+    from lit_eemllm.config import check_names, load_config
+
+    files, overrides = _split(args.inputs)
+    return load_config(files if only is None else [only], overrides, checks=[check_names])
+
+
+def _split(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Files and overrides. A run directory stands for its config.yaml, with `out` set to where it lies now."""
+    overrides = [text for text in inputs if _OVERRIDE.match(text)]
+    paths = [Path(text) for text in inputs if not _OVERRIDE.match(text)]
+    if not paths:
+        raise ConfigError("name a configuration file or a run directory; key=value overrides follow it")
+    moved = [f"out={json.dumps(str(path))}" for path in paths if path.is_dir()]
+    return [path / "config.yaml" if path.is_dir() else path for path in paths], moved + overrides
+
+
+# --- the command line
+def build_parser() -> ArgumentParser:
     """The whole command line. Every verb's namespace has `run`, the function to call."""
-    parser = argparse.ArgumentParser(
-        "lit-eemllm", description="Train multimodal LLMs whose treatment of visual tokens is an experiment variable."
-    )
+    text = "Train multimodal LLMs in which the treatment of visual tokens is an experiment variable."
+    parser = ArgumentParser("lit-eemllm", description=text)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(
-        group: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, example: str
-    ) -> argparse.ArgumentParser:
-        made = group.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example:\n  {example}",
-            formatter_class=_Help,
-            allow_abbrev=False,
-        )
-        made.set_defaults(run=run, parser=made)
+    def group(name: str, text: str) -> Any:
+        return verbs.add_parser(name, help=text, description=text).add_subparsers(metavar="VERB", required=True)
+
+    def verb(to: Any, name: str, run: Callable[[Namespace], int | None], text: str, example: str) -> ArgumentParser:
+        looks = {"epilog": f"example:\n  {example}", "formatter_class": argparse.RawDescriptionHelpFormatter}
+        made = to.add_parser(name, help=text, description=text, allow_abbrev=False, **looks)
+        made.set_defaults(run=run, parser=made, imports=None)
         return made
 
-    def takes_config(made: argparse.ArgumentParser) -> None:
+    def takes_config(made: ArgumentParser, checkpoint: bool = False) -> ArgumentParser:
         text = "YAML files, merged from left to right, or a run directory; then overrides, which win"
         made.add_argument("inputs", nargs="*", metavar="CONFIG|key=value", help=text)
-        text = "a Python file of your own that registers encoders or attention backends; may be repeated"
+        text = "a Python file of your own that registers encoders or attention backends; repeatable"
         made.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE", help=text)
+        if checkpoint:
+            text = "default: the run's newest; none = before any training"
+            made.add_argument("--checkpoint", metavar="FILE", help=text)
+        return made
 
-    def takes_checkpoint(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--checkpoint", metavar="PATH", help="default: the newest checkpoint of the run")
+    example = "lit-eemllm fit configs/demo.yaml optim.lr=1e-3 model.mechanism.preset=llava"
+    takes_config(verb(verbs, "fit", _fit, "Train, or continue the run found in `out`.", example))
 
-    fit = verb(
-        verbs,
-        "fit",
-        _fit,
-        "Train, or continue the run found in `out`.",
-        "lit-eemllm fit configs/demo.yaml optim.lr=1e-3 model.mechanism.preset=llava",
-    )
-    takes_config(fit)
+    example = "lit-eemllm validate runs/default eval.samples=100"
+    takes_config(verb(verbs, "validate", _validate, "Score a run's model on data.val.", example), checkpoint=True)
 
-    validate = verb(
-        verbs,
-        "validate",
-        _validate,
-        "Score a checkpoint by generating answers to data.val.",
-        "lit-eemllm validate runs/default eval.samples=100",
-    )
-    takes_config(validate)
-    takes_checkpoint(validate)
+    example = 'lit-eemllm generate runs/default --image photo.jpg --prompt "What is this?"'
+    made = takes_config(verb(verbs, "generate", _generate, "Answer one prompt about images.", example), checkpoint=True)
+    made.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
+    made.add_argument("--prompt", required=True, help="images come first, or where the prompt says <image>")
+    made.add_argument("--max-new-tokens", type=int, metavar="N", help="default: eval.max_new_tokens of the run")
+    made.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
 
-    generate = verb(
-        verbs,
-        "generate",
-        _generate,
-        "Answer one prompt about images.",
-        'lit-eemllm generate runs/default --image photo.jpg --prompt "What colour is the circle?"',
-    )
-    takes_config(generate)
-    takes_checkpoint(generate)
-    generate.add_argument(
-        "--image",
-        dest="images",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="an image; may be repeated",
-    )
-    generate.add_argument(
-        "--prompt", required=True, help="the question; images without an <image> mark in it come first"
-    )
-    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="default: eval.max_new_tokens of the run")
-    generate.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token"
-    )
+    example = "lit-eemllm report runs/a runs/b --out report"
+    made = verb(verbs, "report", _report, "Compare runs in a table and a picture.", example)
+    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    made.add_argument("--out", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
 
-    report = verb(
-        verbs,
-        "report",
-        _report,
-        "Compare runs: tables, curves and what they cost.",
-        "lit-eemllm report runs/a runs/b --out report",
-    )
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    report.add_argument("--out", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
+    shards = group("shards", "Make, index, check and look at training data.")
+    example = "lit-eemllm shards make --train train.json --val val.json --images images --out shards"
+    example += "\n  lit-eemllm shards make --source shapes --train 1000 --val 100 --out shards"
+    made = verb(shards, "make", _shards_make, "Turn LLaVA-style JSON and images into shards.", example)
+    made.add_argument("--source", choices=sorted(_SOURCES), help="a procedural set instead of files")
+    made.add_argument("--train", metavar="JSON|N", help="rows of the training split; with --source how many")
+    made.add_argument("--val", metavar="JSON|N", help="rows of the validation split; with --source how many")
+    made.add_argument("--images", type=Path, metavar="DIR", help="what the rows' image paths are relative to")
+    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    made.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples per shard, default 1000")
+    made.add_argument("--follow-links", action="store_true", help="accept images that links put outside of --images")
 
-    config = verbs.add_parser("config", help="Show or check configurations.").add_subparsers(
-        metavar="VERB", required=True
-    )
-    show = verb(
-        config,
-        "show",
-        _config_show,
-        "Print the configuration as `fit` would use it, every key explained.",
-        "lit-eemllm config show configs/demo.yaml optim.lr=1e-3",
-    )
-    takes_config(show)
-    check = verb(
-        config,
-        "check",
-        _config_check,
-        "Check each file on its own and list all mistakes.",
-        "lit-eemllm config check configs/*.yaml",
-    )
-    takes_config(check)
+    made = verb(shards, "prepare", _shards_prepare, "Index existing shards.", "lit-eemllm shards prepare shards")
+    made.add_argument("folder", type=Path, metavar="DIR", help="holds the .tar files; val* and test* are such splits")
+
+    example = "lit-eemllm shards check recipe.yaml configs/demo.yaml"
+    text = "Read every sample, with a configuration as training would. Exit status 1 if any is bad."
+    made = verb(shards, "check", _shards_check, text, example)
+    made.add_argument("data", type=Path, metavar="DATA", help="a recipe or a folder of shards")
+    takes_config(made)
+
+    example = "lit-eemllm shards inspect configs/demo.yaml --packs 3"
+    made = takes_config(verb(shards, "inspect", _shards_inspect, "Draw packs as the model gets them.", example))
+    made.add_argument("--out", type=Path, metavar="DIR", help="default: inspect/ in the run directory")
+    made.add_argument("--split", choices=("train", "val"), default="train")
+    made.add_argument("--packs", type=int, default=2, metavar="N")
+
+    config = group("config", "Show or check configurations.")
+    example = "lit-eemllm config show configs/demo.yaml optim.lr=1e-3"
+    takes_config(verb(config, "show", _config_show, "Print what `fit` would use, every key explained.", example))
+    example = "lit-eemllm config check configs/*.yaml"
+    takes_config(verb(config, "check", _config_check, "Check each file on its own, list all mistakes.", example))
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0 good, 2 a mistake the user can mend, 130 interrupted."""
-    # Overrides may stand before and after options, which argparse's sub-commands know only as left-over arguments.
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
+    """Overrides may stand before and after options, which argparse's verbs only know as left-over arguments."""
     args, rest = build_parser().parse_known_args(arguments)
     strays = [text for text in rest if text.startswith("-")] if hasattr(args, "inputs") else rest
     if strays:
@@ -240,15 +236,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.parser.error(f"unknown arguments: {' '.join(strays)}{hint}")
     if rest:
         args.inputs += rest
-    level = logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit status: 0 good, 1 bad samples found, 2 a mistake you can mend, 130 interrupted."""
+    args = parse(arguments)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("lit_eemllm").setLevel(level)
+    logging.getLogger("lit_eemllm").setLevel(logging.WARNING if int(os.environ.get("LOCAL_RANK", 0)) else logging.INFO)
     try:
-        args.run(args)
+        if args.imports is not None:
+            from lit_eemllm.plugins import import_user_code
+
+            import_user_code(args.imports)
+        return args.run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0

@@ -52,9 +52,7 @@ class VisionConfig:
     path: str | None = None
     """Folder or hub id of the pretrained encoder; required by "transformers"."""
     select_layer: int = -2
-    """Hidden states that the projector reads: 0 is the embedding, -1 the last layer, -2 the one before it (LLaVA)."""
-    select_feature: str = "patch"
-    """"patch" drops the class token, "full" keeps every token of the encoder (encoders without a class token)."""
+    """Hidden states that the projector reads, without class token: 0 the embeddings, -1 the last layer, -2 as LLaVA."""
     policy: str = "pad"
     """How an image is brought to the encoder's size: "pad" to a square, "resize" (changes the aspect ratio), "crop"."""
 
@@ -62,7 +60,7 @@ class VisionConfig:
 @dataclass
 class AlignerConfig:
     value: bool | None = None
-    """Visual states pass the layer's value and output-side value path; null = as the preset says."""
+    """Visual states pass the layer's value projection; null = as the preset says."""
     output: bool | None = None
     """Visual states pass the layer's output projection; null = as the preset says."""
     ffn: bool | None = None
@@ -147,7 +145,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; biases and norms are never decayed."""
     warmup_ratio: float = 0.03
-    """Share of max_steps over which the learning rate rises linearly from 0."""
+    """Share of max_steps in which the learning rate rises linearly to its peak."""
     schedule: str = "cosine"
     """Learning rate after the warm-up: "cosine" or "linear" to 0, or "constant"."""
     max_steps: int = MISSING
@@ -214,7 +212,6 @@ Mistake = tuple[tuple[str, ...], str]
 """The dotted keys that are at odds, the one to change first, and what is wrong with them."""
 
 _WORDS = {
-    "model.vision.select_feature": ("patch", "full"),
     "model.vision.policy": ("pad", "resize", "crop"),
     "model.dtype": ("float32", "bfloat16"),
     "data.truncation": ("drop", "truncate", "error"),
@@ -244,15 +241,19 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("text that is not empty", lambda v: bool(v.strip()), "out resume model.decoder data.train"),
 )
-_OWN_KEY_OF_TRAINER_ARGUMENT = {
-    "max_steps": "optim.max_steps",
-    "max_epochs": "optim.max_steps",
-    "gradient_clip_val": "optim.clip_grad_norm",
-    "val_check_interval": "optim.val_every",
-    "limit_val_batches": "optim.val_batches",
-    "log_every_n_steps": "optim.log_every",
-    "enable_checkpointing": "optim.save_every",
-    "default_root_dir": "out",
+_NOT_FOR_TRAINER = {  # argument of lightning.Trainer -> why it cannot be set here
+    "max_steps": "set optim.max_steps",
+    "max_epochs": "set optim.max_steps",
+    "gradient_clip_val": "set optim.clip_grad_norm",
+    "gradient_clip_algorithm": "gradients are clipped by norm, see optim.clip_grad_norm",
+    "val_check_interval": "set optim.val_every",
+    "check_val_every_n_epoch": "set optim.val_every",
+    "limit_val_batches": "set optim.val_batches",
+    "log_every_n_steps": "set optim.log_every",
+    "enable_checkpointing": "set optim.save_every",
+    "default_root_dir": "set out",
+    "callbacks": "a configuration cannot name objects",
+    "plugins": "a configuration cannot name objects",
 }
 
 
@@ -293,8 +294,8 @@ def check(config: Config) -> list[Mistake]:
             text = f"has no effect: optim.tuning.{part} is frozen; set {key}=null or optim.tuning.{part}=full"
             mistakes.append(((key, f"optim.tuning.{part}"), text))
     for name in config.trainer:
-        if name in _OWN_KEY_OF_TRAINER_ARGUMENT:
-            mistakes.append(((f"trainer.{name}",), f"belongs to {_OWN_KEY_OF_TRAINER_ARGUMENT[name]}; set that"))
+        if name in _NOT_FOR_TRAINER:
+            mistakes.append(((f"trainer.{name}",), f"cannot be set here: {_NOT_FOR_TRAINER[name]}"))
     return mistakes
 
 

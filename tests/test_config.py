@@ -132,7 +132,7 @@ optim:
 model:
   decodr: x
   mechanism: {aligner: {ffn: 3}, dense_layers: some}
-  vision: {path: v, select_feature: cls}
+  vision: {path: v, policy: squash}
 data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
 """,
         b="optimizer: {lr: 1}\nseed: -1\neval: 3\nbetas: [1]\n",
@@ -149,7 +149,7 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
             "a.yaml:8: model.mechanism.aligner.ffn: found 3 (a whole number), expected true or false or null",
             "a.yaml:8: model.mechanism.dense_layers: found 'some', expected all, none, null or a list of distinct "
             "layer numbers such as [0, 1]",
-            "a.yaml:9: model.vision.select_feature: found 'cls', expected patch or full",
+            "a.yaml:9: model.vision.policy: found 'squash', expected pad or resize or crop",
             "a.yaml:10: data.workers: found 'many' (text), expected a whole number",
             "a.yaml:10: data.truncation: found 'cut', expected drop or truncate or error",
             "a.yaml:10: data.pack_samples: found 0, expected 1 or more",
@@ -194,8 +194,8 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
             ["optim.projector_lr=1", "optim.tuning={projector: frozen, llm: full}"],
             "optim.projector_lr: has no effect: optim.tuning.projector is frozen",
         ),
-        (["trainer.max_steps=5"], "trainer.max_steps: belongs to optim.max_steps"),
-        (["trainer.gradient_clip_val=5"], "trainer.gradient_clip_val: belongs to optim.clip_grad_norm"),
+        (["trainer.max_steps=5"], "trainer.max_steps: cannot be set here: set optim.max_steps"),
+        (["trainer.gradient_clip_val=5"], "trainer.gradient_clip_val: cannot be set here: set optim.clip_grad"),
         (["trainer=5"], "trainer: found 5 (a whole number), expected a section"),
         (["optim=${model}"], "optim: found '${model}' (text), expected a section"),
         (["seed"], "seed: expected key=value"),

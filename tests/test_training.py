@@ -160,7 +160,7 @@ def test_every_token_of_a_step_weighs_the_same(tmp_path, parts):
     for module in (whole, *(module for module, _ in others)):
         assert module.gradients.keys() == true.keys()
         for name, gradient in true.items():
-            assert (module.gradients[name] - gradient).abs().max() <= 1e-5 * max(gradient.abs().max(), 1e-3 * largest), name
+            assert (module.gradients[name] - gradient).abs().max() <= 3e-5 * max(gradient.abs().max(), 1e-3 * largest), name
     losses = [module.mean_loss.item() for module in (whole, *(module for module, _ in others))]
     assert losses == pytest.approx([(model.packed_loss(packs[0]) / packs[0].num_targets).item()] * 3, rel=1e-5)
 
@@ -244,7 +244,7 @@ def test_only_what_is_tuned_changes_and_all_of_it(tmp_path, parts, blend, traine
     config = tiny.config(parts, blend, tmp_path, *options, "optim.projector_lr=1e-2", "optim.max_steps=2", "model.dtype=bfloat16")
     module = LitEEMLLM(tiny.model("llama-gqa"), config)
     groups = module.configure_optimizers()["optimizer"].param_groups
-    assert {g["lr"] * 5 for g in groups if g["name"].startswith("projector")} == {1e-2}  # times the first warm-up factor
+    assert {g["lr"] for g in groups if g["name"].startswith("projector")} == {1e-2}
     names = {id(p): name for name, p in module.model.named_parameters()}
     grouped = [names[id(p)] for g in groups for p in g["params"]]
     component = {"vision": "vision.", "projector": "projector.", "llm": "language_model."}

@@ -59,7 +59,7 @@ def make_tokenizer(out: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((turn for pair in told_rows(8000) for turn in pair), trainer)
+    tokenizer.train_from_iterator(told_chats(8000), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -125,7 +125,7 @@ def labelled_batches(size: int, seed: int, split: str = "train") -> Iterator[tup
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, torch.from_numpy(labels)
 
 
-def make_encoder(out: Path, steps: int = 2500, batch: int = 128, lr: float = 1.5e-3) -> None:
+def make_encoder(out: Path, steps: int = 1500, batch: int = 128, lr: float = 1.5e-3) -> None:
     """A SigLIP vision tower trained to tell, from its last hidden state of a patch, what the patch shows."""
     torch.manual_seed(SEED)
     config = SiglipVisionConfig(
@@ -145,7 +145,7 @@ def make_encoder(out: Path, steps: int = 2500, batch: int = 128, lr: float = 1.5
         states = model(pixels, output_hidden_states=True).hidden_states[-1]
         loss = sum(cross_entropy(head(states).flatten(0, 1), labels[..., n].flatten()) for n, head in enumerate(heads))
         update(loss, optimiser, schedule)
-        if step % 250 == 0:
+        if step % 100 == 0:
             print(f"encoder step {step} loss {loss.item():.4f} ({time.monotonic() - start:.0f} s)", flush=True)
     with torch.no_grad():  # reported only: nothing is chosen by it
         pixels, labels = next(labelled_batches(2000, SEED, "val"))
@@ -173,12 +173,11 @@ def make_encoder(out: Path, steps: int = 2500, batch: int = 128, lr: float = 1.5
 
 
 def tell(scene: shapes.Scene, rng: random.Random) -> str:
-    """The scene in words, its items in random order: "top left red circle, bottom right blue ring."."""
+    """The scene in words, its items in random order: "red circle top left, blue ring bottom right."."""
     told = []
     for item in scene["items"]:
         if scene["kind"] == "objects":
-            row, column = divmod(item[0], shapes.GRID)
-            told.append(f"{shapes.QUADRANTS[2 * (row // 2) + column // 2]} {item[1]} {item[2]}")
+            told.append(f"{item[1]} {item[2]} {quadrant(item[0])}")
         elif scene["kind"] == "bars":
             told.append(f"bar {item[0]} height {item[1]}")
         else:
@@ -187,17 +186,43 @@ def tell(scene: shapes.Scene, rng: random.Random) -> str:
     return ", ".join(told) + "."
 
 
-def told_rows(count: int) -> Iterator[tuple[str, str]]:
-    """(question, answer) of training rows with each picture replaced by words."""
+def quadrant(cell: int) -> str:
+    row, column = divmod(cell, shapes.GRID)
+    return shapes.QUADRANTS[2 * (row // 2) + column // 2]
+
+
+def further_questions(scene: shapes.Scene, rng: random.Random, count: int) -> Iterator[tuple[str, str]]:
+    """Up to `count` further (question, answer) about single objects of a scene that each fit one object only."""
+    for cell, colour, shape, *_ in rng.choices(scene["items"], k=count):
+        kind = rng.choice(("colour", "shape", "position"))
+        fits = [i for i in scene["items"] if (i[1] == colour or kind == "colour") and (i[2] == shape or kind == "shape")]
+        if len(fits) == 1:
+            answer = {"colour": colour, "shape": shape, "position": quadrant(cell)}[kind]
+            yield rng.choice(shapes.TEMPLATES[kind]).format(colour=colour, shape=shape), answer
+
+
+def told_chats(count: int) -> Iterator[str]:
+    """`count` chats: training rows with each picture replaced by words, and further questions about a scene of objects."""
     rng = random.Random(SEED)
     for row, shown in shapes.rows_and_scenes("train", count, SEED + 1):
         question, answer = (turn["value"] for turn in row["conversations"])
         for scene in shown:
             question = question.replace("<image>", tell(scene, rng), 1)
-        yield question, answer
+        turns = [(question, answer)]
+        if len(shown) == 1 and shown[0]["kind"] == "objects":
+            turns += further_questions(shown[0], rng, 5)
+        yield BOS + "".join(f"{USER}{q}{END}{ASSISTANT}{a}{END}" for q, a in turns)
 
 
-def make_decoder(out: Path, tokenizer: PreTrainedTokenizerFast, steps: int = 2500, batch: int = 64, lr: float = 2e-3) -> None:
+def similar_lengths(told: Iterator[str], size: int, pool: int = 20) -> Iterator[list[str]]:
+    """Batches of chat texts of about equal length, for little padding: cut from sorted pools of `pool` batches."""
+    rng = random.Random(SEED)
+    while texts := sorted(islice(told, pool * size), key=len):
+        batches = [texts[i : i + size] for i in range(0, len(texts), size)]
+        yield from rng.sample(batches, len(batches))
+
+
+def make_decoder(out: Path, tokenizer: PreTrainedTokenizerFast, steps: int = 1400, batch: int = 48, lr: float = 2e-3) -> None:
     """A small Llama trained on told rows: every token counts, answers as much as all else together."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -217,19 +242,18 @@ def make_decoder(out: Path, tokenizer: PreTrainedTokenizerFast, steps: int = 250
     model = LlamaForCausalLM(config)
     nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
     optimiser, schedule = adamw(model.parameters(), lr, steps)
-    told, start = told_rows(steps * batch), time.monotonic()
-    for step in range(1, steps + 1):
-        prompts, answers = zip(*islice(told, batch), strict=True)
-        texts = [f"{BOS}{USER}{p}{END}{ASSISTANT}{a}{END}" for p, a in zip(prompts, answers, strict=True)]
+    start = time.monotonic()
+    for step, texts in enumerate(similar_lengths(told_chats(steps * batch), batch), start=1):
         encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         logits = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).logits[:, :-1]
         targets = encoded.input_ids[:, 1:]
-        answered = (encoded.input_ids == tokenizer.convert_tokens_to_ids(ASSISTANT)).cumsum(1)[:, :-1] > 0
+        user, assistant = ((encoded.input_ids == tokenizer.convert_tokens_to_ids(t)).cumsum(1) for t in (USER, ASSISTANT))
+        answered = (assistant == user)[:, :-1]
         losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         real = encoded.attention_mask[:, 1:].bool()
         loss = losses[real & answered].mean() + losses[real & ~answered].mean()
         update(loss, optimiser, schedule)
-        if step % 250 == 0:
+        if step % 100 == 0:
             right = (logits.argmax(-1) == targets)[real & answered].float().mean().item()
             print(f"decoder step {step} loss {loss.item():.4f} right {right:.4f} ({time.monotonic() - start:.0f} s)", flush=True)
     model.save_pretrained(out)

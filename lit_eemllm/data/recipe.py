@@ -192,9 +192,9 @@ def check_dataset_yaml(path: Path) -> None:
         return
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {content!r}, expected {CRUDE}.")
-    wrong = next((key for key in [*content, *CRUDE] if content.get(key) != CRUDE.get(key)), None)
+    wrong = {key: content.get(key) for key in {**content, **CRUDE} if content.get(key) != CRUDE.get(key)}
     raise UserError(
-        f"{path}: key '{wrong}' is {content.get(wrong)!r}. Only crude shard folders are read ({CRUDE}); anything else could "
+        f"{path}: found {wrong}. Only crude shard folders are read ({CRUDE}); anything else could "
         f"import code. Nothing was imported or executed. Run: lit-eemllm shards prepare {path.parent.parent}"
     )
 
@@ -267,8 +267,9 @@ def _mapping(
         raise UserError(f"{path}: {where} is {value!r}, expected a mapping with {', '.join(required)}.")
     allowed = (*required, *optional)
     if unknown := [key for key in value if key not in allowed]:
-        note = " Nothing was imported or executed." if str(unknown[0]).startswith("__") else ""
-        raise UserError(f"{path}: unknown key '{unknown[0]}' in {where}; allowed: {', '.join(allowed)}.{note}")
+        names = ", ".join(f"'{key}'" for key in unknown)
+        note = " Nothing was imported or executed." if "__" in names else ""
+        raise UserError(f"{path}: unknown key {names} in {where}; allowed: {', '.join(allowed)}.{note}")
     if missing := [key for key in required if key not in value]:
         raise UserError(f"{path}: key '{missing[0]}' is missing in {where}.")
     return value

@@ -153,8 +153,8 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
     def encode_images(self, pixels: Tensor) -> Tensor:
         """[I, 3, height, width] to projected visual tokens of all images in order, [V, h]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
-            features = self.vision(pixels)
-        return self.projector(features).flatten(0, 1)
+            features = self.vision(pixels.to(next(self.vision.parameters()).dtype))
+        return self.projector(features.to(self.projector.linear_1.weight.dtype)).flatten(0, 1)
 
     def _text_states(
         self, input_ids: Tensor, pixels: Tensor | None, layout: SequenceLayout, cache: PaddedCache | None = None

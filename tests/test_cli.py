@@ -1,0 +1,308 @@
+"""The command line: what each verb hands on, what people read when they err, and that it answers at once."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lit_eemllm import cli
+from lit_eemllm.config import check_names, load_config
+from lit_eemllm.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GOOD = """
+model: {decoder: some/decoder, vision: {path: some/encoder}}
+data: {train: recipe.yaml}
+optim: {lr: 1e-3, max_steps: 100}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty current directory with a good configuration."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.yaml").write_text(GOOD, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple]:
+    """Stands in for the functions behind the verbs: (name, arguments, keywords) of each call."""
+    made: list[tuple] = []
+
+    def stand_in(name: str, result=None):
+        return lambda *args, **keywords: made.append((name, args, keywords)) or result
+
+    report = SimpleNamespace(ok=True)
+    modules = {
+        "lit_eemllm.training.fit": {"fit": None},
+        "lit_eemllm.evaluation.run": {"validate": None, "generate": None},
+        "lit_eemllm.report": {"report": None},
+        "lit_eemllm.data.shards": {"make": report, "prepare": {"train": 1234}},
+        "lit_eemllm.data.check": {"check": report},
+        "lit_eemllm.data.preview": {"inspect": [Path("a.html")]},
+        "lit_eemllm.data.samples": {"SampleEncoder": "encoder"},
+        "lit_eemllm.model.build": {"build": (None, SimpleNamespace(template="template", transform="transform"))},
+    }
+    for module, functions in modules.items():
+        fake = SimpleNamespace(**{name: stand_in(name, result) for name, result in functions.items()})
+        monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr("lit_eemllm.config.check_names", lambda config: [])
+    return made
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import sys, time
+from lit_eemllm import cli
+for arguments in (["--help"], ["fit", "--help"], ["shards", "make", "--help"], ["config", "check", "--help"]):
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        assert end.code == 0, end.code
+heavy = {"torch", "transformers", "lightning", "megatron", "webdataset", "numpy", "omegaconf", "PIL", "rich", "yaml"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+import lit_eemllm.config
+heavy -= {"omegaconf", "yaml"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "example:\n  lit-eemllm fit configs/" in done.stdout
+
+
+def test_verbs_hand_on_what_they_were_given(folder, calls, capsys):
+    assert cli.main(["fit", "good.yaml", "seed=3"]) == 0
+    assert cli.main(["validate", "good.yaml", "--checkpoint", "a.ckpt", "eval.samples=7"]) == 0
+    line = ["generate", "seed=4", "--image", "a.png", "good.yaml", "--image", "b.png", "--prompt", "Hi?", "out=x=y"]
+    assert cli.main(line) == 0
+    assert cli.main([*line, "--max-new-tokens", "5", "--temperature", "0.5"]) == 0
+    assert cli.main(["report", "runs/a", "runs/b", "--out", "r"]) == 0
+    configs = [args[0] for _, args, _ in calls[:4]]
+    assert [config.seed for config in configs] == [3, 0, 4, 4]
+    assert configs[1].eval.samples == 7 and configs[2].out == "x=y"
+    images = [Path("a.png"), Path("b.png")]
+    assert [(name, args[1:] if name != "report" else args) for name, args, _ in calls] == [
+        ("fit", ()),
+        ("validate", ("a.ckpt",)),
+        ("generate", (None, images, "Hi?", configs[2].eval.max_new_tokens, 0.0)),
+        ("generate", (None, images, "Hi?", 5, 0.5)),
+        ("report", ([Path("runs/a"), Path("runs/b")], Path("r"))),
+    ]
+
+
+def test_a_run_directory_stands_for_its_configuration_where_it_lies_now(folder, calls):
+    run = folder / "moved: #1, lr=0.1"
+    run.mkdir()
+    (run / "config.yaml").write_text(GOOD + "out: runs/where-it-was\nseed: 5\n", encoding="utf-8")
+    for name in (str(run), run.name, f"./{run.name}/"):
+        assert cli.main(["validate", name]) == 0
+        config = calls[-1][1][0]
+        assert Path(config.out).resolve() == run and config.seed == 5
+    assert cli.main(["validate", str(run), "out=elsewhere"]) == 0
+    assert calls[-1][1][0].out == "elsewhere"
+    assert cli.main(["fit", str(run / "config.yaml")]) == 0  # the file itself says what it says
+    assert calls[-1][1][0].out == "runs/where-it-was"
+
+
+def test_shards_verbs(folder, calls, capsys):
+    assert cli.main(["shards", "make", "--train", "t.json", "--images", "i", "--out", "o", "--shard-size", "9"]) == 0
+    assert cli.main(["shards", "prepare", "o"]) == 0
+    assert cli.main(["shards", "check", "o"]) == 0
+    assert cli.main(["shards", "check", "o", "good.yaml", "data.max_length=99"]) == 0
+    assert cli.main(["shards", "inspect", "good.yaml", "--packs", "3", "out=run", "--split", "val"]) == 0
+    assert "train: 1,234 samples" in capsys.readouterr().out
+    config = load_config(["good.yaml"])
+    assert calls[:3] == [
+        ("make", ({"train": Path("t.json")}, Path("i"), Path("o")), {"shard_size": 9, "follow_links": False}),
+        ("prepare", (Path("o"),), {}),
+        ("check", (Path("o"), None), {}),
+    ]
+    assert calls[4:6] == [
+        ("SampleEncoder", ("template", "transform", 99, "drop", config.data.max_image_pixels), {}),
+        ("check", (Path("o"), "encoder"), {}),
+    ]
+    (_, (data, *parts), options) = calls[-1]
+    assert (data, parts) == (config.data, ["template", "transform", Path("run/inspect")])
+    assert options == {"split": "val", "packs": 3, "seed": 0}
+    sys.modules["lit_eemllm.data.check"].check = lambda *_: SimpleNamespace(ok=False)
+    assert cli.main(["shards", "check", "o"]) == 1
+
+
+def test_shards_of_the_procedural_set(folder):
+    line = ["shards", "make", "--source", "shapes", "--train", "12", "--val", "5", "--out", "shards"]
+    assert cli.main(line) == 0
+    from lit_eemllm.data.shards import read_shard
+
+    keys = [key for key, members in read_shard(Path("shards/train-000000.tar")) if b"conversations" in members["json"]]
+    assert len(keys) == 12
+    assert len(list(read_shard(Path("shards/val-000000.tar")))) == 5
+    assert not [path for path in folder.iterdir() if path.name not in ("good.yaml", "shards")]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "fit good.yaml sead=1",
+            "error: a mistake in the configuration:\n  command line: sead: unknown key; did you mean seed?",
+        ),
+        ("fit seed=1", "error: name a configuration file or a run directory; key=value overrides follow it"),
+        ("fit gone.yaml", "gone.yaml: cannot be read: No such file or directory"),
+        ("fit .", "config.yaml: cannot be read: No such file or directory"),
+        ("fit good.yaml --import gone.py", "error: gone.py: no such Python file (.py)"),
+        ("fit good.yaml --import good.yaml", "error: good.yaml: no such Python file (.py)"),
+        ("shards make --source shapes --train t.json --out x", "expected a number of rows, found 't.json'"),
+        ("config show good.yaml seed=x optim.lr=y", "error: 2 mistakes in the configuration:"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(folder, calls, capsys, line, expected):
+    assert cli.main(line.split()) == 2
+    assert expected in capsys.readouterr().err
+    assert not [call for call in calls if call[0] in ("fit", "make")]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", "the following arguments are required: VERB"),
+        ("fitt good.yaml", "invalid choice: 'fitt'"),
+        ("fit good.yaml --seed=1", "lit-eemllm fit: error: unknown arguments: --seed=1; overrides are written without"),
+        ("validate good.yaml --check a.ckpt", "unknown arguments: --check"),
+        ("report runs/a --out b c=d", "lit-eemllm report: error: unknown arguments: c=d"),
+        ("generate good.yaml", "the following arguments are required: --prompt"),
+        ("shards make --source cubes --out x", "invalid choice: 'cubes'"),
+    ],
+)
+def test_wrong_usage(folder, calls, capsys, line, expected):
+    with pytest.raises(SystemExit) as end:
+        cli.main(line.split())
+    assert end.value.code == 2
+    assert expected in capsys.readouterr().err
+    assert not calls
+
+
+def test_errors_of_verbs(folder, calls, capsys, monkeypatch):
+    def fails(error):
+        def fit(config):
+            raise error
+
+        sys.modules["lit_eemllm.training.fit"].fit = fit
+        return cli.main(["fit", "good.yaml"])
+
+    assert fails(UserError("no such checkpoint; make one")) == 2
+    assert capsys.readouterr().err == "error: no such checkpoint; make one\n"
+    assert fails(KeyboardInterrupt()) == 130
+    with pytest.raises(ZeroDivisionError):  # a mistake in the program keeps its traceback
+        fails(ZeroDivisionError())
+
+
+def test_python_m_and_exit_status(folder):
+    for line, status in ((["--version"], 0), (["config", "check", "gone.yaml"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "lit_eemllm", *line], capture_output=True, text=True, cwd=REPOSITORY, timeout=120
+        )
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_config_show_and_check(folder, calls, capsys):
+    assert cli.main(["config", "show", "good.yaml", "seed=9"]) == 0
+    shown = capsys.readouterr().out
+    assert "# Peak learning rate of AdamW." in shown
+    (folder / "shown.yaml").write_text(shown, encoding="utf-8")
+    assert load_config(["shown.yaml"]) == load_config(["good.yaml"], ["seed=9"])
+
+    (folder / "bad.yaml").write_text("seed: x\n", encoding="utf-8")
+    (folder / "worse.yaml").write_text("[\n", encoding="utf-8")
+    assert cli.main(["config", "check", "good.yaml", "bad.yaml", "worse.yaml", "optim.max_steps=0"]) == 2
+    out, err = capsys.readouterr()
+    assert "good" not in out and "good.yaml: a mistake" in err  # the override is for each file
+    assert "bad.yaml: 6 mistakes" in err and "bad.yaml:1: seed: found 'x' (text)" in err
+    assert "worse.yaml:2: not valid YAML" in err
+    assert cli.main(["config", "check", "good.yaml", "bad.yaml"]) == 2
+    assert capsys.readouterr().out == "good.yaml: good\n"
+    assert cli.main(["config", "check", "good.yaml"]) == 0
+
+
+def test_user_code_enters_by_import_and_by_entry_point_only(folder, calls, capsys, monkeypatch):
+    (folder / "mine.py").write_text(
+        "import dataclasses, pathlib\n@dataclasses.dataclass\nclass Thing:\n    a: 'int' = 1\n"
+        "with open('log', 'a') as log:\n    log.write('mine ')\n",
+        encoding="utf-8",
+    )
+    (folder / "broken.py").write_text("1 / 0\n", encoding="utf-8")
+    log = folder / "log"
+    assert cli.main(["fit", "good.yaml", "out=mine.py"]) == 0
+    assert not log.exists()
+    for line in (["fit"], ["validate"], ["generate", "--prompt", "x"], ["shards", "check", "data"], ["config", "show"]):
+        assert cli.main([*line, "--import", "mine.py", "good.yaml"]) == 0
+    assert cli.main(["fit", "--import", "mine.py", "--import", "mine.py", "good.yaml"]) == 0
+    assert log.read_text() == "mine " * 7
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fit", "good.yaml", "--import", "broken.py"])
+
+    def entry_points(*, group):
+        assert group == "lit_eemllm.plugins"
+        return [SimpleNamespace(load=lambda: log.write_text("plugin"))]
+
+    monkeypatch.setattr("lit_eemllm.plugins.entry_points", entry_points)
+    assert cli.main(["fit", "good.yaml"]) == 0
+    assert log.read_text() == "plugin"
+
+
+def commands(markdown: str) -> list[list[str]]:
+    """The commands in the ```bash blocks of a text, comments and prompts taken off, continued lines joined."""
+    found = []
+    for block in re.findall(r"^```(?:bash|sh|shell)[^\n]*\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            found += [words] if words else []
+    return found
+
+
+def test_the_commands_in_the_readme_exist():
+    readme = REPOSITORY / "README.md"
+    if not readme.is_file():
+        pytest.skip("no README.md yet")
+    targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    checked = 0
+    for words in commands(readme.read_text(encoding="utf-8")):
+        if words[0] == "make":
+            assert set(words[1:]) <= {*targets, *(word for word in words if "=" in word)}, words
+        elif words[0].endswith("lit-eemllm"):
+            args = cli.parse(words[1:])
+            for text in getattr(args, "inputs", []):
+                if text.startswith("configs/") and "*" not in text:
+                    assert (REPOSITORY / text).is_file(), words
+        elif words[0].endswith("python") and len(words) > 1 and words[1].endswith(".py"):
+            assert (REPOSITORY / words[1]).is_file(), words
+        else:
+            continue
+        checked += 1
+    assert checked
+
+
+def test_every_configuration_in_the_repository_is_good(folder):
+    files = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+    if not files:
+        pytest.skip("no configs yet")
+    for file in files:
+        # Some leave required keys to the command line: good.yaml stands in. Some use an encoder that --import brings.
+        load_config(["good.yaml", file], ["model.vision.encoder=transformers"], checks=[check_names])
+
+
+def test_makefile_and_ci_name_what_exists():
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    ci = REPOSITORY / ".ci" / "run"
+    assert ci.stat().st_mode & 0o111 == 0o111
+    assert set(re.findall(r"^make (\w+)", ci.read_text(encoding="utf-8"), re.MULTILINE)) <= targets
+    shown = subprocess.run(["make", "help"], capture_output=True, text=True, cwd=REPOSITORY, timeout=60).stdout
+    assert {line.split()[1] for line in shown.splitlines()} == targets

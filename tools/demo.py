@@ -1,0 +1,81 @@
+"""The whole journey on a CPU: make data, train EE-MLLM and self-attention, ask both about pictures they have not seen, compare.
+
+    make demo       one seed each, a few minutes
+    make compare    longer training, three seeds each
+
+Every step is an ordinary command, printed before it runs, so that it can be repeated by hand. Runs that are finished are
+not trained again; remove `runs/demo` to start over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+COMMAND = [sys.executable, "-m", "lit_eemllm"]
+DATA = Path("runs/demo/data")
+MECHANISMS = ("ee_mllm", "llava")
+
+
+def run(*words: object) -> None:
+    """Run one command of the program, visibly. Stops the demo if it fails."""
+    print(f"\n$ lit-eemllm {' '.join(map(str, words))}", flush=True)
+    result = subprocess.run([*COMMAND, *map(str, words)], check=False)
+    if result.returncode:
+        sys.exit(result.returncode)
+
+
+def kill_and_resume(config: str, folder: Path) -> None:
+    """20 steps at once, and 20 steps killed after the tenth and continued: compare the two last checkpoints bit by bit."""
+    options = [config, "resume=auto", "optim.max_steps=20", "optim.save_every=10", "optim.log_every=10", "data.val=null"]
+    whole, cut = folder / "whole", folder / "killed"
+    run("fit", *options, f"out={whole}")
+    if not (cut / "checkpoints" / "step-20.ckpt").is_file():
+        words = ["fit", *options, f"out={cut}"]
+        print(f"\n$ lit-eemllm {' '.join(words)}      (killed as soon as the checkpoint of step 10 is there)", flush=True)
+        process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (cut / "checkpoints" / "step-10.ckpt").is_file():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run("fit", *options, f"out={cut}")
+    a, b = (torch.load(out / "checkpoints" / "step-20.ckpt", weights_only=True)["state_dict"] for out in (whole, cut))
+    different = [name for name in a if not a[name].equal(b[name])]
+    print(f"\nkilled and continued against unbroken: {len(a) - len(different)} of {len(a)} tensors bit-equal", flush=True)
+    if different:
+        sys.exit("resume is not exact: " + ", ".join(different))
+
+
+def main(long: bool) -> None:
+    start = time.perf_counter()
+    name = "compare" if long else "demo"
+    if not DATA.is_dir():
+        run("shards", "make", "--source", "shapes", "--out", DATA)
+    runs = []
+    for mechanism in MECHANISMS:
+        for seed in range(3 if long else 1):
+            config = f"configs/demo/{mechanism}.yaml"
+            out = Path("runs") / name / f"{mechanism}-{seed}"
+            extra = ["configs/demo/long.yaml"] if long else []
+            run("fit", config, *extra, f"seed={seed}", f"out={out}")
+            if seed == 0:
+                run("validate", out, "--checkpoint", "none", "eval.control=0")
+            run("validate", out)
+            runs.append(out)
+    if not long:
+        kill_and_resume("configs/demo/ee_mllm.yaml", Path("runs/demo/resume"))
+    run("report", *runs, "--out", Path("runs") / name / "report")
+    print(f"\npictures with answers: {', '.join(str(out / 'eval' / 'samples.png') for out in runs)}")
+    print(f"{name} took {(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--long", action="store_true", help="train longer, three seeds for each mechanism")
+    main(parser.parse_args().long)

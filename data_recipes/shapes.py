@@ -1,20 +1,23 @@
 """Shapes: a small procedural visual question answering set, made on the spot and the same everywhere.
 
-Pictures are 64 x 64 pixels and of three kinds: coloured shapes on a 4 x 4 grid, bar charts with four bars, and one short
-word. Questions are of the types in ``TYPES``; ``compare`` shows two pictures, and a few training rows have none at all.
+Pictures are 64 x 64 pixels and of three kinds: coloured shapes on a 4 x 4 grid, bar charts with four bars, and one
+short word. Questions are of the types in ``TYPES``; ``compare`` shows two pictures, and a few training rows have none.
 
 What the numbers of a model on this set can and cannot mean:
 
 * Within a type, every answer is equally frequent, for each wording as well, and is independent of what the question
   names. So the best constant answer, and any model that does not see the right picture, scores 1/K (``ANSWERS``).
-* The lazy strategy of naming something that is merely present stays below 1/K + 0.15 for ``colour`` and ``shape`` (3 to 6
-  objects of distinct colours and shapes: 0.24 against 1/6), ``chart`` (four bars of distinct colours: 0.25 against 1/6) and
-  ``position`` (an object in every quadrant: 1/4, the same as guessing). Not so for ``count``: the number of all objects says
-  nothing, but the size of any group of one colour is right in 0.43 and that of the largest in 0.51 (guessing: 0.20).
-* A scene is in the validation split if and only if the first byte of the SHA-256 of its *content* is divisible by ten. The
-  content leaves out sizes, shifts of a few pixels and shades, so a validation scene is never a training scene moved by a
-  pixel, and anything trained on ``is_val(scene) == False`` has never seen a validation scene.
-* Objects sit inside the cells of a 16-pixel grid and there is no noise: this is a test of plumbing and of learning, not of vision.
+* In validation, the lazy strategy of naming something that is merely present stays below 1/K + 0.15 for ``colour`` and
+  ``shape`` (3 to 6 objects of distinct colours and shapes: 0.24 against 1/6), ``chart`` (four bars of distinct colours:
+  0.25 against 1/6) and ``position`` (an object in every quadrant: 1/4, the same as guessing). Not so for ``count``: the
+  number of all objects says nothing, but the size of any group of one colour is right in 0.43 and that of the largest
+  in 0.51 (guessing: 0.20).
+* Training scenes may hold fewer objects than validation scenes, down to a single one: without easy questions, learning
+  to look things up starts many times later.
+* A scene is in the validation split if and only if the first byte of the SHA-256 of its *content* is divisible by ten.
+  The content leaves out sizes, shifts of a few pixels, shades and the background, so a validation scene is never a
+  training scene moved by a pixel, and anything trained on ``is_val(scene) == False`` has never seen a validation scene.
+* Objects sit inside the cells of a 16-pixel grid and there is no noise: a test of plumbing and learning, not of vision.
 
 Use it from Python (``rows``), or write LLaVA-style JSON files and a folder of images::
 
@@ -134,9 +137,9 @@ _GLYPHS = {
 }  # fmt: skip
 
 # A scene is plain data: {"kind": "objects" | "bars" | "word", "background": index, "items": [...]}. Items are
-#   objects: (cell, colour, shape, size, dx, dy, shade), sorted by cell    cell = 4 * row + column; pixels from the cell's corner
+#   objects: (cell, colour, shape, size, dx, dy, shade), sorted by cell = 4 * row + column; pixels from the cell's corner
 #   bars:    (colour, height in units, width, dx, shade), left to right
-#   word:    one item (word, colour, scale, column, row, dx, dy, shade)    in steps of 8 pixels, and shifts of 0 to 3
+#   word:    one item (word, colour, scale, column, row, dx, dy, shade); columns and rows of 8 pixels, shifts of 0 to 3
 Scene = dict[str, Any]
 
 
@@ -246,17 +249,18 @@ def _first_then_others(rng: random.Random, first: str, values: Sequence[str], co
     return [first, *rng.sample([value for value in values if value != first], count - 1)]
 
 
-def _distinct_objects(rng: random.Random, colour: str, shape: str) -> Scene:
-    """3 to 6 objects, no two of the same colour or shape, one of them as given."""
-    count = rng.randint(3, 6)
+def _distinct_objects(rng: random.Random, colour: str, shape: str, sparse: bool) -> Scene:
+    """3 (sparse: 1) to 6 objects, no two of the same colour or shape, one of them as given."""
+    count = rng.randint(1 if sparse else 3, 6)
     colours = _first_then_others(rng, colour, tuple(COLOURS), count)
     shapes = _first_then_others(rng, shape, SHAPES, count)
     return _objects(rng, list(zip(rng.sample(range(GRID * GRID), count), colours, shapes, strict=True)))
 
 
-def _quadrant_objects(rng: random.Random, colour: str, shape: str, quadrant: int) -> Scene:
-    """4 to 6 different objects, at least one in each quadrant, with the given one in the given quadrant."""
-    quadrants = [quadrant, *(q for q in range(4) if q != quadrant)]
+def _quadrant_objects(rng: random.Random, colour: str, shape: str, quadrant: int, sparse: bool) -> Scene:
+    """Different objects, one or more in each quadrant (sparse: in some), with the given one in the given quadrant."""
+    others = rng.sample([q for q in range(4) if q != quadrant], rng.randint(0, 3) if sparse else 3)
+    quadrants = [quadrant, *others]
     cells = []
     for q in quadrants:
         row, column = 2 * (q // 2) + rng.randrange(2), 2 * (q % 2) + rng.randrange(2)
@@ -267,9 +271,9 @@ def _quadrant_objects(rng: random.Random, colour: str, shape: str, quadrant: int
     return _objects(rng, [(cell, *kind) for cell, kind in zip(cells, kinds, strict=True)])
 
 
-def _counted_objects(rng: random.Random, colour: str, count: int) -> Scene:
-    """`count` objects of the colour among 7 to 9 objects in all; the others share two colours, so they form groups too."""
-    total = rng.randint(7, 9)
+def _counted_objects(rng: random.Random, colour: str, count: int, sparse: bool) -> Scene:
+    """`count` objects of the colour among 7 (sparse: `count`) to 9; the others share two colours: they form groups too."""
+    total = rng.randint(count if sparse else 7, 9)
     others = rng.sample([other for other in COLOURS if other != colour], 2)
     colours = [colour] * count + [rng.choice(others) for _ in range(total - count)]
     cells = rng.sample(range(GRID * GRID), total)
@@ -302,16 +306,21 @@ def _word(rng: random.Random, word: str) -> Scene:
     return {"kind": "word", "background": rng.randrange(len(BACKGROUNDS)), "items": [item]}
 
 
-def scenes(kind: str, wording: int, answer: str, slots: dict[str, str], rng: random.Random) -> list[Scene]:
-    """The scenes of one question of type `kind` whose answer is `answer`; the text fixes the rest through `slots`."""
+def scenes(
+    kind: str, wording: int, answer: str, slots: dict[str, str], rng: random.Random, sparse: bool
+) -> list[Scene]:
+    """The scenes of one question of type `kind` whose answer is `answer`; the text fixes the rest through `slots`.
+
+    `sparse` lets them be emptier than the rest of the set: some easy questions start the learning.
+    """
     if kind == "colour":
-        return [_distinct_objects(rng, answer, slots["shape"])]
+        return [_distinct_objects(rng, answer, slots["shape"], sparse)]
     if kind == "shape":
-        return [_distinct_objects(rng, slots["colour"], answer)]
+        return [_distinct_objects(rng, slots["colour"], answer, sparse)]
     if kind == "position":
-        return [_quadrant_objects(rng, slots["colour"], slots["shape"], QUADRANTS.index(answer))]
+        return [_quadrant_objects(rng, slots["colour"], slots["shape"], QUADRANTS.index(answer), sparse)]
     if kind == "count":
-        return [_counted_objects(rng, slots["colour"], int(answer))]
+        return [_counted_objects(rng, slots["colour"], int(answer), sparse)]
     if kind == "chart":
         return [_bars(rng, answer, tallest=wording < len(TEMPLATES["chart"]) // 2)]
     if kind == "word":
@@ -344,7 +353,7 @@ def _row(kind: str, index: int, nth: int, split: str, seed: int) -> tuple[dict[s
         first = rng.randint(1, int(answer) - 1)
         slots = {"a": str(first), "b": str(int(answer) - first)}
     while True:  # one draw in ten is a validation scene
-        shown = scenes(kind, wording, answer, slots, rng)
+        shown = scenes(kind, wording, answer, slots, rng, sparse=split == "train")
         if all(is_val(scene) == (split == "val") for scene in shown):
             break
     row: dict[str, Any] = {"id": f"{split}-{index:06d}", "type": kind}
@@ -378,8 +387,8 @@ def rows(
 ) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
     """The first `count` rows of a split, as LLaVA-style rows with their PNG files in the order of ``row["image"]``.
 
-    Types take turns, and within a type all pairs of wording and answer come once, in random order, before any comes again.
-    The same arguments give the same bytes (for one version of Pillow and zlib); a larger count only adds rows.
+    Types take turns, and within a type all pairs of wording and answer come once, in random order, before any comes
+    again. The same arguments give the same bytes (for one version of Pillow and zlib); a larger count only adds rows.
 
     Args:
         split: ``"train"`` or ``"val"``. Their scenes are disjoint for all seeds.

@@ -143,7 +143,9 @@ class PackedBatch:
         return len(self.targets)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        return self._map_tensors(lambda x: x.to(device) if isinstance(x, SequenceLayout) else x.to(device, non_blocking=True))
+        return self._map_tensors(
+            lambda x: x.to(device) if isinstance(x, SequenceLayout) else x.to(device, non_blocking=True)
+        )
 
     def pin_memory(self) -> PackedBatch:
         return self._map_tensors(lambda x: x.pin_memory())

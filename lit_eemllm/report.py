@@ -139,7 +139,9 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
         def both(row: Row, name: str = name) -> str:
             control = row.spread(lambda run: of_type(run.results, name, "control"))
-            return row.spread(lambda run: of_type(run.results, name, "exact_match")) + (f" [{control}]" if control else "")
+            return row.spread(lambda run: of_type(run.results, name, "exact_match")) + (
+                f" [{control}]" if control else ""
+            )
 
         first = rows[0].runs[0].results["types"][name] if name in rows[0].runs[0].results.get("types", {}) else {}
         constant = f", best constant {first['constant']:.3f}" if first else ""
@@ -149,9 +151,17 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     line("validation loss", lambda row: row.spread(lambda run: run.results.get("loss"), "{:.4f}"))
     line("... images shuffled", lambda row: row.spread(lambda run: run.results.get("loss_shuffled_images"), "{:.4f}"))
     line("parameters (M)", lambda row: f"{row.runs[0].results['parameters'] / 1e6:.3f}")
-    line("prefill MFLOPs a question", lambda row: row.spread(lambda run: (run.results.get("prefill_flops") or 0) / 1e6, "{:.1f}"))
-    line("step time (ms)", lambda row: row.spread(lambda run: 1e3 * median(step["step_seconds"] for step in run.curve), "{:.0f}"))
-    line("peak memory (GiB)", lambda row: row.spread(lambda run: max(step["memory_gib"] for step in run.curve), "{:.2f}"))
+    line(
+        "prefill MFLOPs a question",
+        lambda row: row.spread(lambda run: (run.results.get("prefill_flops") or 0) / 1e6, "{:.1f}"),
+    )
+    line(
+        "step time (ms)",
+        lambda row: row.spread(lambda run: 1e3 * median(step["step_seconds"] for step in run.curve), "{:.0f}"),
+    )
+    line(
+        "peak memory (GiB)", lambda row: row.spread(lambda run: max(step["memory_gib"] for step in run.curve), "{:.2f}")
+    )
     return lines
 
 
@@ -177,11 +187,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             x = j + (i - (len(rows) - 1) / 2) * width
             scores = [result["exact_match"] for result in found]
             error = stdev(scores) if len(scores) > 1 else None
-            right.bar(x, mean(scores), width * 0.92, yerr=error, color=colour, label=row.runs[0].label if j == 0 else None)
+            right.bar(
+                x, mean(scores), width * 0.92, yerr=error, color=colour, label=row.runs[0].label if j == 0 else None
+            )
             controls = [result["control"] for result in found if result["control"] is not None]
             if controls:
                 label = "images shuffled" if i == j == 0 else None
-                right.hlines(mean(controls), x - width * 0.46, x + width * 0.46, color="black", linestyle=":", label=label)
+                right.hlines(
+                    mean(controls), x - width * 0.46, x + width * 0.46, color="black", linestyle=":", label=label
+                )
     handles, labels = left.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     left.legend(unique.values(), unique.keys(), frameon=False)

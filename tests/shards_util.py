@@ -173,7 +173,11 @@ def fit(model: Recorder, data: ShardDataModule, out: Path, *, steps: int, save_e
 def script(*arguments: object) -> subprocess.Popen[str]:
     """This file in a process of its own."""
     root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+    }
     command = [sys.executable, __file__, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -32,40 +32,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @WORKERS
 def test_bad_samples_are_skipped_counted_and_named(
-    tmp_path: Path, workers: int, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = {"json": sample(1)["json"], "0.jpg": picture(1, "JPEG", (80, 60))[:-40]}
-    members = [{f"g{i}": sample(i, i % 3)} for i in range(8)] + [{f"bad{i}": dict(m)} for i, m in enumerate(BAD.values())]
+    members = [{f"g{i}": sample(i, i % 3)} for i in range(8)] + [
+        {f"bad{i}": dict(m)} for i, m in enumerate(BAD.values())
+    ]
     order = [item for pair in zip(members[:8] * 2, members[8:], strict=False) for item in pair]  # good and bad in turn
     write_tar(tmp_path / "train.tar", {key: m for item in order for key, m in item.items()} | {"broken": broken})
     prepare(tmp_path)
-    for handler in logging.getLogger("lit_eemllm").handlers:
-        handler.setStream(__import__("sys").stderr)  # type: ignore[attr-defined]
     data = module(tmp_path, workers=workers, shuffle_buffer=0)
     seen: Counter[str] = Counter()
     for batch in islice(data.train_dataloader(), 12):
         seen.update(batch.keys)
     assert set(seen) == {f"g{i}" for i in range(8)}, "every good one, and no other"
-    assert {case.split(",")[0] for case in BAD} == set(data.skipped) and data.skipped["pickle"] % 2 == 0 or workers
+    assert {case.split(",")[0] for case in BAD} | {"bad_image"} == set(data.skipped), "counted also across processes"
     total = sum(seen.values()) + sum(data.skipped.values())
     assert total >= 2 * (8 + len(BAD) + 1), "several epochs"
     if not workers:  # the message names shard, key and reason, and the first few only
         text = [record.message for record in caplog.records]
         assert any("train.tar: bad0.json" in line and "[bad_json]" in line for line in text)
-        assert 3 == sum("[pickle]" in line for line in text) and "only counted" in " ".join(text)
+        assert sum("[pickle]" in line for line in text) == 3 and "only counted" in " ".join(text)
 
 
 @WORKERS
 def test_a_row_of_bad_samples_stops_the_run(tmp_path: Path, workers: int) -> None:
     write_tar(tmp_path / "train.tar", {f"k{i}": sample(i) if i < 8 else {"json": b"{"} for i in range(28)})
     prepare(tmp_path)
-    for limit, stops in ((40, False), (5, True)):
+    for limit, stops in ((40, False), (5, True))[bool(workers) :]:
         data = module(tmp_path, workers=workers, shuffle_buffer=0, max_bad_in_a_row=limit, pack_samples=1)
         batches = iter(data.train_dataloader())
-        if not stops and not workers:
-            assert len(list(islice(batches, 30))) == 30 and data.skipped["bad_json"] >= 20
-        elif stops:
-            with pytest.raises(UserError, match=rf"^{limit} samples in a row(?s:.*)train.tar: k\d+.json(?s:.*)shards check$") as error:
+        if not stops:
+            assert len(list(islice(batches, 10))) == 10 and data.skipped["bad_json"] >= 10
+        else:
+            with pytest.raises(
+                UserError, match=rf"^{limit} samples in a row(?s:.*)train.tar: k\d+.json(?s:.*)shards check$"
+            ) as error:
                 list(islice(batches, 60))
             assert "Traceback" not in str(error.value) and error.value.__cause__ is None
             with pytest.raises(UserError, match="has failed"):
@@ -82,14 +84,18 @@ def test_undecodable_images_stop_the_run_too(tmp_path: Path, workers: int) -> No
         next(iter(module(tmp_path, workers=workers, max_bad_in_a_row=10).train_dataloader()))
 
 
-@WORKERS
-@pytest.mark.parametrize("error", [TypeError, NameError, AssertionError])
-@pytest.mark.parametrize("step", ["tokenize", "load_pixels"])
+@pytest.mark.parametrize(
+    ("workers", "error", "step"),
+    [
+        (0, TypeError, "tokenize"),
+        (0, NameError, "tokenize"),  # Energon treats these as fatal, others not
+        (0, AssertionError, "load_pixels"),
+        (2, TypeError, "load_pixels"),
+    ],
+)
 def test_mistakes_in_the_program_are_not_skipped(
     folder: Path, workers: int, error: type[Exception], step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if workers and (error, step) != (TypeError, "tokenize"):
-        pytest.skip("one combination is enough across processes")
     right, calls = getattr(SampleEncoder, step), []
 
     def sometimes_wrong(self: SampleEncoder, *arguments: object) -> object:
@@ -120,8 +126,8 @@ def test_too_long_with_policy_error_stops_at_once(folder: Path) -> None:
 def test_validation_is_finite_complete_and_the_same_every_time(folder: Path, workers: int) -> None:
     loader = module(folder / "a", folder / "a", workers=workers, packing_buffer=4).val_dataloader()
     assert not hasattr(loader, "__len__")
-    first = [fingerprint(batch) for batch in loader]
-    keys = [key for batch in loader for key in batch.keys]
+    batches = list(loader)
+    first, keys = [fingerprint(batch) for batch in batches], [key for batch in batches for key in batch.keys]
     assert sorted(int(key.split("-")[1]) for key in keys) == list(range(11)) and len(first) > 2
     next(iter(loader))  # a pass that is broken off
     assert [fingerprint(batch) for batch in loader] == first
@@ -151,12 +157,11 @@ def test_epochs_and_blends(folder: Path) -> None:
 
 
 def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
-    for workers in (0, 2):
-        torch.manual_seed(5)
-        before = torch.get_rng_state()
-        data = module(folder / "a", folder / "a", workers=workers)
-        list(islice(data.train_dataloader(), 3)), list(data.val_dataloader()), data.state_dict()
-        assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    data = module(folder / "a", folder / "a")
+    assert list(islice(data.train_dataloader(), 3)) and list(data.val_dataloader()) and data.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_messages_about_size(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

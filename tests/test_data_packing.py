@@ -97,7 +97,12 @@ def test_truncation() -> None:
         short = tokens_of(encoder(limit, "truncate"), turns, 2)
         shown = "".join("|" if i == END else chr(i) for i in short.ids if i not in (BEGIN, IMAGE_SLOT))
         assert (shown, len(short.images)) == (text, images), limit
-        assert short.truncated and short.length <= limit and short.targets() and short.ids[-1] == short.ids[short.targets()[-1]]
+        assert (
+            short.truncated
+            and short.length <= limit
+            and short.targets()
+            and short.ids[-1] == short.ids[short.targets()[-1]]
+        )
         assert short.ids.count(IMAGE_SLOT) == len(short.images) == len(short.image_tokens)
     for policy, limit in (("drop", 24), ("truncate", 8), ("truncate", 3)):
         with pytest.raises(SampleError, match="25 tokens") as error:
@@ -110,10 +115,15 @@ def test_truncation() -> None:
 
 def bomb() -> bytes:
     """A PNG whose header says 20,000 x 20,000 and which is 60 bytes long."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
+        + chunk(b"IEND", b"")
+    )
 
 
 good = sample(1)

@@ -50,10 +50,16 @@ def test_good_recipes(folder: Path) -> None:
     body = {"blend_epochized": [{"path": "a", "repetitions": 0.5, "split_part": "val"}]}
     recipe = read_recipe(write(folder, {"splits": {"train": body}}), "train")
     assert (recipe.blend, recipe.sources[0].share, recipe.num_samples) == ("repetitions", 0.5, 5)
-    assert read_recipe(folder / "a", "val").sources == read_recipe(write(folder, {"splits": {"val": {"path": "a"}}}), "val").sources
+    assert (
+        read_recipe(folder / "a", "val").sources
+        == read_recipe(write(folder, {"splits": {"val": {"path": "a"}}}), "val").sources
+    )
     split = folder / "a" / ".nv-meta" / "split.yaml"
     split.write_text(yaml.safe_dump(yaml.safe_load(split.read_text()) | {"exclude": ["train-000001.tar"]}))
-    assert [n for n, _ in read_recipe(folder / "a", "train").sources[0].shards] == ["train-000000.tar", "train-000002.tar"]
+    assert [n for n, _ in read_recipe(folder / "a", "train").sources[0].shards] == [
+        "train-000000.tar",
+        "train-000002.tar",
+    ]
     data = module(folder / "a")  # and Energon agrees: it would be refused otherwise
     assert data.train_dataloader() is not None
 
@@ -63,7 +69,9 @@ def test_nothing_named_in_a_file_is_imported(folder: Path) -> None:
     sentinel = folder / "executed"
     (folder / "evil.py").write_text(f"open({str(sentinel)!r}, 'w')\ndef f(**_): open({str(sentinel)!r}, 'w')\nC = f\n")
     loader = folder / "a" / ".nv-meta" / "sample_loader.py"
-    loader.write_text(f"open({str(sentinel)!r}, 'w')\ndef sample_loader(s): return s\ndef part_filter(p): return True\n")
+    loader.write_text(
+        f"open({str(sentinel)!r}, 'w')\ndef sample_loader(s): return s\ndef part_filter(p): return True\n"
+    )
     evil = {"__module__": "evil", "__class__": "C"}
     ok = {"path": "a"}
     tag = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{sentinel}]]\n"
@@ -72,7 +80,11 @@ def test_nothing_named_in_a_file_is_imported(folder: Path) -> None:
     attacks: list[tuple[str, str, Any]] = [
         ("recipe.yaml", "__module__", {**evil, "splits": {"train": ok}}),
         ("recipe.yaml", "__class__", {**crude, "splits": {"train": ok}}),
-        ("recipe.yaml", "__function__", {"__module__": "megatron.energon", "__function__": "f", "splits": {"train": ok}}),
+        (
+            "recipe.yaml",
+            "__function__",
+            {"__module__": "megatron.energon", "__function__": "f", "splits": {"train": ok}},
+        ),
         ("recipe.yaml", "__module__", {"splits": {"train": {**evil, **ok}}}),
         ("recipe.yaml", "__module__", {"splits": {"train": {"blend": [{**evil, **ok}]}}}),
         ("recipe.yaml", "join", {"splits": {"train": joined}}),

@@ -13,7 +13,18 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from shards_util import IMAGE_TOKENS, TRANSFORM, CharTemplate, encoder, module, picture, row, sample, write_shards, write_tar
+from shards_util import (
+    IMAGE_TOKENS,
+    TRANSFORM,
+    CharTemplate,
+    encoder,
+    module,
+    picture,
+    row,
+    sample,
+    write_shards,
+    write_tar,
+)
 from test_data_packing import BAD
 
 from lit_eemllm.config import DataConfig
@@ -218,13 +229,17 @@ def test_inspect_shows_what_is_trained(tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>"
     rows = [{**row(i, i % 3), "id": f"r{i}"} for i in range(5)] + [row(9, 0, answer=hostile)]
     write_shards(tmp_path / "a", {"train": rows[:1], "val": rows})
-    config = DataConfig(train=str(tmp_path / "a"), val=str(tmp_path / "a"), pack_tokens=90, max_length=90, packing_buffer=4)
+    config = DataConfig(
+        train=str(tmp_path / "a"), val=str(tmp_path / "a"), pack_tokens=90, max_length=90, packing_buffer=4
+    )
     template = CharTemplate()
     paths = inspect(config, template, TRANSFORM, tmp_path / "out", split="val", packs=99)  # type: ignore[arg-type]
     assert [path.name for path in paths] == ["val.html", "val.png"]
     page = _Page()
     page.feed(paths[0].read_text(encoding="utf-8"))
-    assert page.target == "".join(f"it is {i * i}</s>" for i in range(5)) + hostile + "</s>" and "script" not in page.tags
+    assert (
+        page.target == "".join(f"it is {i * i}</s>" for i in range(5)) + hostile + "</s>" and "script" not in page.tags
+    )
     assert "what is 3?" in page.rest and "val-00000004-r4" in page.rest and f"{IMAGE_TOKENS} visual tokens" in page.rest
     assert "it is" not in page.rest and len(page.images) == 0 + 1 + 2 + 0 + 1
     # the picture on the page is what the model sees

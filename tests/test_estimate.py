@@ -21,7 +21,9 @@ ROWS = {
 def test_published_prefill_flops(name):
     mechanism, *expected = ROWS[name]
     shapes = [(64, 576), (64, 2880), (256, 4900)]
-    found = [prefill_flops(mechanism, VICUNA_7B, text, visual, last_layer_saving=False) / 1e12 for text, visual in shapes]
+    found = [
+        prefill_flops(mechanism, VICUNA_7B, text, visual, last_layer_saving=False) / 1e12 for text, visual in shapes
+    ]
     assert [round(value, 3) for value in found] == expected
 
 
@@ -31,6 +33,8 @@ def test_text_only_last_layer_and_grouped_queries():
     h, m, text, visual = 4096, 11008, 64, 576
     full = prefill_flops(build_mechanism("ee_mllm"), VICUNA_7B, text, visual, last_layer_saving=False)
     assert full - prefill_flops(build_mechanism("ee_mllm"), VICUNA_7B, text, visual) == visual * (2 * h * h + 6 * h * m)
-    tiny = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    tiny = LlamaConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
     rows = 3 * 2 * (8 * 8 + 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16) + 4 * 3 * (3 + 5) * 8
     assert prefill_flops(build_mechanism("llava"), tiny, 3, 5) == rows + 5 * 4 * 8 * 4

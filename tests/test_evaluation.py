@@ -54,7 +54,9 @@ def test_shuffled_images_come_from_another_question_of_the_type():
 
 
 def test_rolled_images_leave_their_document():
-    kept = list(movable(tiny.pack(documents) for documents in ([[3, 0, 4], [2, 0, 1, 0, 3], [0, 2]], [[3, 0, 2], [4]], [[5]])))
+    kept = list(
+        movable(tiny.pack(documents) for documents in ([[3, 0, 4], [2, 0, 1, 0, 3], [0, 2]], [[3, 0, 2], [4]], [[5]]))
+    )
     assert [len(batch.layout.documents) for batch in kept] == [3]
     assert images_per_document(kept[0]) == 2
     owner = [0, 1, 1, 2]

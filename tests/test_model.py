@@ -7,8 +7,15 @@ import pytest
 import tiny
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
-from transformers import Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
@@ -99,7 +106,10 @@ def test_decoder_equals_transformers_under_the_mechanisms_mask(decoder, preset, 
 def llava_twin(model, implementation="eager"):
     vision, text = model.vision.model.config, model.config.text_config
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tiny.VOCAB - 1, vision_feature_layer=model.vision.select_layer
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tiny.VOCAB - 1,
+        vision_feature_layer=model.vision.select_layer,
     )
     config._attn_implementation = implementation
     twin = LlavaForConditionalGeneration(config).eval()
@@ -290,7 +300,9 @@ def test_sampling_beams_and_penalties_work_with_images():
     torch.manual_seed(5)
     sampled = model.generate(**inputs, **options, do_sample=True, repetition_penalty=1.3, num_return_sequences=3)
     torch.manual_seed(5)
-    assert sampled.equal(model.generate(**inputs, **options, do_sample=True, repetition_penalty=1.3, num_return_sequences=3))
+    assert sampled.equal(
+        model.generate(**inputs, **options, do_sample=True, repetition_penalty=1.3, num_return_sequences=3)
+    )
     assert sampled.shape[0] == 6 and (sampled[:, -6:] < tiny.VOCAB).all()  # an image token is never generated
     beams = model.generate(**inputs, **options, num_beams=4, do_sample=False)
     greedy = model.generate(**inputs, **options, do_sample=False)
@@ -298,7 +310,9 @@ def test_sampling_beams_and_penalties_work_with_images():
     assert beams[:1, -6:].equal(alone[:, -6:])
 
     def score(ids):
-        logits = model(ids, torch.cat([inputs["attention_mask"], torch.ones(2, 6).long()], 1), inputs["pixel_values"]).logits
+        logits = model(
+            ids, torch.cat([inputs["attention_mask"], torch.ones(2, 6).long()], 1), inputs["pixel_values"]
+        ).logits
         return logits[:, -7:-1].log_softmax(-1).gather(-1, ids[:, -6:, None]).sum((1, 2))
 
     assert (score(beams) >= score(greedy) - 1e-4).all()
@@ -315,7 +329,10 @@ def test_mismatch_of_images_and_image_tokens_names_both_numbers():
 
 @pytest.mark.parametrize("encoder", ["clip", "siglip"])
 def test_round_trip_through_a_folder(tmp_path, encoder):
-    model, batch = tiny.model("llama-gqa", build_mechanism("ee_mllm", aligner={"value": None, "ffn": False}), encoder), tiny.pack(PACK)
+    model, batch = (
+        tiny.model("llama-gqa", build_mechanism("ee_mllm", aligner={"value": None, "ffn": False}), encoder),
+        tiny.pack(PACK),
+    )
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     again = EEMLLM.from_pretrained(tmp_path)
@@ -334,11 +351,17 @@ def test_joins_ordinary_checkpoints_unchanged(tmp_path):
     tower = tiny.vision().model
     tower.save_pretrained(tmp_path / "clip")
     (tmp_path / "clip" / "preprocessor_config.json").write_text(
-        '{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16},'
+        '{"image_processor_type": "CLIPImageProcessor", "do_center_crop": true, "size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16},'
         ' "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 3}'
     )
     model = EEMLLM.from_parts(
-        str(tmp_path / "lm"), "transformers", str(tmp_path / "clip"), PRESETS["ee_mllm"], tiny.VOCAB, select_layer=-2
+        str(tmp_path / "lm"),
+        "transformers",
+        str(tmp_path / "clip"),
+        PRESETS["ee_mllm"],
+        tiny.VOCAB,
+        select_layer=-2,
+        policy="pad",
     )
     assert all(model.language_model.state_dict()[k].equal(v) for k, v in decoder.state_dict().items())
     assert all(model.vision.model.state_dict()[k].equal(v) for k, v in tower.state_dict().items())
@@ -356,7 +379,10 @@ def test_unsupported_decoders_are_refused_with_what_to_do():
         (GemmaConfig(**common), "model_type 'gemma'"),
         (MistralConfig(**common, sliding_window=8), "sliding window"),
         (Qwen2Config(**common, use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding window"),
-        (LlamaConfig(**common, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "rope type 'dynamic'"),
+        (
+            LlamaConfig(**common, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "rope type 'dynamic'",
+        ),
         (LlamaConfig(**common, attention_dropout=0.1), "attention_dropout is 0.1"),
     ]:
         with pytest.raises(ConfigError, match=f"{reason}.*To add a family"):
@@ -364,9 +390,14 @@ def test_unsupported_decoders_are_refused_with_what_to_do():
 
 
 def test_presets_and_their_mistakes():
-    assert build_mechanism("llava").visibility(5).visual_queries and not build_mechanism("ee_mllm").visibility(5).visual_queries
+    assert (
+        build_mechanism("llava").visibility(5).visual_queries
+        and not build_mechanism("ee_mllm").visibility(5).visual_queries
+    )
     assert build_mechanism("ee_mllm", dense_layers=[1, 2]).visibility(2).visual_queries
-    assert Mechanism.from_dict(build_mechanism("ee_mllm", [1], {"ffn": False}).to_dict()) == Mechanism((1,), Aligner(ffn=False))
+    assert Mechanism.from_dict(build_mechanism("ee_mllm", [1], {"ffn": False}).to_dict()) == Mechanism(
+        (1,), Aligner(ffn=False)
+    )
     with pytest.raises(ConfigError, match="unknown preset 'ee-mllm'"):
         build_mechanism("ee-mllm")
     with pytest.raises(ConfigError, match="dense_layers"):

@@ -87,7 +87,7 @@ def nearest_colour(pixel):
 
 
 def cells(image):
-    """Cell -> colour of what is in it, read from the pixels of an object scene (the background is its most frequent colour)."""
+    """Cell -> colour of what is in it, read from the pixels of an object scene whose most frequent colour is the background."""
     background = max(image.getcolors(), key=lambda entry: entry[0])[1]
     found = {}
     for cell in range(16):
@@ -100,7 +100,7 @@ def cells(image):
 
 
 def test_answers_are_true_of_the_pixels():
-    """Count, compare and chart are answered again from the decoded PNG; colour, shape, position and word from the scene."""
+    """Count, compare and chart are answered again from the decoded PNG, the other types from the scene."""
     seen = collections.Counter()
     for (row, files), (_, scenes) in zip(shapes.rows("val", 700), shapes.rows_and_scenes("val", 700), strict=True):
         kind, question = row["type"], row["conversations"][0]["value"].lower()

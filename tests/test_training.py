@@ -160,7 +160,9 @@ def test_every_token_of_a_step_weighs_the_same(tmp_path, parts):
     for module in (whole, *(module for module, _ in others)):
         assert module.gradients.keys() == true.keys()
         for name, gradient in true.items():
-            assert (module.gradients[name] - gradient).abs().max() <= 3e-5 * max(gradient.abs().max(), 1e-3 * largest), name
+            assert (module.gradients[name] - gradient).abs().max() <= 3e-5 * max(
+                gradient.abs().max(), 1e-3 * largest
+            ), name
     losses = [module.mean_loss.item() for module in (whole, *(module for module, _ in others))]
     assert losses == pytest.approx([(model.packed_loss(packs[0]) / packs[0].num_targets).item()] * 3, rel=1e-5)
 
@@ -241,7 +243,9 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, parts, blend, mo
 def test_only_what_is_tuned_changes_and_all_of_it(tmp_path, parts, blend, trained):
     words = {part: "full" if part in trained else "frozen" for part in ("vision", "projector", "llm")}
     options = [f"optim.tuning.{part}={word}" for part, word in words.items()]
-    config = tiny.config(parts, blend, tmp_path, *options, "optim.projector_lr=1e-2", "optim.max_steps=2", "model.dtype=bfloat16")
+    config = tiny.config(
+        parts, blend, tmp_path, *options, "optim.projector_lr=1e-2", "optim.max_steps=2", "model.dtype=bfloat16"
+    )
     module = LitEEMLLM(tiny.model("llama-gqa"), config)
     groups = module.configure_optimizers()["optimizer"].param_groups
     assert {g["lr"] for g in groups if g["name"].startswith("projector")} == {1e-2}
@@ -259,7 +263,9 @@ def test_only_what_is_tuned_changes_and_all_of_it(tmp_path, parts, blend, traine
                       enable_model_summary=False)  # fmt: skip
     trainer.fit(module, DataLoader([tiny.pack([[3, 0, 4], [5]]), tiny.pack([[2, 0, 1, 0, 3]])], batch_size=None))
     changed = {n for n, p in module.model.named_parameters() if not p.equal(before[n])}
-    unused = {n for n in expected if "layers.2" in n and n.startswith("vision")} | {n for n in expected if "post_layernorm" in n}
+    unused = {n for n in expected if "layers.2" in n and n.startswith("vision")} | {
+        n for n in expected if "post_layernorm" in n
+    }
     ids_seen = {n for n in expected if n.endswith("lm_head.weight")}
     assert changed <= set(expected) and set(expected) - unused - ids_seen <= changed
 

@@ -45,14 +45,18 @@ TRANSFORM = ImageTransform(height=16, width=16, patch=4, mean=(0.5,) * 3, std=(0
 
 
 def vision(family: str = "clip") -> TransformersVision:
-    common = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4)
+    common = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
+    )
     if family == "clip":
         return TransformersVision(CLIPVisionModel(CLIPVisionConfig(**common)), TRANSFORM, select_layer=-2)
     model = SiglipVisionModel(SiglipVisionConfig(**common, vision_use_head=False))
     return TransformersVision(model, TRANSFORM, select_layer=-1)
 
 
-def model(decoder: str = "llama-gqa", mechanism: Mechanism | str = "ee_mllm", encoder: str = "clip", seed: int = 0) -> EEMLLM:
+def model(
+    decoder: str = "llama-gqa", mechanism: Mechanism | str = "ee_mllm", encoder: str = "clip", seed: int = 0
+) -> EEMLLM:
     """A random EEMLLM in float32 on the CPU, attention through the reference."""
     torch.manual_seed(seed)
     tower = vision(encoder)
@@ -98,7 +102,10 @@ def max_error(found: torch.Tensor, true: torch.Tensor) -> float:
 def write_parts(folder: Path) -> None:
     """A random decoder with its tokenizer and a random encoder, as transformers folders `decoder` and `encoder`."""
     torch.manual_seed(0)
-    words = ["What colour is the big circle left of a square in this picture? It is red, green or blue.", "USER: ASSISTANT: 12345"]
+    words = [
+        "What colour is the big circle left of a square in this picture? It is red, green or blue.",
+        "USER: ASSISTANT: 12345",
+    ]
     model = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False))
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()

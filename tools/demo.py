@@ -33,12 +33,21 @@ def run(*words: object) -> None:
 
 def kill_and_resume(config: str, folder: Path) -> None:
     """20 steps at once, and 20 steps killed after the tenth and continued: compare the two last checkpoints bit by bit."""
-    options = [config, "resume=auto", "optim.max_steps=20", "optim.save_every=10", "optim.log_every=10", "data.val=null"]
+    options = [
+        config,
+        "resume=auto",
+        "optim.max_steps=20",
+        "optim.save_every=10",
+        "optim.log_every=10",
+        "data.val=null",
+    ]
     whole, cut = folder / "whole", folder / "killed"
     run("fit", *options, f"out={whole}")
     if not (cut / "checkpoints" / "step-20.ckpt").is_file():
         words = ["fit", *options, f"out={cut}"]
-        print(f"\n$ lit-eemllm {' '.join(words)}      (killed as soon as the checkpoint of step 10 is there)", flush=True)
+        print(
+            f"\n$ lit-eemllm {' '.join(words)}      (killed as soon as the checkpoint of step 10 is there)", flush=True
+        )
         process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL)
         while process.poll() is None and not (cut / "checkpoints" / "step-10.ckpt").is_file():
             time.sleep(0.005)
@@ -47,7 +56,9 @@ def kill_and_resume(config: str, folder: Path) -> None:
     run("fit", *options, f"out={cut}")
     a, b = (torch.load(out / "checkpoints" / "step-20.ckpt", weights_only=True)["state_dict"] for out in (whole, cut))
     different = [name for name in a if not a[name].equal(b[name])]
-    print(f"\nkilled and continued against unbroken: {len(a) - len(different)} of {len(a)} tensors bit-equal", flush=True)
+    print(
+        f"\nkilled and continued against unbroken: {len(a) - len(different)} of {len(a)} tensors bit-equal", flush=True
+    )
     if different:
         sys.exit("resume is not exact: " + ", ".join(different))
 

@@ -90,11 +90,9 @@ class EfficientNetLite0(VisionEncoder):
         self._conv_head, self._bn1 = nn.Conv2d(inputs, WIDTH, 1, bias=False), norm(WIDTH)
 
     @classmethod
-    def from_path(cls, path: str, *, select_layer: int = -2, policy: str = "pad") -> EfficientNetLite0:
+    def from_path(cls, path: str, *, select_layer: int, policy: str) -> EfficientNetLite0:
         """`select_layer` has no meaning here: the last grid is always taken."""
-        encoder = cls(
-            ImageTransform(224, 224, STRIDE, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, policy=policy)
-        )
+        encoder = cls(ImageTransform(224, 224, STRIDE, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, policy=policy))
         weights = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("_fc.")}
         encoder.load_state_dict(weights)
         return encoder

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ import shapes  # noqa: E402
 
 SEED = 20  # also of the scenes: the demo draws its own with seed 0
 BOS, END, PAD, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
+SPECIAL = [PAD, BOS, END, USER, ASSISTANT]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|user|>{% elif message['role'] == 'assistant' %}<|assistant|>{% endif %}"
@@ -55,11 +57,12 @@ def make_tokenizer(out: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
-        special_tokens=[PAD, BOS, END, USER, ASSISTANT],
+        special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(told_chats(8000), trainer)
+    special = re.compile("|".join(map(re.escape, SPECIAL)))
+    tokenizer.train_from_iterator((special.sub("\n", chat) for chat in told_chats(8000)), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -195,7 +198,9 @@ def further_questions(scene: shapes.Scene, rng: random.Random, count: int) -> It
     """Up to `count` further (question, answer) about single objects of a scene that each fit one object only."""
     for cell, colour, shape, *_ in rng.choices(scene["items"], k=count):
         kind = rng.choice(("colour", "shape", "position"))
-        fits = [i for i in scene["items"] if (i[1] == colour or kind == "colour") and (i[2] == shape or kind == "shape")]
+        fits = [
+            i for i in scene["items"] if (i[1] == colour or kind == "colour") and (i[2] == shape or kind == "shape")
+        ]
         if len(fits) == 1:
             answer = {"colour": colour, "shape": shape, "position": quadrant(cell)}[kind]
             yield rng.choice(shapes.TEMPLATES[kind]).format(colour=colour, shape=shape), answer
@@ -222,7 +227,9 @@ def similar_lengths(told: Iterator[str], size: int, pool: int = 20) -> Iterator[
         yield from rng.sample(batches, len(batches))
 
 
-def make_decoder(out: Path, tokenizer: PreTrainedTokenizerFast, steps: int = 1400, batch: int = 48, lr: float = 2e-3) -> None:
+def make_decoder(
+    out: Path, tokenizer: PreTrainedTokenizerFast, steps: int = 1000, batch: int = 48, lr: float = 2e-3
+) -> None:
     """A small Llama trained on told rows: every token counts, answers as much as all else together."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -247,7 +254,9 @@ def make_decoder(out: Path, tokenizer: PreTrainedTokenizerFast, steps: int = 140
         encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         logits = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).logits[:, :-1]
         targets = encoded.input_ids[:, 1:]
-        user, assistant = ((encoded.input_ids == tokenizer.convert_tokens_to_ids(t)).cumsum(1) for t in (USER, ASSISTANT))
+        user, assistant = (
+            (encoded.input_ids == tokenizer.convert_tokens_to_ids(t)).cumsum(1) for t in (USER, ASSISTANT)
+        )
         answered = (assistant == user)[:, :-1]
         losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         real = encoded.attention_mask[:, 1:].bool()
@@ -255,7 +264,10 @@ def make_decoder(out: Path, tokenizer: PreTrainedTokenizerFast, steps: int = 140
         update(loss, optimiser, schedule)
         if step % 100 == 0:
             right = (logits.argmax(-1) == targets)[real & answered].float().mean().item()
-            print(f"decoder step {step} loss {loss.item():.4f} right {right:.4f} ({time.monotonic() - start:.0f} s)", flush=True)
+            print(
+                f"decoder step {step} loss {loss.item():.4f} right {right:.4f} ({time.monotonic() - start:.0f} s)",
+                flush=True,
+            )
     model.save_pretrained(out)
 
 
@@ -281,7 +293,9 @@ def update(loss: Tensor, optimiser: torch.optim.Optimizer, schedule: torch.optim
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "data_recipes" / "parts")
-    parser.add_argument("--only", nargs="*", choices=["tokenizer", "encoder", "decoder"], default=["tokenizer", "encoder", "decoder"])
+    parser.add_argument(
+        "--only", nargs="*", choices=["tokenizer", "encoder", "decoder"], default=["tokenizer", "encoder", "decoder"]
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -74,7 +74,9 @@ def probe(name: str, device: torch.device | str, dtype: torch.dtype) -> str | No
     return None
 
 
-def resolve_backend(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionBackend:
+def resolve_backend(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> AttentionBackend:
     """The backend of that name, or for ``auto`` the first that really runs here.
 
     Raises:
@@ -82,7 +84,7 @@ def resolve_backend(name: str, device: torch.device | str = "cpu", dtype: torch.
     """
     if name != "auto" and name not in _BACKENDS:
         raise ConfigError(f"model.attention: unknown backend {name!r}; choose auto or one of {registered_backends()}")
-    refused = {}
+    refused: dict[str, str] = {}
     for candidate in registered_backends() if name == "auto" else [name]:
         reason = probe(candidate, device, dtype)
         if reason is None:

@@ -55,17 +55,26 @@ class Sdpa(AttentionBackend):
         groups: list[Group] = []
         slots_Q = torch.empty(q_start, dtype=torch.long)
         offset = 0
-        by_length = sorted((d for d in range(len(keys)) if len(queries[d])), key=lambda d: (-len(keys[d]), -len(queries[d])))
+        by_length = sorted(
+            (d for d in range(len(keys)) if len(queries[d])), key=lambda d: (-len(keys[d]), -len(queries[d]))
+        )
         while by_length:
             first, limit = by_length[0], len(keys[by_length[0]])
-            members = [d for d in by_length if len(keys[d]) * PADDING >= limit and len(queries[d]) * PADDING >= len(queries[first])]
+            members = [
+                d
+                for d in by_length
+                if len(keys[d]) * PADDING >= limit and len(queries[d]) * PADDING >= len(queries[first])
+            ]
             by_length = [d for d in by_length if d not in set(members)]
             q_BQ = pad_sequence([queries[d] for d in members], batch_first=True)  # padding repeats row 0: discarded
             k_BL = pad_sequence([keys[d] for d in members], batch_first=True)
-            causal = all(len(queries[d]) == len(keys[d]) for d in members)  # padding lies after the rows, nothing sees it
+            causal = all(
+                len(queries[d]) == len(keys[d]) for d in members
+            )  # padding lies after the rows, nothing sees it
             order_BQ = pad_sequence([order[d] for d in members], batch_first=True)
             mask_BQL = None if causal else order_BQ[:, :, None] >= torch.arange(k_BL.shape[1])
-            groups.append(Group(*(x if x is None else x.to(layout.positions.device) for x in (q_BQ, k_BL, mask_BQL))))
+            device = layout.positions.device
+            groups.append(Group(q_BQ.to(device), k_BL.to(device), None if mask_BQL is None else mask_BQL.to(device)))
             for b, d in enumerate(members):
                 slots_Q[queries[d]] = torch.arange(len(queries[d])) + offset + b * q_BQ.shape[1]
             offset += q_BQ.numel()

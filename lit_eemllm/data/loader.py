@@ -70,7 +70,9 @@ def train_dataset(
             f"{recipe.path}: {shards} shards for {processes} loader processes, so several read from the same file. "
             "Harmless on a local disk; on a slow one make smaller shards (shards make --shard-size)."
         )
-    blend = {"weight": DatasetBlendMode.DATASET_WEIGHT, "repetitions": DatasetBlendMode.SAMPLE_REPETITIONS}[recipe.blend]
+    blend = {"weight": DatasetBlendMode.DATASET_WEIGHT, "repetitions": DatasetBlendMode.SAMPLE_REPETITIONS}[
+        recipe.blend
+    ]
     share = recipe.num_samples // processes  # of which a larger buffer would only hold several copies
     return task.build_train_datasets(
         datasets=[
@@ -107,7 +109,9 @@ def _open(source: Source, config: WorkerConfig, training: bool) -> CrudeWebdatas
     )
     found = tuple((shard.name, shard.count) for shard in dataset.shards)
     if found != source.shards:
-        raise UserError(f"{source.folder}: Energon reads other shards than were checked: {found} instead of {source.shards}.")
+        raise UserError(
+            f"{source.folder}: Energon reads other shards than were checked: {found} instead of {source.shards}."
+        )
     return dataset
 
 

@@ -113,7 +113,9 @@ class ShardDataModule(LightningDataModule):
         if self._loader is None:
             return self._saved
         if self._loader.failed:
-            raise UserError("The data loader has failed, so its position cannot be saved; continue from an earlier checkpoint.")
+            raise UserError(
+                "The data loader has failed, so its position cannot be saved; continue from an earlier checkpoint."
+            )
         position = self._trained_on()
         mine = {
             "loader": loader_state.dumps(self._loader.loader.state_at(position)),
@@ -159,7 +161,15 @@ class ShardDataModule(LightningDataModule):
 
     def _shape(self) -> dict[str, Any]:
         """Everything that decides which samples make up batch n."""
-        keys = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples", "max_length", "truncation")
+        keys = (
+            "workers",
+            "shuffle_buffer",
+            "packing_buffer",
+            "pack_tokens",
+            "pack_samples",
+            "max_length",
+            "truncation",
+        )
         return {
             "ranks": worker_config(0, self.seed).world_size,
             "seed": self.seed,
@@ -169,7 +179,11 @@ class ShardDataModule(LightningDataModule):
 
     def _refuse_changes(self) -> None:
         was, now = self._saved["shape"], self._shape()
-        changes = [f"{key} was {was.get(key)} and is {now[key]}" for key in now if key != "data.train" and was.get(key) != now[key]]
+        changes = [
+            f"{key} was {was.get(key)} and is {now[key]}"
+            for key in now
+            if key != "data.train" and was.get(key) != now[key]
+        ]
         if was.get("data.train") != now["data.train"]:
             old, new = ([f"{split} x {share}: {len(shards)} shards, {sum(n for _, n in shards)} samples"
                          for split, share, shards in side["data.train"]] for side in (was, now))  # fmt: skip

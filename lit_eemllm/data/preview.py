@@ -131,7 +131,9 @@ def to_html(packs: list[list[Document]], budget: int, title: str) -> str:
         body.append(f'<section><h2>Pack {number}</h2><p class="note">{escape(_summary(documents, budget))}</p>'
                     f'<div class="strip">{strip}</div>{cards}</section>')  # fmt: skip
     legend = "".join(f'<span><b style="background:{c}"></b>{name}</span>' for c, name in _LEGEND)
-    return _PAGE.format(title=escape(title), legend=legend, body="\n".join(body), text=TEXT, target=TARGET, visual=VISUAL)
+    return _PAGE.format(
+        title=escape(title), legend=legend, body="\n".join(body), text=TEXT, target=TARGET, visual=VISUAL
+    )
 
 
 def _card(document: Document) -> str:
@@ -144,7 +146,7 @@ def _card(document: Document) -> str:
             parts.append(f'<figure><img src="data:image/png;base64,{data}" alt="">'
                          f"<figcaption>{piece.length} visual tokens</figcaption></figure>")  # fmt: skip
         for text, target in piece.tokens:
-            shown = escape(text).replace("\n", '<em>⏎</em><br>') or "<em>·</em>"
+            shown = escape(text).replace("\n", "<em>⏎</em><br>") or "<em>·</em>"
             parts.append(f'<span class="{"target" if target else "token"}">{shown}</span>')
     return (f'<article><h3>{escape(document.key)}</h3><p class="note">{_counts(document)}</p>'
             f'<div class="prompt">{"".join(parts)}</div></article>')  # fmt: skip

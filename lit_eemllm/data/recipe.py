@@ -97,7 +97,9 @@ def read_recipe(path: str | Path, split: str) -> Recipe:
     """
     path = Path(path)
     if _URL.match(str(path)) or _URL.match(str(path).replace(":/", "://", 1)):
-        raise UserError(f"{path}: remote data is not supported. Copy the shards to a local folder and name that folder.")
+        raise UserError(
+            f"{path}: remote data is not supported. Copy the shards to a local folder and name that folder."
+        )
     if path.is_dir():
         return Recipe(path, "weight", (read_folder(path.absolute(), split, 1.0),))
     if not path.exists():
@@ -155,13 +157,17 @@ def _source(entry: Any, recipe: Path, where: str, split: str, share: str | None)
 
 def read_folder(folder: Path, split: str, share: float) -> Source:
     """Check a prepared shard folder and list the shards of one split. Raises UserError."""
-    info_path, split_path, dataset_path = (folder / META / name for name in (".info.json", "split.yaml", "dataset.yaml"))
+    info_path, split_path, dataset_path = (
+        folder / META / name for name in (".info.json", "split.yaml", "dataset.yaml")
+    )
     for path in (info_path, split_path, dataset_path):
         if not path.is_file():
             raise UserError(f"{folder}: not a prepared shard folder ({META}/{path.name} is missing). "
                             f"Run: lit-eemllm shards prepare {folder}")  # fmt: skip
     check_dataset_yaml(dataset_path)
-    counts = _mapping(_read_json(info_path), info_path, "the index", ("shard_counts",), ("energon_version",))["shard_counts"]
+    counts = _mapping(_read_json(info_path), info_path, "the index", ("shard_counts",), ("energon_version",))[
+        "shard_counts"
+    ]
     good = isinstance(counts, dict) and all(type(count) is int and count > 0 for count in counts.values())
     if not good:
         raise UserError(f"{info_path}: 'shard_counts' must map shard names to sample counts above 0.")

@@ -109,7 +109,9 @@ class SampleEncoder:
     def load_pixels(self, sample: TokenSample) -> EncodedSample:
         """Decode the images. Raises SampleError."""
         names = [f"{sample.key}, image {i}" for i in range(len(sample.images))]
-        opened = [open_image(data, name, self.max_image_pixels) for data, name in zip(sample.images, names, strict=True)]
+        opened = [
+            open_image(data, name, self.max_image_pixels) for data, name in zip(sample.images, names, strict=True)
+        ]
         return EncodedSample(sample, [self.transform(image) for image in opened])
 
     def _shorten(self, sample: TokenSample) -> TokenSample:
@@ -149,7 +151,9 @@ def _header_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
     except Exception as error:  # on damaged files Pillow's readers raise nearly anything
         raise SampleError("bad_image", f"{name}: {len(data)} bytes, not an image: {error}") from error
     if width * height > max_pixels:
-        raise SampleError("image_too_large", f"{name}: {width} x {height} pixels, at most {max_pixels} (data.max_image_pixels)")
+        raise SampleError(
+            "image_too_large", f"{name}: {width} x {height} pixels, at most {max_pixels} (data.max_image_pixels)"
+        )
     return width, height
 
 
@@ -160,10 +164,14 @@ def read_members(key: str, members: Mapping[str, bytes]) -> tuple[Conversation, 
         if name == "json":
             continue
         if _PICKLE_MEMBER.fullmatch(name):
-            raise SampleError("pickle", f"{key}.{name}: pickled or binary Python data is never opened; only JSON and images are")
+            raise SampleError(
+                "pickle", f"{key}.{name}: pickled or binary Python data is never opened; only JSON and images are"
+            )
         match = _IMAGE_MEMBER.fullmatch(name)
         if match is None:
-            raise SampleError("unexpected_member", f"{key}.{name}: expected {key}.json and images {key}.0.jpg, {key}.1.png …")
+            raise SampleError(
+                "unexpected_member", f"{key}.{name}: expected {key}.json and images {key}.0.jpg, {key}.1.png …"
+            )
         if (index := int(match[1] or 0)) in numbered:
             raise SampleError("unexpected_member", f"{key}.{name}: there are two images number {index}")
         numbered[index] = data
@@ -183,5 +191,7 @@ def _parse_json(key: str, data: bytes | None) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", f"{key}.json: {error}") from None
     if not isinstance(row, dict):
-        raise SampleError("bad_json", f"{key}.json: found {type(row).__name__}, expected an object with 'conversations'")
+        raise SampleError(
+            "bad_json", f"{key}.json: found {type(row).__name__}, expected an object with 'conversations'"
+        )
     return row

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 from collections import Counter
@@ -76,7 +75,9 @@ class Report:
                  f"{self.images:,} images"]  # fmt: skip
         if self.tokens:
             mean = self.tokens / self.good.total()
-            lines.append(f"{self.tokens:,} tokens with the visual ones, {mean:.0f} per sample, the longest has {self.longest:,}")
+            lines.append(
+                f"{self.tokens:,} tokens with the visual ones, {mean:.0f} per sample, the longest has {self.longest:,}"
+            )
         lines.append(f"{self.bad.total():,} bad" + (":" if self.bad else ""))
         for reason, count in self.bad.most_common():
             lines.append(f"  {reason}: {count:,}")

@@ -107,7 +107,9 @@ class PackTask(TaskEncoder):
 
     decoder = None
 
-    def __init__(self, encoder: SampleEncoder, pack_tokens: int, pack_samples: int | None, max_bad_in_a_row: int) -> None:
+    def __init__(
+        self, encoder: SampleEncoder, pack_tokens: int, pack_samples: int | None, max_bad_in_a_row: int
+    ) -> None:
         self.encoder = encoder
         self.pack_tokens = pack_tokens
         self.pack_samples = pack_samples
@@ -162,7 +164,9 @@ class _Packing(PackingDataset):
     The oldest sample never waits, so none waits for ever. At the end of finite data nothing waits.
     """
 
-    def __init__(self, dataset: SavableDataset, *, pre_packer: Callable[[list[TokenSample]], list[list[TokenSample]]], **kw: Any):
+    def __init__(
+        self, dataset: SavableDataset, *, pre_packer: Callable[[list[TokenSample]], list[list[TokenSample]]], **kw: Any
+    ):
         self._plan = pre_packer
         super().__init__(dataset, pre_packer=self._choose, **kw)
 
@@ -170,7 +174,9 @@ class _Packing(PackingDataset):
         packs = self._plan(samples)
         if len(samples) < self.buffer_size or len(packs) == 1:
             return packs
-        emptiest = min(packs[1:], key=lambda pack: sum(sample.length for sample in pack))  # the first has the oldest sample
+        emptiest = min(
+            packs[1:], key=lambda pack: sum(sample.length for sample in pack)
+        )  # the first has the oldest sample
         self._reading_buffer.extend(emptiest)
         return [pack for pack in packs if pack is not emptiest]
 

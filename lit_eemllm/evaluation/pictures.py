@@ -41,7 +41,9 @@ def draw_samples(samples: Sequence[tuple[Question, str]], max_pixels: int, path:
         right = normalise(answer) == normalise(question.truth)
         said = textwrap.shorten("".join(c if c.isprintable() else " " for c in answer), 40) or "(nothing)"
         colour = "tab:green" if right else "tab:red"
-        axis.text(0.5, 0.0, said, ha="center", va="bottom", fontsize=11, color=colour, weight="bold", transform=axis.transAxes)
+        axis.text(
+            0.5, 0.0, said, ha="center", va="bottom", fontsize=11, color=colour, weight="bold", transform=axis.transAxes
+        )
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -155,20 +155,29 @@ def answer(
 ) -> list[str]:
     """Generated answers; greedy when the temperature is 0."""
     inputs = {name: tensor.to(model.device) for name, tensor in processor.prompts(conversations, images).items()}
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     ids = model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens)
     return processor.answers(ids, inputs["input_ids"].shape[1])
 
 
-def answer_all(model: EEMLLM, processor: Processor, questions: Sequence[Question], config: Config, title: str) -> list[str]:
+def answer_all(
+    model: EEMLLM, processor: Processor, questions: Sequence[Question], config: Config, title: str
+) -> list[str]:
     """Answers to all questions, in batches of similar ones, with a progress bar."""
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].conversation.turns)))
+    order = sorted(
+        range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].conversation.turns))
+    )
     answers = [""] * len(questions)
     with progress(title, len(questions)) as advance:
         for start in range(0, len(order), config.eval.batch_size):
             chunk = order[start : start + config.eval.batch_size]
             opened = [
-                [open_image(data, questions[i].conversation.key, config.data.max_image_pixels) for data in questions[i].images]
+                [
+                    open_image(data, questions[i].conversation.key, config.data.max_image_pixels)
+                    for data in questions[i].images
+                ]
                 for i in chunk
             ]
             conversations = [questions[i].conversation for i in chunk]
@@ -191,7 +200,9 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
         if len(members) > 1:
             random.Random(seed).shuffle(members)
             others = members[1:] + members[:1]  # a cycle: nobody keeps his own
-            shuffled += [replace(questions[i], images=questions[j].images) for i, j in zip(members, others, strict=True)]
+            shuffled += [
+                replace(questions[i], images=questions[j].images) for i, j in zip(members, others, strict=True)
+            ]
     return shuffled
 
 
@@ -200,12 +211,15 @@ def score(
 ) -> dict[str, Any]:
     """Exact match per type beside the shuffled-image control and the best constant answer; files into `folder`."""
     answers = answer_all(model, processor, questions, config, "answering")
-    matches, controls = defaultdict(ExactMatch), defaultdict(ExactMatch)
+    matches: dict[str, ExactMatch] = defaultdict(ExactMatch)
+    controls: dict[str, ExactMatch] = defaultdict(ExactMatch)
     for question, text in zip(questions, answers, strict=True):
         matches[question.type].update([text], [question.truth])
     for round_ in range(config.eval.control):
         shuffled = shuffle_images(questions, config.seed + round_)
-        for question, text in zip(shuffled, answer_all(model, processor, shuffled, config, "images shuffled"), strict=True):
+        for question, text in zip(
+            shuffled, answer_all(model, processor, shuffled, config, "images shuffled"), strict=True
+        ):
             controls[question.type].update([text], [question.truth])
 
     types = {}
@@ -231,7 +245,7 @@ def score(
     flops = [prefill_flops(mechanism, decoder, text, visual) for text, visual in lengths]
     return {
         "types": types,
-        "average": sum(t["exact_match"] for t in types.values()) / len(types),
+        "average": sum(match.compute().item() for match in matches.values()) / len(matches),
         "prefill_flops": sum(flops) / len(flops),
         "prompt_text_tokens": sum(text for text, _ in lengths) / len(lengths),
         "prompt_visual_tokens": sum(visual for _, visual in lengths) / len(lengths),
@@ -264,6 +278,7 @@ def losses(model: EEMLLM, data: ShardDataModule, batches: int) -> dict[str, floa
     sums, tokens = [0.0, 0.0], 0
     for batch in islice(movable(data.val_dataloader()), batches):
         batch = batch.to(model.device)
+        assert batch.pixel_values is not None  # by `movable`
         moved = replace(batch, pixel_values=batch.pixel_values.roll(images_per_document(batch), 0))
         sums = [total + model.packed_loss(b).item() for total, b in zip(sums, (batch, moved), strict=True)]
         tokens += batch.num_targets

@@ -33,7 +33,7 @@ def build(config: ModelConfig) -> tuple[EEMLLM, Processor]:
     model = EEMLLM.from_parts(
         config.decoder,
         vision.encoder,
-        vision.path,
+        vision.path or "",  # an encoder of one's own may need none
         mechanism,
         image_token_id,
         select_layer=vision.select_layer,

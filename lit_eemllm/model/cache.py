@@ -58,7 +58,9 @@ def layout_of_padded(ids_BL: Tensor, mask_BL: Tensor, image_token_id: int) -> Se
     if not past:
         rows = zip(visual_BL.tolist(), valid_BL.tolist(), strict=True)  # lengths are needed on the CPU, once per prompt
         kept = [[visual for visual, valid in zip(*row, strict=True) if valid] for row in rows]
-        return SequenceLayout.of([[Run(k, len(list(run))) for k, run in groupby(doc)] for doc in kept]).to(ids_BL.device)
+        return SequenceLayout.of([[Run(k, len(list(run))) for k, run in groupby(doc)] for doc in kept]).to(
+            ids_BL.device
+        )
     visual_S = visual_BL[valid_BL]
     text_index, visual_index = (~visual_S).nonzero().flatten(), visual_S.nonzero().flatten()
     positions = (mask_BL.cumsum(-1) - 1)[:, past:][valid_BL]

@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..attention import AttentionBackend, resolve_backend
@@ -41,12 +48,13 @@ class EEMLLMConfig(PretrainedConfig):
         text_config: dict[str, Any] | PretrainedConfig | None = None,
         vision: dict[str, Any] | None = None,
         mechanism: dict[str, Any] | None = None,
-        image_token_id: int | None = None,
+        image_token_id: int = -1,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config, self.vision, self.mechanism = text_config, vision, mechanism
+        self.text_config = text_config
+        self.vision, self.mechanism = vision or {}, mechanism or {}
         self.image_token_id = image_token_id
         if text_config is not None:
             kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
@@ -101,7 +109,15 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_parts(
-        cls, decoder: str, encoder: str, vision_path: str, mechanism: Mechanism, image_token_id: int, **vision_options: Any
+        cls,
+        decoder: str,
+        encoder: str,
+        vision_path: str,
+        mechanism: Mechanism,
+        image_token_id: int,
+        *,
+        select_layer: int,
+        policy: str,
     ) -> EEMLLM:
         """Join pretrained parts with a fresh projector (seed torch before).
 
@@ -109,12 +125,12 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             decoder: folder or hub id of a causal LM; safetensors only.
             encoder: registered name of the vision encoder.
             vision_path: its weights.
-            vision_options: passed to the encoder, such as ``select_layer``.
+            select_layer: see `VisionEncoder.from_path`, likewise `policy`.
         """
         text_config = AutoConfig.from_pretrained(decoder)
         check_decoder(text_config)
         language_model = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32, use_safetensors=True)
-        vision = get_vision_encoder(encoder).from_path(vision_path, **vision_options)
+        vision = get_vision_encoder(encoder).from_path(vision_path, select_layer=select_layer, policy=policy)
         config = EEMLLMConfig(
             text_config=text_config,
             vision={"encoder": encoder, "config": vision.to_config()},
@@ -227,12 +243,20 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, is_first_iteration: bool = False, pixel_values: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        is_first_iteration: bool = False,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
-        return {**inputs, "pixel_values": pixel_values if is_first_iteration or not kwargs.get("use_cache", True) else None}
+        return {
+            **inputs,
+            "pixel_values": pixel_values if is_first_iteration or not kwargs.get("use_cache", True) else None,
+        }
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
@@ -241,7 +265,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         pixels = kwargs.pop("pixel_values", None)
         if pixels is not None and expand_size > 1 and input_ids is not None:
             tokens = self.vision.transform.num_tokens(pixels.shape[-1], pixels.shape[-2])
-            counts = ((input_ids == self.config.image_token_id).sum(-1) // tokens).tolist()
+            counts = (input_ids.eq(self.config.image_token_id).sum(-1) // tokens).tolist()
             pixels = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in pixels.split(counts)])
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}

@@ -42,7 +42,8 @@ class Processor:
             conversations: a trailing answer, if any, is left out.
             images: those of each conversation, in order.
         """
-        rows, pixels = [], []
+        rows: list[list[int]] = []
+        pixels: list[Tensor] = []
         for conversation, pictures in zip(conversations, images, strict=True):
             sizes = iter([self.transform.num_tokens(*picture.size) for picture in pictures])
             ids: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class VisionEncoder(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_path(cls, path: str, **options: Any) -> VisionEncoder:
-        """With pretrained weights. `options` are the keys of ``model.vision`` other than encoder and path."""
+    def from_path(cls, path: str, *, select_layer: int, policy: str) -> VisionEncoder:
+        """With pretrained weights; the arguments are the keys of ``model.vision``."""
 
     @classmethod
     @abstractmethod
@@ -83,13 +84,12 @@ class TransformersVision(VisionEncoder):
     def __init__(self, model: nn.Module, transform: ImageTransform, select_layer: int) -> None:
         super().__init__()
         self.model, self.transform, self.select_layer = model, transform, select_layer
-        self.hidden_size = model.config.hidden_size
-        depth = model.config.num_hidden_layers
+        self.hidden_size, depth = int(model.config.hidden_size), int(model.config.num_hidden_layers)
         if not -depth - 1 <= select_layer <= depth:
             raise ConfigError(f"model.vision.select_layer: found {select_layer}, this encoder has {depth} layers")
 
     @classmethod
-    def from_path(cls, path: str, *, select_layer: int = -2, policy: str | None = None) -> TransformersVision:
+    def from_path(cls, path: str, *, select_layer: int, policy: str) -> TransformersVision:
         config = AutoConfig.from_pretrained(path)
         config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP, image and text
         if config.model_type not in cls.FAMILIES:
@@ -98,11 +98,9 @@ class TransformersVision(VisionEncoder):
                 "register a class of your own for another encoder"
             )
         preprocessor = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
-        if policy is not None:
-            preprocessor["policy"] = policy
         model = cls.FAMILIES[config.model_type][1].from_pretrained(path, use_safetensors=True)
         transform = ImageTransform.from_preprocessor_config(preprocessor, patch=config.patch_size)
-        return cls(model, transform, select_layer)
+        return cls(model, replace(transform, policy=policy), select_layer)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TransformersVision:
@@ -116,4 +114,6 @@ class TransformersVision(VisionEncoder):
 
     def forward(self, pixels: Tensor) -> Tensor:
         states = self.model(pixels, output_hidden_states=True).hidden_states[self.select_layer]
-        return states[:, -self.transform.num_tokens(pixels.shape[-1], pixels.shape[-2]) :]  # CLIP's class token is first
+        return states[
+            :, -self.transform.num_tokens(pixels.shape[-1], pixels.shape[-2]) :
+        ]  # CLIP's class token is first

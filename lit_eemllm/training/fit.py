@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -73,10 +74,14 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
     optim, options = config.optim, dict(config.trainer)
     out = Path(config.out)
     if config.data.val is None:
-        validation = {"limit_val_batches": 0}
+        validation: dict[str, Any] = {"limit_val_batches": 0}
     else:  # Lightning counts packs, the config steps
         every = optim.val_every * options.get("accumulate_grad_batches", 1)
-        validation = {"val_check_interval": every, "check_val_every_n_epoch": None, "limit_val_batches": optim.val_batches}
+        validation = {
+            "val_check_interval": every,
+            "check_val_every_n_epoch": None,
+            "limit_val_batches": optim.val_batches,
+        }
     checkpoints = ModelCheckpoint(
         dirpath=out / FOLDER,
         filename="step-{step}",

@@ -66,7 +66,9 @@ class LitEEMLLM(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn what Lightning accumulated (sums, divided by micro-batches and averaged over ranks) into the token mean."""
-        totals = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in (self.step_loss, self.step_tokens)])
+        totals = torch.stack(
+            [torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in (self.step_loss, self.step_tokens)]
+        )
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
         loss, tokens = totals
@@ -77,13 +79,16 @@ class LitEEMLLM(LightningModule):
         self.step_loss, self.step_tokens = 0.0, 0
 
     def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         most = self.config.optim.clip_grad_norm
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if most is None else most)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optim = self.config.optim
         groups = parameter_groups(self.model, optim)
         optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
@@ -157,12 +162,12 @@ def _some(names: set[str]) -> str:
 
 def rng_state() -> dict[str, Any]:
     """States of all generators of this process, as types that load with ``weights_only=True``."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  libraries use the global one
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": list(random.getstate()[1]),
-        "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
     }
 
 
@@ -172,4 +177,4 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
     random.setstate((3, tuple(state["python"]), None))
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

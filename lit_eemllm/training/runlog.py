@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..config import Config
     from .module import LitEEMLLM
 
+
 def peak_memory_gib() -> float:
     """Peak memory of this process: allocated on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
@@ -38,7 +39,9 @@ def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size
         count = sum(p.numel() for p in getattr(module.model, name).parameters())
         trained = word in module.trained
         rate = f"{config.optim.lr if rates[word] is None else rates[word]:g}"
-        table.add_row(name, f"{count:,}", "yes" if trained else f"frozen, {config.model.dtype}", rate if trained else "")
+        table.add_row(
+            name, f"{count:,}", "yes" if trained else f"frozen, {config.model.dtype}", rate if trained else ""
+        )
     console.print(table)
     mechanism = module.model.config.mechanism
     console.print(f"mechanism {config.model.mechanism.preset}: {mechanism}")

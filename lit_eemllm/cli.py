@@ -74,7 +74,7 @@ def _config_check(args: Namespace) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _shards_make(args: Namespace) -> int:
+def _shards_make(args: Namespace) -> None:
     from lit_eemllm.data.shards import make
     from lit_eemllm.plugins import run_file
 
@@ -89,9 +89,7 @@ def _shards_make(args: Namespace) -> int:
                 raise UserError(f"shards make --source: expected a number of rows, found {wrong[0]!r}")
             rows = {split: write(Path(folder), split, int(text)) for split, text in given.items()}
             args.images = Path(folder) / "images"
-        report = make(rows, args.images, args.out, shard_size=args.shard_size, follow_links=args.follow_links)
-    print(report)
-    return 0 if report.ok else 1
+        print(make(rows, args.images, args.out, shard_size=args.shard_size, follow_links=args.follow_links))
 
 
 def _shards_prepare(args: Namespace) -> None:

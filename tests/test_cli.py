@@ -82,7 +82,7 @@ def test_verbs_hand_on_what_they_were_given(folder, calls, capsys):
     assert cli.main(["validate", "good.yaml", "--checkpoint", "a.ckpt", "eval.samples=7"]) == 0
     line = ["generate", "seed=4", "--image", "a.png", "good.yaml", "--image", "b.png", "--prompt", "Hi?", "out=x=y"]
     assert cli.main(line) == 0
-    assert cli.main([*line, "--max-new-tokens", "5", "--temperature", "0.5"]) == 0
+    assert cli.main([*line, "--max-new-tokens", "5", "--temperature", "0.5", "--checkpoint", "b.ckpt"]) == 0
     assert cli.main(["report", "runs/a", "runs/b", "--out", "r"]) == 0
     configs = [args[0] for _, args, _ in calls[:4]]
     assert [config.seed for config in configs] == [3, 0, 4, 4]
@@ -92,7 +92,7 @@ def test_verbs_hand_on_what_they_were_given(folder, calls, capsys):
         ("fit", ()),
         ("validate", ("a.ckpt",)),
         ("generate", (None, images, "Hi?", configs[2].eval.max_new_tokens, 0.0)),
-        ("generate", (None, images, "Hi?", 5, 0.5)),
+        ("generate", ("b.ckpt", images, "Hi?", 5, 0.5)),
         ("report", ([Path("runs/a"), Path("runs/b")], Path("r"))),
     ]
 

@@ -14,7 +14,8 @@ from lit_eemllm.chat import Conversation, Turn
 from lit_eemllm.errors import CheckpointError, UserError
 from lit_eemllm.evaluation import run
 from lit_eemllm.evaluation.metrics import ExactMatch
-from lit_eemllm.evaluation.run import Question, images_per_document, movable, shuffle_images
+from lit_eemllm.evaluation.questions import Question, read_questions, shuffle_images
+from lit_eemllm.evaluation.run import images_per_document, movable
 from lit_eemllm.report import read_run
 from lit_eemllm.training.fit import fit
 
@@ -66,9 +67,8 @@ def test_rolled_images_leave_their_document():
 
 def test_scores_of_a_model_that_knows_the_answers(trained, monkeypatch, capsys):
     """Answers looked up by picture: every type scores 1, and the control is what the shuffled pictures give."""
-    model, _, _ = run.load(trained, None)
     data = run.ShardDataModule(trained.data, trained.seed)
-    questions, skipped = run.read_questions(data.recipe("val"), None)
+    questions, skipped = read_questions(data.recipe("val"), None)
     assert len(questions) == 70 and not skipped
 
     def name(pictures, conversation):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -371,6 +372,19 @@ def test_joins_ordinary_checkpoints_unchanged(tmp_path):
     model.set_attention("reference"), again.set_attention("reference")
     batch = tiny.pack(PACK)
     assert text_logits(again.eval(), batch).equal(text_logits(model.eval(), batch))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_adapters_of_peft_act_and_merge(preset):
+    """Submodules are called, so peft's LoRA works in the aligner too, and merging it changes nothing."""
+    model, batch = tiny.model("llama-gqa", preset), tiny.pack(PACK)
+    before = text_logits(model, batch)
+    config = LoraConfig(r=4, target_modules=["v_proj", "o_proj", "gate_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model.language_model, config)
+    acting = text_logits(model, batch)
+    assert tiny.max_error(acting, before) > 1e-2
+    model.language_model = adapted.merge_and_unload()
+    assert tiny.max_error(text_logits(model, batch), acting) <= BOUND
 
 
 def test_unsupported_decoders_are_refused_with_what_to_do():

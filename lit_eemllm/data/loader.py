@@ -214,7 +214,8 @@ class EndlessLoader:
                 self.delivered.append(self.last)
                 yield packed.batch
         except Exception:
-            self.failed = True  # its workers may no longer answer
+            self.failed = True
+            stop(self.loader)
             raise
 
 
@@ -237,7 +238,10 @@ class FiniteLoader:
         )
         _own_generator(loader)
         batches = (packed.batch for packed in tidy_errors(loader))
-        return _in_step(batches) if config.world_size > 1 else batches
+        try:
+            yield from _in_step(batches) if config.world_size > 1 else batches
+        finally:
+            stop(loader)
 
 
 def _in_step(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
@@ -257,6 +261,13 @@ def tidy_errors(loader: Any) -> Iterator[Packed]:
         yield from loader
     except UserError as error:
         raise UserError(str(error).rpartition(_USER_ERROR)[2].rstrip()) from None
+
+
+def stop(loader: SavableDataLoader | BasicDataLoader) -> None:
+    """End the worker processes now. Left to the garbage collector, which may close their queues first, it can take 10 s."""
+    if loader.num_workers and loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None
 
 
 def _own_generator(loader: SavableDataLoader | BasicDataLoader) -> None:

@@ -11,7 +11,15 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 
 from lit_eemllm.data import state as loader_state
-from lit_eemllm.data.loader import EndlessLoader, FiniteLoader, Position, PositionLoader, train_dataset, worker_config
+from lit_eemllm.data.loader import (
+    EndlessLoader,
+    FiniteLoader,
+    Position,
+    PositionLoader,
+    stop,
+    train_dataset,
+    worker_config,
+)
 from lit_eemllm.data.recipe import Recipe, read_recipe
 from lit_eemllm.data.samples import SampleEncoder
 from lit_eemllm.data.task import PackTask
@@ -143,6 +151,7 @@ class ShardDataModule(LightningDataModule):
         """Stop the loader's processes. The position is kept: for a checkpoint saved after `fit`, and for another `fit`."""
         if stage == "fit" and self._loader is not None and not self._loader.failed:
             self._saved = self.state_dict()
+            stop(self._loader.loader)
             self._loader = None
 
     def _trained_on(self) -> Position:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
 from ..chat import IMAGE
 from ..images import open_image
 from .metrics import normalise
-
-if TYPE_CHECKING:
-    from .run import Question
+from .questions import Question
 
 matplotlib.use("Agg")
 

@@ -7,10 +7,9 @@ of the same type. Beside it stands the best constant answer of the type.
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,7 @@ from rich.table import Table
 from ..chat import IMAGE, Conversation, Turn
 from ..console import console, progress, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
-from ..data.recipe import Recipe
-from ..data.samples import read_members
-from ..data.shards import read_shard
-from ..errors import CheckpointError, SampleError, UserError
+from ..errors import CheckpointError, UserError
 from ..estimate import prefill_flops
 from ..images import open_image
 from ..layout import PackedBatch
@@ -35,25 +31,13 @@ from ..model.build import build
 from ..training.checkpoint import load_weights, newest_checkpoint
 from .metrics import ExactMatch
 from .pictures import draw_samples
+from .questions import Question, pick, read_questions, shuffle_images
 
 if TYPE_CHECKING:
     from ..config import Config
     from ..model import EEMLLM, Processor
 
 UNTRAINED = "none"  # value of --checkpoint: the parts as they are, before any training
-
-
-@dataclass(frozen=True)
-class Question:
-    """A conversation whose last turn is to be answered, and the answer."""
-
-    conversation: Conversation
-    truth: str
-    images: list[bytes]
-
-    @property
-    def type(self) -> str:
-        return self.conversation.type or "all"
 
 
 def validate(config: Config, checkpoint: str | None) -> None:
@@ -127,23 +111,6 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
     return model, processor, source
 
 
-def read_questions(recipe: Recipe, most: int | None) -> tuple[list[Question], Counter[str]]:
-    """Questions in the order of the shards (every n-th if only some are wanted), and how many samples were unusable."""
-    questions, skipped = [], Counter[str]()
-    for source in recipe.sources:
-        for shard, _ in source.shards:
-            for key, members in read_shard(source.folder / shard):
-                try:
-                    conversation, images = read_members(key, members)
-                except SampleError as error:
-                    skipped[error.reason] += 1
-                    continue
-                questions.append(Question(conversation, conversation.turns[-1].text, images))
-    if most is not None and most < len(questions):
-        questions = [questions[i * len(questions) // most] for i in range(most)]
-    return questions, skipped
-
-
 @torch.inference_mode()
 def answer(
     model: EEMLLM,
@@ -187,23 +154,6 @@ def answer_all(
                 answers[i] = text
             advance(len(chunk))
     return answers
-
-
-def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Each question with the images of another of its type that has as many; questions without such stay out."""
-    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for i, question in enumerate(questions):
-        if question.images:
-            groups[question.type, len(question.images)].append(i)
-    shuffled = []
-    for members in groups.values():
-        if len(members) > 1:
-            random.Random(seed).shuffle(members)
-            others = members[1:] + members[:1]  # a cycle: nobody keeps his own
-            shuffled += [
-                replace(questions[i], images=questions[j].images) for i, j in zip(members, others, strict=True)
-            ]
-    return shuffled
 
 
 def score(
@@ -258,15 +208,6 @@ def prompt_length(model: EEMLLM, processor: Processor, question: Question) -> tu
     images = question.conversation.num_images
     tokens = model.vision.transform.num_tokens(model.vision.transform.width, model.vision.transform.height)
     return len(ids) - images, images * tokens
-
-
-def pick(questions: Sequence[Question], answers: Sequence[str], most: int = 12) -> list[tuple[Question, str]]:
-    """Some questions of every type in turn, right or wrong as they come."""
-    by_type: dict[str, list[tuple[Question, str]]] = defaultdict(list)
-    for pair in zip(questions, answers, strict=True):
-        by_type[pair[0].type].append(pair)
-    rounds = (pairs[i] for i in range(most) for pairs in by_type.values() if i < len(pairs))
-    return list(islice(rounds, most))
 
 
 @torch.inference_mode()

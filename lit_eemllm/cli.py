@@ -78,18 +78,17 @@ def _shards_make(args: Namespace) -> None:
     from lit_eemllm.data.shards import make
     from lit_eemllm.plugins import run_file
 
-    given = {split: getattr(args, split) for split in ("train", "val") if getattr(args, split) is not None}
     with tempfile.TemporaryDirectory() as folder:
-        if args.source is None:
-            rows = {split: Path(text) for split, text in given.items()}
-        else:
+        rows, images = {split: Path(path) for split, _, path in args.rows}, args.images
+        if len(rows) < len(args.rows):
+            raise UserError("shards make: a split is given twice; join its JSON files first")
+        if args.source is not None:
             file, _, function = _SOURCES[args.source].partition(":")
             write = getattr(run_file(Path(__file__).resolve().parents[1] / "data_recipes" / file), function)
-            if wrong := [text for text in given.values() if not text.isdecimal()]:
-                raise UserError(f"shards make --source: expected a number of rows, found {wrong[0]!r}")
-            rows = {split: write(Path(folder), split, int(text)) for split, text in given.items()}
-            args.images = Path(folder) / "images"
-        print(make(rows, args.images, args.out, shard_size=args.shard_size, follow_links=args.follow_links))
+            counts = {"train": args.train, "val": args.val}
+            rows = {split: write(Path(folder), split, count) for split, count in counts.items() if count}
+            images = Path(folder) / "images"
+        print(make(rows, images, args.out, shard_size=args.shard_size, follow_links=args.follow_links))
 
 
 def _shards_prepare(args: Namespace) -> None:
@@ -191,13 +190,22 @@ def build_parser() -> ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
 
     shards = group("shards", "Make, index, check and look at training data.")
-    example = "lit-eemllm shards make --train train.json --val val.json --images images --out shards"
+    example = "lit-eemllm shards make --rows train=train.json --rows val=val.json --images images --out shards"
     example += "\n  lit-eemllm shards make --source shapes --train 1000 --val 100 --out shards"
     made = verb(shards, "make", _shards_make, "Turn LLaVA-style JSON and images into shards.", example)
-    made.add_argument("--source", choices=sorted(_SOURCES), help="a procedural set instead of files")
-    made.add_argument("--train", metavar="JSON|N", help="rows of the training split; with --source how many")
-    made.add_argument("--val", metavar="JSON|N", help="rows of the validation split; with --source how many")
+    what = made.add_mutually_exclusive_group(required=True)
+    text = "LLaVA-style rows (JSON or JSON lines) of train, val or test; repeatable"
+    what.add_argument(
+        "--rows", type=lambda text: text.partition("="), action="append", default=[], metavar="SPLIT=JSON", help=text
+    )
+    what.add_argument("--source", choices=sorted(_SOURCES), help="a procedural set instead of files")
     made.add_argument("--images", type=Path, metavar="DIR", help="what the rows' image paths are relative to")
+    made.add_argument(
+        "--train", type=int, default=32_000, metavar="N", help="with --source: training rows, default 32000"
+    )
+    made.add_argument(
+        "--val", type=int, default=7_000, metavar="N", help="with --source: validation rows, default 7000"
+    )
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     made.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples per shard, default 1000")
     made.add_argument("--follow-links", action="store_true", help="accept images that links put outside of --images")

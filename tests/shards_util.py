@@ -207,9 +207,10 @@ def main(verb: str, *arguments: str) -> None:
         rank, recipe, folder = int(arguments[0]), Path(arguments[1]), Path(arguments[2])
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
         data = module(recipe, recipe.parent / "a", shuffle_buffer=0, packing_buffer=4, pack_samples=1)
-        first = list(take(data, 5))
+        batches = map(fingerprint, data.train_dataloader())
+        first = list(islice(batches, 5))
         state = data.state_dict()
-        after = [fingerprint(batch) for batch in islice(data._loader, 5)]  # type: ignore[arg-type]
+        after = list(islice(batches, 5))
         again = module(recipe, shuffle_buffer=0, packing_buffer=4, pack_samples=1)
         again.load_state_dict(state)
         val = [key for batch in data.val_dataloader() for key in batch.keys]

@@ -112,7 +112,8 @@ def test_a_run_directory_stands_for_its_configuration_where_it_lies_now(folder, 
 
 
 def test_shards_verbs(folder, calls, capsys):
-    assert cli.main(["shards", "make", "--train", "t.json", "--images", "i", "--out", "o", "--shard-size", "9"]) == 0
+    rows = ["--rows", "train=t=1.json", "--rows", "val=v.json"]
+    assert cli.main(["shards", "make", *rows, "--images", "i", "--out", "o", "--shard-size", "9"]) == 0
     assert cli.main(["shards", "prepare", "o"]) == 0
     assert cli.main(["shards", "check", "o"]) == 0
     assert cli.main(["shards", "check", "o", "good.yaml", "data.max_length=99"]) == 0
@@ -120,7 +121,11 @@ def test_shards_verbs(folder, calls, capsys):
     assert "train: 1,234 samples" in capsys.readouterr().out
     config = load_config(["good.yaml"])
     assert calls[:3] == [
-        ("make", ({"train": Path("t.json")}, Path("i"), Path("o")), {"shard_size": 9, "follow_links": False}),
+        (
+            "make",
+            ({"train": Path("t=1.json"), "val": Path("v.json")}, Path("i"), Path("o")),
+            {"shard_size": 9, "follow_links": False},
+        ),
         ("prepare", (Path("o"),), {}),
         ("check", (Path("o"), None), {}),
     ]
@@ -158,7 +163,7 @@ def test_shards_of_the_procedural_set(folder):
         ("fit .", "config.yaml: cannot be read: No such file or directory"),
         ("fit good.yaml --import gone.py", "error: gone.py: no such Python file (.py)"),
         ("fit good.yaml --import good.yaml", "error: good.yaml: no such Python file (.py)"),
-        ("shards make --source shapes --train t.json --out x", "expected a number of rows, found 't.json'"),
+        ("shards make --rows val=a --rows val=b --out x", "a split is given twice"),
         ("config show good.yaml seed=x optim.lr=y", "error: 2 mistakes in the configuration:"),
     ],
 )
@@ -178,6 +183,8 @@ def test_mistakes_are_told_without_a_traceback(folder, calls, capsys, line, expe
         ("report runs/a --out b c=d", "lit-eemllm report: error: unknown arguments: c=d"),
         ("generate good.yaml", "the following arguments are required: --prompt"),
         ("shards make --source cubes --out x", "invalid choice: 'cubes'"),
+        ("shards make --out x", "one of the arguments --rows --source is required"),
+        ("shards make --source shapes --rows train=x --out x", "not allowed with argument --source"),
     ],
 )
 def test_wrong_usage(folder, calls, capsys, line, expected):

@@ -179,39 +179,49 @@ class EndlessLoader:
     Args:
         loader: fresh, or restored.
         start: totals of the run so far, and the batches to skip from the restored state.
+        trained: a trainer will say by `taken` which batch it trains on. It fetches one ahead, and drops that when it begins an
+            epoch of its own (`limit_train_batches`); iterating again hands it out again.
 
     Attributes:
         last: position of the batch handed out last; of the beginning before the first.
-        delivered: positions of the batches handed out, oldest first; whoever trains on them takes them out.
+        failed: an error came out of it; there will be no more batches and no position.
     """
 
-    def __init__(self, loader: PositionLoader, start: Position) -> None:
+    def __init__(self, loader: PositionLoader, start: Position, trained: bool) -> None:
         self.loader = loader
         self.last = replace(start, snapshot=None if loader.num_workers else loader.save_state_rank())
-        self.delivered: deque[Position] = deque(maxlen=16)
+        self.trained = trained
         self.failed = False
+        self._waiting: deque[tuple[Position, PackedBatch]] = deque()
+        self._batches = self._read()
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        skip, taken = self.last.offset, time.monotonic()
+        for _, batch in list(self._waiting):
+            yield batch
+        for batch in self._batches:  # not "yield from", which would end them with this pass
+            if self.trained:
+                self._waiting.append((self.last, batch))
+            yield batch
+
+    def taken(self, batch: PackedBatch) -> Position:
+        """The position after this batch, which the trainer begins to train on (maybe a copy: the keys are compared)."""
+        if self._waiting and self._waiting[0][1].keys == batch.keys:
+            return self._waiting.popleft()[0]
+        raise RuntimeError(f"batch {batch.keys} is not the next one that the loader handed out")
+
+    def _read(self) -> Iterator[PackedBatch]:
+        skip, snapshot_time, workers = self.last.offset, time.monotonic(), self.loader.num_workers
         try:
             for packed in tidy_errors(self.loader):
                 if skip:
                     skip -= 1
                     continue
-                counters, next_worker = self.loader.counters()
-                snapshot, offset = self.last.snapshot, self.last.offset + 1
-                if not self.loader.num_workers and time.monotonic() - taken > SNAPSHOT_SECONDS:
-                    snapshot, offset, taken = self.loader.save_state_rank(), 0, time.monotonic()
-                self.last = Position(
-                    counters,
-                    next_worker,
-                    snapshot,
-                    0 if self.loader.num_workers else offset,
-                    self.last.batches + 1,
-                    self.last.skipped + packed.skipped,
-                    self.last.truncated + packed.truncated,
-                )
-                self.delivered.append(self.last)
+                snapshot, offset = self.last.snapshot, 0 if workers else self.last.offset + 1
+                if not workers and time.monotonic() - snapshot_time > SNAPSHOT_SECONDS:
+                    snapshot, offset, snapshot_time = self.loader.save_state_rank(), 0, time.monotonic()
+                skipped, truncated = self.last.skipped + packed.skipped, self.last.truncated + packed.truncated
+                batches = self.last.batches + 1
+                self.last = Position(*self.loader.counters(), snapshot, offset, batches, skipped, truncated)
                 yield packed.batch
         except Exception:
             self.failed = True

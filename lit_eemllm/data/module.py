@@ -93,7 +93,7 @@ class ShardDataModule(LightningDataModule):
             mine = dict(self._saved["ranks"][workers.rank])
             loader.restore(loader_state.loads(mine.pop("loader")))
         start = Position(*loader.counters(), **{**mine, "skipped": Counter(mine.get("skipped", {}))})
-        self._loader = EndlessLoader(loader, start)
+        self._loader = EndlessLoader(loader, start, trained=self.trainer is not None)
         self._done = self._in_hand = self._loader.last
         return self._loader
 
@@ -110,7 +110,7 @@ class ShardDataModule(LightningDataModule):
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """The trainer takes a batch in hand, which it may have fetched earlier; so it is done with the one before."""
         if self._loader is not None and self.trainer is not None and self.trainer.training:
-            self._done, self._in_hand = self._in_hand, self._loader.delivered.popleft()
+            self._done, self._in_hand = self._in_hand, self._loader.taken(batch)
         return batch
 
     def state_dict(self) -> dict[str, Any]:

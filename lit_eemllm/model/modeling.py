@@ -5,6 +5,7 @@ The decoder is an ordinary causal LM of transformers under its own weight names;
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -64,6 +65,14 @@ class EEMLLMConfig(PretrainedConfig):
     def vocab_size(self) -> int:
         """Columns of the logits that `forward` returns: the decoder's vocabulary, and the image token if it lies past it."""
         return max(self.text_config.vocab_size, self.image_token_id + 1)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The decoder's config as `generate` needs it: beam search counts the columns of the logits by its vocabulary."""
+        if self.text_config is None or self.text_config.vocab_size == self.vocab_size:
+            return self.text_config or self
+        text_config = copy(self.text_config)
+        text_config.vocab_size = self.vocab_size
+        return text_config
 
 
 class Projector(nn.Module):

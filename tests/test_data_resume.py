@@ -1,0 +1,209 @@
+"""Exact resume: the batches after a checkpoint are those of an unbroken run, bit for bit, in a new process."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from megatron.energon.flavors.webdataset.sample_loader import SliceState
+from megatron.energon.rng import SystemRng
+from megatron.energon.savable_loader import SavableDatasetCheckpoint, SavableDatasetState
+from megatron.energon.state import FlexState
+from shards_util import Recorder, blend, fingerprint, fit, module, row, sample, script, take, write_shards, write_tar
+
+from lit_eemllm.data import loader as loader_module
+from lit_eemllm.data import state as loader_state
+from lit_eemllm.data.shards import prepare
+from lit_eemllm.errors import CheckpointError
+
+WORKERS = pytest.mark.parametrize("workers", [0, 2])
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A blend of a folder with images and one without; some samples are bad, so that they must be skipped again."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_shards(folder / "a", {"train": [row(i, i % 3) for i in range(40)], "val": [row(1), row(2)]}, shard_size=10)
+    write_tar(folder / "b" / "x.tar", {f"b{i}": sample(i, 0) if i % 4 else {"json": b"{"} for i in range(24)})
+    prepare(folder / "b")
+    return blend(folder, {"a": 2, "b": 1})
+
+
+def test_cut_anywhere_and_go_on_in_a_new_process(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "SNAPSHOT_SECONDS", 0.02)  # some snapshots lie before a cut, with batches to skip
+    cuts = (1, 7, 20)
+    expected: list[list[str]] = []
+    states = []
+    for workers in (0, 2):
+        data = module(recipe, workers=workers)
+        seen, batches = [], iter(data.train_dataloader())
+        skipped = {}
+        for number in range(max(cuts) + 6):
+            if number in cuts:
+                saved = data.state_dict()
+                skipped[number] = saved["ranks"][0]["skipped"]
+                states.append(tmp_path / f"{workers}-{number}.pt")
+                torch.save(saved, states[-1])
+            seen.append(fingerprint(next(batches)))
+        expected += [seen[cut : cut + 6] for cut in cuts]
+        assert len(set(seen)) == len(seen), "the batches differ, so equality says something"
+        assert skipped[20]["bad_json"] > skipped[1].get("bad_json", 0) >= 0
+    process = script("restore", recipe, *states)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    for path, found, wanted in zip(states, json.loads(out), expected, strict=True):
+        assert found == wanted, path.name
+
+
+@WORKERS
+def test_saved_again_before_every_worker_has_delivered(
+    recipe: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resume, train one batch, save, resume: no worker may repeat the batches it had yet to skip. Counts go on too."""
+    monkeypatch.setattr(loader_module, "SNAPSHOT_SECONDS", 1e9)  # one snapshot, at the beginning: there is much to skip
+    data = module(recipe, workers=workers)
+    batches = map(fingerprint, data.train_dataloader())
+    seen, saved = list(islice(batches, 9)), data.state_dict()
+    whole, skipped = seen + list(islice(batches, 3)), data.skipped
+    for number in (1, 0, 2):
+        data = module(recipe, workers=workers)
+        data.load_state_dict(saved)
+        seen += list(take(data, number))
+        saved = data.state_dict()
+    assert seen == whole and data.skipped == skipped and saved["ranks"][0]["batches"] == 12
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise Crash
+
+
+@pytest.mark.parametrize(("workers", "accumulate", "saved"), [(0, 1, 8), (2, 2, 4)])
+def test_trainer_killed_and_continued(
+    recipe: Path, tmp_path: Path, workers: int, accumulate: int, saved: int
+) -> None:
+    """In a real `Trainer.fit`: killed by a signal in one process, continued here, against an unbroken run."""
+    process = script("kill", recipe, tmp_path / "killed", workers, accumulate, 9)
+    val = None if workers else recipe  # validation in between must not disturb; once is enough
+    options: dict[str, Any] = dict(accumulate_grad_batches=accumulate, val_check_interval=3, num_sanity_val_steps=1)
+    whole = Recorder()
+    fit(whole, module(recipe, val, workers=workers), tmp_path / "whole", steps=saved + 4, save_every=99, **options)
+    assert len(whole.seen) == (saved + 4) * accumulate
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == -9, error
+    last = max((tmp_path / "killed").glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+    assert last.name == f"step={saved}.ckpt", "the last save before the ninth batch"
+    continued, data = Recorder(), module(recipe, val, workers=workers)
+    fit(continued, data, tmp_path / "more", steps=saved + 2, save_every=99, ckpt=last, **options)
+    assert continued.seen == whole.seen[saved * accumulate : (saved + 2) * accumulate]
+    # a checkpoint written after fit, and another fit of the same module, go on where it ended
+    assert data.state_dict()["ranks"][0]["batches"] == (saved + 2) * accumulate
+    more = Recorder()
+    fit(more, data, tmp_path / "more", steps=2, save_every=99, **options)
+    assert more.seen == whole.seen[(saved + 2) * accumulate :]
+
+
+def test_epochs_of_the_trainer_lose_no_batch(recipe: Path, tmp_path: Path) -> None:
+    """Lightning fetches one batch ahead and drops it where it ends an epoch; the resumed run begins right there."""
+    model = Recorder()
+    fit(model, module(recipe), tmp_path, steps=9, save_every=3, limit_train_batches=3, max_epochs=-1)
+    assert model.seen == list(take(module(recipe), 9))
+    again = Recorder()
+    fit(again, module(recipe), tmp_path / "x", steps=9, save_every=99, limit_train_batches=3, ckpt=tmp_path / "step=6.ckpt")
+    assert again.seen == model.seen[6:]
+
+
+def test_exception_in_the_middle_of_a_step_does_not_lose_its_batch(recipe: Path, tmp_path: Path) -> None:
+    from lightning.pytorch import Trainer
+
+    data, model = module(recipe), Recorder()
+    trainer = Trainer(
+        max_steps=9, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[CrashAt(3)],
+    )  # fmt: skip
+    with pytest.raises(Crash):
+        trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "emergency.ckpt")
+    again = Recorder()
+    fit(again, module(recipe), tmp_path, steps=5, save_every=99, ckpt=tmp_path / "emergency.ckpt")
+    assert len(model.seen) == 3 and model.seen + again.seen == list(take(module(recipe), 5))
+
+
+def test_two_ranks_share_the_data_and_resume_each_from_its_own_place(recipe: Path, tmp_path: Path) -> None:
+    processes = [script("rank", rank, recipe, tmp_path) for rank in (0, 1)]
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        found.append(json.loads(out.splitlines()[-1]))
+    zero, one = found
+    assert zero["state"] == one["state"] and len(zero["state"]["ranks"]) == 2
+    assert zero["resumed"] == zero["after"] and one["resumed"] == one["after"] and zero["after"] != one["after"]
+    assert not set(zero["first"] + zero["after"]) & set(one["first"] + one["after"]), "ranks see different samples"
+    assert len(zero["val"]) == len(one["val"]) == 1 and zero["val"] != one["val"], "as many batches on each rank"
+    with pytest.raises(CheckpointError, match=r"2 ranks x 0 workers, this is 1 ranks x 0 workers"):
+        module(recipe, shuffle_buffer=0, packing_buffer=4, pack_samples=1).load_state_dict(zero["state"])
+
+
+def test_continuing_something_else_is_refused(recipe: Path) -> None:
+    data = module(recipe)
+    list(take(data, 2))
+    saved = json.loads(json.dumps(data.state_dict()))  # plain data through and through
+    other = blend(recipe.parent, {"a": 2, "b": 2}).rename(recipe.parent / "other.yaml")
+    blend(recipe.parent, {"a": 2, "b": 1})
+    for change, message in (
+        ({"workers": 2}, r"data.workers was 0 and is 2.*1 ranks x 0 workers, this is 1 ranks x 2 workers"),
+        ({"seed": 3}, "seed was 0 and is 3"),
+        ({"pack_tokens": 300}, "data.pack_tokens was 200 and is 300"),
+        ({"shuffle_buffer": 9}, "data.shuffle_buffer was 10 and is 9"),
+        ({"train": other}, r"data.train was \['train x 2.0: 4 shards, 40 samples.*x 2.0: 1 shards, 24 samples"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            module(**{"train": recipe, **change}).load_state_dict(saved)
+    moved = module(recipe, max_bad_in_a_row=7, max_image_pixels=10**6)  # these shape no batch
+    moved.load_state_dict(saved)
+    for broken in ("[]", '{"os.system": ["true"]}', '{"FlexState": 3}', "[" * 10**5, '{"SliceState": {"index": 1}}'):
+        saved["ranks"][0]["loader"] = broken
+        with pytest.raises((CheckpointError, AssertionError)):
+            moved.train_dataloader()
+    # the trap: something built the loader before it was restored
+    data = module(recipe)
+    data.train_dataloader()
+    with pytest.raises(RuntimeError, match="estimated_stepping_batches"):
+        data.load_state_dict(saved)
+
+
+def test_state_survives_json() -> None:
+    state = FlexState(
+        a=(1, "x", (None, True, 2.5)), b=[{"k": (1,)}, FlexState(z=[])], c=b"\0\xff", d=2**70, e={"tuple": [1]},
+        rng=SystemRng.save_state(), slices=[SliceState(index=1, current=2), None], t=torch.arange(3.0),
+        check=SavableDatasetCheckpoint(
+            state=SavableDatasetState(rng=SystemRng.save_state(), dataset_state=FlexState(), sample_index=3), offset=1
+        ),
+    )  # fmt: skip
+    text = loader_state.dumps(state)
+    back = loader_state.loads(text)
+    assert type(back) is FlexState and type(back["b"][1]) is FlexState and type(back["b"][0]) is dict
+    assert {k: back[k] for k in "abcde"} == {k: state[k] for k in "abcde"} and back["slices"] == state["slices"]
+    assert torch.equal(back["t"], state["t"]) and torch.equal(back["rng"].torch, state["rng"].torch)
+    assert back["rng"].random == state["rng"].random and back["rng"].numpy[0] == state["rng"].numpy[0]
+    assert np.array_equal(back["rng"].numpy[1], state["rng"].numpy[1]) and back["check"].state.sample_index == 3
+    assert loader_state.dumps(back) == text
+    SystemRng.restore_state(back["rng"])
+    for unknown in ({1, 2}, np.float32(1), FlexState(x=range(3)), {1: 2}, np.array([None])):
+        with pytest.raises(TypeError, match="loader state"):
+            loader_state.dumps(unknown)

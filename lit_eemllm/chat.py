@@ -209,10 +209,9 @@ class ChatTemplate(ABC):
         Raises:
             SampleError: ``control_token``, or ``bad_conversation`` if the template cannot render it.
         """
-        control = self.spans.control
         for turn in conversation.turns:
-            # taking a placeholder out, as vicuna_v1 does, may complete a special token
-            if found := control.search(turn.text) or control.search(turn.text.replace(IMAGE, "")):
+            # without placeholders: taking one out, as vicuna_v1 does, may complete a special token
+            if found := self.spans.control.search(turn.text.replace(IMAGE, "")):
                 held = f"a {turn.role} turn holds {found.group()!r}, a special token of the tokenizer"
                 raise conversation.refusal("control_token", f"{held}, which would act as a control token; rewrite it")
         spans = (span for span in self._render(conversation) if span.text)
@@ -326,9 +325,9 @@ class JinjaTemplate(ChatTemplate):
             *before, last, _ = [Span("", False), *self._render(probe)]
         except SampleError as error:
             raise UserError(f"the tokenizer's chat template cannot be used: {error}") from error
-        lead, answer, self.end_of_turn = last.text.partition("delta")
+        lead, _, self.end_of_turn = last.text.partition("delta")
         prompted = prompt == "".join(span.text for span in before) and (self.marked or not lead.strip())
-        if not (prompted and answer and self.end_of_turn):
+        if not (prompted and self.end_of_turn):
             raise UserError(
                 "the tokenizer's chat template cannot be used: right after the generation prompt an answer and its "
                 f"end-of-turn must be trained; but the prompt ends with {prompt[-40:]!r} and for the answer 'delta' "

@@ -74,7 +74,7 @@ def sentencepiece_bpe(legacy: bool) -> PreTrainedTokenizerFast:
     )
 
 
-def byte_level_bpe(specials: list[str], use_regex: bool = True) -> Tokenizer:
+def byte_level_bpe(specials: list[str], use_regex: bool = True, trim_offsets: bool = True) -> Tokenizer:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -84,7 +84,7 @@ def byte_level_bpe(specials: list[str], use_regex: bool = True) -> Tokenizer:
     )
     raw.train_from_iterator(lines, trainer)
     raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.ByteLevel(trim_offsets=True)
+    raw.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     return raw
 
 
@@ -107,7 +107,7 @@ def chatml() -> PreTrainedTokenizerFast:
 
 def phi() -> PreTrainedTokenizerFast:
     """ChatML whose end-of-turn token swallows the white space after it, as Phi-3's does."""
-    raw = byte_level_bpe(["<|endoftext|>", "<|im_start|>"])
+    raw = byte_level_bpe(["<|endoftext|>", "<|im_start|>"], trim_offsets=False)
     raw.add_special_tokens([AddedToken("<|im_end|>", rstrip=True)])
     specials = dict(eos_token="<|endoftext|>", extra_special_tokens=["<|im_start|>"])
     return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=CHATML, **specials)
@@ -511,6 +511,7 @@ def test_a_good_row() -> None:
         (row(("human", "q"), ("gpt", "half \ud83d")), 0, "bad_conversation", "half"),
         ({"conversations": ["q", "a"]}, 0, "bad_conversation", "mappings"),
         ({"conversations": {"from": "human", "value": "q"}}, 0, "bad_conversation", "list"),
+        ({"conversations": 7}, 0, "bad_conversation", "list"),
         ({"from": "human", "value": "q"}, 0, "bad_conversation", "list"),
         (["q"], 0, "bad_conversation", "list"),
         (row(("human", "q"), ("gpt", "a"), type=3), 0, "bad_conversation", "type"),

@@ -245,14 +245,15 @@ def test_pad_is_a_square_of_the_mean_colour(width, height) -> None:
 @pytest.mark.parametrize("policy", ["pad", "resize", "crop"])
 @pytest.mark.parametrize(("width", "height"), [(3 * MAX_SIDE, 1), (1, 3 * MAX_SIDE), (MAX_SIDE + 1, 300)])
 def test_extreme_sides_stay_within_bounds(policy, width, height, monkeypatch) -> None:
-    areas = []
+    calls = []
     resize = Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda i, s, *a: areas.append(s[0] * s[1]) or resize(i, s, *a))
+    monkeypatch.setattr(Image.Image, "resize", lambda i, s, *a: calls.append((i.size, s)) or resize(i, s, *a))
     transform = ImageTransform(28, 28, 14, MEAN, STD, policy)
     pixels = transform(Image.new("RGB", (width, height), "white"))
     assert pixels.shape == (3, 28, 28)
     assert pixel(transform.unnormalize(pixels), 14, 14)[0] > 100
-    assert max(areas) <= 17 * 28 * 28
+    assert max(calls[-1][0]) <= MAX_SIDE
+    assert calls[-1][1][0] * calls[-1][1][1] <= 17 * 28 * 28
 
 
 def test_tokens_dict_and_resampling() -> None:
@@ -280,6 +281,7 @@ def test_tokens_dict_and_resampling() -> None:
         ({"policy": "crop", "shortest": 20}, "20"),
         ({"patch": 29}, "29"),
         ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
+        ({"mean": (0.5,)}, "3 values"),
     ],
 )
 def test_impossible_transforms_are_refused(values, message) -> None:

@@ -184,24 +184,28 @@ class EndlessLoader:
 
     Attributes:
         last: position of the batch handed out last; of the beginning before the first.
-        failed: an error came out of it; there will be no more batches and no position.
+        closed: it failed, or its workers were ended: there will be no more batches, and no position to save.
     """
 
     def __init__(self, loader: PositionLoader, start: Position, trained: bool) -> None:
         self.loader = loader
         self.last = replace(start, snapshot=None if loader.num_workers else loader.save_state_rank())
         self.trained = trained
-        self.failed = False
+        self.closed = False
         self._waiting: deque[tuple[Position, PackedBatch]] = deque()
-        self._batches = self._read()
+        self._batches = _positioned(loader, self.last)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         for _, batch in list(self._waiting):
             yield batch
-        for batch in self._batches:  # not "yield from", which would end them with this pass
-            if self.trained:
-                self._waiting.append((self.last, batch))
-            yield batch
+        try:
+            for self.last, batch in self._batches:  # not "yield from", which would end them with this pass
+                if self.trained:
+                    self._waiting.append((self.last, batch))
+                yield batch
+        except Exception:
+            self.close()
+            raise
 
     def taken(self, batch: PackedBatch) -> Position:
         """The position after this batch, which the trainer begins to train on (maybe a copy: the keys are compared)."""
@@ -209,24 +213,27 @@ class EndlessLoader:
             return self._waiting.popleft()[0]
         raise RuntimeError(f"batch {batch.keys} is not the next one that the loader handed out")
 
-    def _read(self) -> Iterator[PackedBatch]:
-        skip, snapshot_time, workers = self.last.offset, time.monotonic(), self.loader.num_workers
-        try:
-            for packed in tidy_errors(self.loader):
-                if skip:
-                    skip -= 1
-                    continue
-                snapshot, offset = self.last.snapshot, 0 if workers else self.last.offset + 1
-                if not workers and time.monotonic() - snapshot_time > SNAPSHOT_SECONDS:
-                    snapshot, offset, snapshot_time = self.loader.save_state_rank(), 0, time.monotonic()
-                skipped, truncated = self.last.skipped + packed.skipped, self.last.truncated + packed.truncated
-                batches = self.last.batches + 1
-                self.last = Position(*self.loader.counters(), snapshot, offset, batches, skipped, truncated)
-                yield packed.batch
-        except Exception:
-            self.failed = True
-            stop(self.loader)
-            raise
+    def close(self) -> None:
+        self.closed = True
+        stop(self.loader)
+
+    def __del__(self) -> None:
+        stop(self.loader)
+
+
+def _positioned(loader: PositionLoader, last: Position) -> Iterator[tuple[Position, PackedBatch]]:
+    """Batches with the position after each, from `last` on. (Not a method: a cycle would leave `__del__` to the collector.)"""
+    skip, snapshot_time, workers = last.offset, time.monotonic(), loader.num_workers
+    for packed in tidy_errors(loader):
+        if skip:
+            skip -= 1
+            continue
+        snapshot, offset = last.snapshot, 0 if workers else last.offset + 1
+        if not workers and time.monotonic() - snapshot_time > SNAPSHOT_SECONDS:
+            snapshot, offset, snapshot_time = loader.save_state_rank(), 0, time.monotonic()
+        skipped, truncated = last.skipped + packed.skipped, last.truncated + packed.truncated
+        last = Position(*loader.counters(), snapshot, offset, last.batches + 1, skipped, truncated)
+        yield last, packed.batch
 
 
 class FiniteLoader:

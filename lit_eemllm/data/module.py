@@ -120,10 +120,8 @@ class ShardDataModule(LightningDataModule):
         """
         if self._loader is None:
             return self._saved
-        if self._loader.failed:
-            raise UserError(
-                "The data loader has failed, so its position cannot be saved; continue from an earlier checkpoint."
-            )
+        if self._loader.closed:
+            raise UserError("The data loader has failed, its position is lost; continue from an earlier checkpoint.")
         position = self._trained_on()
         mine = {
             "loader": loader_state.dumps(self._loader.loader.state_at(position)),
@@ -148,10 +146,20 @@ class ShardDataModule(LightningDataModule):
         self._refuse_changes()
 
     def teardown(self, stage: str) -> None:
-        """Stop the loader's processes. The position is kept: for a checkpoint saved after `fit`, and for another `fit`."""
-        if stage == "fit" and self._loader is not None and not self._loader.failed:
+        """End the loader's processes. The position is kept, for a checkpoint saved after `fit` and for another `fit`."""
+        if stage == "fit":
+            self._finish()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """As `teardown`, but with several ranks, of which maybe only this one has failed, there is no position to gather."""
+        if self._loader is not None and dist.is_available() and dist.is_initialized():
+            self._loader.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._loader is not None and not self._loader.closed:
             self._saved = self.state_dict()
-            stop(self._loader.loader)
+            self._loader.close()
             self._loader = None
 
     def _trained_on(self) -> Position:

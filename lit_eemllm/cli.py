@@ -105,9 +105,9 @@ def _shards_check(args: Namespace) -> int:
     encoder = None
     if config is not None:
         from lit_eemllm.data.samples import SampleEncoder
-        from lit_eemllm.model.build import build
+        from lit_eemllm.model.build import build_processor
 
-        parts, data = build(config.model)[1], config.data
+        parts, data = build_processor(config.model)[0], config.data
         limits = data.max_length, data.truncation, data.max_image_pixels
         encoder = SampleEncoder(parts.template, parts.transform, *limits)
     report = check(args.data, encoder)
@@ -118,9 +118,9 @@ def _shards_check(args: Namespace) -> int:
 def _shards_inspect(args: Namespace) -> None:
     config = _config(args)
     from lit_eemllm.data.preview import inspect
-    from lit_eemllm.model.build import build
+    from lit_eemllm.model.build import build_processor
 
-    parts, out = build(config.model)[1], args.out or Path(config.out) / "inspect"
+    parts, out = build_processor(config.model)[0], args.out or Path(config.out) / "inspect"
     options = {"split": args.split, "packs": args.packs, "seed": config.seed}
     for path in inspect(config.data, parts.template, parts.transform, out, **options):
         print(path)

@@ -48,7 +48,7 @@ def calls(monkeypatch) -> list[tuple]:
         "lit_eemllm.data.check": {"check": report},
         "lit_eemllm.data.preview": {"inspect": [Path("a.html")]},
         "lit_eemllm.data.samples": {"SampleEncoder": "encoder"},
-        "lit_eemllm.model.build": {"build": (None, SimpleNamespace(template="template", transform="transform"))},
+        "lit_eemllm.model.build": {"build_processor": (SimpleNamespace(template="template", transform="transform"), None)},
     }
     for module, functions in modules.items():
         fake = SimpleNamespace(**{name: stand_in(name, result) for name, result in functions.items()})

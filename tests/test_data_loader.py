@@ -172,6 +172,6 @@ def test_messages_about_size(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "3 shards for 4 loader processes" in caplog.text
     batch = next(iter(module(folder / "one", shuffle_buffer=1000, packing_buffer=1000).train_dataloader()))
     assert len(batch.keys) == 1, "a buffer larger than the data would only hold copies"
-    with pytest.raises(ConfigError, match="data.val is not set"):
+    with pytest.raises(ConfigError, match=r"data.val is not set"):
         module(folder / "a").recipe("val")
     assert json.loads((folder / "a" / ".nv-meta" / ".info.json").read_text())["shard_counts"]["val-000001.tar"] == 3

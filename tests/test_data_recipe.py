@@ -106,11 +106,11 @@ def test_nothing_named_in_a_file_is_imported(folder: Path) -> None:
         path = folder / file
         before = path.read_text()
         path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-        for use in ("setup", "train_dataloader"):
+        data = module(recipe)
+        for use in (lambda: data.setup("fit"), data.train_dataloader):
             with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
                 patch.syspath_prepend(folder)
-                data = module(recipe)
-                data.setup("fit") if use == "setup" else data.train_dataloader()
+                use()
             assert file in str(error.value) and key in str(error.value), content
         assert not sentinel.exists(), content
         path.write_text(before)

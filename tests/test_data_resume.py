@@ -36,7 +36,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_cut_anywhere_and_go_on_in_a_new_process(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module, "SNAPSHOT_SECONDS", 0.02)  # some snapshots lie before a cut, with batches to skip
+    monkeypatch.setattr(
+        loader_module, "SNAPSHOT_SECONDS", 0.02
+    )  # some snapshots lie before a cut, with batches to skip
     cuts = (1, 13)
     expected: list[list[str]] = []
     states = []
@@ -105,8 +107,8 @@ def test_trainer_stopped_and_continued(recipe: Path, tmp_path: Path, workers: in
         _, error = killed.communicate(timeout=200)
         assert killed.returncode == -9, error
     else:
+        crash = {"callbacks": [CrashAt(5)], **options}
         with pytest.raises(Crash):
-            crash = {"callbacks": [CrashAt(5)], **options}
             fit(Recorder(), module(recipe, val), tmp_path / "stopped", steps=99, save_every=2, **crash)
     last = max((tmp_path / "stopped").glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
     assert last.name == "step=4.ckpt", "the last save before it stopped"
@@ -126,7 +128,15 @@ def test_epochs_of_the_trainer_lose_no_batch(recipe: Path, tmp_path: Path) -> No
     fit(model, module(recipe), tmp_path, steps=9, save_every=3, limit_train_batches=3, max_epochs=-1)
     assert model.seen == list(take(module(recipe), 9))
     again = Recorder()
-    fit(again, module(recipe), tmp_path / "x", steps=9, save_every=99, limit_train_batches=3, ckpt=tmp_path / "step=6.ckpt")
+    fit(
+        again,
+        module(recipe),
+        tmp_path / "x",
+        steps=9,
+        save_every=99,
+        limit_train_batches=3,
+        ckpt=tmp_path / "step=6.ckpt",
+    )
     assert again.seen == model.seen[6:]
 
 

@@ -154,7 +154,7 @@ def test_prepare_foreign_shards(tmp_path: Path) -> None:
     content = (tmp_path / "more-1.tar").read_bytes()
     for cut in (len(content) // 2 + 600, 512 * 4, 512 * 4 + 10):  # within a member, between samples, within a header
         (tmp_path / "empty.tar").write_bytes(content[:cut])
-        with pytest.raises(UserError, match="empty.tar: truncated or damaged"):
+        with pytest.raises(UserError, match=r"empty.tar: truncated or damaged"):
             prepare(tmp_path)
     (tmp_path / "empty.tar").rename(tmp_path / "{a,b}.tar")
     with pytest.raises(UserError, match="rename shard"):

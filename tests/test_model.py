@@ -20,8 +20,9 @@ from transformers import (
 
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
-from lit_eemllm.model import EEMLLM
+from lit_eemllm.model import EEMLLM, VisionEncoder, register_vision_encoder
 from lit_eemllm.model.decoder import check_decoder
+from lit_eemllm.model.vision import _ENCODERS, TransformersVision
 
 BOUND = 1e-5  # of a tensor's largest value, float32
 PACK = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 6]]  # text-image-text, text only, two images, image first
@@ -355,15 +356,9 @@ def test_joins_ordinary_checkpoints_unchanged(tmp_path):
         '{"image_processor_type": "CLIPImageProcessor", "do_center_crop": true, "size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16},'
         ' "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 3}'
     )
-    model = EEMLLM.from_parts(
-        str(tmp_path / "lm"),
-        "transformers",
-        str(tmp_path / "clip"),
-        PRESETS["ee_mllm"],
-        tiny.VOCAB,
-        select_layer=-2,
-        policy="pad",
-    )
+    encoder = TransformersVision.from_path(str(tmp_path / "clip"), select_layer=-2, policy="pad")
+    model = EEMLLM.from_parts(str(tmp_path / "lm"), "transformers", encoder, PRESETS["ee_mllm"], tiny.VOCAB)
+    assert model.vision.transform.policy == "pad"
     assert all(model.language_model.state_dict()[k].equal(v) for k, v in decoder.state_dict().items())
     assert all(model.vision.model.state_dict()[k].equal(v) for k, v in tower.state_dict().items())
     model.save_pretrained(tmp_path / "both")
@@ -385,6 +380,55 @@ def test_adapters_of_peft_act_and_merge(preset):
     assert tiny.max_error(acting, before) > 1e-2
     model.language_model = adapted.merge_and_unload()
     assert tiny.max_error(text_logits(model, batch), acting) <= BOUND
+
+
+class Patches(VisionEncoder):
+    """An encoder of a user's own, which is no transformers model: one convolution."""
+
+    hidden_size, transform = 16, tiny.TRANSFORM
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 16, 4, 4)
+
+    @classmethod
+    def from_path(cls, path, *, select_layer, policy):
+        return cls()
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+    def to_config(self):
+        return {}
+
+    def forward(self, pixels):
+        return self.conv(pixels).flatten(2).transpose(1, 2)
+
+
+def test_an_encoder_of_ones_own_keeps_its_weights(tmp_path):
+    register_vision_encoder("patches")(Patches)
+    try:
+        tiny.write_parts(tmp_path)
+        vision = Patches()
+        weights = {k: v.clone() for k, v in vision.state_dict().items()}
+        model = EEMLLM.from_parts(str(tmp_path / "decoder"), "patches", vision, PRESETS["ee_mllm"], 400)
+        assert all(model.vision.state_dict()[k].equal(v) for k, v in weights.items())
+        model.save_pretrained(tmp_path / "both")
+        again = EEMLLM.from_pretrained(tmp_path / "both")
+        assert all(again.state_dict()[k].equal(v) for k, v in model.state_dict().items())
+    finally:
+        del _ENCODERS["patches"]
+    with pytest.raises(ConfigError, match=r"unknown encoder 'patches'.*--import"):
+        EEMLLM.from_pretrained(tmp_path / "both")
+
+
+def test_a_fresh_projector_has_no_zero_bias():
+    """Features of zero must not stay zero through the layers: that made gradients of 1e20 in the norms of 30 layers."""
+    fresh = EEMLLM(tiny.model().config).projector
+    for linear in (fresh.linear_1, fresh.linear_2):  # torch's default, as LLaVA
+        bound = linear.in_features**-0.5
+        assert linear.bias.abs().max() > 0.5 * bound and linear.weight.abs().max() <= bound
 
 
 def test_unsupported_decoders_are_refused_with_what_to_do():

@@ -137,6 +137,9 @@ class Position:
 class PositionLoader(SavableDataLoader):
     """Energon's savable loader, which can also give its state as it was at an earlier `Position`."""
 
+    _worker_sample_counters: list[int]
+    _next_worker_id: int
+
     def __init__(self, dataset: SavableDataset) -> None:
         workers = dataset.worker_config.num_workers
         super().__init__(
@@ -199,9 +202,10 @@ class EndlessLoader:
         for _, batch in list(self._waiting):
             yield batch
         try:
-            for self.last, batch in self._batches:  # not "yield from", which would end them with this pass
+            for position, batch in self._batches:  # not "yield from", which would end them with this pass
+                self.last = position
                 if self.trained:
-                    self._waiting.append((self.last, batch))
+                    self._waiting.append((position, batch))
                 yield batch
         except Exception:
             self.close()

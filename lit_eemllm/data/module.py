@@ -16,7 +16,6 @@ from lit_eemllm.data.loader import (
     FiniteLoader,
     Position,
     PositionLoader,
-    stop,
     train_dataset,
     worker_config,
 )
@@ -53,7 +52,8 @@ class ShardDataModule(LightningDataModule):
         self._encoder: SampleEncoder | None = None
         self._loader: EndlessLoader | None = None
         self._saved: dict[str, Any] = {}  # where to start from, or where the last fit ended
-        self._done = self._in_hand = Position([], 0)
+        self._shape: dict[str, Any] = {}
+        self._last = self._done = self._in_hand = Position([], 0)
 
     def connect(self, template: ChatTemplate, transform: ImageTransform) -> None:
         """Tell how text and images become tokens, which is known once the model is. Call before the trainer starts."""
@@ -77,12 +77,12 @@ class ShardDataModule(LightningDataModule):
     @property
     def skipped(self) -> dict[str, int]:
         """Unusable training samples by reason, since the run began, on this rank, up to the batch handed out last."""
-        return dict(self._loader.last.skipped) if self._loader else {}
+        return dict(self._last.skipped)
 
     @property
     def truncated(self) -> int:
         """Training conversations that were shortened; as `skipped`."""
-        return self._loader.last.truncated if self._loader else 0
+        return self._last.truncated
 
     def train_dataloader(self) -> Iterable[PackedBatch]:
         c, workers, recipe = self.config, worker_config(self.config.workers, self.seed), self.recipe("train")
@@ -166,7 +166,7 @@ class ShardDataModule(LightningDataModule):
         if self.trainer is None:
             assert self._loader is not None
             return self._loader.last
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return self._in_hand if progress.processed >= progress.ready else self._done
 
     def _task(self) -> PackTask:

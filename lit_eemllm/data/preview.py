@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from lit_eemllm.data.module import ShardDataModule
@@ -88,7 +89,7 @@ def read_pack(batch: PackedBatch, tokenizer: Any, transform: ImageTransform) -> 
     text_rows = batch.layout.text_index.tolist()
     targets = {text_rows[row + 1] for row in batch.target_rows.tolist()}
     ids = batch.input_ids.tolist()
-    pictures = iter([] if batch.pixel_values is None else batch.pixel_values)
+    pictures = iter(() if batch.pixel_values is None else batch.pixel_values.unbind())
     documents, row = [], 0
     for key, runs in zip(batch.keys, batch.layout.documents, strict=True):
         document = Document(key, [])
@@ -284,11 +285,7 @@ class _Page:
 
 
 def _font(size: int) -> Any:
-    """DejaVu Sans, which knows most alphabets, from matplotlib; Pillow's own font without it."""
-    try:
-        import matplotlib
-    except ImportError:
-        return ImageFont.load_default(size)
+    """DejaVu Sans, which knows most alphabets."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 

@@ -132,7 +132,7 @@ def make(
 def _write_split(
     split: str, rows: list[Any], images: Path | None, folder: Path, shard_size: int, follow_links: bool, report: Report
 ) -> None:
-    from webdataset import TarWriter  # type: ignore[import-untyped]
+    from webdataset import TarWriter
 
     with contextlib.ExitStack() as stack, progress() as bar:
         writer: Any = None

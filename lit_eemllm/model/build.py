@@ -13,9 +13,23 @@ from ..chat import IMAGE
 from ..mechanisms import build_mechanism
 from .modeling import EEMLLM
 from .processor import Processor
+from .vision import VisionEncoder, get_vision_encoder
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
+
+
+def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
+    """Tokenizer, template and image transform, and the encoder that the transform belongs to, but no decoder."""
+    vision = get_vision_encoder(config.vision.encoder).from_path(
+        config.vision.path or "",  # an encoder of one's own may need none
+        select_layer=config.vision.select_layer,
+        policy=config.vision.policy,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.decoder)
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True)])  # no effect if it has one
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    return Processor(tokenizer, config.template, vision.transform, image_token_id), vision
 
 
 def build(config: ModelConfig) -> tuple[EEMLLM, Processor]:
@@ -26,20 +40,8 @@ def build(config: ModelConfig) -> tuple[EEMLLM, Processor]:
         config.mechanism.dense_layers,
         {"value": switches.value, "output": switches.output, "ffn": switches.ffn},
     )
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.decoder)
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True)])  # no effect if it has one
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    vision = config.vision
-    model = EEMLLM.from_parts(
-        config.decoder,
-        vision.encoder,
-        vision.path or "",  # an encoder of one's own may need none
-        mechanism,
-        image_token_id,
-        select_layer=vision.select_layer,
-        policy=vision.policy,
-    )
-    processor = Processor(tokenizer, config.template, model.vision.transform, image_token_id)
+    processor, vision = build_processor(config)
+    model = EEMLLM.from_parts(config.decoder, config.vision.encoder, vision, mechanism, processor.image_token_id)
     model.generation_config.eos_token_id = processor.template.stop_ids
     model.generation_config.pad_token_id = processor.template.stop_ids[0]
     return model, processor

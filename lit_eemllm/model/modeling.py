@@ -116,30 +116,30 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         self._backend: AttentionBackend | None = None
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only the projector is ours to initialise; transformers' own parts do it themselves, and an encoder that is no
+        transformers model comes with its weights. Torch's default, as LLaVA: biases of zero would keep a visual token
+        whose features are zero at zero in every layer, with gradients that explode in the norms."""
+        if isinstance(module, Projector):
+            module.linear_1.reset_parameters()
+            module.linear_2.reset_parameters()
+
     @classmethod
     def from_parts(
-        cls,
-        decoder: str,
-        encoder: str,
-        vision_path: str,
-        mechanism: Mechanism,
-        image_token_id: int,
-        *,
-        select_layer: int,
-        policy: str,
+        cls, decoder: str, encoder: str, vision: VisionEncoder, mechanism: Mechanism, image_token_id: int
     ) -> EEMLLM:
         """Join pretrained parts with a fresh projector (seed torch before).
 
         Args:
             decoder: folder or hub id of a causal LM; safetensors only.
             encoder: registered name of the vision encoder.
-            vision_path: its weights.
-            select_layer: see `VisionEncoder.from_path`, likewise `policy`.
+            vision: that encoder, with its weights.
+            mechanism: how visual tokens are treated.
+            image_token_id: see `EEMLLMConfig`.
         """
         text_config = AutoConfig.from_pretrained(decoder)
         check_decoder(text_config)
         language_model = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32, use_safetensors=True)
-        vision = get_vision_encoder(encoder).from_path(vision_path, select_layer=select_layer, policy=policy)
         config = EEMLLMConfig(
             text_config=text_config,
             vision={"encoder": encoder, "config": vision.to_config()},

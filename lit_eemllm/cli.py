@@ -18,7 +18,7 @@ from lit_eemllm import __version__
 from lit_eemllm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from lit_eemllm.config import Config
+    from lit_eemllm.schema import Config
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 # Procedural data sets of the repository: name -> "file:function" in data_recipes/. The function (out, split, number of
@@ -128,7 +128,8 @@ def _shards_inspect(args: Namespace) -> None:
 
 # --- from arguments to a configuration
 def _config(args: Namespace, only: Path | None = None) -> Config:
-    from lit_eemllm.config import check_names, load_config
+    from lit_eemllm.config import load_config
+    from lit_eemllm.schema import check_names
 
     files, overrides = _split(args.inputs)
     return load_config(files if only is None else [only], overrides, checks=[check_names])

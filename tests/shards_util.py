@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from lit_eemllm.chat import IMAGE, IMAGE_SLOT, Conversation, EncodedText
-from lit_eemllm.config import DataConfig
+from lit_eemllm.schema import DataConfig
 from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.data.samples import SampleEncoder
 from lit_eemllm.data.shards import make

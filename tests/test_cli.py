@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from lit_eemllm import cli
-from lit_eemllm.config import check_names, load_config
+from lit_eemllm.config import load_config
+from lit_eemllm.schema import check_names
 from lit_eemllm.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ def calls(monkeypatch) -> list[tuple]:
     for module, functions in modules.items():
         fake = SimpleNamespace(**{name: stand_in(name, result) for name, result in functions.items()})
         monkeypatch.setitem(sys.modules, module, fake)
-    monkeypatch.setattr("lit_eemllm.config.check_names", lambda config: [])
+    monkeypatch.setattr("lit_eemllm.schema.check_names", lambda config: [])
     return made
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_eemllm.config import MAX_FILES, Config, check, check_names, config_hash, load_config, to_yaml
+from lit_eemllm.config import MAX_FILES, config_hash, load_config, to_yaml
+from lit_eemllm.schema import Config, check, check_names
 from lit_eemllm.errors import ConfigError
 
 GOOD = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_good_recipes(folder: Path) -> None:
     assert data.train_dataloader() is not None
 
 
-def test_nothing_named_in_a_file_is_imported(folder: Path) -> None:
+def test_nothing_named_in_a_file_is_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the data module, as a run would meet it: recipe, dataset.yaml, split.yaml, python tags."""
     sentinel = folder / "executed"
     (folder / "evil.py").write_text(f"open({str(sentinel)!r}, 'w')\ndef f(**_): open({str(sentinel)!r}, 'w')\nC = f\n")
@@ -107,9 +108,9 @@ def test_nothing_named_in_a_file_is_imported(folder: Path) -> None:
         before = path.read_text()
         path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
         data = module(recipe)
-        for use in (lambda: data.setup("fit"), data.train_dataloader):
-            with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
-                patch.syspath_prepend(folder)
+        monkeypatch.syspath_prepend(folder)
+        for use in (partial(data.setup, "fit"), data.train_dataloader):
+            with pytest.raises(UserError) as error:
                 use()
             assert file in str(error.value) and key in str(error.value), content
         assert not sentinel.exists(), content

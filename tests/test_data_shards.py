@@ -27,7 +27,7 @@ from shards_util import (
 )
 from test_data_packing import BAD
 
-from lit_eemllm.config import DataConfig
+from lit_eemllm.schema import DataConfig
 from lit_eemllm.data.check import check
 from lit_eemllm.data.packing import collate
 from lit_eemllm.data.preview import inspect, read_pack, token_texts

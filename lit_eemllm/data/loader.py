@@ -26,7 +26,7 @@ from megatron.energon.savable_loader import BasicDataLoader, SavableDataLoader, 
 
 from lit_eemllm.data.recipe import Recipe, Source
 from lit_eemllm.data.task import Packed, PackTask
-from lit_eemllm.errors import UserError
+from lit_eemllm.errors import CheckpointError, UserError
 from lit_eemllm.layout import PackedBatch
 
 SLICE = 100
@@ -165,7 +165,11 @@ class PositionLoader(SavableDataLoader):
             self._worker_sample_counters, self._next_worker_id = now
 
     def restore(self, state: SavableDataLoaderState | None) -> None:
-        self.restore_state_rank(state)
+        """Continue from what `state_at` gave. Raises CheckpointError."""
+        try:
+            self.restore_state_rank(state)
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the loader position in the checkpoint does not fit this data: {error}") from error
         if state is not None and self.num_workers:
             # Energon leaves out the batches that a worker is yet to skip, and would replay them if saved before its first
             self._worker_sample_counters = [

@@ -27,8 +27,11 @@ from lit_eemllm.layout import PackedBatch
 
 if TYPE_CHECKING:
     from lit_eemllm.chat import ChatTemplate
-    from lit_eemllm.config import DataConfig
+    from lit_eemllm.schema import DataConfig
     from lit_eemllm.images import ImageTransform
+
+_SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples", "max_length", "truncation")
+_TOTALS = ("offset", "batches", "skipped", "truncated")
 
 
 class ShardDataModule(LightningDataModule):
@@ -38,7 +41,8 @@ class ShardDataModule(LightningDataModule):
     sees the batches an unbroken run would have seen. It must have as many ranks and workers, the same data and the same keys
     of the configuration that shape batches; what differs is named.
 
-    Do not touch `trainer.estimated_stepping_batches`: it builds the loader before Lightning has restored anything.
+    It learns what is trained on by its hook `on_before_batch_transfer`, which a LightningModule must not override. Do not touch
+    `trainer.estimated_stepping_batches`: it builds the loader, perhaps before Lightning has restored anything.
 
     Args:
         config: section `data` of the configuration.
@@ -52,8 +56,8 @@ class ShardDataModule(LightningDataModule):
         self._encoder: SampleEncoder | None = None
         self._loader: EndlessLoader | None = None
         self._saved: dict[str, Any] = {}  # where to start from, or where the last fit ended
-        self._shape: dict[str, Any] = {}
-        self._last = self._done = self._in_hand = Position([], 0)
+        self._shape: dict[str, Any] = {}  # of the loader
+        self._done = self._in_hand = self._final = Position([], 0)
 
     def connect(self, template: ChatTemplate, transform: ImageTransform) -> None:
         """Tell how text and images become tokens, which is known once the model is. Call before the trainer starts."""
@@ -77,22 +81,24 @@ class ShardDataModule(LightningDataModule):
     @property
     def skipped(self) -> dict[str, int]:
         """Unusable training samples by reason, since the run began, on this rank, up to the batch handed out last."""
-        return dict(self._last.skipped)
+        return dict(self._handed_out().skipped)
 
     @property
     def truncated(self) -> int:
         """Training conversations that were shortened; as `skipped`."""
-        return self._last.truncated
+        return self._handed_out().truncated
 
     def train_dataloader(self) -> Iterable[PackedBatch]:
         c, workers, recipe = self.config, worker_config(self.config.workers, self.seed), self.recipe("train")
         loader = PositionLoader(train_dataset(recipe, self._task(), workers, c.shuffle_buffer, c.packing_buffer))
-        mine: dict[str, Any] = {}
+        start = Position(*loader.counters())
+        self._shape = self._describe()
         if self._saved:
-            self._refuse_changes()
-            mine = dict(self._saved["ranks"][workers.rank])
-            loader.restore(loader_state.loads(mine.pop("loader")))
-        start = Position(*loader.counters(), **{**mine, "skipped": Counter(mine.get("skipped", {}))})
+            self._refuse_changes(self._shape)
+            mine = self._saved["ranks"][workers.rank]
+            loader.restore(loader_state.loads(mine["loader"]))
+            start = Position(*loader.counters(), **{key: mine[key] for key in _TOTALS})
+            start.skipped = Counter(start.skipped)
         self._loader = EndlessLoader(loader, start, trained=self.trainer is not None)
         self._done = self._in_hand = self._loader.last
         return self._loader
@@ -123,18 +129,13 @@ class ShardDataModule(LightningDataModule):
         if self._loader.closed:
             raise UserError("The data loader has failed, its position is lost; continue from an earlier checkpoint.")
         position = self._trained_on()
-        mine = {
-            "loader": loader_state.dumps(self._loader.loader.state_at(position)),
-            "offset": position.offset,
-            "batches": position.batches,
-            "skipped": dict(position.skipped),
-            "truncated": position.truncated,
-        }
+        mine = {"loader": loader_state.dumps(self._loader.loader.state_at(position))}
+        mine |= {key: getattr(position, key) for key in _TOTALS} | {"skipped": dict(position.skipped)}
         ranks: list[Any] = [mine]
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, mine)
-        return {"shape": self._shape(), "ranks": ranks}
+        return {"shape": self._shape, "ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._loader is not None:
@@ -143,7 +144,11 @@ class ShardDataModule(LightningDataModule):
                 "Something touched trainer.estimated_stepping_batches: use max_steps instead."
             )
         self._saved = state_dict
-        self._refuse_changes()
+        try:
+            self._refuse_changes(self._describe())
+            assert all(set(_TOTALS) < set(rank) for rank in state_dict["ranks"])
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError("The checkpoint holds no loader position that this version can read.") from error
 
     def teardown(self, stage: str) -> None:
         """End the loader's processes. The position is kept, for a checkpoint saved after `fit` and for another `fit`."""
@@ -158,14 +163,16 @@ class ShardDataModule(LightningDataModule):
 
     def _finish(self) -> None:
         if self._loader is not None and not self._loader.closed:
-            self._saved = self.state_dict()
+            self._saved, self._final = self.state_dict(), self._loader.last
             self._loader.close()
             self._loader = None
 
+    def _handed_out(self) -> Position:
+        return self._final if self._loader is None else self._loader.last
+
     def _trained_on(self) -> Position:
         if self.trainer is None:
-            assert self._loader is not None
-            return self._loader.last
+            return self._handed_out()
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return self._in_hand if progress.processed >= progress.ready else self._done
 
@@ -176,35 +183,18 @@ class ShardDataModule(LightningDataModule):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return PackTask(self._encoder, self.config.pack_tokens, self.config.pack_samples, self.config.max_bad_in_a_row)
 
-    def _shape(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         """Everything that decides which samples make up batch n."""
-        keys = (
-            "workers",
-            "shuffle_buffer",
-            "packing_buffer",
-            "pack_tokens",
-            "pack_samples",
-            "max_length",
-            "truncation",
-        )
         return {
             "ranks": worker_config(0, self.seed).world_size,
             "seed": self.seed,
-            **{f"data.{key}": getattr(self.config, key) for key in keys},
+            **{f"data.{key}": getattr(self.config, key) for key in _SHAPING},
             "data.train": self.recipe("train").fingerprint(),
         }
 
-    def _refuse_changes(self) -> None:
-        was, now = self._saved["shape"], self._shape()
-        changes = [
-            f"{key} was {was.get(key)} and is {now[key]}"
-            for key in now
-            if key != "data.train" and was.get(key) != now[key]
-        ]
-        if was.get("data.train") != now["data.train"]:
-            old, new = ([f"{split} x {share}: {len(shards)} shards, {sum(n for _, n in shards)} samples"
-                         for split, share, shards in side["data.train"]] for side in (was, now))  # fmt: skip
-            changes.append(f"data.train was {old} and is {new} (or other shard names)")
+    def _refuse_changes(self, now: dict[str, Any]) -> None:
+        was = self._saved["shape"]
+        changes = [f"{key} was {was.get(key)} and is {now[key]}" for key in now if was.get(key) != now[key]]
         if changes:
             processes = [f"{s.get('ranks')} ranks x {s.get('data.workers')} workers" for s in (was, now)]
             raise CheckpointError(

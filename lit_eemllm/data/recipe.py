@@ -21,6 +21,7 @@ files: they are read here with ``yaml.safe_load`` against an allow-list, and it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -82,9 +83,15 @@ class Recipe:
     def num_samples(self) -> int:
         return sum(source.num_samples for source in self.sources)
 
-    def fingerprint(self) -> list[list[Any]]:
-        """What must not change between a run and its continuation: order, splits, shares and shards, not where they lie."""
-        return [[s.split, s.share, [list(shard) for shard in s.shards]] for s in self.sources]
+    def fingerprint(self) -> list[str]:
+        """What must not change between a run and its continuation: shares and shards of each source, not where they lie."""
+        lines = []
+        for s in self.sources:
+            digest = hashlib.sha256(json.dumps(s.shards).encode()).hexdigest()[:12]
+            lines.append(
+                f"{s.split}, {self.blend} {s.share:g}, {s.num_samples} samples in {len(s.shards)} shards {digest}"
+            )
+        return lines
 
 
 def read_recipe(path: str | Path, split: str) -> Recipe:

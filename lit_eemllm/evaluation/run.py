@@ -34,7 +34,7 @@ from .pictures import draw_samples
 from .questions import Question, pick, read_questions, shuffle_images
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..schema import Config
     from ..model import EEMLLM, Processor
 
 UNTRAINED = "none"  # value of --checkpoint: the parts as they are, before any training

@@ -16,7 +16,7 @@ from .processor import Processor
 from .vision import VisionEncoder, get_vision_encoder
 
 if TYPE_CHECKING:
-    from ..config import ModelConfig
+    from ..schema import ModelConfig
 
 
 def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:

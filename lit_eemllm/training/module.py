@@ -22,7 +22,7 @@ from ..model.build import fingerprint
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..schema import Config
     from ..model import EEMLLM
 
 

@@ -19,7 +19,7 @@ from ..layout import PackedBatch
 from .tuning import COMPONENTS
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..schema import Config
     from .module import LitEEMLLM
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from ..config import OptimConfig
+    from ..schema import OptimConfig
     from ..model import EEMLLM
 
 COMPONENTS = {"vision": "vision", "projector": "projector", "llm": "language_model"}

@@ -1,0 +1,283 @@
+"""The keys of a configuration: a dataclass each section, with what a key means, and the checks of their values."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from typing import Any
+
+from omegaconf import MISSING
+
+from lit_eemllm.errors import ConfigError
+
+
+@dataclass
+class VisionConfig:
+    encoder: str = "transformers"
+    """Vision encoder: "transformers" (the vision tower of CLIP or SigLIP) or a name that your own file registers."""
+    path: str | None = None
+    """Folder or hub id of the pretrained encoder; required by "transformers"."""
+    select_layer: int = -2
+    """Hidden states that the projector reads, without class token: 0 the embeddings, -1 the last layer, -2 as LLaVA."""
+    policy: str = "pad"
+    """How an image is brought to the encoder's size: "pad" to a square, "resize" (changes the aspect ratio), "crop"."""
+
+
+@dataclass
+class AlignerConfig:
+    value: bool | None = None
+    """Visual states pass the layer's value projection; null = as the preset says."""
+    output: bool | None = None
+    """Visual states pass the layer's output projection; null = as the preset says."""
+    ffn: bool | None = None
+    """Visual states pass the layer's feed-forward network; null = as the preset says."""
+
+
+@dataclass
+class MechanismConfig:
+    preset: str = "ee_mllm"
+    """How the decoder treats visual tokens: "ee_mllm" (composite attention), "llava" (full self-attention)."""
+    dense_layers: Any = None
+    """Layers in which visual tokens also query: "all", "none" or a list of layer numbers; null = as the preset says."""
+    aligner: AlignerConfig = field(default_factory=AlignerConfig)
+    """Which weights of a composite layer update the visual stream (ablation of the EE-MLLM paper, Table 6)."""
+
+
+@dataclass
+class ModelConfig:
+    decoder: str = MISSING
+    """Folder or hub id of the pretrained causal LM, in the format of transformers; its weights are loaded unchanged."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; null = the decoder's own."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    mechanism: MechanismConfig = field(default_factory=MechanismConfig)
+    attention: str = "auto"
+    """Attention backend, or "auto": the fastest one that a trial on the device proves to work."""
+    template: str = "vicuna_v1"
+    """How a conversation becomes text: "plain" (captions), "vicuna_v1" or "jinja" (the tokenizer's own template)."""
+    dtype: str = "float32"
+    """Type of the parameters that are not trained: "float32" or "bfloat16". Trained ones are always float32."""
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING
+    """Training data: a recipe (YAML) or a folder of prepared shards."""
+    val: str | None = None
+    """Validation data, same forms; null = no validation."""
+    pack_tokens: int = 4096
+    """Token budget of one pack, visual tokens counted."""
+    pack_samples: int | None = None
+    """Most conversations in one pack; null = as many as fit."""
+    max_length: int = 2048
+    """Most tokens of one conversation, visual tokens counted."""
+    truncation: str = "drop"
+    """A longer conversation: "drop", "truncate" (never an image, never the whole answer) or stop with an "error"."""
+    workers: int = 2
+    """Loader processes per device; 0 = load in the training process."""
+    shuffle_buffer: int = 1000
+    """Samples held per worker to shuffle from; 0 = no shuffling between neighbours."""
+    packing_buffer: int = 256
+    """Conversations held per worker to choose packs from: more = fuller packs, more memory."""
+    max_image_pixels: int = 50_000_000
+    """Images of more pixels are refused before they are decoded."""
+    max_bad_in_a_row: int = 100
+    """Consecutive unusable samples that stop the run."""
+
+
+@dataclass
+class TuningConfig:
+    vision: str = "frozen"
+    """Vision encoder: "frozen" or "full"."""
+    projector: str = "full"
+    """Projector: "frozen" or "full"."""
+    llm: str = "frozen"
+    """Decoder: "frozen" or "full"."""
+
+
+@dataclass
+class OptimConfig:
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    lr: float = MISSING
+    """Peak learning rate of AdamW."""
+    projector_lr: float | None = None
+    """Peak learning rate of the projector; null = lr."""
+    vision_lr: float | None = None
+    """Peak learning rate of the vision encoder; null = lr."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's term added to the denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; biases and norms are never decayed."""
+    warmup_ratio: float = 0.03
+    """Share of max_steps in which the learning rate rises linearly to its peak."""
+    schedule: str = "cosine"
+    """Learning rate after the warm-up: "cosine" or "linear" to 0, or "constant"."""
+    max_steps: int = MISSING
+    """Optimiser steps of the whole run; the schedule's length."""
+    clip_grad_norm: float | None = 1.0
+    """Largest norm of all gradients together; null = no clipping."""
+    save_every: int = 500
+    """Optimiser steps between checkpoints."""
+    val_every: int = 500
+    """Optimiser steps between validations."""
+    val_batches: int = 20
+    """Packs per validation and device."""
+    log_every: int = 10
+    """Optimiser steps between log lines."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted."""
+
+
+@dataclass
+class EvalConfig:
+    batch_size: int = 32
+    """Questions generated together."""
+    max_new_tokens: int = 32
+    """Most tokens generated per answer."""
+    samples: int | None = None
+    """Questions to evaluate, spread over data.val; null = all, 0 = none, only the loss."""
+    control: int = 1
+    """Passes with the images shuffled among the questions: what a model scores that does not look. 0 = none."""
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    """Seeds every random generator before any module is built."""
+    out: str = "runs/default"
+    """Run directory: checkpoints, logs and the resolved configuration."""
+    resume: str = "auto"
+    """"auto" continues a run found in `out`, "never" starts anew, anything else is the path of a checkpoint."""
+    init_from: str | None = None
+    """Weights to start from (no optimiser state): a folder written by save_pretrained, such as an earlier stage's."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Arguments of lightning.Trainer, passed as they are, such as accelerator, devices, precision."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+Mistake = tuple[tuple[str, ...], str]
+"""The dotted keys that are at odds, the one to change first, and what is wrong with them."""
+
+_WORDS = {
+    "model.vision.policy": ("pad", "resize", "crop"),
+    "model.dtype": ("float32", "bfloat16"),
+    "data.truncation": ("drop", "truncate", "error"),
+    "optim.tuning.vision": ("frozen", "full"),
+    "optim.tuning.projector": ("frozen", "full"),
+    "optim.tuning.llm": ("frozen", "full"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+}
+# Comparisons are written so that NaN fails them. A null value is not compared.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("0 to 4294967295", lambda v: 0 <= v < 2**32, "seed"),
+    ("0 or more", lambda v: v >= 0, "data.workers data.shuffle_buffer eval.control eval.samples"),
+    ("0 or more", lambda v: 0 <= v < math.inf, "optim.weight_decay"),
+    ("0 to 1", lambda v: 0 <= v <= 1, "optim.warmup_ratio"),
+    (
+        "more than 0",
+        lambda v: 0 < v < math.inf,
+        "optim.lr optim.projector_lr optim.vision_lr optim.eps optim.clip_grad_norm",
+    ),
+    ("two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "optim.betas"),
+    (
+        "1 or more",
+        lambda v: v >= 1,
+        "data.pack_tokens data.pack_samples data.max_length data.packing_buffer data.max_image_pixels "
+        "data.max_bad_in_a_row optim.max_steps optim.save_every optim.val_every optim.val_batches optim.log_every "
+        "optim.keep eval.batch_size eval.max_new_tokens",
+    ),
+    ("text that is not empty", lambda v: bool(v.strip()), "out resume model.decoder data.train"),
+)
+_NOT_FOR_TRAINER = {  # argument of lightning.Trainer -> why it cannot be set here
+    "max_steps": "set optim.max_steps",
+    "max_epochs": "set optim.max_steps",
+    "gradient_clip_val": "set optim.clip_grad_norm",
+    "gradient_clip_algorithm": "gradients are clipped by norm, see optim.clip_grad_norm",
+    "val_check_interval": "set optim.val_every",
+    "check_val_every_n_epoch": "set optim.val_every",
+    "limit_val_batches": "set optim.val_batches",
+    "log_every_n_steps": "set optim.log_every",
+    "enable_checkpointing": "set optim.save_every",
+    "default_root_dir": "set out",
+    "callbacks": "a configuration cannot name objects",
+    "plugins": "a configuration cannot name objects",
+}
+
+
+def check(config: Config) -> list[Mistake]:
+    """Values that have the right type but are out of range or contradict each other. Imports nothing, opens no file."""
+    mistakes: list[Mistake] = []
+
+    def value(key: str) -> Any:
+        return reduce(getattr, key.split("."), config)
+
+    for key, words in _WORDS.items():
+        if value(key) not in words:
+            mistakes.append(((key,), f"found {value(key)!r}, expected {' or '.join(words)}"))
+    for expected, holds, keys in _RANGES:
+        for key in keys.split():
+            if value(key) is not None and not holds(value(key)):
+                mistakes.append(((key,), f"found {value(key)!r}, expected {expected}"))
+
+    layers = config.model.mechanism.dense_layers
+    numbers = isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers)
+    if layers not in (None, "all", "none") and not (numbers and len(set(layers)) == len(layers)):
+        expected = "all, none, null or a list of distinct layer numbers such as [0, 1]"
+        mistakes.append((("model.mechanism.dense_layers",), f"found {layers!r}, expected {expected}"))
+    if config.model.vision.encoder == "transformers" and not config.model.vision.path:
+        mistakes.append(
+            (("model.vision.path", "model.vision.encoder"), "required by model.vision.encoder=transformers")
+        )
+    if config.data.max_length > config.data.pack_tokens:
+        text = f"{config.data.max_length} tokens do not fit in a pack of data.pack_tokens={config.data.pack_tokens}"
+        mistakes.append((("data.max_length", "data.pack_tokens"), text))
+    tuning = asdict(config.optim.tuning)
+    if all(word == "frozen" for word in tuning.values()):
+        text = "vision, projector and llm are all frozen: nothing is left to train"
+        mistakes.append((("optim.tuning", *(f"optim.tuning.{part}" for part in tuning)), text))
+    for part in ("projector", "vision"):
+        key = f"optim.{part}_lr"
+        if tuning[part] == "frozen" and value(key) is not None:
+            text = f"has no effect: optim.tuning.{part} is frozen; set {key}=null or optim.tuning.{part}=full"
+            mistakes.append(((key, f"optim.tuning.{part}"), text))
+    for name in config.trainer:
+        if name in _NOT_FOR_TRAINER:
+            mistakes.append(((f"trainer.{name}",), f"cannot be set here: {_NOT_FOR_TRAINER[name]}"))
+    return mistakes
+
+
+def check_names(config: Config) -> Iterator[Mistake]:
+    """Names that only a registry or a library knows. A hook for `load_config`; imports the registries, and so torch."""
+    from lightning import Trainer
+
+    from lit_eemllm.attention import registered_backends
+    from lit_eemllm.chat import TEMPLATES
+    from lit_eemllm.mechanisms import PRESETS
+    from lit_eemllm.model.vision import get_vision_encoder
+
+    for key, found, known in (
+        ("model.mechanism.preset", config.model.mechanism.preset, PRESETS),
+        ("model.attention", config.model.attention, ["auto", *registered_backends()]),
+        ("model.template", config.model.template, TEMPLATES),
+    ):
+        if found not in known:
+            yield (key,), f"found {found!r}, expected {' or '.join(sorted(known))}"
+    try:
+        get_vision_encoder(config.model.vision.encoder)
+    except ConfigError as error:
+        yield ("model.vision.encoder",), str(error).removeprefix("model.vision.encoder: ")
+    arguments = list(inspect.signature(Trainer.__init__).parameters)[1:]
+    for name in config.trainer:
+        if name not in arguments:
+            nearest = difflib.get_close_matches(name, arguments, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            yield (f"trainer.{name}",), f"lightning.Trainer has no such argument{hint}"

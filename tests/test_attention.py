@@ -60,17 +60,18 @@ def tensors(layout, visibility, heads, kv_heads, seed=0):
 def attend(name, layout, visibility, qkv):
     backend = _BACKENDS[name]()
     out = backend.attend(*qkv, backend.plan(layout, visibility), 0.3)
-    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
     return out, torch.autograd.grad((out * weights).sum(), qkv)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backend_equals_reference_forward_and_backward(backend, layout, heads):
-    layout = SequenceLayout.of(LAYOUTS[layout])
+def test_backend_equals_reference_forward_and_backward(backend, layout, heads, device):
+    layout = SequenceLayout.of(LAYOUTS[layout]).to(device)
     for visibility in (DENSE, COMPOSITE):
-        qkv = tensors(layout, visibility, *heads)
+        qkv = [x.detach().to(device).requires_grad_() for x in tensors(layout, visibility, *heads)]
         if not len(qkv[0]):
             continue
         out, gradients = attend(backend, layout, visibility, qkv)

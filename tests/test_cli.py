@@ -13,8 +13,8 @@ import pytest
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
-from lit_eemllm.schema import check_names
 from lit_eemllm.errors import UserError
+from lit_eemllm.schema import check_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOOD = """
@@ -49,7 +49,9 @@ def calls(monkeypatch) -> list[tuple]:
         "lit_eemllm.data.check": {"check": report},
         "lit_eemllm.data.preview": {"inspect": [Path("a.html")]},
         "lit_eemllm.data.samples": {"SampleEncoder": "encoder"},
-        "lit_eemllm.model.build": {"build_processor": (SimpleNamespace(template="template", transform="transform"), None)},
+        "lit_eemllm.model.build": {
+            "build_processor": (SimpleNamespace(template="template", transform="transform"), None)
+        },
     }
     for module, functions in modules.items():
         fake = SimpleNamespace(**{name: stand_in(name, result) for name, result in functions.items()})

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from lit_eemllm.config import MAX_FILES, config_hash, load_config, to_yaml
-from lit_eemllm.schema import Config, check, check_names
 from lit_eemllm.errors import ConfigError
+from lit_eemllm.schema import Config, check, check_names
 
 GOOD = """
 model: {decoder: some/decoder, vision: {path: some/encoder}}

@@ -27,7 +27,6 @@ from shards_util import (
 )
 from test_data_packing import BAD
 
-from lit_eemllm.schema import DataConfig
 from lit_eemllm.data.check import check
 from lit_eemllm.data.packing import collate
 from lit_eemllm.data.preview import inspect, read_pack, token_texts
@@ -35,6 +34,7 @@ from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.shards import make, prepare
 from lit_eemllm.errors import UserError
 from lit_eemllm.images import open_image
+from lit_eemllm.schema import DataConfig
 
 
 @pytest.fixture

@@ -47,7 +47,9 @@ def draw_layer(axis: plt.Axes) -> None:
     """The data flow of one EE-MLLM layer."""
 
     def box(x: float, y: float, text: str, colour: str, width: float = 2.7) -> None:
-        axis.add_patch(FancyBboxPatch((x - width / 2, y - 0.32), width, 0.64, boxstyle="round,pad=0.06", fc=colour, ec="none"))
+        axis.add_patch(
+            FancyBboxPatch((x - width / 2, y - 0.32), width, 0.64, boxstyle="round,pad=0.06", fc=colour, ec="none")
+        )
         axis.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if colour != SELF else "black")
 
     def arrow(*points: float) -> None:
@@ -69,7 +71,15 @@ def draw_layer(axis: plt.Axes) -> None:
         arrow(x, 4.55, x, 5.15)
         arrow(x, 5.95, x, 6.5)
     axis.add_patch(FancyBboxPatch((0.2, 3.8), 6.8, 0.7, boxstyle="round,pad=0.05", fc="0.35", ec="none"))
-    axis.text(3.6, 4.15, "output projection: one product for both, the layer's own weights", ha="center", va="center", color="w", fontsize=8)
+    axis.text(
+        3.6,
+        4.15,
+        "output projection: one product for both, the layer's own weights",
+        ha="center",
+        va="center",
+        color="w",
+        fontsize=8,
+    )
     axis.add_patch(FancyBboxPatch((0.2, 5.2), 6.8, 0.7, boxstyle="round,pad=0.05", fc="0.35", ec="none"))
     axis.text(3.6, 5.55, "feed-forward network: likewise", ha="center", va="center", color="w", fontsize=8)
     box(1.6, 6.9, "visual states", VISUAL)

@@ -27,8 +27,8 @@ from lit_eemllm.layout import PackedBatch
 
 if TYPE_CHECKING:
     from lit_eemllm.chat import ChatTemplate
-    from lit_eemllm.schema import DataConfig
     from lit_eemllm.images import ImageTransform
+    from lit_eemllm.schema import DataConfig
 
 _SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples", "max_length", "truncation")
 _TOTALS = ("offset", "batches", "skipped", "truncated")
@@ -146,8 +146,9 @@ class ShardDataModule(LightningDataModule):
         self._saved = state_dict
         try:
             self._refuse_changes(self._describe())
-            assert all(set(_TOTALS) < set(rank) for rank in state_dict["ranks"])
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            if not all(set(_TOTALS) < set(rank) for rank in state_dict["ranks"]):
+                raise ValueError("keys are missing")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError("The checkpoint holds no loader position that this version can read.") from error
 
     def teardown(self, stage: str) -> None:

@@ -21,8 +21,8 @@ from lit_eemllm.layout import PackedBatch
 
 if TYPE_CHECKING:
     from lit_eemllm.chat import ChatTemplate
-    from lit_eemllm.schema import DataConfig
     from lit_eemllm.images import ImageTransform
+    from lit_eemllm.schema import DataConfig
 
 TEXT, TARGET, VISUAL = "#dfe3ea", "#f6b26b", "#8fb8de"
 DOCUMENTS_IN_PNG = 5

@@ -34,8 +34,8 @@ from .pictures import draw_samples
 from .questions import Question, pick, read_questions, shuffle_images
 
 if TYPE_CHECKING:
-    from ..schema import Config
     from ..model import EEMLLM, Processor
+    from ..schema import Config
 
 UNTRAINED = "none"  # value of --checkpoint: the parts as they are, before any training
 

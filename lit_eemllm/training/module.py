@@ -22,8 +22,8 @@ from ..model.build import fingerprint
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
 
 if TYPE_CHECKING:
-    from ..schema import Config
     from ..model import EEMLLM
+    from ..schema import Config
 
 
 class LitEEMLLM(LightningModule):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from ..schema import OptimConfig
     from ..model import EEMLLM
+    from ..schema import OptimConfig
 
 COMPONENTS = {"vision": "vision", "projector": "projector", "llm": "language_model"}
 """Words of ``optim.tuning`` -> the submodule of the model."""

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import platform
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import torch
 from rich.table import Table
 
-from .config import Config, config_hash, load_config
+from . import __version__
+from .config import config_hash, load_config
 from .console import console, write_atomically
 from .errors import UserError
+from .schema import Config
 
 
 @dataclass
@@ -112,7 +120,7 @@ def report(runs: Sequence[Path], out: Path) -> None:
     )
     markdown = ["| " + " | ".join(line) + " |" for line in lines]
     markdown.insert(1, "|" + "---|" * len(lines[0]))
-    text = "\n".join(["# Comparison", "", *markdown, "", caption, "", *(f"- {note}" for note in notes), ""])
+    text = "\n".join(["# Comparison", "", *markdown, "", caption, "", *(f"- {note}" for note in [*notes, provenance()]), ""])
     write_atomically(out / "report.md", text + "\n![curves and scores](report.png)\n")
     with (out / "report.csv").open("w", newline="") as file:
         csv.writer(file).writerows(lines)
@@ -120,6 +128,27 @@ def report(runs: Sequence[Path], out: Path) -> None:
     for note in notes:
         console.print(note)
     console.print(f"report: {out / 'report.md'}, {out / 'report.png'}")
+
+
+def provenance() -> str:
+    """Machine, versions and commit that the numbers come from."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lightning", "megatron-energon"))
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown (not a git checkout)"
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {device}; Python {platform.python_version()}, {versions}; "
+        f"lit_eemllm {__version__}, commit {commit}; lit-eemllm {' '.join(sys.argv[1:])}"
+    )
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")  # Linux alone names the processor there
+    return path.read_text().splitlines() if path.is_file() else []
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:

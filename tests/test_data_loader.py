@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.energon.wrappers import ShuffleBufferDataset
 from shards_util import blend, fingerprint, module, picture, row, sample, take, write_shards, write_tar
 from test_data_packing import BAD
 
@@ -124,7 +125,7 @@ def test_too_long_with_policy_error_stops_at_once(folder: Path) -> None:
 
 @WORKERS
 def test_validation_is_finite_complete_and_the_same_every_time(folder: Path, workers: int) -> None:
-    loader = module(folder / "a", folder / "a", workers=workers, packing_buffer=4).val_dataloader()
+    loader = module(folder / "a", folder / "a", workers=workers, packing_buffer=4, pack_samples=2).val_dataloader()
     assert not hasattr(loader, "__len__")
     batches = list(loader)
     first, keys = [fingerprint(batch) for batch in batches], [key for batch in batches for key in batch.keys]
@@ -170,8 +171,9 @@ def test_messages_about_size(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.WARNING):
         module(folder / "a", workers=4).train_dataloader()
     assert "3 shards for 4 loader processes" in caplog.text
-    batch = next(iter(module(folder / "one", shuffle_buffer=1000, packing_buffer=1000).train_dataloader()))
-    assert len(batch.keys) == 1, "a buffer larger than the data would only hold copies"
+    loader = module(folder / "one", shuffle_buffer=1000, packing_buffer=1000).train_dataloader()
+    assert len(next(iter(loader)).keys) == 1, "a buffer larger than the data would only hold copies"
+    assert loader.loader.dataset._find_wrapped_dataset(ShuffleBufferDataset) is None  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"data.val is not set"):
         module(folder / "a").recipe("val")
     assert json.loads((folder / "a" / ".nv-meta" / ".info.json").read_text())["shard_counts"]["val-000001.tar"] == 3

@@ -133,7 +133,7 @@ BAD = {
     "bad_json, missing": {"0.png": good["0.png"]},
     "bad_json, a list": {"json": b"[]"},
     "bad_json, not text": {"json": b"\xff\xfe"},
-    "bad_json, too long": {"json": b" " * 2**23},
+    "bad_json, too long": {**good, "json": good["json"] + b" " * 2**23},
     "placeholder_mismatch": {"json": good["json"]},
     "no_target": {"json": good["json"].replace(b"it is 1", b" "), "0.png": good["0.png"]},
     "image_too_large": {"json": good["json"], "0.png": bomb()},

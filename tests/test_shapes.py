@@ -107,8 +107,7 @@ def test_answers_are_true_of_the_pixels():
         pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
         assert all(picture.size == (64, 64) for picture in pictures)
         if kind == "count":
-            asked = next(colour for colour in shapes.COLOURS if colour in question)
-            got = str(list(cells(pictures[0]).values()).count(asked))
+            got = str(len(cells(pictures[0])))
         elif kind == "compare":
             first, second = (len(cells(picture)) for picture in pictures)
             got = "first" if first > second else "second"

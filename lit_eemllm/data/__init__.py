@@ -18,6 +18,8 @@
                                                   ▼
                        ShardDataModule: endless train loader, finite val loader                        module.py
 
+Beside the stream: `check.check` reads every sample as training would, `preview.inspect` shows packs as the model gets them.
+
 Nothing that comes out of a shard, a recipe or a checkpoint is executed or unpickled: samples stay bytes until our own
 parser reads them, and YAML is read here, against an allow-list, never by Energon.
 """

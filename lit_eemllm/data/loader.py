@@ -186,8 +186,7 @@ class EndlessLoader:
     Args:
         loader: fresh, or restored.
         start: totals of the run so far, and the batches to skip from the restored state.
-        trained: a trainer will say by `taken` which batch it trains on. It fetches one ahead, and drops that when it begins an
-            epoch of its own (`limit_train_batches`); iterating again hands it out again.
+        trained: a trainer will say by `taken` which batch it trains on; it fetches one ahead.
 
     Attributes:
         last: position of the batch handed out last; of the beginning before the first.
@@ -203,10 +202,9 @@ class EndlessLoader:
         self._batches = _positioned(loader, self.last)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        for _, batch in list(self._waiting):
-            yield batch
         try:
-            for position, batch in self._batches:  # not "yield from", which would end them with this pass
+            # the same iterator in every pass: a trainer with epochs (`limit_train_batches`) goes on where it was
+            for position, batch in self._batches:
                 self.last = position
                 if self.trained:
                     self._waiting.append((position, batch))

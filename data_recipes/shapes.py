@@ -12,7 +12,7 @@ What the numbers of a model on this set can and cannot mean:
   0.25 against 1/6) and ``position`` (an object in every quadrant: 1/4, the same as guessing). ``count``, ``word`` and
   ``compare`` ask for the picture as a whole: one who sees it need not read more of the question than its type.
 * Training scenes may hold fewer objects than validation scenes, down to a single one: without easy questions, learning
-  to look things up starts many times later.
+  to look things up starts many times later. They may also have further turns about other objects of the picture.
 * A scene is in the validation split if and only if the first byte of the SHA-256 of its *content* is divisible by ten.
   The content leaves out sizes, shifts of a few pixels, shades and the background, so a validation scene is never a
   training scene moved by a pixel, and anything trained on ``is_val(scene) == False`` has never seen a validation scene.
@@ -125,6 +125,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "text": tuple(str(n) for n in range(2, 10)),
 }
 TYPES = ("colour", "shape", "position", "count", "chart", "word", "compare")  # those with pictures
+FURTHER_TURNS = 3  # at most, in training rows that ask about one object among several
 TEXT_EVERY = 25  # one training row in so many is text only; validation has none: a shuffled picture means nothing there
 
 # Letters as seven rows of five dots, two hexadecimal digits a row, for the letters of WORDS.
@@ -222,6 +223,11 @@ def render(scene: Scene) -> Image.Image:
         draw.line((0, SIZE - 2, SIZE - 1, SIZE - 2), fill=len(scene["items"]) + 1)
     image.putpalette(palette)
     return image
+
+
+def quadrant(cell: int) -> str:
+    row, column = divmod(cell, GRID)
+    return QUADRANTS[2 * (row // 2) + column // 2]
 
 
 def png(image: Image.Image) -> bytes:
@@ -333,6 +339,18 @@ def _block(kind: str, seed: str, block: int) -> list[tuple[int, str]]:
     return pairs
 
 
+def _further_turns(scene: Scene, slots: dict[str, str], answer: str, rng: random.Random) -> list[tuple[str, str]]:
+    """Questions and answers about up to three other objects of the scene: none tells the answer to another."""
+    asked = {answer, *slots.values()}
+    others = [item for item in scene["items"] if not (item[1] in asked and item[2] in asked)]
+    turns = []
+    for cell, colour, shape, *_ in rng.sample(others, min(FURTHER_TURNS, len(others))):
+        kind = rng.choice(("colour", "shape", "position"))
+        question = rng.choice(TEMPLATES[kind]).format(colour=colour, shape=shape)
+        turns.append((question, {"colour": colour, "shape": shape, "position": quadrant(cell)}[kind]))
+    return turns
+
+
 def _row(kind: str, index: int, nth: int, split: str, seed: int) -> tuple[dict[str, Any], list[Scene]]:
     """The `nth` question of its type: a LLaVA-style row and its scenes."""
     block, place = divmod(nth, len(TEMPLATES[kind]) * len(ANSWERS[kind]))
@@ -352,7 +370,14 @@ def _row(kind: str, index: int, nth: int, split: str, seed: int) -> tuple[dict[s
     elif shown:
         row["image"] = [f"{row['id']}-{number}.png" for number in range(len(shown))]
     question = "<image>\n" * len(shown) + TEMPLATES[kind][wording].format(**slots)
-    row["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    turns = [(question, answer)]
+    if split == "train" and kind in ("colour", "shape", "position"):
+        turns += _further_turns(shown[0], slots, answer, rng)
+    row["conversations"] = [
+        {"from": speaker, "value": value}
+        for turn in turns
+        for speaker, value in zip(("human", "gpt"), turn, strict=True)
+    ]
     return row, shown
 
 

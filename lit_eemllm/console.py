@@ -19,7 +19,7 @@ def progress_bar() -> Progress:
     """Title, count, bar, time so far and time left; silent where nobody watches a terminal."""
     return Progress(
         TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal or os.environ.get("LOCAL_RANK", "0") != "0",
     )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ class SequenceLayout:
 
     def merge(self, text: Tensor, visual: Tensor) -> Tensor:
         """Interleave text rows [T, ...] and visual rows [V, ...] into stream order [S, ...]."""
-        return torch.cat([text, visual]).index_select(0, self.merge_index) if self.num_visual else text
+        return torch.cat([text, visual]).index_select(0, self.merge_index)
 
     def mask(self, visibility: Visibility) -> Tensor:
         """The dense truth, [Q, S] bool, True where a query row sees a key row. For the reference and for tests."""

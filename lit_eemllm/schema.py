@@ -197,6 +197,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("text that is not empty", lambda v: bool(v.strip()), "out resume model.decoder data.train"),
 )
+_PRECISIONS = (None, 32, "32", "32-true", "bf16-mixed", "16-mixed")
 _NOT_FOR_TRAINER = {  # argument of lightning.Trainer -> why it cannot be set here
     "max_steps": "set optim.max_steps",
     "max_epochs": "set optim.max_steps",
@@ -249,6 +250,10 @@ def check(config: Config) -> list[Mistake]:
         if tuning[part] == "frozen" and value(key) is not None:
             text = f"has no effect: optim.tuning.{part} is frozen; set {key}=null or optim.tuning.{part}=full"
             mistakes.append(((key, f"optim.tuning.{part}"), text))
+    precision = config.trainer.get("precision")
+    if precision not in _PRECISIONS:
+        text = f"found {precision!r}, expected {', '.join(map(str, _PRECISIONS[1:]))}: trained weights are float32"
+        mistakes.append((("trainer.precision",), text))
     for name in config.trainer:
         if name in _NOT_FOR_TRAINER:
             mistakes.append(((f"trainer.{name}",), f"cannot be set here: {_NOT_FOR_TRAINER[name]}"))

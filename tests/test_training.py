@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from lit_eemllm.config import to_yaml
 from lit_eemllm.errors import CheckpointError
+from lit_eemllm.evaluation.run import load
+from lit_eemllm.model.build import build
 from lit_eemllm.training import runlog
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
 from lit_eemllm.training.fit import fit
@@ -177,17 +179,20 @@ def test_checkpoint_holds_what_was_trained_and_is_strict(tmp_path, parts, blend)
     }
     assert checkpoint["lit_eemllm"]["config"]["optim"]["max_steps"] == 2
 
-    longer = tiny.config(parts, blend, tmp_path / "a", "optim.max_steps=4")  # trains the decoder too
+    other = LitEEMLLM(tiny.model(), tiny.config(parts, blend, tmp_path / "a"))  # trains the decoder too
     with pytest.raises(CheckpointError, match=r"trains \(projector, llm\): missing \d+ .*unexpected none"):
-        fit(longer)
+        other.on_load_checkpoint(checkpoint)
     tiny_parts = tmp_path / "parts"
     tiny.write_parts(tiny_parts)
     weights = tiny_parts / "encoder" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-200:] = bytes(200)
     weights.write_bytes(data)
+    changed = tiny.config(tiny_parts, blend, tmp_path / "a", "optim.tuning.llm=frozen")
     with pytest.raises(CheckpointError, match="frozen parts differ"):
-        fit(tiny.config(tiny_parts, blend, tmp_path / "a", "optim.tuning.llm=frozen", "optim.max_steps=4"))
+        LitEEMLLM(build(changed.model)[0], changed).on_load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match="frozen parts differ"):
+        load(changed, str(path))  # so says evaluation
 
     # finetune from the pretrained projector: weights only, a new schedule
     fit(tiny.config(parts, blend, tmp_path / "b", f"init_from={tmp_path / 'a'}", "optim.max_steps=1", "optim.lr=1e-30"))
@@ -197,7 +202,7 @@ def test_checkpoint_holds_what_was_trained_and_is_strict(tmp_path, parts, blend)
 
 def test_broken_foreign_and_hostile_checkpoints_are_refused(tmp_path, parts, blend):
     good = tmp_path / "good.ckpt"
-    torch.save({"lit_eemllm": {}, "x": torch.zeros(100)}, good)
+    torch.save({"lit_eemllm": {}, "state_dict": {}, "x": torch.zeros(100)}, good)
     assert read_checkpoint(good)["x"].shape == (100,)
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(good.read_bytes()[:-300])
@@ -283,7 +288,7 @@ def test_schedule_by_hand():
 
 
 def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts):
-    """Two steps of two packs: waits of 1 s, work of 3 s, and a validation of 100 s that does not count."""
+    """Two steps of two packs: waits of 1 s, work of 3 s; validation (100 s) and a checkpoint (50 s) do not count."""
     now = [0.0]
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
     config = tiny.config(parts, "unused", tmp_path, "optim.log_every=2", "optim.max_steps=2")
@@ -293,7 +298,7 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts):
         global_step=0, world_size=1, loggers=[logger], is_global_zero=True, callback_metrics={}, sanity_checking=False,
         datamodule=SimpleNamespace(skipped={"bad_image": 2}),
     )  # fmt: skip
-    module = SimpleNamespace(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0), step_lr=0.5)
+    module = SimpleNamespace(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0), step_lr=0.5, batch_end=0.0)
     batch = tiny.pack([[3, 0, 4], [5]])  # 28 tokens, 2 + 3 + 4 = 9 targets
     log.on_train_start(trainer, module)
     for micro in range(4):
@@ -304,8 +309,9 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts):
             trainer.global_step += 1
             module.mean_loss = torch.tensor(float(trainer.global_step))
         log.on_train_batch_end(trainer, module, None, batch, micro)
+        now[0] += 50 if micro == 2 else 0  # writes a checkpoint
+        module.batch_end = now[0]
         if micro == 1:
-            log.on_validation_start(trainer, module)
             now[0] += 100
             log.on_validation_end(trainer, module)
     ((step, values),) = logged
@@ -313,3 +319,63 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts):
     assert values["tokens_per_second"] == 4 * 28 / 16 and values["samples_per_second"] == 8 / 16
     assert values["step_seconds"] == 8 and values["data_wait_percent"] == 25 and values["targets_per_step"] == 18
     assert values["skipped"] == 2
+
+
+def test_a_run_goes_on_as_what_it_was(tmp_path, parts, blend):
+    """A finished or broken run is not relabelled: every changed key is named, and nothing of the run is touched."""
+    fit(tiny.config(parts, blend, tmp_path, "optim.max_steps=2"))
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as error:
+        fit(tiny.config(parts, blend, tmp_path, "optim.max_steps=4", "optim.lr=1e-5", "model.mechanism.preset=llava",
+                        "model.vision.policy=pad", "trainer.accumulate_grad_batches=2"))  # fmt: skip
+    for key in (
+        "optim.lr was 0.003 and is 1e-05",
+        "model.mechanism was",
+        "model.vision was",
+        "accumulate_grad_batches",
+    ):
+        assert key in str(error.value)
+    assert "max_steps" not in str(error.value)
+    fit(tiny.config(parts, blend, tmp_path, "optim.max_steps=2"))  # nothing left to do
+    assert {path: path.read_bytes() for path in files if path.suffix in (".ckpt", ".yaml")} == {
+        path: content for path, content in files.items() if path.suffix in (".ckpt", ".yaml")
+    }
+    fit(tiny.config(parts, blend, tmp_path, "optim.max_steps=4", "model.attention=reference", "optim.save_every=1"))
+    assert newest_checkpoint(tmp_path).name == "step-4.ckpt"
+
+
+def test_a_stage_on_top_of_another_resumes(tmp_path, parts, blend):
+    """Its frozen decoder came from `init_from`, so its own checkpoints do not hold it."""
+    fit(tiny.config(parts, blend, tmp_path / "a", "optim.max_steps=2"))
+    options = (f"init_from={tmp_path / 'a'}", "optim.tuning.llm=frozen", "optim.save_every=1")
+    fit(tiny.config(parts, blend, tmp_path / "b", *options, "optim.max_steps=1"))
+    fit(tiny.config(parts, blend, tmp_path / "b", *options, "optim.max_steps=2"))
+    assert newest_checkpoint(tmp_path / "b").name == "step-2.ckpt"
+
+
+def test_packs_without_images_train_a_projector(tmp_path, parts):
+    """No image in a pack: the step goes through, and the projector has a gradient of zero instead of none."""
+    config = tiny.config(parts, "unused", tmp_path, "optim.tuning.llm=frozen", "optim.max_steps=2")
+    module = Probe(tiny.model(), config)
+    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, DataLoader([tiny.pack([[5], [9]])], batch_size=None))
+    assert len(module.gradients) == 4 and all(g.count_nonzero() == 0 for g in module.gradients.values())
+
+
+def test_gradients_are_clipped_to_the_configured_norm(tmp_path, parts):
+    class Keeps(LitEEMLLM):
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.clipped = torch.stack([g.square().sum() for g in grads]).sum().sqrt().item()
+
+        def optimizer_zero_grad(self, *args):
+            pass
+
+    config = tiny.config(parts, "unused", tmp_path, "optim.clip_grad_norm=0.5", "optim.max_steps=1")
+    module = Keeps(tiny.model(), config)
+    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, DataLoader([tiny.pack([[3, 0, 4], [5]])], batch_size=None))
+    assert module.grad_norm.item() > 1 and module.clipped == pytest.approx(0.5, rel=1e-4)

@@ -146,6 +146,7 @@ def make_encoder(out: Path, steps: int = 1500, batch: int = 128, lr: float = 1.5
     for step, (pixels, labels) in enumerate(islice(labelled_batches(batch, SEED), steps), start=1):
         states = model(pixels, output_hidden_states=True).hidden_states[-1]
         loss = sum(cross_entropy(head(states).flatten(0, 1), labels[..., n].flatten()) for n, head in enumerate(heads))
+        loss = loss + 0.05 * states.square().mean()  # lean features: nothing constant, nothing but what is labelled
         update(loss, optimiser, schedule)
         if step % 100 == 0:
             print(f"encoder step {step} loss {loss.item():.4f} ({time.monotonic() - start:.0f} s)", flush=True)
@@ -199,7 +200,7 @@ def told_rows(
 ) -> Iterator[tuple[str, str, str]]:
     """(type, question, answer) of rows with each picture replaced by its shorthand."""
     for row, shown in shapes.rows_and_scenes(split, count, seed, types):
-        question, answer = (turn["value"] for turn in row["conversations"])
+        question, answer = (turn["value"] for turn in row["conversations"][:2])
         for scene in shown:
             question = question.replace("<image>", shorthand(scene), 1)
         yield row["type"], question, answer

@@ -23,6 +23,10 @@ class Reference(AttentionBackend):
         return self.attend_cached(q_1NQH, k_1KSH, v_1KSH, plan[None], scale)[0].transpose(0, 1)
 
     def attend_cached(self, q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor, scale: float) -> Tensor:
+        with torch.autocast(q_BNQH.device.type, enabled=False):  # float32 means float32
+            return self._attend_float32(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)
+
+    def _attend_float32(self, q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor, scale: float) -> Tensor:
         groups = q_BNQH.shape[1] // k_BKLH.shape[1]
         k_BNLH, v_BNLH = (x.float().repeat_interleave(groups, dim=1) for x in (k_BKLH, v_BKLH))
         scores_BNQL = torch.einsum("bnqh,bnlh->bnql", q_BNQH.float(), k_BNLH) * scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -31,16 +32,14 @@ def draw_samples(samples: Sequence[tuple[Question, str]], max_pixels: int, path:
             width = 1 / len(pictures)
             axis.inset_axes((i * width, 0.34, width * 0.97, 0.66)).imshow(picture)
             axis.child_axes[-1].axis("off")
-        turns = question.conversation.turns
-        prompt = turns[-2].text.replace(IMAGE, "").strip() if len(turns) > 1 else ""
+        prompt = question.prompt.replace(IMAGE, "").strip()
         lines = [*textwrap.wrap(prompt, 42)[:3], f"truth: {textwrap.shorten(question.truth, 40)}"]
-        axis.text(0.5, 0.3, "\n".join(lines), ha="center", va="top", fontsize=9, transform=axis.transAxes)
+        common: dict[str, Any] = {"ha": "center", "transform": axis.transAxes, "parse_math": False}  # a $ is a dollar
+        axis.text(0.5, 0.3, "\n".join(lines), va="top", fontsize=9, **common)
         right = normalise(answer) == normalise(question.truth)
         said = textwrap.shorten("".join(c if c.isprintable() else " " for c in answer), 40) or "(nothing)"
         colour = "tab:green" if right else "tab:red"
-        axis.text(
-            0.5, 0.0, said, ha="center", va="bottom", fontsize=11, color=colour, weight="bold", transform=axis.transAxes
-        )
+        axis.text(0.5, 0.0, said, va="bottom", fontsize=11, color=colour, weight="bold", **common)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)

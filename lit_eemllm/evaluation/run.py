@@ -7,8 +7,9 @@ of the same type. Beside it stands the best constant answer of the type.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,14 +23,15 @@ from rich.table import Table
 from ..chat import IMAGE, Conversation, Turn
 from ..console import console, progress, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, SampleError, UserError
 from ..estimate import prefill_flops
 from ..images import open_image
 from ..layout import PackedBatch
 from ..mechanisms import Mechanism
 from ..model.build import build
-from ..training.checkpoint import load_weights, newest_checkpoint
-from .metrics import ExactMatch
+from ..training.checkpoint import load_weights, newest_checkpoint, read_checkpoint
+from ..training.module import LitEEMLLM
+from .metrics import ExactMatch, normalise
 from .pictures import draw_samples
 from .questions import Question, pick, read_questions, shuffle_images
 
@@ -48,12 +50,12 @@ def validate(config: Config, checkpoint: str | None) -> None:
         checkpoint: a file; None takes the run's newest; "none" the untrained parts.
     """
     quiet_libraries()
+    data = ShardDataModule(config.data, config.seed)
+    recipe = data.recipe("val")  # what is wrong with it is said before the model is built
     model, processor, source = load(config, checkpoint)
     folder = Path(config.out) / ("eval" if checkpoint != UNTRAINED else "eval-untrained")
     folder.mkdir(parents=True, exist_ok=True)
-    data = ShardDataModule(config.data, config.seed)
     data.connect(processor.template, model.vision.transform)
-    data.setup("validate")
     console.print(f"{source}; attention {model.backend.name}; validation data {config.data.val}")
     results: dict[str, Any] = {
         "checkpoint": source,
@@ -66,20 +68,32 @@ def validate(config: Config, checkpoint: str | None) -> None:
     if results["loss_shuffled_images"] is not None:
         console.print(f"loss {results['loss']:.4f} a token; images shuffled {results['loss_shuffled_images']:.4f}")
 
-    questions, skipped = read_questions(data.recipe("val"), config.eval.samples)
-    if questions:
-        results |= score(model, processor, questions, config, folder)
-        results["skipped"] = dict(skipped)
-        print_scores(results)
+    questions, skipped = read_questions(recipe, config.eval.samples)
+    answered, broken = answer_all(model, processor, questions, config, "answering")
+    results["skipped"] = dict(skipped + broken)
+    if answered:
+        results |= score(model, processor, answered, config)
+        write_atomically(folder / "predictions.jsonl", "".join(map(prediction, answered)))
     write_atomically(folder / "results.json", json.dumps(results, indent=2))
+    if answered:
+        print_scores(results)
+        draw_samples(pick(answered), config.data.max_image_pixels, folder / "samples.png")
     console.print(f"results: {folder / 'results.json'}")
 
 
 def generate(
     config: Config, checkpoint: str | None, images: Sequence[Path], prompt: str, max_new_tokens: int, temperature: float
 ) -> None:
-    """Answer one prompt about images on the terminal; images without a mark in the prompt come first."""
+    """Answer one prompt about images: the answer alone goes to stdout. Images without a mark in the prompt come first.
+
+    Raises:
+        UserError: an option or an image cannot be used.
+    """
     quiet_libraries()
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature:g}: expected 0 (greedy) or more")
     missing = len(images) - prompt.count(IMAGE)
     text = f"{IMAGE}\n" * max(0, missing) + prompt
     conversation = Conversation("prompt", (Turn("human", text),), len(images))
@@ -93,20 +107,28 @@ def generate(
 
 
 def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str]:
-    """Build a run's model with its trained weights, in evaluation mode. Returns also where they came from."""
+    """Build a run's model with its trained weights, in evaluation mode. Returns also where they came from.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit, or was trained with other frozen parts.
+    """
     seed_everything(config.seed, verbose=False)
     model, processor = build(config.model)
-    if config.init_from is not None:
+    if config.init_from is not None and Path(config.init_from).exists():  # else the checkpoint may hold all of it
         load_weights(model, Path(config.init_from))
+    module = LitEEMLLM(model, config)
     if checkpoint == UNTRAINED:
         source = "before training"
     else:
         path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(Path(config.out))
         if path is None:
             raise CheckpointError(f"{config.out}: no checkpoint in it; train first, or use --checkpoint {UNTRAINED}")
-        load_weights(model, path)
+        trained = read_checkpoint(path)
+        module.on_load_checkpoint(trained)
+        module.load_state_dict(trained["state_dict"], strict=False)
         source = str(path)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator") != "cpu"
+    model.to("cuda" if on_gpu else "cpu").eval()
     model.set_attention(config.model.attention)
     return model, processor, source
 
@@ -131,50 +153,50 @@ def answer(
 
 def answer_all(
     model: EEMLLM, processor: Processor, questions: Sequence[Question], config: Config, title: str
-) -> list[str]:
-    """Answers to all questions, in batches of similar ones, with a progress bar."""
+) -> tuple[list[tuple[Question, str]], Counter[str]]:
+    """Questions with their answers, in order, and how many could not be asked, by reason. Similar ones share a batch."""
     order = sorted(
         range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].conversation.turns))
     )
-    answers = [""] * len(questions)
+    answers: dict[int, str] = {}
+    skipped = Counter[str]()
     with progress(title, len(questions)) as advance:
         for start in range(0, len(order), config.eval.batch_size):
             chunk = order[start : start + config.eval.batch_size]
-            opened = [
-                [
-                    open_image(data, questions[i].conversation.key, config.data.max_image_pixels)
-                    for data in questions[i].images
-                ]
-                for i in chunk
-            ]
-            conversations = [questions[i].conversation for i in chunk]
-            for i, text in zip(
-                chunk, answer(model, processor, conversations, opened, config.eval.max_new_tokens), strict=True
-            ):
-                answers[i] = text
+            opened: dict[int, list[Image.Image]] = {}
+            for i in chunk:
+                conversation = questions[i].conversation
+                name, most = conversation.key, config.data.max_image_pixels
+                try:
+                    processor.template.encode(conversation, generation=True)  # refused here, not in a batch of many
+                    opened[i] = [open_image(data, name, most) for data in questions[i].images]
+                except SampleError as error:
+                    skipped[error.reason] += 1
+            if opened:
+                conversations = [questions[i].conversation for i in opened]
+                texts = answer(model, processor, conversations, list(opened.values()), config.eval.max_new_tokens)
+                answers |= zip(opened, texts, strict=True)
             advance(len(chunk))
-    return answers
+    return [(questions[i], answers[i]) for i in sorted(answers)], skipped
 
 
 def score(
-    model: EEMLLM, processor: Processor, questions: Sequence[Question], config: Config, folder: Path
+    model: EEMLLM, processor: Processor, answered: Sequence[tuple[Question, str]], config: Config
 ) -> dict[str, Any]:
-    """Exact match per type beside the shuffled-image control and the best constant answer; files into `folder`."""
-    answers = answer_all(model, processor, questions, config, "answering")
+    """Exact match per type beside the shuffled-image control and the best constant answer; what the prompts cost."""
+    questions = [question for question, _ in answered]
     matches: dict[str, ExactMatch] = defaultdict(ExactMatch)
     controls: dict[str, ExactMatch] = defaultdict(ExactMatch)
-    for question, text in zip(questions, answers, strict=True):
+    for question, text in answered:
         matches[question.type].update([text], [question.truth])
     for round_ in range(config.eval.control):
         shuffled = shuffle_images(questions, config.seed + round_)
-        for question, text in zip(
-            shuffled, answer_all(model, processor, shuffled, config, "images shuffled"), strict=True
-        ):
+        for question, text in answer_all(model, processor, shuffled, config, "images shuffled")[0]:
             controls[question.type].update([text], [question.truth])
 
     types = {}
     for type_ in sorted(matches):
-        truths = Counter(question.truth for question in questions if question.type == type_)
+        truths = Counter(normalise(question.truth) for question in questions if question.type == type_)
         constant, count = truths.most_common(1)[0]
         types[type_] = {
             "questions": truths.total(),
@@ -183,12 +205,6 @@ def score(
             "constant": count / truths.total(),
             "constant_answer": constant,
         }
-    with (folder / "predictions.jsonl").open("w") as file:
-        for question, text in zip(questions, answers, strict=True):
-            prompt = question.conversation.turns[-2].text if len(question.conversation.turns) > 1 else ""
-            row = {"key": question.conversation.key, "type": question.type, "prompt": prompt, "answer": text}
-            file.write(json.dumps({**row, "truth": question.truth}) + "\n")
-    draw_samples(pick(questions, answers), config.data.max_image_pixels, folder / "samples.png")
 
     lengths = [prompt_length(model, processor, question) for question in questions[:: max(1, len(questions) // 500)]]
     mechanism, decoder = Mechanism.from_dict(model.config.mechanism), model.config.text_config
@@ -200,6 +216,13 @@ def score(
         "prompt_text_tokens": sum(text for text, _ in lengths) / len(lengths),
         "prompt_visual_tokens": sum(visual for _, visual in lengths) / len(lengths),
     }
+
+
+def prediction(answered: tuple[Question, str]) -> str:
+    """A line of ``predictions.jsonl``."""
+    question, text = answered
+    row = {"key": question.conversation.key, "type": question.type, "prompt": question.prompt, "answer": text}
+    return json.dumps({**row, "truth": question.truth}) + "\n"
 
 
 def prompt_length(model: EEMLLM, processor: Processor, question: Question) -> tuple[int, int]:
@@ -214,28 +237,32 @@ def prompt_length(model: EEMLLM, processor: Processor, question: Question) -> tu
 def losses(model: EEMLLM, data: ShardDataModule, batches: int) -> dict[str, float | None]:
     """Mean loss per supervised token over the first packs of ``data.val``, and with each image given to another document.
 
-    Both numbers are of the same packs: those in which every image can move to another document.
+    Both numbers are of the same packs: those in which every image can move, see `with_moved_images`.
     """
     sums, tokens = [0.0, 0.0], 0
-    for batch in islice(movable(data.val_dataloader()), batches):
-        batch = batch.to(model.device)
-        assert batch.pixel_values is not None  # by `movable`
-        moved = replace(batch, pixel_values=batch.pixel_values.roll(images_per_document(batch), 0))
-        sums = [total + model.packed_loss(b).item() for total, b in zip(sums, (batch, moved), strict=True)]
-        tokens += batch.num_targets
+    for pair in islice(with_moved_images(data.val_dataloader()), batches):
+        found = [model.packed_loss(batch.to(model.device)).item() for batch in pair]
+        sums = [total + loss for total, loss in zip(sums, found, strict=True)]
+        tokens += pair[0].num_targets
     right, wrong = (total / tokens if tokens else None for total in sums)
     return {"loss": right, "loss_shuffled_images": wrong, "loss_tokens": tokens}
 
 
-def images_per_document(batch: PackedBatch) -> int:
-    return max(sum(run.visual for run in document) for document in batch.layout.documents)
+def with_moved_images(batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, PackedBatch]]:
+    """Packs, each beside itself with all images moved on until every one stands in another document for another picture.
 
-
-def movable(batches: Any) -> Iterator[PackedBatch]:
-    """Packs in which rolling all images by the most that a document holds leaves none in its document."""
+    Packs in which no such move exists are left out.
+    """
     for batch in batches:
-        if 0 < 2 * images_per_document(batch) <= len(batch.layout.image_lengths):
-            yield batch
+        if batch.pixel_values is None:
+            continue
+        pixels = batch.pixel_values
+        most = max(sum(run.visual for run in document) for document in batch.layout.documents)
+        for turn in range(most, len(pixels) - most + 1):  # a shorter or longer one leaves an image in its document
+            moved = pixels.roll(turn, 0)
+            if (pixels != moved).flatten(1).any(1).all():
+                yield batch, replace(batch, pixel_values=moved)
+                break
 
 
 def print_scores(results: dict[str, Any]) -> None:

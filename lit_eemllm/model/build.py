@@ -10,8 +10,10 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from ..chat import IMAGE
+from ..errors import ConfigError
 from ..mechanisms import build_mechanism
 from .modeling import EEMLLM
+from .pretrained import load_pretrained
 from .processor import Processor
 from .vision import VisionEncoder, get_vision_encoder
 
@@ -26,7 +28,7 @@ def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
         select_layer=config.vision.select_layer,
         policy=config.vision.policy,
     )
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.decoder)
+    tokenizer = load_pretrained(AutoTokenizer, config.tokenizer or config.decoder, "model.tokenizer")
     tokenizer.add_tokens([AddedToken(IMAGE, special=True)])  # no effect if it has one
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
     return Processor(tokenizer, config.template, vision.transform, image_token_id), vision
@@ -42,6 +44,13 @@ def build(config: ModelConfig) -> tuple[EEMLLM, Processor]:
     )
     processor, vision = build_processor(config)
     model = EEMLLM.from_parts(config.decoder, config.vision.encoder, vision, mechanism, processor.image_token_id)
+    known = model.config.text_config.vocab_size
+    beyond = [text for text, i in processor.tokenizer.get_vocab().items() if i >= known and text != IMAGE]
+    if beyond:
+        raise ConfigError(
+            f"model.tokenizer: {len(beyond)} of its tokens, such as {beyond[0]!r}, lie past the {known} of the decoder's "
+            "vocabulary; use the decoder's own tokenizer"
+        )
     model.generation_config.eos_token_id = processor.template.stop_ids
     model.generation_config.pad_token_id = processor.template.stop_ids[0]
     return model, processor

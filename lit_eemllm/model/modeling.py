@@ -27,6 +27,7 @@ from ..layout import PackedBatch, SequenceLayout
 from ..mechanisms import Mechanism
 from .cache import PaddedCache, layout_of_padded
 from .decoder import StreamContext, adopt_layers, check_decoder
+from .pretrained import load_pretrained, load_weighted
 from .vision import VisionEncoder, get_vision_encoder
 
 
@@ -137,9 +138,9 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             mechanism: how visual tokens are treated.
             image_token_id: see `EEMLLMConfig`.
         """
-        text_config = AutoConfig.from_pretrained(decoder)
+        text_config = load_pretrained(AutoConfig, decoder, "model.decoder")
         check_decoder(text_config)
-        language_model = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32, use_safetensors=True)
+        language_model = load_weighted(AutoModelForCausalLM, decoder, "model.decoder")
         config = EEMLLMConfig(
             text_config=text_config,
             vision={"encoder": encoder, "config": vision.to_config()},
@@ -157,7 +158,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
     def set_attention(self, name: str) -> str:
         """Choose the attention backend for this model's device and type; returns its name. See `resolve_backend`."""
-        self._backend = resolve_backend(name, self.device, self.dtype)
+        self._backend = resolve_backend(name, self.device, self.language_model.dtype)
         return self._backend.name
 
     @property
@@ -187,13 +188,16 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         """Ids [S] (not read in visual rows) to the normalised last states of the text rows, [T, h]."""
         decoder = self.language_model.model
         text_Th = decoder.embed_tokens(input_ids[layout.text_index])
-        visual_Vh = text_Th[:0] if pixels is None else self.encode_images(pixels).to(text_Th.dtype)
+        if pixels is None:  # no rows, but in the graph: a text-only pack must not leave the projector without gradient
+            visual_Vh = self.projector(self.projector.linear_1.weight.new_zeros(0, self.vision.hidden_size))
+        else:
+            visual_Vh = self.encode_images(pixels)
         if len(visual_Vh) != layout.num_visual:
             images = 0 if pixels is None else len(pixels)
             raise ValueError(
                 f"{images} images give {len(visual_Vh)} visual tokens, but the ids hold {layout.num_visual} image tokens"
             )
-        x_Sh = layout.merge(text_Th, visual_Vh)
+        x_Sh = layout.merge(text_Th, visual_Vh.to(text_Th.dtype))
         cos_1SH, sin_1SH = decoder.rotary_emb(x_Sh, layout.positions[None])
         context = StreamContext(layout, (cos_1SH[0, :, None], sin_1SH[0, :, None]), self.backend, cache)
         for layer in decoder.layers:
@@ -232,7 +236,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
         Returns:
             logits [B, kept, vocab_size], zero at padding and at image tokens: nothing is predicted from an image row.
-            An image token past the decoder's vocabulary has the logit -inf.
+            The image token has the logit -inf.
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if attention_mask is None:
@@ -248,7 +252,8 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         real_BL1 = grid.pad(torch.ones_like(text_Th[:, None, :1]), layout.text_index)[:, 0]
         kept = slice(-logits_to_keep if logits_to_keep else None, None)
         logits = self.language_model.lm_head(states_BLh[:, kept]) * real_BL1[:, kept]
-        logits = pad(logits, (0, self.config.vocab_size - logits.shape[-1]), value=float("-inf"))
+        logits = pad(logits, (0, self.config.vocab_size - logits.shape[-1]))
+        logits[..., self.config.image_token_id] = float("-inf")  # is never said
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     def prepare_inputs_for_generation(

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..chat import IMAGE_SLOT, ChatTemplate, Conversation, get_template
-from ..errors import CheckpointError
 from ..images import ImageTransform
-
-FILE = "processor.json"
 
 
 class Processor:
@@ -32,7 +27,6 @@ class Processor:
         self, tokenizer: PreTrainedTokenizerBase, template: str, transform: ImageTransform, image_token_id: int
     ) -> None:
         self.tokenizer, self.transform, self.image_token_id = tokenizer, transform, image_token_id
-        self.template_name = template
         self.template: ChatTemplate = get_template(template, tokenizer)
 
     def prompts(self, conversations: Sequence[Conversation], images: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
@@ -65,19 +59,3 @@ class Processor:
             end = next((i for i, token in enumerate(row) if token in self.template.stop_ids), len(row))
             texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
         return texts
-
-    def save(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
-        values = {
-            "template": self.template_name, "transform": self.transform.to_dict(), "image_token_id": self.image_token_id
-        }  # fmt: skip
-        (folder / FILE).write_text(json.dumps(values, indent=2))
-
-    @classmethod
-    def load(cls, folder: Path) -> Processor:
-        if not (folder / FILE).is_file():
-            raise CheckpointError(f"{folder}: no {FILE}; expected a folder written by this program's `fit`")
-        values = json.loads((folder / FILE).read_text())
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        transform = ImageTransform.from_dict(values["transform"])
-        return cls(tokenizer, values["template"], transform, values["image_token_id"])

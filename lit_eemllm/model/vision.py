@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from ..errors import ConfigError
 from ..images import ImageTransform
+from .pretrained import load_pretrained, load_weighted
 
 
 class VisionEncoder(nn.Module, ABC):
@@ -90,15 +91,20 @@ class TransformersVision(VisionEncoder):
 
     @classmethod
     def from_path(cls, path: str, *, select_layer: int, policy: str) -> TransformersVision:
-        config = AutoConfig.from_pretrained(path)
+        config = load_pretrained(AutoConfig, path, "model.vision.path")
         config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP, image and text
         if config.model_type not in cls.FAMILIES:
             raise ConfigError(
                 f"model.vision.path: {path} is a {config.model_type!r}, expected one of {sorted(cls.FAMILIES)}; "
                 "register a class of your own for another encoder"
             )
-        preprocessor = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
-        model = cls.FAMILIES[config.model_type][1].from_pretrained(path, use_safetensors=True)
+        try:
+            preprocessor = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.vision.path: no readable preprocessor_config.json in {path!r}: {error}"
+            ) from error
+        model = load_weighted(cls.FAMILIES[config.model_type][1], path, "model.vision.path")
         transform = ImageTransform.from_preprocessor_config(preprocessor, patch=config.patch_size)
         return cls(model, replace(transform, policy=policy), select_layer)
 

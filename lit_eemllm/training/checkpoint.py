@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from safetensors.torch import load_file
 
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
     from ..model import EEMLLM
+    from ..schema import Config
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d+)\.ckpt")
@@ -45,11 +47,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as a checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(checkpoint, dict) or "lit_eemllm" not in checkpoint:
-        raise CheckpointError(f"{path}: not a checkpoint of lit_eemllm (it has no section 'lit_eemllm')")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever is wrong with the bytes: torch and pickle raise nearly anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path}: not readable as a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or not {"lit_eemllm", "state_dict"} <= checkpoint.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of lit_eemllm (no section 'lit_eemllm' or 'state_dict')")
     return checkpoint
 
 
@@ -59,6 +62,31 @@ def newest_checkpoint(run: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+def refuse_changes(checkpoint: dict[str, Any], config: Config) -> None:
+    """A run goes on as what it was. Raises CheckpointError naming every key that may not change under way.
+
+    May change: where it runs (``trainer.*`` but precision and accumulation), the attention backend, how long, how often it
+    logs, saves and validates. The data module looks after its own keys.
+    """
+    free = {"attention", "max_steps", "save_every", "val_every", "val_batches", "log_every", "keep"}
+    was, now = checkpoint["lit_eemllm"]["config"], asdict(config)
+    pairs = {
+        f"trainer.{key}": (was["trainer"].get(key), now["trainer"].get(key))
+        for key in ("precision", "accumulate_grad_batches")
+    }
+    for section in ("model", "optim"):
+        pairs |= {
+            f"{section}.{key}": (was[section].get(key), now[section][key]) for key in now[section] if key not in free
+        }
+    pairs["seed"] = was["seed"], now["seed"]
+    changed = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
+    if changed:
+        raise CheckpointError(
+            f"the run cannot continue as something else: {'; '.join(changed)}. "
+            "Set it back, or begin a new run (another `out`), from these weights if you like (init_from)."
+        )
+
+
 def load_weights(model: EEMLLM, path: Path) -> str:
     """Start from the trained weights of a run directory, a checkpoint or a `save_pretrained` folder; nothing else of it.
 
@@ -66,18 +94,15 @@ def load_weights(model: EEMLLM, path: Path) -> str:
         what was loaded, in words.
 
     Raises:
-        CheckpointError: it holds tensors that this model has not, or of another shape.
+        CheckpointError: there is nothing to load, or tensors that this model has not, or of another shape.
     """
-    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
-        from ..model import EEMLLM as Model
-
-        state = Model.from_pretrained(path).state_dict()
-        source = path
+    files = sorted(path.glob("model*.safetensors"))
+    source = path if files or not path.is_dir() else newest_checkpoint(path)
+    if source is None:
+        raise CheckpointError(f"init_from={path}: no checkpoint in {path / FOLDER} and no model.safetensors")
+    if files:
+        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     else:
-        source_or_none = newest_checkpoint(path) if path.is_dir() else path
-        if source_or_none is None:
-            raise CheckpointError(f"init_from={path}: no checkpoint in {path / FOLDER} and no model.safetensors")
-        source = source_or_none
         state = {name.removeprefix("model."): tensor for name, tensor in read_checkpoint(source)["state_dict"].items()}
     own = model.state_dict()
     wrong = [
@@ -85,9 +110,11 @@ def load_weights(model: EEMLLM, path: Path) -> str:
         for name, tensor in state.items()
         if name not in own or own[name].shape != tensor.shape
     ]
-    if wrong:
+    if wrong or not state:
         listed = "\n  ".join(wrong[:5] + (["..."] if len(wrong) > 5 else []))
-        raise CheckpointError(f"init_from={source}: {len(wrong)} tensors do not fit this model:\n  {listed}")
+        raise CheckpointError(
+            f"init_from={source}: {len(wrong)} of {len(state)} tensors do not fit this model:\n  {listed}"
+        )
     model.load_state_dict(state, strict=False)
     parts = {name.split(".")[0] for name in state}
     return f"{len(state)} tensors ({', '.join(sorted(parts))}) from {source}; {len(own) - len(state)} keep their values"

@@ -8,13 +8,14 @@ from typing import Any
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ..config import Config, to_yaml
-from ..console import console, quiet_libraries, write_atomically
+from ..console import console, quiet_libraries
 from ..data.module import ShardDataModule
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..model.build import build
-from .checkpoint import FOLDER, AtomicCheckpointIO, load_weights, newest_checkpoint
+from ..schema import Config
+from .checkpoint import FOLDER, AtomicCheckpointIO, load_weights, newest_checkpoint, read_checkpoint, refuse_changes
 from .module import LitEEMLLM
 from .runlog import RunLog, print_summary
 
@@ -28,13 +29,15 @@ def fit(config: Config) -> None:
     quiet_libraries()
     out = Path(config.out)
     resume = find_resume(config)
+    if resume is not None:
+        refuse_changes(read_checkpoint(resume), config)
 
     # Seed before any module is built: the projector is fresh.
     seed_everything(config.seed, verbose=False)
     data = ShardDataModule(config.data, config.seed)
     data.setup("fit")
     model, processor = build(config.model)
-    if config.init_from is not None and resume is None:
+    if config.init_from is not None:  # also when the run goes on: its checkpoints leave out what is frozen now
         console.print(f"weights: {load_weights(model, Path(config.init_from))}")
     data.connect(processor.template, model.vision.transform)
     module = LitEEMLLM(model, config)
@@ -42,15 +45,14 @@ def fit(config: Config) -> None:
     runlog = RunLog(config)
     trainer = make_trainer(config, runlog)
     if trainer.is_global_zero:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "config.yaml", to_yaml(config, comments=True))
-        processor.save(out / "processor")
         print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size)
         if resume is not None:
             console.print(f"continuing from {resume}")
     with runlog.running():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    trainer.save_checkpoint(out / FOLDER / f"step-{trainer.global_step}.ckpt")
+    last = out / FOLDER / f"step-{trainer.global_step}.ckpt"
+    if not last.is_file():
+        trainer.save_checkpoint(last)
     if trainer.is_global_zero:
         console.print(f"done: {trainer.global_step} steps; run directory {out}")
 
@@ -92,18 +94,20 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
         save_top_k=optim.keep,
     )
     csv = CSVLogger(out, name="logs", flush_logs_every_n_steps=1)
-    return Trainer(
-        **{
-            "max_steps": optim.max_steps,
-            "logger": [csv, TensorBoardLogger(out, name="logs", version=csv.version)],
-            "log_every_n_steps": optim.log_every,
-            "num_sanity_val_steps": 0,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "use_distributed_sampler": False,
-            **validation,
-            **options,
-            "callbacks": [runlog, checkpoints],
-            "plugins": [AtomicCheckpointIO()],
-        }
-    )
+    arguments = {
+        "max_steps": optim.max_steps,
+        "logger": [csv, TensorBoardLogger(out, name="logs", version=csv.version)],
+        "log_every_n_steps": optim.log_every,
+        "num_sanity_val_steps": 0,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        **validation,
+        **options,
+        "callbacks": [runlog, checkpoints],
+        "plugins": [AtomicCheckpointIO()],
+    }
+    try:
+        return Trainer(**arguments)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: lightning.Trainer refuses {config.trainer}: {error}") from error

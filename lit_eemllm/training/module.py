@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +49,16 @@ class LitEEMLLM(LightningModule):
         self.step_tokens = 0
         self._restored_rng: dict[str, Any] | None = None
         self.mean_loss = self.grad_norm = torch.tensor(torch.nan)  # of the last optimiser step
-        self.step_lr = 0.0
+        self.step_lr = self.batch_end = 0.0
 
     def on_fit_start(self) -> None:
         self.model.set_attention(self.config.model.attention)
 
     def on_train_epoch_start(self) -> None:
         set_modes(self.model, self.trained)
+
+    def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
+        self.batch_end = time.perf_counter()  # after all callbacks, so also after a checkpoint was written
 
     # --- one optimiser step ---
 
@@ -106,7 +110,6 @@ class LitEEMLLM(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", self.val_loss.compute())
         self.val_loss.reset()
-        set_modes(self.model, self.trained)
 
     # --- checkpoints ---
 
@@ -134,8 +137,6 @@ class LitEEMLLM(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises CheckpointError unless the checkpoint holds exactly the trained weights of this model."""
-        if "lit_eemllm" not in checkpoint:
-            raise CheckpointError("this file is not a checkpoint of lit_eemllm (it has no section 'lit_eemllm')")
         expected, found = set(self._kept(self.state_dict())), set(checkpoint["state_dict"])
         if expected != found:
             raise CheckpointError(

@@ -8,13 +8,15 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from rich.table import Table
 
-from ..console import console, progress_bar
+from ..config import to_yaml
+from ..console import console, progress_bar, write_atomically
 from ..layout import PackedBatch
 from .tuning import COMPONENTS
 
@@ -56,6 +58,7 @@ class RunLog(Callback):
     """Writes one line and one row of metrics per logged step, and keeps a progress bar over `max_steps`."""
 
     def __init__(self, config: Config) -> None:
+        self.config = config
         self.every, self.steps = config.optim.log_every, config.optim.max_steps
         self._bar = progress_bar()
         self._start_window()
@@ -63,7 +66,6 @@ class RunLog(Callback):
     def _start_window(self) -> None:
         self._tokens = self._targets = self._samples = self._crc = 0
         self._waited, self._window_start = 0.0, time.perf_counter()
-        self._batch_end = self._window_start
         self._losses: list[torch.Tensor] = []
 
     @contextmanager
@@ -72,12 +74,20 @@ class RunLog(Callback):
             yield
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:  # only now: a refused checkpoint must leave the run as it was
+            write_atomically(Path(self.config.out) / "config.yaml", to_yaml(self.config, comments=True))
         self._task = self._bar.add_task("step", total=self.steps, completed=trainer.global_step)
         self._logged = trainer.global_step
         self._start_window()
+        self._callbacks_start = self._validation_end = self._window_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: PackedBatch, batch_idx: int) -> None:
-        self._waited += time.perf_counter() - self._batch_end
+        if pl_module.batch_end > self._callbacks_start:  # not in the first batch
+            self._window_start += (
+                pl_module.batch_end - self._callbacks_start
+            )  # writing a checkpoint is no training time
+            self._callbacks_start = pl_module.batch_end
+        self._waited += time.perf_counter() - max(self._validation_end, self._callbacks_start)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PackedBatch, batch_idx: int
@@ -94,17 +104,16 @@ class RunLog(Callback):
                 self._log(trainer, pl_module, step)
                 self._logged = step
                 self._start_window()
-        self._batch_end = time.perf_counter()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._validation_start = time.perf_counter()
+        self._callbacks_start = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         loss = trainer.callback_metrics.get("val_loss")
         if trainer.is_global_zero and loss is not None and not trainer.sanity_checking:
             self._bar.console.print(f"step {trainer.global_step:>6}  validation loss {loss:.4f}")
-        self._batch_end = time.perf_counter()
-        self._window_start += self._batch_end - self._validation_start  # is no training time
+        self._validation_end = time.perf_counter()
+        self._window_start += (
+            self._validation_end - pl_module.batch_end
+        )  # is no training time, nor is starting its loader
 
     def _log(self, trainer: Trainer, module: LitEEMLLM, step: int) -> None:
         seconds = time.perf_counter() - self._window_start

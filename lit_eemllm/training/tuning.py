@@ -24,7 +24,11 @@ def apply_tuning(model: EEMLLM, config: OptimConfig, frozen_dtype: str) -> list[
     for word, name in COMPONENTS.items():
         component: nn.Module = getattr(model, name)
         component.requires_grad_(word in trained)
+        exact = {path: buffer for path, buffer in component.named_buffers() if path.endswith("inv_freq")}
         component.to(torch.float32 if word in trained else getattr(torch, frozen_dtype))
+        for path, buffer in exact.items():  # rotary frequencies in bfloat16 are far off after some hundred tokens
+            module, _, leaf = path.rpartition(".")
+            setattr(component.get_submodule(module), leaf, buffer)
     return trained
 
 

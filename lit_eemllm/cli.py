@@ -18,6 +18,7 @@ from lit_eemllm import __version__
 from lit_eemllm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from lit_eemllm.model import Processor
     from lit_eemllm.schema import Config
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -105,9 +106,8 @@ def _shards_check(args: Namespace) -> int:
     encoder = None
     if config is not None:
         from lit_eemllm.data.samples import SampleEncoder
-        from lit_eemllm.model.build import build_processor
 
-        parts, data = build_processor(config.model)[0], config.data
+        parts, data = _processor(config), config.data
         limits = data.max_length, data.truncation, data.max_image_pixels
         encoder = SampleEncoder(parts.template, parts.transform, *limits)
     report = check(args.data, encoder)
@@ -118,12 +118,19 @@ def _shards_check(args: Namespace) -> int:
 def _shards_inspect(args: Namespace) -> None:
     config = _config(args)
     from lit_eemllm.data.preview import inspect
-    from lit_eemllm.model.build import build_processor
 
-    parts, out = build_processor(config.model)[0], args.out or Path(config.out) / "inspect"
+    parts, out = _processor(config), args.out or Path(config.out) / "inspect"
     options = {"split": args.split, "packs": args.packs, "seed": config.seed}
     for path in inspect(config.data, parts.template, parts.transform, out, **options):
         print(path)
+
+
+def _processor(config: Config) -> Processor:
+    from lit_eemllm.console import quiet_libraries
+    from lit_eemllm.model.build import build_processor
+
+    quiet_libraries()
+    return build_processor(config.model)[0]
 
 
 # --- from arguments to a configuration

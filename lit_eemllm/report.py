@@ -1,7 +1,8 @@
 """Compare finished runs: one table on the terminal, in Markdown and CSV, and one picture.
 
-Runs that differ in nothing but seed and directory are one row: mean ± standard deviation over their seeds. Every number
-comes from the run directories named below the table: ``eval/results.json``, ``eval-untrained/`` and ``logs/*/metrics.csv``.
+Runs that differ in nothing but seed and directory, and in nothing else of the run they start from, are one row: mean ±
+standard deviation over their seeds. Every number comes from the run directories named below the table:
+``eval/results.json``, ``eval-untrained/`` and ``logs/*/metrics.csv``. What is unknown stays blank.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -35,7 +36,7 @@ class Run:
     """What is known of one finished run.
 
     Attributes:
-        curve: rows of the metrics file, those of a continued run last where steps repeat.
+        curve: rows of the metrics files by step; of a step that was repeated, the row of the continued run.
         untrained: results before training, if they were measured.
     """
 
@@ -52,16 +53,33 @@ class Run:
         layers = [] if mechanism.dense_layers is None else [f"dense {mechanism.dense_layers}"]
         return " ".join([mechanism.preset, *layers, *changed])
 
+    def result(self, *keys: str) -> Any:
+        """What the results hold under the nested keys; None if it was not measured."""
+        found: Any = self.results
+        for key in keys:
+            found = (found or {}).get(key)
+        return found
+
+    def logged(self, name: str, summary: Callable[[list[float]], float]) -> float | None:
+        """Summary of a column of the curve; None if nothing was logged."""
+        column = [row[name] for row in self.curve if name in row]
+        return summary(column) if column else None
+
 
 @dataclass
 class Row:
-    """Runs that differ in seed and directory only."""
+    """Runs that differ in seed and directory only, and what tells them from the other rows."""
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Run]
+    label: str
 
-    def spread(self, value: Callable[[Run], float | None], form: str = "{:.3f}") -> str:
+    @property
+    def title(self) -> str:
+        return f"{self.label} ({len(self.runs)} seed{'s'[: len(self.runs) > 1]})"
+
+    def spread(self, value: Callable[[Run], float | None], form: str = "{:.3f}", scale: float = 1.0) -> str:
         """Mean over the seeds, ± standard deviation if there are several, empty if unknown."""
-        found = [v for v in map(value, self.runs) if v is not None]
+        found = [scale * v for v in map(value, self.runs) if v is not None]
         if not found:
             return ""
         return form.format(mean(found)) + (f" ± {form.format(stdev(found))}" if len(found) > 1 else "")
@@ -89,13 +107,47 @@ def read_run(path: Path) -> Run:
     )
 
 
+def anonymous(config: Config, below: tuple[Path, ...] = ()) -> Config:
+    """Without seed and directory: equal for runs of one row. In `init_from` a run directory becomes the hash of such a run.
+
+    Args:
+        config: of a run.
+        below: the runs that led here, each starting from the next.
+    """
+    start = config.init_from
+    if start is not None and (Path(start) / "config.yaml").is_file() and Path(start).resolve() not in below:
+        origin = load_config([Path(start) / "config.yaml"])
+        start = config_hash(anonymous(origin, (*below, Path(start).resolve())))
+    return replace(config, seed=0, out="", resume="auto", init_from=start)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested sections."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def group(runs: Sequence[Run]) -> list[Row]:
-    """One row per configuration, in the order of the runs."""
-    rows: dict[str, Row] = defaultdict(Row)
-    for run in runs:
-        values = {"seed": 0, "out": "", "init_from": None, "resume": "auto"}
-        rows[config_hash(Config(**{**vars(run.config), **values}))].runs.append(run)
-    return list(rows.values())
+    """One row per configuration, in the order of the runs; a directory that is named twice counts once."""
+    by_hash: dict[str, list[Run]] = defaultdict(list)
+    for run in {run.path.resolve(): run for run in runs}.values():
+        by_hash[config_hash(anonymous(run.config))].append(run)
+    rows = [Row(same, same[0].label) for same in by_hash.values()]
+    for label in {row.label for row in rows}:
+        tell_apart([row for row in rows if row.label == label])
+    return rows
+
+
+def tell_apart(rows: Sequence[Row], most: int = 3) -> None:
+    """Add to equal labels the keys in which the rows differ, those with the most different values first."""
+    configs = [flat(asdict(anonymous(row.runs[0].config))) for row in rows]
+    values = {key: {str(config.get(key)) for config in configs} for config in configs for key in config}
+    keys = sorted((key for key in values if len(values[key]) > 1), key=lambda key: -len(values[key]))[:most]
+    for row in rows:
+        own = flat(asdict(row.runs[0].config))
+        row.label = " ".join([row.label, *(f"{key}={own.get(key)}" for key in keys)])
 
 
 def report(runs: Sequence[Path], out: Path) -> None:
@@ -109,10 +161,7 @@ def report(runs: Sequence[Path], out: Path) -> None:
     for line in lines[1:]:
         terminal.add_row(*line)
     console.print(terminal)
-    notes = [
-        f"{row.runs[0].label}: {len(row.runs)} seed{'s'[: len(row.runs) > 1]}, {', '.join(str(run.path) for run in row.runs)}"
-        for row in rows
-    ]
+    notes = [f"{row.title}: {', '.join(str(run.path) for run in row.runs)}" for row in rows]
     caption = (
         "Exact match per question type; in brackets the same model with images shuffled among the questions of the type. "
         "± is the standard deviation over seeds. FLOPs: decoder layers, prefill of a mean prompt. "
@@ -120,7 +169,9 @@ def report(runs: Sequence[Path], out: Path) -> None:
     )
     markdown = ["| " + " | ".join(line) + " |" for line in lines]
     markdown.insert(1, "|" + "---|" * len(lines[0]))
-    text = "\n".join(["# Comparison", "", *markdown, "", caption, "", *(f"- {note}" for note in [*notes, provenance()]), ""])
+    text = "\n".join(
+        ["# Comparison", "", *markdown, "", caption, "", *(f"- {note}" for note in [*notes, provenance()]), ""]
+    )
     write_atomically(out / "report.md", text + "\n![curves and scores](report.png)\n")
     with (out / "report.csv").open("w", newline="") as file:
         csv.writer(file).writerows(lines)
@@ -132,13 +183,17 @@ def report(runs: Sequence[Path], out: Path) -> None:
 
 def provenance() -> str:
     """Machine, versions and commit that the numbers come from."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lightning", "megatron-energon"))
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "lightning", "megatron-energon")
+    )
     try:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown (not a git checkout)"
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
         f"{cpu}, {os.cpu_count()} cores, {device}; Python {platform.python_version()}, {versions}; "
@@ -153,45 +208,38 @@ def _cpuinfo() -> list[str]:
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """A heading and one line per quantity; one column per row of runs, first the quantity's name."""
-    types = list(dict.fromkeys(name for row in rows for run in row.runs for name in run.results.get("types", {})))
-    lines = [["", *(f"{row.runs[0].label} ({len(row.runs)} seed{'s'[: len(row.runs) > 1]})" for row in rows)]]
+    lines = [["", *(row.title for row in rows)]]
 
     def line(name: str, cell: Callable[[Row], str]) -> None:
         cells = [cell(row) for row in rows]
         if any(cells):
             lines.append([name, *cells])
 
-    def of_type(results: dict[str, Any] | None, name: str, key: str) -> float | None:
-        return (results or {}).get("types", {}).get(name, {}).get(key)
-
-    for name in types:
+    for name in types_of(rows):
 
         def both(row: Row, name: str = name) -> str:
-            control = row.spread(lambda run: of_type(run.results, name, "control"))
-            return row.spread(lambda run: of_type(run.results, name, "exact_match")) + (
+            control = row.spread(lambda run: run.result("types", name, "control"))
+            return row.spread(lambda run: run.result("types", name, "exact_match")) + (
                 f" [{control}]" if control else ""
             )
 
-        first = rows[0].runs[0].results["types"][name] if name in rows[0].runs[0].results.get("types", {}) else {}
-        constant = f", best constant {first['constant']:.3f}" if first else ""
-        line(f"{name}{constant}", both)
-    line("average over types", lambda row: row.spread(lambda run: run.results.get("average")))
+        found = {run.result("types", name, "constant") for row in rows for run in row.runs} - {None}
+        constant = f", best constant {found.pop():.3f}" if len(found) == 1 else ""  # else they answered other questions
+        line(name + constant, both)
+    line("average over types", lambda row: row.spread(lambda run: run.result("average")))
     line("average before training", lambda row: row.spread(lambda run: (run.untrained or {}).get("average")))
-    line("validation loss", lambda row: row.spread(lambda run: run.results.get("loss"), "{:.4f}"))
-    line("... images shuffled", lambda row: row.spread(lambda run: run.results.get("loss_shuffled_images"), "{:.4f}"))
-    line("parameters (M)", lambda row: f"{row.runs[0].results['parameters'] / 1e6:.3f}")
-    line(
-        "prefill MFLOPs a question",
-        lambda row: row.spread(lambda run: (run.results.get("prefill_flops") or 0) / 1e6, "{:.1f}"),
-    )
-    line(
-        "step time (ms)",
-        lambda row: row.spread(lambda run: 1e3 * median(step["step_seconds"] for step in run.curve), "{:.0f}"),
-    )
-    line(
-        "peak memory (GiB)", lambda row: row.spread(lambda run: max(step["memory_gib"] for step in run.curve), "{:.2f}")
-    )
+    line("validation loss", lambda row: row.spread(lambda run: run.result("loss"), "{:.4f}"))
+    line("... images shuffled", lambda row: row.spread(lambda run: run.result("loss_shuffled_images"), "{:.4f}"))
+    line("parameters (M)", lambda row: Row(row.runs[:1], "").spread(lambda run: run.result("parameters"), scale=1e-6))
+    line("prefill MFLOPs a question", lambda row: row.spread(lambda run: run.result("prefill_flops"), "{:.1f}", 1e-6))
+    line("step time (ms)", lambda row: row.spread(lambda run: run.logged("step_seconds", median), "{:.0f}", 1e3))
+    line("peak memory (GiB)", lambda row: row.spread(lambda run: run.logged("memory_gib", max), "{:.2f}"))
     return lines
+
+
+def types_of(rows: Sequence[Row]) -> list[str]:
+    """Question types in the order in which they are met."""
+    return list(dict.fromkeys(name for row in rows for run in row.runs for name in run.result("types") or {}))
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -201,24 +249,22 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    types = list(dict.fromkeys(name for row in rows for run in row.runs for name in run.results.get("types", {})))
+    types = types_of(rows)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), width_ratios=(1, 1.6))
     for i, row in enumerate(rows):
         colour = f"C{i}"
         for run in row.runs:
             steps = [step["step"] for step in run.curve]
-            left.plot(steps, [step["loss"] for step in run.curve], color=colour, alpha=0.8, label=row.runs[0].label)
+            left.plot(steps, [step["loss"] for step in run.curve], color=colour, alpha=0.8, label=row.label)
         width = 0.8 / len(rows)
         for j, name in enumerate(types):
-            found = [run.results["types"][name] for run in row.runs if name in run.results.get("types", {})]
+            found = [result for run in row.runs if (result := run.result("types", name))]
             if not found:
                 continue
             x = j + (i - (len(rows) - 1) / 2) * width
             scores = [result["exact_match"] for result in found]
             error = stdev(scores) if len(scores) > 1 else None
-            right.bar(
-                x, mean(scores), width * 0.92, yerr=error, color=colour, label=row.runs[0].label if j == 0 else None
-            )
+            right.bar(x, mean(scores), width * 0.92, yerr=error, color=colour, label=row.label if j == 0 else None)
             controls = [result["control"] for result in found if result["control"] is not None]
             if controls:
                 label = "images shuffled" if i == j == 0 else None
@@ -227,11 +273,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 )
     handles, labels = left.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    left.legend(unique.values(), unique.keys(), frameon=False)
+    legends = [left.legend(unique.values(), unique.keys(), frameon=False)]
     left.set(xlabel="optimiser step", ylabel="training loss a token", yscale="log")
-    right.set(xticks=range(len(types)), xticklabels=types, ylabel="exact match", ylim=(0, 1.02))
+    right.set(ylabel="exact match", ylim=(0, 1.02))
+    right.set_xticks(range(len(types)), types)
     if types:
-        right.legend(frameon=False, loc="lower left", ncols=len(rows) + 1, bbox_to_anchor=(0, 1))
+        legends.append(right.legend(frameon=False, loc="lower left", ncols=len(rows) + 1, bbox_to_anchor=(0, 1)))
+    for text in [*right.get_xticklabels(), *(text for legend in legends for text in legend.get_texts())]:
+        text.set_parse_math(False)  # names may hold a $
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

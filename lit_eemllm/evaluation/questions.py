@@ -53,6 +53,8 @@ def read_questions(recipe: Recipe, most: int | None) -> tuple[list[Question], Co
             continue
         try:
             conversation, images = read_members(key, members)
+            if conversation.turns[-1].role != "gpt":
+                raise conversation.refusal("no_answer", "it ends with a question, so there is no truth to compare with")
         except SampleError as error:
             skipped[error.reason] += 1
         else:

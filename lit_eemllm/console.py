@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
+WIDTH = None if sys.stdout.isatty() else 120  # columns; a file has no width of its own
+console = Console(highlight=False, soft_wrap=True, markup=False, width=WIDTH)
 
 
 def progress_bar() -> Progress:

@@ -10,6 +10,7 @@ not trained again; remove `runs/demo` to start over.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small gain nothing from a second thread
 COMMAND = [sys.executable, "-m", "lit_eemllm"]
 DATA = Path("runs/demo/data")
 MECHANISMS = ("ee_mllm", "llava")
@@ -76,7 +78,7 @@ def main(long: bool) -> None:
             extra = ["configs/demo/long.yaml"] if long else []
             run("fit", config, *extra, f"seed={seed}", f"out={out}")
             if seed == 0:
-                run("validate", out, "--checkpoint", "none", "eval.control=0")
+                run("validate", out, "--checkpoint", "none", "eval.control=0", "eval.samples=1400")
             run("validate", out)
             runs.append(out)
     if not long:

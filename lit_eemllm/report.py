@@ -1,8 +1,8 @@
 """Compare finished runs: one table on the terminal, in Markdown and CSV, and one picture.
 
-Runs that differ in nothing but seed and directory, and in nothing else of the run they start from, are one row: mean ±
-standard deviation over their seeds. Every number comes from the run directories named below the table:
-``eval/results.json``, ``eval-untrained/`` and ``logs/*/metrics.csv``. What is unknown stays blank.
+Runs that differ in nothing but seed and directory, they and the runs they start from, are one row: mean ± standard
+deviation over their seeds. Every number comes from the run directories named below the table: ``eval/results.json``,
+``eval-untrained/`` and ``logs/*/metrics.csv``. What is unknown stays blank.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def report(runs: Sequence[Path], out: Path) -> None:
         "± is the standard deviation over seeds. FLOPs: decoder layers, prefill of a mean prompt. "
         "Step time and peak memory are of training on this machine."
     )
-    markdown = ["| " + " | ".join(line) + " |" for line in lines]
+    markdown = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     markdown.insert(1, "|" + "---|" * len(lines[0]))
     text = "\n".join(
         ["# Comparison", "", *markdown, "", caption, "", *(f"- {note}" for note in [*notes, provenance()]), ""]
@@ -218,19 +218,18 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     for name in types_of(rows):
 
         def both(row: Row, name: str = name) -> str:
+            right = row.spread(lambda run: run.result("types", name, "exact_match"))
             control = row.spread(lambda run: run.result("types", name, "control"))
-            return row.spread(lambda run: run.result("types", name, "exact_match")) + (
-                f" [{control}]" if control else ""
-            )
+            return f"{right} [{control}]" if control else right
 
-        found = {run.result("types", name, "constant") for row in rows for run in row.runs} - {None}
+        found = {one.result("types", name, "constant") for row in rows for one in row.runs} - {None}
         constant = f", best constant {found.pop():.3f}" if len(found) == 1 else ""  # else they answered other questions
         line(name + constant, both)
     line("average over types", lambda row: row.spread(lambda run: run.result("average")))
     line("average before training", lambda row: row.spread(lambda run: (run.untrained or {}).get("average")))
     line("validation loss", lambda row: row.spread(lambda run: run.result("loss"), "{:.4f}"))
     line("... images shuffled", lambda row: row.spread(lambda run: run.result("loss_shuffled_images"), "{:.4f}"))
-    line("parameters (M)", lambda row: Row(row.runs[:1], "").spread(lambda run: run.result("parameters"), scale=1e-6))
+    line("parameters (M)", lambda row: row.spread(lambda run: run.result("parameters"), "{:.3f}", 1e-6).split(" ± ")[0])
     line("prefill MFLOPs a question", lambda row: row.spread(lambda run: run.result("prefill_flops"), "{:.1f}", 1e-6))
     line("step time (ms)", lambda row: row.spread(lambda run: run.logged("step_seconds", median), "{:.0f}", 1e3))
     line("peak memory (GiB)", lambda row: row.spread(lambda run: run.logged("memory_gib", max), "{:.2f}"))

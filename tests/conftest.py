@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; processes that tests start inherit it
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests download nothing, and do not wait for an answer
 
 import pytest
 import torch

@@ -81,7 +81,7 @@ def test_runs_of_the_loss_alone_leave_cells_blank(tmp_path, capsys):
     """One run has only a loss and an empty log, the other everything: nothing unknown is shown as a number."""
     alone = {"parameters": 2_000_000, "loss": 1.0, "loss_shuffled_images": None}
     bare = write_run(tmp_path / "bare", results=alone, metrics=[[]])
-    odd = "cost in $ | or $"
+    odd = r"cost $\frac$ | more"
     types = {odd: {**TYPES["colour"], "control": None}}
     full = write_run(
         tmp_path / "full", "optim.lr=2e-3", results={**RESULTS, "types": types}, metrics=[[(1, 2, 0.5, 1, "")]]
@@ -95,7 +95,7 @@ def test_runs_of_the_loss_alone_leave_cells_blank(tmp_path, capsys):
     for runs in ([bare], [bare, full]):
         report.report(runs, tmp_path / "report")
         assert (tmp_path / "report" / "report.png").stat().st_size > 1000
-    assert r"| cost in $ \| or $, best constant 0.300 |" in (tmp_path / "report" / "report.md").read_text()
+    assert r"| cost $\frac$ \| more, best constant 0.300 |" in (tmp_path / "report" / "report.md").read_text()
     assert "bare" in capsys.readouterr().out
 
 

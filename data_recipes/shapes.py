@@ -16,6 +16,8 @@ What the numbers of a model on this set can and cannot mean:
 * A scene is in the validation split if and only if the first byte of the SHA-256 of its *content* is divisible by ten.
   The content leaves out sizes, shifts of a few pixels, shades and the background, so a validation scene is never a
   training scene moved by a pixel, and anything trained on ``is_val(scene) == False`` has never seen a validation scene.
+* Every answer is one word, and one token of a vocabulary that knows the set: models of this size learn the second token
+  of an answer like "top left" much later than the first, hence the compass.
 * Objects sit inside the cells of a 16-pixel grid and there is no noise: a test of plumbing and learning, not of vision.
 
 Use it from Python (``rows``), or write LLaVA-style JSON files and a folder of images::
@@ -54,7 +56,7 @@ COLOURS = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
+QUADRANTS = ("northwest", "northeast", "southwest", "southeast")
 WORDS = ("CAT", "DOG", "SUN", "CAR", "HAT", "BUS", "CUP", "KEY", "BOX", "MAP", "PEN", "FOX")
 COUNTS = ("1", "2", "3", "4", "5", "6")
 BACKGROUNDS = ((255, 255, 255), (238, 238, 232), (226, 234, 242), (244, 232, 224))
@@ -76,10 +78,10 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Look at the {colour} object: what shape is it?",
     ),
     "position": (
-        "Where is the {colour} {shape}?",
-        "In which part of the picture is the {colour} {shape}?",
-        "Which corner is closest to the {colour} {shape}?",
-        "Tell me where to find the {colour} {shape}.",
+        "Where, as on a map, is the {colour} {shape}?",
+        "In which compass direction from the centre is the {colour} {shape}?",
+        "Towards which corner, as on a map, is the {colour} {shape}?",
+        "If the top is north, where do I find the {colour} {shape}?",
     ),
     "count": (
         "How many objects are there?",

@@ -1,4 +1,4 @@
-"""The shapes set: deterministic, split by content, balanced, and its answers true of the pixels."""
+"""The shapes set: deterministic, split by content, balanced, and its answers true of the pixels; the tiny parts made for it."""
 
 import collections
 import importlib.util
@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerFast, SiglipVisionModel
 
 SOURCE = Path(__file__).parents[1] / "data_recipes" / "shapes.py"
+PARTS = SOURCE.parent / "parts"
 spec = importlib.util.spec_from_file_location("shapes", SOURCE)
 shapes = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(shapes)
@@ -130,7 +133,7 @@ def test_answers_are_true_of_the_pixels():
             asked = [item for item in asked if item[2] in question or kind == "shape"]
             assert len(asked) == 1, "the question fits one object"
             cell, colour, shape = asked[0][:3]
-            where = f"{'bottom' if cell // 4 >= 2 else 'top'} {'right' if cell % 4 >= 2 else 'left'}"
+            where = ("south" if cell // 4 >= 2 else "north") + ("east" if cell % 4 >= 2 else "west")
             assert cells(pictures[0])[cell] == colour
             got = {"colour": colour, "shape": shape, "position": where}[kind]
         assert got == answer(row), row
@@ -158,3 +161,57 @@ def test_words_are_legible():
     letters = sorted({letter for word in shapes.WORDS for letter in word})
     masks = {shapes._word_mask(letter, 1).tobytes() for letter in letters}
     assert len(masks) == len(letters)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = SOURCE.parents[1] / "tools" / "make_tiny_parts.py"
+    spec = importlib.util.spec_from_file_location("make_tiny_parts", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_parts_were_trained_on_training_scenes_only(tool, monkeypatch):
+    """Neither the labelled pictures nor the told scenes that the parts learn from hold a validation scene."""
+    drawn = []
+    original = tool.patch_labels
+    monkeypatch.setattr(tool, "patch_labels", lambda scene: drawn.append(scene) or original(scene))
+    next(tool.labelled_batches(300, tool.SEED))
+    assert len(drawn) == 300
+    assert all("<image>" not in question for _, question, _ in tool.told_rows("train", 300, tool.SEED))
+    assert len(drawn) > 550
+    assert not any(shapes.is_val(scene) for scene in drawn)
+
+
+def test_committed_encoder_reads_unseen_pictures(tool):
+    """From 600 validation pictures, a linear classifier of the frozen features tells colour and shape in the others."""
+    torch.set_num_threads(1)
+    model = SiglipVisionModel.from_pretrained(PARTS / "encoder")
+    pixels, labels = next(tool.labelled_batches(900, 1, "val"))
+    with torch.no_grad():
+        states = model(pixels, output_hidden_states=True).hidden_states[-1]
+    for column, name in enumerate(("colour", "shape")):
+        something = labels[..., column] > 0
+        fit, unseen = (something & (torch.arange(len(pixels))[:, None] // 600 == part) for part in (0, 1))
+        targets = torch.nn.functional.one_hot(labels[..., column]).float()
+        weights = torch.linalg.lstsq(states[fit], targets[fit]).solution
+        right = (states[unseen] @ weights).argmax(-1) == labels[..., column][unseen]
+        assert right.float().mean() > 0.98, name
+
+
+def test_committed_tokenizer_knows_the_set():
+    """Answers are one token, no text is lost, and the chat template only ever adds to what it has rendered."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(PARTS / "decoder")
+    config = json.loads((PARTS / "decoder" / "config.json").read_text())
+    assert config["vocab_size"] == len(tokenizer) and config["eos_token_id"] == tokenizer.eos_token_id
+    assert all(len(tokenizer.tokenize(text)) == 1 for texts in shapes.ANSWERS.values() for text in texts)
+    text = "Größe? 漢字 <image>\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant")]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    for end in range(1, len(turns)):
+        assert whole.startswith(tokenizer.apply_chat_template(turns[:end], tokenize=False))
+    assert whole.startswith(tokenizer.apply_chat_template(turns[:2], tokenize=False, add_generation_prompt=True))
+    files = [path for path in PARTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5_000_000

@@ -276,6 +276,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     left.set(xlabel="optimiser step", ylabel="training loss a token", yscale="log")
     right.set(ylabel="exact match", ylim=(0, 1.02))
     right.set_xticks(range(len(types)), types)
+    right.set_visible(bool(types))
     if types:
         legends.append(right.legend(frameon=False, loc="lower left", ncols=len(rows) + 1, bbox_to_anchor=(0, 1)))
     for text in [*right.get_xticklabels(), *(text for legend in legends for text in legend.get_texts())]:

@@ -185,17 +185,19 @@ def test_parts_were_trained_on_training_scenes_only(tool, monkeypatch):
 
 
 def test_committed_encoder_reads_unseen_pictures(tool):
-    """From 600 validation pictures, a linear classifier of the frozen features tells colour and shape in the others."""
+    """A linear classifier of the frozen features, fitted to 450 validation pictures, reads colour and shape in 450 others."""
     torch.set_num_threads(1)
     model = SiglipVisionModel.from_pretrained(PARTS / "encoder")
     pixels, labels = next(tool.labelled_batches(900, 1, "val"))
     with torch.no_grad():
         states = model(pixels, output_hidden_states=True).hidden_states[-1]
+    states = torch.cat([states, torch.ones_like(states[..., :1])], -1)
     for column, name in enumerate(("colour", "shape")):
         something = labels[..., column] > 0
-        fit, unseen = (something & (torch.arange(len(pixels))[:, None] // 600 == part) for part in (0, 1))
+        fit, unseen = (something & (torch.arange(len(pixels))[:, None] % 2 == part) for part in (0, 1))
         targets = torch.nn.functional.one_hot(labels[..., column]).float()
-        weights = torch.linalg.lstsq(states[fit], targets[fit]).solution
+        inputs = states[fit]
+        weights = torch.linalg.solve(inputs.T @ inputs + 1e-2 * torch.eye(inputs.shape[1]), inputs.T @ targets[fit])
         right = (states[unseen] @ weights).argmax(-1) == labels[..., column][unseen]
         assert right.float().mean() > 0.98, name
 

@@ -105,7 +105,10 @@ def test_killed_and_resumed_run_equals_an_unbroken_one(tmp_path, parts, blend, w
     a, b = (read_checkpoint(run / "checkpoints" / "step-20.ckpt") for run in (cut, whole))
     for section in ("state_dict", "optimizer_states", "lr_schedulers", "rng"):
         assert_same(a[section], b[section], section)
-    assert_same(a["ShardDataModule"], b["ShardDataModule"], "data")
+    for run in (whole, cut):  # the loader's saved positions may be written differently; what follows from them may not
+        fit(tiny.config(parts, blend, run, *options, "optim.max_steps=22"))
+    rows, true = metrics(cut), metrics(whole)
+    assert all(rows[step][name] == true[step][name] for step in (21, 22) for name in ("loss", "keys_crc"))
 
 
 def test_same_seed_same_run_and_another_seed_another(tmp_path, parts, blend):

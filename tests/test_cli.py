@@ -314,5 +314,7 @@ def test_makefile_and_ci_name_what_exists():
     ci = REPOSITORY / ".ci" / "run"
     assert ci.stat().st_mode & 0o111 == 0o111
     assert set(re.findall(r"^make (\w+)", ci.read_text(encoding="utf-8"), re.MULTILINE)) <= targets
-    shown = subprocess.run(["make", "--no-print-directory", "help"], capture_output=True, text=True, cwd=REPOSITORY, timeout=60).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], capture_output=True, text=True, cwd=REPOSITORY, timeout=60
+    ).stdout
     assert {line.split()[1] for line in shown.splitlines()} == targets

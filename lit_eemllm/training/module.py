@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import asdict
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -117,15 +118,18 @@ class LitEEMLLM(LightningModule):
         prefixes = tuple(f"model.{COMPONENTS[word]}." for word in self.trained)
         return {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
 
+    @cached_property
     def _frozen_fingerprint(self) -> str:
-        kept = self._kept(self.state_dict())
-        return fingerprint({name: tensor for name, tensor in self.state_dict().items() if name not in kept})
+        """Of what is not trained, which cannot change: computed once, not at every save."""
+        state = self.state_dict()
+        kept = self._kept(state)
+        return fingerprint({name: tensor for name, tensor in state.items() if name not in kept})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self._kept(checkpoint["state_dict"])
         checkpoint["lit_eemllm"] = {
             "config": asdict(self.config),
-            "frozen": self._frozen_fingerprint(),
+            "frozen": self._frozen_fingerprint,
             "versions": {
                 "lit_eemllm": __version__,
                 "torch": str(torch.__version__),
@@ -145,10 +149,10 @@ class LitEEMLLM(LightningModule):
                 "Set optim.tuning as it was, or start from its weights with init_from."
             )
         frozen = checkpoint["lit_eemllm"]["frozen"]
-        if frozen != self._frozen_fingerprint():
+        if frozen != self._frozen_fingerprint:
             raise CheckpointError(
                 f"the frozen parts differ from those it was trained with (fingerprint {frozen}, here "
-                f"{self._frozen_fingerprint()}): use the same model.decoder, model.vision.path and model.dtype"
+                f"{self._frozen_fingerprint}): use the same model.decoder, model.vision.path and model.dtype"
             )
         self._restored_rng = checkpoint["rng"]
 

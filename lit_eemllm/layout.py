@@ -27,14 +27,20 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which rows of a layer query. Keys are always all rows.
+    """Which rows of a layer query, and how far back they see. Keys are always all rows.
 
     Args:
         visual_queries: visual tokens query too and see everything earlier in their document (a dense, LLaVA-like layer).
             Otherwise only text queries (composite attention, EE-MLLM Eq. 1).
+        window: a query sees itself and at most so many rows before it; None = no limit. Only with `visual_queries`.
     """
 
     visual_queries: bool
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and (self.window < 0 or not self.visual_queries):
+            raise ValueError(f"a window is 0 or more and needs visual_queries, found {self}")
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class SequenceLayout:
         document_S = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.positions.device)
         row_S = torch.arange(self.num_tokens, device=self.positions.device)
         sees_SS = (document_S[:, None] == document_S[None, :]) & (row_S[:, None] >= row_S[None, :])
+        if visibility.window is not None:
+            sees_SS &= row_S[:, None] - row_S[None, :] <= visibility.window
         return sees_SS if visibility.visual_queries else sees_SS[self.text_index]
 
     def to(self, device: torch.device | str) -> SequenceLayout:

@@ -460,3 +460,26 @@ def test_presets_and_their_mistakes():
         build_mechanism("ee-mllm")
     with pytest.raises(ConfigError, match="dense_layers"):
         build_mechanism("llava", dense_layers="every")
+
+
+def test_under_autocast_queries_keys_and_values_have_its_type():
+    """Kernels take one type; rotary angles are float32 and would make queries and keys float32 too."""
+    model, seen = tiny.model(), set()
+    attend = model.backend.attend
+
+    def spy(q, k, v, plan, scale):
+        seen.update((q.dtype, k.dtype, v.dtype))
+        return attend(q, k, v, plan, scale)
+
+    model.backend.attend = spy
+    with torch.autocast("cpu", torch.bfloat16):
+        model.packed_loss(tiny.pack(PACK)).backward()
+    assert seen == {torch.bfloat16}
+
+
+def test_a_backend_is_found_in_the_middle_of_generate():
+    model = tiny.model()
+    model._backend = None
+    ids = torch.randint(3, tiny.VOCAB, (1, 6))
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 8)
+    assert model.backend.name == "sdpa"

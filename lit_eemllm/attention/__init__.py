@@ -5,7 +5,7 @@ attention with it. `reference` is the law; every other backend is tested against
 Adding one is a decorator and one file (see `register_backend`).
 """
 
-from . import reference, sdpa  # noqa: F401  registers the built-in backends
-from .base import AttentionBackend, probe, register_backend, registered_backends, resolve_backend
+from . import flash, flex, reference, sdpa, xformers  # noqa: F401  registers the built-in backends
+from .base import AttentionBackend, Choice, probe, register_backend, registered_backends, resolve_backend
 
-__all__ = ["AttentionBackend", "probe", "register_backend", "registered_backends", "resolve_backend"]
+__all__ = ["AttentionBackend", "Choice", "probe", "register_backend", "registered_backends", "resolve_backend"]

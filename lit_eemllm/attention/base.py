@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +14,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..errors import ConfigError
 from ..layout import Run, SequenceLayout, Visibility
 
-log = logging.getLogger(__name__)
-
 
 class AttentionBackend(ABC):
     """Computes attention for packed documents. Stateless; legend of shapes in `lit_eemllm.layout`."""
@@ -23,6 +21,18 @@ class AttentionBackend(ABC):
     name: ClassVar[str]
     priority: ClassVar[int] = 0
     """`auto` tries the backends from the highest priority down."""
+    provider: str = "PyTorch"
+    """Whose kernel this is, for people."""
+
+    @classmethod
+    def candidates(cls) -> Iterator[tuple[str, Callable[[], AttentionBackend]]]:
+        """Providers of the kernel, best first, and how to make the backend with each; making one may fail."""
+        yield cls.provider, cls
+
+    @classmethod
+    def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        """Why this cannot run there, with what to do about it, if that is known without trying."""
+        return None
 
     @abstractmethod
     def plan(self, layout: SequenceLayout, visibility: Visibility) -> Any:
@@ -59,25 +69,107 @@ def registered_backends() -> list[str]:
     return sorted(_BACKENDS, key=lambda name: -_BACKENDS[name].priority)
 
 
-def probe(name: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Run a four-token forward and backward. Returns None if it worked, otherwise the reason why not."""
-    layout = SequenceLayout.of([[Run(False, 1), Run(True, 2), Run(False, 1)]]).to(device)
-    backend = _BACKENDS[name]()
-    try:
-        for visual_queries in (False, True):
-            q_QNH = torch.ones(4 if visual_queries else 2, 2, 16, device=device, dtype=dtype, requires_grad=True)
-            k_SKH, v_SKH = (torch.ones(4, 1, 16, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
-            plan = backend.plan(layout, Visibility(visual_queries))
-            backend.attend(q_QNH, k_SKH, v_SKH, plan, scale=0.25).sum().backward()
-    except Exception as error:  # noqa: BLE001  a kernel may fail in any way; the reason is reported, not hidden
-        return f"{type(error).__name__}: {error}"
+@dataclass(frozen=True)
+class Probe:
+    """What trying a backend showed: it with the first provider that works, or None; and why providers do not ("": all)."""
+
+    backend: AttentionBackend | None
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{provider}: {reason}" if provider else reason for provider, reason in self.refused.items())
+
+
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+"""Largest error of a working kernel in the probe, relative to the reference's largest value: roundings, TF32's included."""
+
+
+def probe(
+    name: str, device: torch.device | str, dtype: torch.dtype, training: bool = True, head_size: int = 64
+) -> Probe:
+    """Run a four-token forward, and backward if `training`, and compare them with the reference."""
+    refused: dict[str, str] = {}
+    device = torch.device(device)
+    reason = _BACKENDS[name].refusal(device, dtype, training)
+    if reason is not None:
+        return Probe(None, {"": reason})
+    for provider, make in _BACKENDS[name].candidates():
+        try:
+            backend = make()
+            with torch.inference_mode(False), torch.enable_grad():  # may be asked for in the middle of `generate`
+                reason = _disagreement(backend, device, dtype, training, head_size)
+        except Exception as error:  # noqa: BLE001  a kernel may fail in any way; the reason is reported, not hidden
+            reason = f"{type(error).__name__}: {error}".strip()
+        if reason is None:
+            return Probe(backend, refused)
+        refused[provider] = reason
+    return Probe(None, refused)
+
+
+def _disagreement(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, training: bool, head_size: int
+) -> str | None:
+    """What a text-image-text-image document shows to be wrong, if anything."""
+    layout = SequenceLayout.of([[Run(visual, 1) for visual in (False, True, False, True)]]).to(device)
+    generator = torch.Generator().manual_seed(0)
+    for visibility in (Visibility(True), Visibility(False)):
+        queries = layout.num_tokens if visibility.visual_queries else layout.num_text
+        shapes = ((queries, 2, head_size), (4, 1, head_size), (4, 1, head_size))
+        q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        found = _results(backend, q, k, v, layout, visibility, training)
+        true = _results(_BACKENDS["reference"](), q.float(), k.float(), v.float(), layout, visibility, training)
+        for what, result in found.items():
+            error = ((result - true[what]).abs().max() / true[what].abs().max()).item()
+            if not error <= TOLERANCE[dtype]:
+                return f"it runs, but its {what} is off the reference by {error:.0%}"
     return None
 
 
+def _results(
+    backend: AttentionBackend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    visibility: Visibility,
+    training: bool,
+) -> dict[str, Tensor]:
+    q, k, v = (x.requires_grad_(training) for x in (q, k, v))
+    out = backend.attend(q, k, v, backend.plan(layout, visibility), q.shape[-1] ** -0.5)
+    if not training:
+        return {"output": out}
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
+    gradients = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    return {"output": out, **{f"gradient of {name}": g for name, g in zip("qkv", gradients, strict=True)}}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that was chosen and why others were not, for people."""
+
+    backend: AttentionBackend
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        others = "".join(f"\n  not {name}: {reason}" for name, reason in self.refused.items())
+        return f"{self.backend.name} ({self.backend.provider}){others}"
+
+
 def resolve_backend(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> AttentionBackend:
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    training: bool = True,
+    head_size: int = 64,
+) -> Choice:
     """The backend of that name, or for ``auto`` the first that really runs here.
+
+    Args:
+        name: a registered name or ``auto``.
+        device: where the model is.
+        dtype: the type that queries, keys and values will have.
+        training: whether gradients are needed.
+        head_size: the decoder's.
 
     Raises:
         ConfigError: the name is unknown, or the named backend cannot run (there is no silent fallback).
@@ -86,10 +178,10 @@ def resolve_backend(
         raise ConfigError(f"model.attention: unknown backend {name!r}; choose auto or one of {registered_backends()}")
     refused: dict[str, str] = {}
     for candidate in registered_backends() if name == "auto" else [name]:
-        reason = probe(candidate, device, dtype)
-        if reason is None:
-            others = "".join(f"; {other} refused: {why}" for other, why in refused.items())
-            log.info("attention backend: %s on %s, %s%s", candidate, device, dtype, others)
-            return _BACKENDS[candidate]()
-        refused[candidate] = reason
-    raise ConfigError(f"model.attention={name}: cannot run on {device} with {dtype}: {refused}")
+        tried = probe(candidate, device, dtype, training, head_size)
+        if tried.backend is not None:
+            return Choice(tried.backend, refused)
+        refused[candidate] = str(tried)
+    reasons = "".join(f"\n  {candidate}: {reason}" for candidate, reason in refused.items())
+    kind = str(dtype).removeprefix("torch.")
+    raise ConfigError(f"model.attention={name}: cannot run on {device} in {kind}; see `lit-eemllm doctor`{reasons}")

@@ -38,6 +38,8 @@ class Plan:
 class Sdpa(AttentionBackend):
     """Grouped documents through `scaled_dot_product_attention`."""
 
+    priority = 20
+
     def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
         keys, queries, order = [], [], []  # per document: rows of the stream, rows among the queries, their order
         k_start = q_start = 0
@@ -72,7 +74,12 @@ class Sdpa(AttentionBackend):
                 len(queries[d]) == len(keys[d]) for d in members
             )  # padding lies after the rows, nothing sees it
             order_BQ = pad_sequence([order[d] for d in members], batch_first=True)
-            mask_BQL = None if causal else order_BQ[:, :, None] >= torch.arange(k_BL.shape[1])
+            back_BQL = order_BQ[:, :, None] - torch.arange(k_BL.shape[1])  # how far back a key lies
+            mask_BQL = None
+            if visibility.window is not None:
+                mask_BQL = (back_BQL >= 0) & (back_BQL <= visibility.window)
+            elif not causal:
+                mask_BQL = back_BQL >= 0
             device = layout.positions.device
             groups.append(Group(q_BQ.to(device), k_BL.to(device), None if mask_BQL is None else mask_BQL.to(device)))
             for b, d in enumerate(members):

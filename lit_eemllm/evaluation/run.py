@@ -30,7 +30,7 @@ from ..layout import PackedBatch
 from ..mechanisms import Mechanism
 from ..model.build import build
 from ..training.checkpoint import load_weights, newest_checkpoint, read_checkpoint
-from ..training.module import LitEEMLLM
+from ..training.module import LitEEMLLM, compute_dtype
 from .metrics import ExactMatch, normalise
 from .pictures import draw_samples
 from .questions import Question, pick, read_questions, shuffle_images
@@ -57,25 +57,28 @@ def validate(config: Config, checkpoint: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data.connect(processor.template, model.vision.transform)
     console.print(f"{source}; attention {model.backend.name}; validation data {config.data.val}")
-    results: dict[str, Any] = {
+    with autocast(config, model):
+        measured: dict[str, Any] = losses(model, data, config.optim.val_batches)
+        if measured["loss_shuffled_images"] is not None:
+            console.print(
+                f"loss {measured['loss']:.4f} a token; images shuffled {measured['loss_shuffled_images']:.4f}"
+            )
+        questions, skipped = read_questions(recipe, config.eval.samples)
+        answered, broken = answer_all(model, processor, questions, config, "answering")
+        if answered:
+            measured |= score(model, processor, answered, config)
+    results = {
         "checkpoint": source,
         "seed": config.seed,
         "mechanism": model.config.mechanism,
         "preset": config.model.mechanism.preset,
         "parameters": sum(p.numel() for p in model.parameters()),
-        **losses(model, data, config.optim.val_batches),
+        "skipped": dict(skipped + broken),
+        **measured,
     }
-    if results["loss_shuffled_images"] is not None:
-        console.print(f"loss {results['loss']:.4f} a token; images shuffled {results['loss_shuffled_images']:.4f}")
-
-    questions, skipped = read_questions(recipe, config.eval.samples)
-    answered, broken = answer_all(model, processor, questions, config, "answering")
-    results["skipped"] = dict(skipped + broken)
-    if answered:
-        results |= score(model, processor, answered, config)
-        write_atomically(folder / "predictions.jsonl", "".join(map(prediction, answered)))
     write_atomically(folder / "results.json", json.dumps(results, indent=2))
     if answered:
+        write_atomically(folder / "predictions.jsonl", "".join(map(prediction, answered)))
         print_scores(results)
         draw_samples(pick(answered), config.data.max_image_pixels, folder / "samples.png")
     console.print(f"results: {folder / 'results.json'}")
@@ -103,7 +106,14 @@ def generate(
             raise UserError(f"--image {path}: no such file")
         pictures.append(open_image(path.read_bytes(), str(path), config.data.max_image_pixels))
     model, processor, _ = load(config, checkpoint)
-    print(answer(model, processor, [conversation], [pictures], max_new_tokens, temperature)[0])
+    with autocast(config, model):
+        print(answer(model, processor, [conversation], [pictures], max_new_tokens, temperature)[0])
+
+
+def autocast(config: Config, model: EEMLLM) -> torch.autocast:
+    """Evaluation computes in the precision of the training."""
+    dtype = compute_dtype(config)
+    return torch.autocast(model.device.type, dtype, enabled=dtype is not None)
 
 
 def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str]:
@@ -129,7 +139,7 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
         source = str(path)
     on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator") != "cpu"
     model.to("cuda" if on_gpu else "cpu").eval()
-    model.set_attention(config.model.attention)
+    model.set_attention(config.model.attention, compute_dtype(config), training=False)
     return model, processor, source
 
 

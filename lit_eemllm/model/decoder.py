@@ -59,6 +59,7 @@ class StreamContext:
 
     def attend(self, layer: int, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, kind: Visibility, scale: float) -> Tensor:
         """Attention of the query rows over this pass's rows and whatever the cache holds, [Q, N, H]."""
+        q_QNH, k_SKH = q_QNH.to(v_SKH.dtype), k_SKH.to(v_SKH.dtype)  # under autocast, rotary angles are float32
         if self.cache is not None:
             k_BKLH, v_BKLH = self.cache.update(k_SKH, v_SKH, layer)
             if self.cache.past:

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..attention import AttentionBackend, resolve_backend
+from ..attention import AttentionBackend, Choice, resolve_backend
 from ..layout import PackedBatch, SequenceLayout
 from ..mechanisms import Mechanism
 from .cache import PaddedCache, layout_of_padded
@@ -156,10 +156,18 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             layer.set_mechanism(mechanism)
         self.config.mechanism = mechanism.to_dict()
 
-    def set_attention(self, name: str) -> str:
-        """Choose the attention backend for this model's device and type; returns its name. See `resolve_backend`."""
-        self._backend = resolve_backend(name, self.device, self.language_model.dtype)
-        return self._backend.name
+    def set_attention(self, name: str, dtype: torch.dtype | None = None, training: bool = True) -> Choice:
+        """Choose the attention backend for this model's device; see `resolve_backend`.
+
+        Args:
+            name: a registered name or ``auto``.
+            dtype: type of the queries, keys and values; None = the decoder's, right without autocast.
+            training: whether gradients are needed.
+        """
+        head_size = self.language_model.model.layers[0].self_attn.head_dim
+        choice = resolve_backend(name, self.device, dtype or self.language_model.dtype, training, head_size)
+        self._backend = choice.backend
+        return choice
 
     @property
     def backend(self) -> AttentionBackend:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from .. import __version__
+from ..console import console
 from ..errors import CheckpointError
 from ..layout import PackedBatch
 from ..model.build import fingerprint
@@ -26,6 +27,11 @@ from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_mo
 if TYPE_CHECKING:
     from ..model import EEMLLM
     from ..schema import Config
+
+
+def compute_dtype(config: Config) -> torch.dtype | None:
+    """The type that autocast computes in, None without autocast."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.get("precision", ""))
 
 
 class LitEEMLLM(LightningModule):
@@ -53,7 +59,9 @@ class LitEEMLLM(LightningModule):
         self.step_lr = self.batch_end = 0.0
 
     def on_fit_start(self) -> None:
-        self.model.set_attention(self.config.model.attention)
+        choice = self.model.set_attention(self.config.model.attention, compute_dtype(self.config))
+        if self.trainer.is_global_zero:
+            console.print(f"attention: {choice}", markup=False, highlight=False)
 
     def on_train_epoch_start(self) -> None:
         set_modes(self.model, self.trained)

@@ -1,0 +1,120 @@
+"""FlashAttention's varlen kernels: from a flash-attn package where one is installed, else PyTorch's own copy of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import AttentionBackend, register_backend
+from .varlen import Call, VarlenBackend
+
+PROVIDERS = {
+    "flash-attn 3": ("flash_attn_interface", "flash_attn_varlen_func"),
+    "flash-attn 4": ("flash_attn.cute", "flash_attn_varlen_func"),
+    "flash-attn 2": ("flash_attn", "flash_attn_varlen_func"),
+    "PyTorch": ("torch.nn.attention.varlen", "varlen_attn"),
+}
+"""Module and function of each provider: who built a special one wants it, so it is tried earlier."""
+
+INSTALL = "pip install 'lit_eemllm[flash]'"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Cumulative lengths [segments + 1] as int32 on the device, and the longest segments."""
+
+    starts_q: Tensor
+    starts_k: Tensor
+    longest_q: int
+    longest_k: int
+    window: int | None
+
+
+def bind(function: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]:
+    """One calling convention for all providers and versions, read off a function's signature.
+
+    They name the same things differently, and older ones lack some: without ``scale`` the queries are scaled before,
+    without ``enable_gqa`` (PyTorch before 2.12) key/value heads are repeated.
+    """
+    names = inspect.signature(function).parameters
+
+    def first(*known: str) -> str | None:
+        return next((name for name in known if name in names), None)
+
+    starts_q, starts_k = first("cu_seqlens_q", "cu_seq_q"), first("cu_seqlens_k", "cu_seq_k")
+    longest_q, longest_k = first("max_seqlen_q", "max_q"), first("max_seqlen_k", "max_k")
+    scaling, causal = first("softmax_scale", "scale"), first("causal", "is_causal")
+    expand = causal != "causal" and "enable_gqa" not in names  # the flash-attn packages group queries by themselves
+
+    def varlen(q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, segments: Segments, scale: float) -> Tensor:
+        arguments = (
+            (starts_q, segments.starts_q),
+            (starts_k, segments.starts_k),
+            (longest_q, segments.longest_q),
+            (longest_k, segments.longest_k),
+            (scaling, scale),
+            (causal, True),
+        )
+        options: dict[str, Any] = {name: value for name, value in arguments if name is not None}
+        if scaling is None:
+            q_QNH = q_QNH * (scale * q_QNH.shape[-1] ** 0.5)
+        if segments.window is not None and "window_size" not in names:
+            raise NotImplementedError("this version of the kernel has no window; a newer PyTorch or flash-attn has")
+        if segments.window is not None:
+            options["window_size"] = (segments.window, 0)
+        elif causal is None:
+            options["window_size"] = (-1, 0)
+        groups = q_QNH.shape[1] // k_SKH.shape[1]
+        if expand and groups > 1:
+            k_SKH, v_SKH = (x.repeat_interleave(groups, dim=1) for x in (k_SKH, v_SKH))
+        elif "enable_gqa" in names:
+            options["enable_gqa"] = groups > 1
+        out = function(q_QNH, k_SKH, v_SKH, **options)
+        return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp too
+
+    return varlen
+
+
+@register_backend("flash")
+class Flash(VarlenBackend):
+    """FlashAttention varlen. bfloat16 and float16 on CUDA; grouped queries without expanding heads where it can."""
+
+    priority = 40
+
+    def __init__(self, provider: str) -> None:
+        module, function = PROVIDERS[provider]
+        try:
+            self.varlen = bind(getattr(import_module(module), function))
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{error.name} is not installed; {INSTALL}") from None
+        self.provider = provider
+
+    @classmethod
+    def candidates(cls) -> Iterator[tuple[str, Callable[[], AttentionBackend]]]:
+        for provider in PROVIDERS:
+            yield provider, partial(cls, provider)
+
+    @classmethod
+    def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        if device.type != "cuda":
+            return f"needs a CUDA device, found {device.type}"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return "computes in bfloat16 or float16, found float32; set trainer.precision=bf16-mixed"
+        return None
+
+    def prepare(self, call: Call, window: int | None, device: torch.device) -> Segments:
+        starts_q, starts_k = (
+            torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+            for lengths in (call.query_lengths, call.key_lengths)
+        )
+        return Segments(starts_q, starts_k, max(call.query_lengths), max(call.key_lengths), window)
+
+    def kernel(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, prepared: Segments, scale: float) -> Tensor:
+        return self.varlen(q_QNH, k_SKH, v_SKH, prepared, scale)

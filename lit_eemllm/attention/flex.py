@@ -1,0 +1,106 @@
+"""PyTorch's FlexAttention under a block mask: built from the layout once per batch, compiled once per shape bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad
+
+from ..layout import SequenceLayout, Visibility
+from .base import AttentionBackend, register_backend
+
+BLOCK = 128
+BUCKETS_PER_DOUBLING = 4
+
+
+def bucket(rows: int) -> int:
+    """A length to pad to, a multiple of `BLOCK`, out of few: at most a quarter more, so that few shapes are compiled."""
+    blocks = -(-rows // BLOCK)
+    step = max(1, 2 ** (blocks.bit_length() - 1) // BUCKETS_PER_DOUBLING)
+    return -(-blocks // step) * step * BLOCK
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The block mask, and the rows [queries, keys] that the streams are padded to."""
+
+    mask: BlockMask
+    padded: tuple[int, int]
+
+
+@cache
+def _compiled() -> Any:
+    # Past its limit of recompilations dynamo would go on uncompiled, which is dense: allow every bucket, and fail rather.
+    torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def block_mask(layout: SequenceLayout, visibility: Visibility) -> BlockMask:
+    """The layout's visibility in blocks of 128 queries x 128 keys, without a dense mask anywhere.
+
+    Query row i sees the stream from `first[i]`, where its document or window begins, to `last[i]`, itself. Over a block
+    of queries, in stream order, both ascend: the keys that some query sees are a range, those that all see another.
+    """
+    lengths = torch.tensor([sum(run.length for run in document) for document in layout.documents])
+    row_S = torch.arange(layout.num_tokens)
+    first_S = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    if visibility.window is not None:
+        first_S = torch.maximum(first_S, row_S - visibility.window)
+    rows_Q = row_S if visibility.visual_queries else layout.text_index.cpu()
+    queries, keys = bucket(len(rows_Q)), bucket(len(row_S))
+    # Padding sees nothing: its range is empty.
+    first_Q = pad(first_S[rows_Q], (0, queries - len(rows_Q)), value=keys)
+    last_Q = pad(rows_Q, (0, queries - len(rows_Q)), value=-1)
+
+    first_BQ, last_BQ = first_Q.view(-1, BLOCK), last_Q.view(-1, BLOCK)
+    start_BK = torch.arange(0, keys, BLOCK)[None]
+    end_BK = start_BK + BLOCK - 1
+    some = (first_BQ.amin(1)[:, None] <= end_BK) & (last_BQ.amax(1)[:, None] >= start_BK)
+    every = (first_BQ.amax(1)[:, None] <= start_BK) & (last_BQ.amin(1)[:, None] >= end_BK)
+    device = layout.positions.device
+    first_Q, last_Q = first_Q.to(device), last_Q.to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (first_Q[query] <= key) & (key <= last_Q[query])
+
+    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """How many blocks of keys each block of queries has, and which, those first."""
+        counts = blocks.sum(1).to(device, torch.int32)
+        which = blocks.int().argsort(dim=1, descending=True, stable=True).to(device, torch.int32)
+        return counts[None, None], which[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *ordered(some & ~every), *ordered(every), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(queries, keys)
+    )
+
+
+@register_backend("flex")
+class Flex(AttentionBackend):
+    """FlexAttention. Trains on CUDA; on the CPU PyTorch has its forward only, here uncompiled and dense inside."""
+
+    priority = 10
+
+    @classmethod
+    def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        if training and device.type == "cpu":
+            return "PyTorch's FlexAttention has no backward on the CPU: it can evaluate there, not train"
+        return None
+
+    def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
+        mask = block_mask(layout, visibility)
+        return Plan(mask, mask.seq_lengths)
+
+    def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan, scale: float) -> Tensor:
+        queries, keys = plan.padded
+        q_1NQH = pad(q_QNH, (0, 0, 0, 0, 0, queries - len(q_QNH))).transpose(0, 1)[None]
+        k_1KSH, v_1KSH = (
+            pad(x, (0, 0, 0, 0, 0, keys - len(x))).transpose(0, 1)[None].contiguous() for x in (k_SKH, v_SKH)
+        )
+        attention = flex_attention if q_QNH.device.type == "cpu" else _compiled()
+        out_1NQH = attention(q_1NQH, k_1KSH, v_1KSH, block_mask=plan.mask, scale=scale, enable_gqa=True)
+        return out_1NQH[0].transpose(0, 1)[: len(q_QNH)]

@@ -1,0 +1,126 @@
+"""What varlen kernels share (FlashAttention, xFormers): a layout as segments, with no key copied and no dense mask.
+
+Such a kernel takes queries and keys cut into as many segments, and lets query segment i see key segment i under a
+causal mask aligned at the *ends* (bottom right). Text that ends where its keys end is therefore exact::
+
+    keys          t t V V t t          the last text run of each document queries in the first call, over the
+    call 1  t     1 1 1 1 1 0          document's keys where they lie; the run before it in the second, and so
+            t     1 1 1 1 1 1          on: two calls for text-image-text, one where the image comes first.
+    call 2  t     1 0 . . . .          Keys that a call has no query for (".") get one whose result is dropped:
+            t     1 1 . . . .          segments without queries are a corner that kernels disagree about.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import SequenceLayout, Visibility
+from .base import AttentionBackend
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a varlen kernel over all keys of the pack, in place.
+
+    Attributes:
+        query_lengths, key_lengths: rows of each segment; keys are never fewer than queries.
+        query_rows: which query rows, in order; None = all of them.
+    """
+
+    query_lengths: list[int]
+    key_lengths: list[int]
+    query_rows: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Calls, each with what the kernel wants to know (`VarlenBackend.prepare`).
+
+    Attributes:
+        calls: query rows (None = all) and the prepared segments of each call.
+        restore_Q: where a query row lies in the concatenated results; None when they are in order.
+    """
+
+    calls: list[tuple[Tensor | None, Any]]
+    restore_Q: Tensor | None
+
+
+def split(layout: SequenceLayout, visibility: Visibility) -> tuple[list[Call], Tensor | None]:
+    """The calls that compute a layout, on the CPU, and how to restore the order of their results (see `Plan`)."""
+    rounds: list[list[tuple[int, int, int, int]]] = []  # per call: first query, queries, first key, keys
+    queries = keys = 0
+    for document in layout.documents:
+        start, segments = keys, []
+        for visual, runs in groupby(document, key=lambda run: run.visual):
+            length = sum(run.length for run in runs)
+            keys += length
+            if not visual and not visibility.visual_queries:
+                segments.append((queries, length, start, keys - start))
+                queries += length
+        if visibility.visual_queries:
+            segments.append((queries, keys - start, start, keys - start))
+            queries += keys - start
+        for i, segment in enumerate(reversed(segments)):
+            if i == len(rounds):
+                rounds.append([])
+            rounds[i].append(segment)
+
+    calls, slots_Q, offset = [], torch.empty(queries, dtype=torch.long), 0
+    for segments in rounds:
+        query_lengths, key_lengths, rows, end = [], [], [], 0
+        for first_query, length, first_key, seen in [*segments, (0, 0, keys, 0)]:
+            if first_key > end:
+                query_lengths.append(1)
+                key_lengths.append(first_key - end)
+                rows.append(torch.zeros(1, dtype=torch.long))
+                offset += 1
+            if length:
+                query_lengths.append(length)
+                key_lengths.append(seen)
+                rows.append(torch.arange(first_query, first_query + length))
+                slots_Q[rows[-1]] = torch.arange(offset, offset + length)
+                offset += length
+            end = first_key + seen
+        query_rows = torch.cat(rows)
+        calls.append(Call(query_lengths, key_lengths, None if query_rows.equal(torch.arange(queries)) else query_rows))
+    in_order = len(calls) == 1 and calls[0].query_rows is None
+    return calls, None if in_order else slots_Q
+
+
+class VarlenBackend(AttentionBackend):
+    """A backend whose kernel works on segments aligned at the bottom right."""
+
+    @abstractmethod
+    def prepare(self, call: Call, window: int | None, device: torch.device) -> Any:
+        """What the kernel needs for one call, on the device."""
+
+    @abstractmethod
+    def kernel(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, prepared: Any, scale: float) -> Tensor:
+        """One call, [Q, N, H]."""
+
+    def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
+        device = layout.positions.device
+        calls, restore_Q = split(layout, visibility)
+        prepared = [
+            (
+                None if call.query_rows is None else call.query_rows.to(device),
+                self.prepare(call, visibility.window, device),
+            )
+            for call in calls
+        ]
+        return Plan(prepared, None if restore_Q is None else restore_Q.to(device))
+
+    def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan, scale: float) -> Tensor:
+        results = [
+            self.kernel(q_QNH if rows is None else q_QNH.index_select(0, rows), k_SKH, v_SKH, prepared, scale)
+            for rows, prepared in plan.calls
+        ]
+        if not results:  # a pack of images only, under composite attention
+            return q_QNH
+        return results[0] if plan.restore_Q is None else torch.cat(results).index_select(0, plan.restore_Q)

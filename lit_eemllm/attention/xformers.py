@@ -1,0 +1,45 @@
+"""xFormers' memory-efficient attention under a block-diagonal mask; trains in float32 too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import register_backend
+from .varlen import Call, VarlenBackend
+
+
+@register_backend("xformers")
+class XFormers(VarlenBackend):
+    """`memory_efficient_attention` with `BlockDiagonalCausalFromBottomRightMask`, the aligned mask that has a backward.
+
+    Its backward knows no grouped queries, so key/value heads are repeated.
+    """
+
+    priority = 30
+    provider = "xFormers"
+
+    def __init__(self) -> None:
+        try:
+            from xformers.ops import memory_efficient_attention
+            from xformers.ops.fmha import attn_bias
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{error.name} is not installed; pip install 'lit_eemllm[xformers]'") from None
+        self._attention, self._masks = memory_efficient_attention, attn_bias
+
+    @classmethod
+    def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        return None if device.type == "cuda" else f"needs a CUDA device, found {device.type}"
+
+    def prepare(self, call: Call, window: int | None, device: torch.device) -> Any:
+        lengths = call.query_lengths, call.key_lengths
+        if window is None:
+            return self._masks.BlockDiagonalCausalFromBottomRightMask.from_seqlens(*lengths).to(device)
+        return self._masks.BlockDiagonalMask.from_seqlens(*lengths).make_local_attention(window + 1).to(device)
+
+    def kernel(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, prepared: Any, scale: float) -> Tensor:
+        groups = q_QNH.shape[1] // k_SKH.shape[1]
+        k_SNH, v_SNH = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_SKH, v_SKH))
+        return self._attention(q_QNH[None], k_SNH[None], v_SNH[None], attn_bias=prepared, scale=scale)[0]

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test check fmt clean
+.PHONY: help demo compare test check gpu fmt clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -31,6 +31,11 @@ check: $(INSTALLED) ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+gpu: $(INSTALLED) ## everything that needs a GPU: its tests, then the benchmarks, into benchmarks/
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: PyTorch finds no CUDA device; see: lit-eemllm doctor")'
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python tools/bench_attention.py
 
 fmt: $(INSTALLED) ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix --exit-zero .

@@ -56,6 +56,12 @@ def _report(args: Namespace) -> None:
     report(args.runs, args.out)
 
 
+def _doctor(args: Namespace) -> None:
+    from lit_eemllm.doctor import doctor
+
+    doctor(args.device, args.head_size, args.json)
+
+
 def _config_show(args: Namespace) -> None:
     config = _config(args)
     from lit_eemllm.config import to_yaml
@@ -169,11 +175,15 @@ def build_parser() -> ArgumentParser:
         made.set_defaults(run=run, parser=made, imports=None)
         return made
 
+    def takes_imports(made: ArgumentParser) -> ArgumentParser:
+        text = "a Python file of your own that registers encoders or attention backends; repeatable"
+        made.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE", help=text)
+        return made
+
     def takes_config(made: ArgumentParser, checkpoint: bool = False) -> ArgumentParser:
         text = "YAML files, merged from left to right, or a run directory; then overrides, which win"
         made.add_argument("inputs", nargs="*", metavar="CONFIG|key=value", help=text)
-        text = "a Python file of your own that registers encoders or attention backends; repeatable"
-        made.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE", help=text)
+        takes_imports(made)
         if checkpoint:
             text = "default: the run's newest; none = before any training"
             made.add_argument("--checkpoint", metavar="FILE", help=text)
@@ -196,6 +206,15 @@ def build_parser() -> ArgumentParser:
     made = verb(verbs, "report", _report, "Compare runs in a table and a picture.", example)
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     made.add_argument("--out", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
+
+    example = "lit-eemllm doctor --head-size 128 --json > bug-report.json"
+    text = "Show the machine, versions, and which attention backends really run here."
+    made = takes_imports(verb(verbs, "doctor", _doctor, text, example))
+    made.add_argument(
+        "--device", metavar="DEVICE", help="such as cpu or cuda:1; default: cuda if there is any, else cpu"
+    )
+    made.add_argument("--head-size", type=int, default=64, metavar="H", help="of the decoder, default 64")
+    made.add_argument("--json", action="store_true", help="all of it as JSON, for bug reports")
 
     shards = group("shards", "Make, index, check and look at training data.")
     example = "lit-eemllm shards make --rows train=train.json --rows val=val.json --images images --out shards"

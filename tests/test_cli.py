@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from lit_eemllm import cli
-from lit_eemllm.config import load_config
+from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.errors import UserError
 from lit_eemllm.schema import check_names
 
@@ -45,6 +45,7 @@ def calls(monkeypatch) -> list[tuple]:
         "lit_eemllm.training.fit": {"fit": None},
         "lit_eemllm.evaluation.run": {"validate": None, "generate": None},
         "lit_eemllm.report": {"report": None},
+        "lit_eemllm.doctor": {"doctor": None},
         "lit_eemllm.data.shards": {"make": report, "prepare": {"train": 1234}},
         "lit_eemllm.data.check": {"check": report},
         "lit_eemllm.data.preview": {"inspect": [Path("a.html")]},
@@ -87,16 +88,20 @@ def test_verbs_hand_on_what_they_were_given(folder, calls, capsys):
     assert cli.main(line) == 0
     assert cli.main([*line, "--max-new-tokens", "5", "--temperature", "0.5", "--checkpoint", "b.ckpt"]) == 0
     assert cli.main(["report", "runs/a", "runs/b", "--out", "r"]) == 0
+    assert cli.main(["doctor"]) == 0
+    assert cli.main(["doctor", "--json", "--head-size", "128", "--device", "cuda:1"]) == 0
     configs = [args[0] for _, args, _ in calls[:4]]
     assert [config.seed for config in configs] == [3, 0, 4, 4]
     assert configs[1].eval.samples == 7 and configs[2].out == "x=y"
     images = [Path("a.png"), Path("b.png")]
-    assert [(name, args[1:] if name != "report" else args) for name, args, _ in calls] == [
+    assert [(name, args[1:] if args[0] in configs else args) for name, args, _ in calls] == [
         ("fit", ()),
         ("validate", ("a.ckpt",)),
         ("generate", (None, images, "Hi?", configs[2].eval.max_new_tokens, 0.0)),
         ("generate", ("b.ckpt", images, "Hi?", 5, 0.5)),
         ("report", ([Path("runs/a"), Path("runs/b")], Path("r"))),
+        ("doctor", (None, 64, False)),
+        ("doctor", ("cuda:1", 128, True)),
     ]
 
 
@@ -254,7 +259,8 @@ def test_user_code_enters_by_import_and_by_entry_point_only(folder, calls, capsy
     for line in (["fit"], ["validate"], ["generate", "--prompt", "x"], ["shards", "check", "data"], ["config", "show"]):
         assert cli.main([*line, "--import", "mine.py", "good.yaml"]) == 0
     assert cli.main(["fit", "--import", "mine.py", "--import", "mine.py", "good.yaml"]) == 0
-    assert log.read_text() == "mine " * 7
+    assert cli.main(["doctor", "--import", "mine.py"]) == 0
+    assert log.read_text() == "mine " * 8
     with pytest.raises(ZeroDivisionError):
         cli.main(["fit", "good.yaml", "--import", "broken.py"])
 
@@ -277,13 +283,11 @@ def commands(markdown: str) -> list[list[str]]:
     return found
 
 
-def test_the_commands_in_the_readme_exist():
-    readme = REPOSITORY / "README.md"
-    if not readme.is_file():
-        pytest.skip("no README.md yet")
+@pytest.mark.parametrize("page", ["README.md", "docs/backends.md"])
+def test_the_commands_in_the_documentation_exist(page):
     targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     checked = 0
-    for words in commands(readme.read_text(encoding="utf-8")):
+    for words in commands((REPOSITORY / page).read_text(encoding="utf-8")):
         if words[0] == "make":
             assert set(words[1:]) <= {*targets, *(word for word in words if "=" in word)}, words
         elif words[0].endswith("lit-eemllm"):
@@ -291,6 +295,7 @@ def test_the_commands_in_the_readme_exist():
             for text in getattr(args, "inputs", []):
                 if text.startswith("configs/") and "*" not in text:
                     assert (REPOSITORY / text).is_file(), words
+            assert all((REPOSITORY / file).is_file() for file in args.imports or ()), words
         elif words[0].endswith("python") and len(words) > 1 and words[1].endswith(".py"):
             assert (REPOSITORY / words[1]).is_file(), words
         else:
@@ -306,6 +311,22 @@ def test_every_configuration_in_the_repository_is_good(folder):
     for file in files:
         # Some leave required keys to the command line: good.yaml stands in. Some use an encoder that --import brings.
         load_config(["good.yaml", file], ["model.vision.encoder=transformers"], checks=[check_names])
+
+
+def test_attention_files_set_a_mechanism_and_a_backend_and_nothing_else(folder):
+    presets = {"full": "llava", "composite": "ee_mllm"}
+    files = sorted((REPOSITORY / "configs" / "attention").glob("*.yaml"))
+    assert {"full", "composite_flash", "composite_xformers"} <= {file.stem for file in files}
+    for file in files:
+        for before in ([], ["model.mechanism.preset=llava", "model.attention=sdpa", "seed=3"]):
+            Path("before.yaml").write_text(to_yaml(load_config(["good.yaml"], before)), encoding="utf-8")
+            expected = load_config(["before.yaml"])
+            kind, _, backend = file.stem.partition("_")
+            if file.stem == "reference":
+                expected.model.attention = "reference"
+            else:
+                expected.model.mechanism.preset, expected.model.attention = presets[kind], backend or "auto"
+            assert load_config(["before.yaml", file]) == expected, file
 
 
 def test_makefile_and_ci_name_what_exists():

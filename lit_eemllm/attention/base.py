@@ -90,23 +90,27 @@ def probe(
     """Run a four-token forward, and backward if `training`, and compare them with the reference."""
     refused: dict[str, str] = {}
     device = torch.device(device)
-    reason = _BACKENDS[name].refusal(device, dtype, training)
-    if reason is not None:
-        return Probe(None, {"": reason})
-    for provider, make in _BACKENDS[name].candidates():
-        try:
-            backend = make()
-            with torch.inference_mode(False), torch.enable_grad():  # may be asked for in the middle of `generate`
-                reason = _disagreement(backend, device, dtype, training, head_size)
-        except Exception as error:  # noqa: BLE001  a kernel may fail in any way; the reason is reported, not hidden
-            reason = f"{type(error).__name__}: {error}".strip()
-        if reason is None:
-            return Probe(backend, refused)
-        refused[provider] = reason
+    try:
+        reason = _BACKENDS[name].refusal(device, dtype, training)
+        if reason is not None:
+            return Probe(None, {"": reason})
+        for provider, make in _BACKENDS[name].candidates():
+            try:
+                backend = make()
+                reason = disagreement(backend, device, dtype, training, head_size)
+            except Exception as error:  # noqa: BLE001  a kernel may fail in any way; the reason is reported, not hidden
+                reason = f"{type(error).__name__}: {error}".strip()
+            if reason is None:
+                return Probe(backend, refused)
+            refused[provider] = reason
+    except Exception as error:  # noqa: BLE001  so may a backend of one's own, before it is tried
+        refused[""] = f"{type(error).__name__}: {error}".strip()
     return Probe(None, refused)
 
 
-def _disagreement(
+@torch.inference_mode(False)  # the trial may be asked for in the middle of `generate`
+@torch.enable_grad()
+def disagreement(
     backend: AttentionBackend, device: torch.device, dtype: torch.dtype, training: bool, head_size: int
 ) -> str | None:
     """What a text-image-text-image document shows to be wrong, if anything."""

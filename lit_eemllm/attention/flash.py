@@ -23,8 +23,6 @@ PROVIDERS = {
 }
 """Module and function of each provider: who built a special one wants it, so it is tried earlier."""
 
-INSTALL = "pip install 'lit_eemllm[flash]'"
-
 
 @dataclass(frozen=True)
 class Segments:
@@ -93,7 +91,7 @@ class Flash(VarlenBackend):
         try:
             self.varlen = bind(getattr(import_module(module), function))
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{error.name} is not installed; {INSTALL}") from None
+            raise ModuleNotFoundError(f"{error.name} is not installed (flash-attn 2: pip install '.[flash]')") from None
         self.provider = provider
 
     @classmethod

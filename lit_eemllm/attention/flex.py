@@ -51,7 +51,9 @@ def block_mask(layout: SequenceLayout, visibility: Visibility) -> BlockMask:
     first_S = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     if visibility.window is not None:
         first_S = torch.maximum(first_S, row_S - visibility.window)
-    rows_Q = row_S if visibility.visual_queries else layout.text_index.cpu()
+    runs = [run for document in layout.documents for run in document]
+    visual_S = torch.repeat_interleave(torch.tensor([r.visual for r in runs]), torch.tensor([r.length for r in runs]))
+    rows_Q = row_S if visibility.visual_queries else row_S[~visual_S]
     queries, keys = bucket(len(rows_Q)), bucket(len(row_S))
     # Padding sees nothing: its range is empty.
     first_Q = pad(first_S[rows_Q], (0, queries - len(rows_Q)), value=keys)

@@ -1,0 +1,121 @@
+"""An attention backend in a user's own file: docs/my_backend.py, as docs/backends.md tells it."""
+
+import doctest
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import model, pack
+
+from lit_eemllm import cli
+from lit_eemllm.attention import registered_backends, resolve_backend
+from lit_eemllm.attention.base import _BACKENDS
+from lit_eemllm.config import load_config
+from lit_eemllm.errors import ConfigError
+from lit_eemllm.layout import Run, SequenceLayout, Visibility
+from lit_eemllm.plugins import import_user_code
+from lit_eemllm.schema import check_names
+
+DOCS = Path(__file__).parents[1] / "docs"
+EXAMPLE = DOCS / "my_backend.py"
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Whatever a test registers and imports is gone after it."""
+    backends, modules = dict(_BACKENDS), set(sys.modules)
+    yield
+    _BACKENDS.clear()
+    _BACKENDS.update(backends)
+    for name in set(sys.modules) - modules:
+        if name.startswith("lit_eemllm_user_"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def module():
+    import_user_code([EXAMPLE])
+    return sys.modules["lit_eemllm_user_my_backend"]
+
+
+def random_layout(seed: int) -> SequenceLayout:
+    draw = random.Random(seed)
+    return SequenceLayout.of(
+        [
+            [Run(draw.random() < 0.5, draw.randint(1, 9)) for _ in range(draw.randint(1, 5))]
+            for _ in range(draw.randint(1, 4))
+        ]
+    )
+
+
+def results(name: str, layout: SequenceLayout, visibility: Visibility, kv_heads: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(layout.num_tokens)
+    queries = layout.num_tokens if visibility.visual_queries else layout.num_text
+    shapes = [(queries, 4, 8), (layout.num_tokens, kv_heads, 8), (layout.num_tokens, kv_heads, 8)]
+    qkv = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    backend = resolve_backend(name).backend
+    out = backend.attend(*qkv, backend.plan(layout, visibility), 0.3)
+    weights = torch.randn(out.shape, generator=generator)
+    # No text, no query: keys and values are then not used at all.
+    return [out, *torch.autograd.grad((out * weights).sum(), qkv, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 256])
+def test_the_example_equals_the_reference_forward_and_backward(module, monkeypatch, chunk):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    for seed in range(12):
+        layout = random_layout(seed)
+        for visibility in (Visibility(True), Visibility(False), Visibility(True, window=0), Visibility(True, window=3)):
+            for kv_heads in (4, 2, 1):
+                found, true = (results(name, layout, visibility, kv_heads) for name in ("chunked", "reference"))
+                assert found[0].shape == true[0].shape
+                for f, t in zip(found, true, strict=True):
+                    assert not t.numel() or (f - t).abs().max() <= 1e-5 * t.abs().max() + 1e-6, (seed, visibility)
+
+
+def test_a_chunk_looks_at_its_documents_only(module, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 2)
+    layout = SequenceLayout.of([[Run(False, 4)], [Run(True, 3), Run(False, 2)], [Run(False, 1)]])
+    plan = module.Chunked().plan(layout, Visibility(visual_queries=False))
+    assert plan.keys == [slice(0, 2), slice(0, 4), slice(4, 9), slice(9, 10)]
+
+
+@pytest.mark.parametrize("mechanism", ["ee_mllm", "llava"])
+def test_a_model_gives_the_same_loss_and_gradients(module, mechanism):
+    batch = pack([[3, 0, 5], [4], [0, 2, 0, 3]])
+    made = []
+    for name in ("chunked", "reference"):
+        tiny = model(mechanism=mechanism)
+        assert tiny.set_attention(name).backend.name == name
+        loss = tiny.packed_loss(batch)
+        loss.backward()
+        made.append([loss.detach(), *(p.grad for _, p in sorted(tiny.named_parameters()) if p.grad is not None)])
+    assert len(made[0]) > 10
+    for found, true in zip(*made, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_chosen_by_its_name_and_only_once_imported(tmp_path, capsys):
+    line = ["config", "show", "--import", str(EXAMPLE), "model.attention=chunked"]
+    (tmp_path / "c.yaml").write_text(
+        "model: {decoder: d, vision: {path: e}}\ndata: {train: t}\noptim: {lr: 1, max_steps: 1}\n"
+    )
+    with pytest.raises(ConfigError, match="found 'chunked', expected auto or"):
+        load_config([tmp_path / "c.yaml"], ["model.attention=chunked"], checks=[check_names])
+    with pytest.raises(ConfigError, match=r"unknown backend 'chunked'; choose auto or one of \['flash'"):
+        resolve_backend("chunked")
+    assert "chunked" not in registered_backends()
+
+    assert cli.main([*line, str(tmp_path / "c.yaml")]) == 0
+    assert "attention: chunked" in capsys.readouterr().out
+    assert registered_backends()[-2:] == ["chunked", "reference"]
+    assert resolve_backend("chunked").backend.name == "chunked"
+    assert resolve_backend("auto").backend.name == "sdpa"  # the example stands behind it
+    with pytest.raises(ValueError, match="'chunked' is registered already"):
+        import_user_code([EXAMPLE])
+
+
+def test_the_page_is_true(module):
+    assert doctest.testfile(str(DOCS / "backends.md"), module_relative=False).failed == 0

@@ -105,6 +105,41 @@ class SequenceLayout:
         """Interleave text rows [T, ...] and visual rows [V, ...] into stream order [S, ...]."""
         return torch.cat([text, visual]).index_select(0, self.merge_index)
 
+    @property
+    def text_lengths(self) -> list[int]:
+        """Text tokens of each document."""
+        return [sum(run.length for run in doc if not run.visual) for doc in self.documents]
+
+    def text_only(self) -> SequenceLayout:
+        """The text rows by themselves, at the positions they have here. Documents without text vanish."""
+        rows = torch.arange(self.num_text, device=self.positions.device)
+        documents = tuple((Run(False, length),) for length in self.text_lengths if length)
+        return SequenceLayout(documents, rows, rows[:0], rows, self.positions[self.text_index])
+
+    def images_only(self) -> SequenceLayout:
+        """The visual rows by themselves, every image a document, at the positions they have here."""
+        rows = torch.arange(self.num_visual, device=self.positions.device)
+        documents = tuple((Run(True, length),) for length in self.image_lengths)
+        return SequenceLayout(documents, rows[:0], rows, rows, self.positions[self.visual_index])
+
+    def with_image_positions(self, taken: int) -> SequenceLayout:
+        """An image takes so many positions (0 or 1), as many as all its tokens share, instead of one for each token."""
+        positions = []
+        for document in self.documents:
+            start = 0
+            for run in document:
+                positions.append(torch.full((run.length,), start) if run.visual else start + torch.arange(run.length))
+                start += taken if run.visual else run.length
+        return replace(self, positions=torch.cat(positions).to(self.positions.device))
+
+    def prefix(self) -> Tensor:
+        """[T] bool, True for text before the first image of its document."""
+        flags = []
+        for document in self.documents:
+            first = next((i for i, run in enumerate(document) if run.visual), 0)
+            flags += [i < first for i, run in enumerate(document) if not run.visual for _ in range(run.length)]
+        return torch.tensor(flags, dtype=torch.bool, device=self.positions.device)
+
     def mask(self, visibility: Visibility) -> Tensor:
         """The dense truth, [Q, S] bool, True where a query row sees a key row. For the reference and for tests."""
         lengths = torch.tensor([sum(run.length for run in doc) for doc in self.documents])

@@ -38,13 +38,43 @@ class AlignerConfig:
 
 
 @dataclass
+class GatedConfig:
+    every: int | None = None
+    """Blocks of gated cross-attention stand before every so-many-th decoder layer, from the first."""
+    latents: int | None = None
+    """Tokens per image after the perceiver resampler; 0 = the projected visual tokens as they are."""
+    heads: int | None = None
+    """Heads of the cross-attention and of the resampler."""
+    head_size: int | None = None
+    """Size of such a head."""
+    depth: int | None = None
+    """Layers of the resampler."""
+    immediate: bool | None = None
+    """Text sees only the last image before it; false = all images before it."""
+
+
+@dataclass
 class MechanismConfig:
     preset: str = "ee_mllm"
-    """How the decoder treats visual tokens: "ee_mllm" (composite attention), "llava" (full self-attention)."""
+    """How visual tokens are treated: llava, ee_mllm, ee_mllm_f, naavit, shortv, saisa, vica or flamingo; fills the nulls below."""
     dense_layers: Any = None
-    """Layers in which visual tokens also query: "all", "none" or a list of layer numbers; null = as the preset says."""
+    """Layers in which visual tokens also query: "all", "none" or a list of layer numbers."""
+    cross_layers: Any = None
+    """Layers in which text sees the image: "all", "none" or a list of layer numbers."""
+    visual_source: str | None = None
+    """Visual states of a layer come from the layer before ("stream") or from a projector of its own ("layerwise")."""
     aligner: AlignerConfig = field(default_factory=AlignerConfig)
     """Which weights of a composite layer update the visual stream (ablation of the EE-MLLM paper, Table 6)."""
+    visual_window: int | None = None
+    """In composite layers, so many earlier visual tokens of its image that a visual token sees; 0 = only itself."""
+    visual_positions: str | None = None
+    """Rotary positions of an image: "sequence" (one a token), "shared" (one in all), "unrotated" (text ignores them), "none"."""
+    freeze_prefix: bool | None = None
+    """Text before the first image takes no attention, only the feed-forward network (ViCA's code for 7B)."""
+    visual_drop: list[Any] | None = None
+    """Pairs [layer, share]: from that layer on, that share of an image's tokens is dropped, when generating."""
+    gated: GatedConfig = field(default_factory=GatedConfig)
+    """Gated cross-attention; only with preset "flamingo"."""
 
 
 @dataclass
@@ -167,7 +197,10 @@ class Config:
 Mistake = tuple[tuple[str, ...], str]
 """The dotted keys that are at odds, the one to change first, and what is wrong with them."""
 
+_NULLABLE = ("model.mechanism.visual_source", "model.mechanism.visual_positions")
 _WORDS = {
+    "model.mechanism.visual_source": ("stream", "layerwise"),
+    "model.mechanism.visual_positions": ("sequence", "shared", "unrotated", "none"),
     "model.vision.policy": ("pad", "resize", "crop"),
     "model.dtype": ("float32", "bfloat16"),
     "data.truncation": ("drop", "truncate", "error"),
@@ -179,7 +212,12 @@ _WORDS = {
 # Comparisons are written so that NaN fails them. A null value is not compared.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("0 to 4294967295", lambda v: 0 <= v < 2**32, "seed"),
-    ("0 or more", lambda v: v >= 0, "data.workers data.shuffle_buffer eval.control eval.samples"),
+    (
+        "0 or more",
+        lambda v: v >= 0,
+        "data.workers data.shuffle_buffer eval.control eval.samples model.mechanism.visual_window "
+        "model.mechanism.gated.latents",
+    ),
     ("0 or more", lambda v: 0 <= v < math.inf, "optim.weight_decay"),
     ("0 to 1", lambda v: 0 <= v <= 1, "optim.warmup_ratio"),
     (
@@ -193,7 +231,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: v >= 1,
         "data.pack_tokens data.pack_samples data.max_length data.packing_buffer data.max_image_pixels "
         "data.max_bad_in_a_row optim.max_steps optim.save_every optim.val_every optim.val_batches optim.log_every "
-        "optim.keep eval.batch_size eval.max_new_tokens",
+        "optim.keep eval.batch_size eval.max_new_tokens model.mechanism.gated.every model.mechanism.gated.heads "
+        "model.mechanism.gated.head_size model.mechanism.gated.depth",
     ),
     ("text that is not empty", lambda v: bool(v.strip()), "out resume model.decoder data.train"),
 )
@@ -222,18 +261,26 @@ def check(config: Config) -> list[Mistake]:
         return reduce(getattr, key.split("."), config)
 
     for key, words in _WORDS.items():
-        if value(key) not in words:
+        if value(key) not in words and not (value(key) is None and key in _NULLABLE):
             mistakes.append(((key,), f"found {value(key)!r}, expected {' or '.join(words)}"))
     for expected, holds, keys in _RANGES:
         for key in keys.split():
             if value(key) is not None and not holds(value(key)):
                 mistakes.append(((key,), f"found {value(key)!r}, expected {expected}"))
 
-    layers = config.model.mechanism.dense_layers
-    numbers = isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers)
-    if layers not in (None, "all", "none") and not (numbers and len(set(layers)) == len(layers)):
-        expected = "all, none, null or a list of distinct layer numbers such as [0, 1]"
-        mistakes.append((("model.mechanism.dense_layers",), f"found {layers!r}, expected {expected}"))
+    for key in ("model.mechanism.dense_layers", "model.mechanism.cross_layers"):
+        layers = value(key)
+        numbers = isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers)
+        if layers not in (None, "all", "none") and not (numbers and len(set(layers)) == len(layers)):
+            expected = "all, none, null or a list of distinct layer numbers such as [0, 1]"
+            mistakes.append(((key,), f"found {layers!r}, expected {expected}"))
+    for pair in config.model.mechanism.visual_drop or []:
+        numbers = (
+            isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and isinstance(pair[1], int | float)
+        )
+        if not (numbers and pair[0] >= 0 and 0 < pair[1] < 1):
+            expected = "pairs of a layer number and a share between 0 and 1, such as [[7, 0.25]]"
+            mistakes.append((("model.mechanism.visual_drop",), f"found {pair!r}, expected {expected}"))
     if config.model.vision.encoder == "transformers" and not config.model.vision.path:
         mistakes.append(
             (("model.vision.path", "model.vision.encoder"), "required by model.vision.encoder=transformers")

@@ -27,7 +27,7 @@ def config(parts, *overrides):
 def test_missing_and_foreign_folders_are_named(parts):
     for override, message in [
         ("model.decoder=nowhere/at-all", r"model\.decoder: AutoConfig cannot load 'nowhere/at-all'"),
-        (f"model.decoder={parts / 'encoder'}", r"model\.tokenizer: AutoTokenizer cannot load"),
+        (f"model.decoder={parts / 'encoder'}", r"model\.decoder: this decoder is not supported: model_type"),
         (f"model.tokenizer={parts / 'encoder'}", r"model\.tokenizer: AutoTokenizer cannot load"),
         ("model.vision.path=nowhere/at-all", r"model\.vision\.path: AutoConfig cannot load"),
         (f"model.vision.path={parts / 'decoder'}", r"is a 'llama', expected one of"),

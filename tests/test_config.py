@@ -415,7 +415,7 @@ def test_checks_of_names(write):
         "model.vision.encoder",
         "trainer.device",
     ]
-    assert "ee_mllm or llava" in lines[0] and "reference" in lines[1] and "vicuna_v1" in lines[2]
+    assert "ee_mllm or ee_mllm_f or flamingo" in lines[0] and "reference" in lines[1] and "vicuna_v1" in lines[2]
     assert "transformers" in lines[3] and "did you mean devices?" in lines[4]
     assert lines[-1] == "seed: found 0, and 0.001"
 

@@ -63,14 +63,14 @@ def model(
     config = EEMLLMConfig(
         text_config=DECODERS[decoder],
         vision={"encoder": "transformers", "config": tower.to_config()},
-        mechanism=(PRESETS[mechanism] if isinstance(mechanism, str) else mechanism).to_dict(),
+        mechanism=(PRESETS[mechanism].stretched(3) if isinstance(mechanism, str) else mechanism).to_dict(),
         image_token_id=VOCAB,
     )
     result = EEMLLM(config, vision=tower).eval()
     with torch.no_grad():  # random norms and biases: nothing may hide behind ones and zeros
         for name, parameter in result.named_parameters():
-            if name.startswith("language_model") and (parameter.ndim == 1):
-                parameter.add_(0.2 * torch.randn_like(parameter))
+            if (name.startswith("language_model") and parameter.ndim == 1) or name.endswith("_gate"):
+                parameter.add_(0.2 * torch.randn_like(parameter) + 0.5 * name.endswith("_gate"))
     result.set_attention("reference")
     return result
 
@@ -92,6 +92,20 @@ def pack(documents: list[list[int]], seed: int = 0) -> PackedBatch:
         layout=layout,
         keys=[str(i) for i in range(len(documents))],
     )
+
+
+def prompt(model, documents, seed=3):
+    """Left-padded ids of documents (run lengths, 0 an image) and their images."""
+    batches = [pack([doc], seed + i) for i, doc in enumerate(documents)]
+    image = model.config.image_token_id
+    ids = [b.input_ids.index_fill(0, b.layout.visual_index, image) for b in batches]
+    longest = max(map(len, ids))
+    pixels = [b.pixel_values for b in batches if b.pixel_values is not None]
+    return {
+        "input_ids": torch.stack([torch.nn.functional.pad(x, (longest - len(x), 0)) for x in ids]),
+        "attention_mask": torch.stack([(torch.arange(longest) >= longest - len(x)).long() for x in ids]),
+        **({"pixel_values": torch.cat(pixels)} if pixels else {}),
+    }
 
 
 def max_error(found: torch.Tensor, true: torch.Tensor) -> float:

@@ -27,7 +27,6 @@ from ..errors import CheckpointError, SampleError, UserError
 from ..estimate import prefill_flops
 from ..images import open_image
 from ..layout import PackedBatch
-from ..mechanisms import Mechanism
 from ..model.build import build
 from ..training.checkpoint import load_weights, newest_checkpoint, read_checkpoint
 from ..training.module import LitEEMLLM, compute_dtype
@@ -217,8 +216,8 @@ def score(
         }
 
     lengths = [prompt_length(model, processor, question) for question in questions[:: max(1, len(questions) // 500)]]
-    mechanism, decoder = Mechanism.from_dict(model.config.mechanism), model.config.text_config
-    flops = [prefill_flops(mechanism, decoder, text, visual) for text, visual in lengths]
+    decoder, width = model.config.text_config, model.vision.hidden_size
+    flops = [prefill_flops(model.mechanism, decoder, text, visual, vision_width=width) for text, visual in lengths]
     return {
         "types": types,
         "average": sum(match.compute().item() for match in matches.values()) / len(matches),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ..chat import IMAGE
 from ..errors import ConfigError
 from ..mechanisms import build_mechanism
+from .decoder import check_decoder
 from .modeling import EEMLLM
 from .pretrained import load_pretrained
 from .processor import Processor
@@ -36,12 +38,10 @@ def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
 
 def build(config: ModelConfig) -> tuple[EEMLLM, Processor]:
     """Load decoder, encoder and tokenizer and join them. Seed torch before: the projector is fresh."""
-    switches = config.mechanism.aligner
-    mechanism = build_mechanism(
-        config.mechanism.preset,
-        config.mechanism.dense_layers,
-        {"value": switches.value, "output": switches.output, "ffn": switches.ffn},
-    )
+    text_config = load_pretrained(AutoConfig, config.decoder, "model.decoder")
+    check_decoder(text_config)
+    overrides = asdict(config.mechanism)
+    mechanism = build_mechanism(overrides.pop("preset"), text_config.num_hidden_layers, overrides)
     processor, vision = build_processor(config)
     model = EEMLLM.from_parts(config.decoder, config.vision.encoder, vision, mechanism, processor.image_token_id)
     known = model.config.text_config.vocab_size

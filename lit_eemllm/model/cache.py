@@ -1,67 +1,174 @@
-"""Between the packed stream and transformers' key/value cache, which is left-padded like the ids of `generate`."""
+"""Between the packed stream and transformers' key/value cache, which is left-padded like the ids of `generate`.
+
+A layer caches the keys that its text sees: all columns, or the text columns alone where a mechanism hides the image. Each
+such *view* of the columns has its own left-padded grid, so layers of one cache differ in length.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import DynamicCache
 
 from ..layout import Run, SequenceLayout
 
 
-class PaddedCache:
-    """Scatters packed rows into the padded grid of a transformers cache and back, for one forward pass.
+class StreamCache(DynamicCache):
+    """transformers' cache, and what must be remembered of the columns beside keys and values.
 
-    Args:
-        cache: the cache to append to.
-        ids_BL: the new ids of this pass.
-        mask_BL: [B, past + L], 1 where a token is real.
+    Attributes:
+        columns: columns of ids so far; layers may hold fewer.
+        masks: per view, [B, width]: which of its columns are real.
+        next_position_B: the position of the next token of each sequence.
+        media: per gated layer, keys and values of the images that new text sees [B, heads, R, H], with their mask [B, R].
     """
 
-    def __init__(self, cache: Cache, ids_BL: Tensor, mask_BL: Tensor) -> None:
-        self.cache = cache
-        self.past = mask_BL.shape[1] - ids_BL.shape[1]
-        self.shape = ids_BL.shape
-        self.slots_S = mask_BL[:, self.past :].flatten().nonzero().flatten()
-        columns = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-        self.mask_BQL = mask_BL.bool()[:, None] & (columns[None, :] <= columns[self.past :, None])
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = 0
+        self.masks: dict[str, Tensor] = {}
+        self.next_position_B: Tensor | None = None
+        self.media: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.masks = {view: function(mask) for view, mask in self.masks.items()}
+        self.media = {layer: (function(k), function(v), function(mask)) for layer, (k, v, mask) in self.media.items()}
+        if self.next_position_B is not None:
+            self.next_position_B = function(self.next_position_B)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map(lambda x: x[indices])
+
+    def crop(self, max_length: int) -> None:
+        raise NotImplementedError("layers of this cache differ in length: it cannot be cut back (assisted generation)")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the rows of a view lie among the new columns of its padded grid, and what those see.
+
+    Attributes:
+        slots_R: row of the view -> place in [B * W].
+        shape: B, W.
+        mask_BQL: [B, W, past + W], True where a new column sees a column.
+    """
+
+    slots_R: Tensor
+    shape: tuple[int, int]
+    mask_BQL: Tensor
 
     def pad(self, x_RNH: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Rows of the stream (all, or the given ones) in the grid, [B, N, L, H], zeros elsewhere."""
-        slots = self.slots_S if rows is None else self.slots_S[rows]
-        grid = x_RNH.new_zeros(self.shape.numel(), *x_RNH.shape[1:]).index_copy(0, slots, x_RNH)
+        """Rows of the view (all, or the given ones) in the grid, [B, N, W, H], zeros elsewhere."""
+        slots = self.slots_R if rows is None else self.slots_R[rows]
+        batch, width = self.shape
+        grid = x_RNH.new_zeros(batch * width, *x_RNH.shape[1:]).index_copy(0, slots, x_RNH)
         return grid.unflatten(0, self.shape).transpose(1, 2)
 
-    def unpad(self, x_BNLH: Tensor, rows: Tensor | None = None) -> Tensor:
+    def unpad(self, x_BNWH: Tensor, rows: Tensor | None = None) -> Tensor:
         """The inverse of `pad`."""
-        slots = self.slots_S if rows is None else self.slots_S[rows]
-        return x_BNLH.transpose(1, 2).flatten(0, 1)[slots]
-
-    def update(self, k_SKH: Tensor, v_SKH: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append this pass's keys and values; returns all of the layer's, [B, K, past + L, H]."""
-        return self.cache.update(self.pad(k_SKH), self.pad(v_SKH), layer)
+        slots = self.slots_R if rows is None else self.slots_R[rows]
+        return x_BNWH.transpose(1, 2).flatten(0, 1)[slots]
 
 
-def layout_of_padded(ids_BL: Tensor, mask_BL: Tensor, image_token_id: int) -> SequenceLayout:
-    """The layout of left-padded ids, in which each image is a run of its token repeated.
+class CachedPass:
+    """One forward pass over new left-padded ids, appended to a cache (or to none: only the grid of the ids is used).
+
+    Args:
+        cache: the cache to append to, or None.
+        mask_BL: [B, L], 1 where a new token is real.
+    """
+
+    def __init__(self, cache: StreamCache | None, mask_BL: Tensor) -> None:
+        self.cache = cache
+        self.past = cache.columns if cache is not None else 0
+        self._mask_BL = mask_BL
+        self._grids: dict[str, Grid] = {}
+        if cache is not None:
+            cache.columns += mask_BL.shape[1]
+
+    def grid(self, view: str, lengths: list[int]) -> Grid:
+        """The grid of a view.
+
+        Args:
+            view: its name; ``all`` takes the columns of the ids.
+            lengths: rows of the view in each sequence; empty when they are one each, or all columns of the ids.
+        """
+        if view not in self._grids:
+            new_BW = self._mask_BL.bool()
+            if lengths:
+                columns = torch.arange(max(lengths), device=new_BW.device)
+                new_BW = columns >= max(lengths) - torch.tensor(lengths, device=new_BW.device)[:, None]
+            slots_R = (
+                torch.arange(len(new_BW), device=new_BW.device)  # one new token each: no need to ask the device
+                if new_BW.shape[1] == 1 and self.past
+                else new_BW.flatten().nonzero().flatten()
+            )
+            real_BL = new_BW
+            if self.cache is not None:
+                past = self.cache.masks.get(view)
+                real_BL = self.cache.masks[view] = new_BW if past is None else torch.cat([past, new_BW], dim=1)
+            column_L = torch.arange(real_BL.shape[1], device=real_BL.device)
+            sees_QL = column_L <= column_L[real_BL.shape[1] - new_BW.shape[1] :, None]
+            self._grids[view] = Grid(slots_R, tuple(new_BW.shape), real_BL[:, None] & sees_QL)
+        return self._grids[view]
+
+
+def layout_of_padded(ids_BL: Tensor, mask_BL: Tensor, image_token_id: int, one_each: bool) -> SequenceLayout:
+    """The layout of left-padded ids, in which each image is a run of its token repeated; positions count from 0.
 
     Args:
         ids_BL: the new ids.
-        mask_BL: [B, past + L]. With a past, positions go on from it and `documents` stays empty: the padded cache
-            attends by its mask.
+        mask_BL: [B, L], 1 where one is real.
+        one_each: every sequence has one new token of text: nothing has to be read from the device.
     """
-    past = mask_BL.shape[1] - ids_BL.shape[1]
-    valid_BL = mask_BL[:, past:].bool()
+    if one_each:
+        rows = torch.arange(len(ids_BL), device=ids_BL.device)
+        return SequenceLayout(((Run(False, 1),),) * len(ids_BL), rows, rows[:0], rows, torch.zeros_like(rows))
     visual_BL = ids_BL == image_token_id
-    if not past:
-        rows = zip(visual_BL.tolist(), valid_BL.tolist(), strict=True)  # lengths are needed on the CPU, once per prompt
-        kept = [[visual for visual, valid in zip(*row, strict=True) if valid] for row in rows]
-        return SequenceLayout.of([[Run(k, len(list(run))) for k, run in groupby(doc)] for doc in kept]).to(
-            ids_BL.device
-        )
-    visual_S = visual_BL[valid_BL]
-    text_index, visual_index = (~visual_S).nonzero().flatten(), visual_S.nonzero().flatten()
-    positions = (mask_BL.cumsum(-1) - 1)[:, past:][valid_BL]
-    return SequenceLayout((), text_index, visual_index, torch.cat([text_index, visual_index]).argsort(), positions)
+    # Lengths are needed on the CPU, once per prompt.
+    pairs = zip(visual_BL.tolist(), mask_BL.bool().tolist(), strict=True)
+    kept = [[visual for visual, valid in zip(*pair, strict=True) if valid] for pair in pairs]
+    documents = [[Run(kind, len(list(run))) for kind, run in groupby(doc)] for doc in kept]
+    return SequenceLayout.of(documents).to(ids_BL.device)
+
+
+def continue_positions(layout: SequenceLayout, cache: StreamCache, image_takes: int | None) -> SequenceLayout:
+    """The layout at the positions after those in the cache, where the next pass will go on in turn.
+
+    Args:
+        layout: the new tokens, at positions from 0.
+        cache: with a sequence for each document.
+        image_takes: positions taken by an image; None = one for each of its tokens.
+    """
+    taken = [
+        sum(image_takes if run.visual and image_takes is not None else run.length for run in document)
+        for document in layout.documents
+    ]
+    before_B = cache.next_position_B
+    if before_B is None:
+        cache.next_position_B = torch.tensor(taken, device=layout.positions.device)
+        return layout
+    if layout.num_tokens == len(layout.documents):  # one new token each: nothing to copy to the device
+        cache.next_position_B = before_B + 1
+        return replace(layout, positions=layout.positions + before_B)
+    lengths = torch.tensor(
+        [sum(run.length for run in document) for document in layout.documents], device=before_B.device
+    )
+    cache.next_position_B = before_B + torch.tensor(taken, device=before_B.device)
+    return replace(layout, positions=layout.positions + before_B.repeat_interleave(lengths))

@@ -7,7 +7,9 @@ linears and hooks keep working. Legend of shapes in `lit_eemllm.layout`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,8 @@ from transformers.models.llama.modeling_llama import rotate_half
 from ..attention import AttentionBackend
 from ..errors import ConfigError
 from ..layout import SequenceLayout, Visibility
-from ..mechanisms import Mechanism
-from .cache import PaddedCache
+from ..mechanisms import NO_ALIGNER, Mechanism
+from .cache import CachedPass
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Decoder families (`model_type`) proved equal to transformers' own model in tests/test_model.py."""
@@ -47,33 +49,104 @@ def check_decoder(config: PretrainedConfig) -> None:
         )
 
 
+@dataclass(frozen=True)
+class View:
+    """The rows of the stream that some layers use: ``all``, ``text`` alone, or the ``images`` alone.
+
+    Attributes:
+        layout: theirs.
+        rows: which rows of the stream they are; None = all.
+        angles: cos and sin of their rotary positions, [rows, 1, H].
+    """
+
+    name: str
+    layout: SequenceLayout
+    rows: Tensor | None
+    angles: tuple[Tensor, Tensor]
+
+    def of(self, x_SKH: Tensor) -> Tensor:
+        """These rows of a tensor in stream order."""
+        return x_SKH if self.rows is None else x_SKH.index_select(0, self.rows)
+
+
+VisualStates = Callable[[int], Tensor]
+"""Layer -> the visual states that enter it, [V, h]."""
+
+VisualKeys = list[tuple[Tensor, Tensor] | None]
+"""Per layer, keys before rotation and values of all visual tokens, [V, K, H] each; None where text does not see them."""
+
+
 @dataclass
 class StreamContext:
-    """What every layer of one forward pass shares: positions, the backend with its plans, and the cache if any."""
+    """What every layer of one forward pass shares.
+
+    Attributes:
+        layout: of the whole stream.
+        rotary: cos and sin of all its rows, [S, 1, H].
+        backend: computes attention.
+        text_only: the stream that runs through the layers is text only, since no layer updates visual states.
+        cached: the pass over a padded cache, when generating.
+        states: with a text-only stream, what its text sees of the images, if anything.
+        keys: likewise, already as keys and values; makes any stream text only.
+        plans: the backend's, by view and visibility.
+    """
 
     layout: SequenceLayout
-    rotary: tuple[Tensor, Tensor]  # cos, sin: [S, 1, H]
+    rotary: tuple[Tensor, Tensor]
     backend: AttentionBackend
-    cache: PaddedCache | None = None
-    plans: dict[Visibility, object] = field(default_factory=dict)
+    text_only: bool = False
+    cached: CachedPass | None = None
+    states: VisualStates | None = None
+    keys: VisualKeys | None = None
+    plans: dict[tuple[str, Visibility], object] = field(default_factory=dict)
+    _views: dict[str, View] = field(default_factory=dict)
 
-    def attend(self, layer: int, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, kind: Visibility, scale: float) -> Tensor:
-        """Attention of the query rows over this pass's rows and whatever the cache holds, [Q, N, H]."""
-        q_QNH, k_SKH = q_QNH.to(v_SKH.dtype), k_SKH.to(v_SKH.dtype)  # under autocast, rotary angles are float32
-        if self.cache is not None:
-            k_BKLH, v_BKLH = self.cache.update(k_SKH, v_SKH, layer)
-            if self.cache.past:
-                query_rows = None if kind.visual_queries else self.layout.text_index
-                q_BNQH = self.cache.pad(q_QNH, query_rows)
-                out_BNQH = self.backend.attend_cached(q_BNQH, k_BKLH, v_BKLH, self.cache.mask_BQL, scale)
-                return self.cache.unpad(out_BNQH, query_rows)
-        if kind not in self.plans:
-            self.plans[kind] = self.backend.plan(self.layout, kind)
-        return self.backend.attend(q_QNH, k_SKH, v_SKH, self.plans[kind], scale)
+    @cached_property
+    def prefix_T1(self) -> Tensor:
+        """True for text before the first image of its document."""
+        return self.layout.prefix()[:, None]
+
+    @property
+    def text_stream(self) -> bool:
+        """Visual rows are not among the rows that run through the layers."""
+        return self.text_only or self.keys is not None or not self.layout.num_visual
+
+    def view(self, name: str) -> View:
+        if name not in self._views:
+            layout, rows = self.layout, None
+            if name == "text":
+                layout, rows = layout.text_only(), layout.text_index
+            elif name == "images":
+                layout, rows = layout.images_only(), layout.visual_index
+            cos, sin = (x if rows is None else x[rows] for x in self.rotary)
+            self._views[name] = View(name, layout, rows, (cos, sin))
+        return self._views[name]
+
+    def attend(
+        self, layer: int, q_QNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, view: View, kind: Visibility, scale: float
+    ) -> Tensor:
+        """Attention of a view's query rows over its rows and whatever the cache holds of them, [Q, N, H]."""
+        q_QNH, k_RKH = q_QNH.to(v_RKH.dtype), k_RKH.to(v_RKH.dtype)  # under autocast, rotary angles are float32
+        if self.cached is not None and self.cached.cache is not None and view.name != "images":
+            grid = self.cached.grid(view.name, self._lengths(view))
+            k_BKLH, v_BKLH = self.cached.cache.update(grid.pad(k_RKH), grid.pad(v_RKH), layer)
+            if self.cached.past:
+                query_rows = None if kind.visual_queries or len(q_QNH) == len(k_RKH) else view.layout.text_index
+                q_BNQH = grid.pad(q_QNH, query_rows)
+                return grid.unpad(self.backend.attend_cached(q_BNQH, k_BKLH, v_BKLH, grid.mask_BQL, scale), query_rows)
+        key = (view.name, kind)
+        if key not in self.plans:
+            self.plans[key] = self.backend.plan(view.layout, kind)
+        return self.backend.attend(q_QNH, k_RKH, v_RKH, self.plans[key], scale)
+
+    def _lengths(self, view: View) -> list[int]:
+        """Rows of each sequence in a grid of its own; the columns of the ids serve while nothing is left out of them."""
+        return self.layout.text_lengths if view.name == "text" and self.layout.num_visual else []
 
 
-def rotate(x_QNH: Tensor, cos_Q1H: Tensor, sin_Q1H: Tensor) -> Tensor:
+def rotate(x_QNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding of queries or keys, as in transformers' Llama."""
+    cos_Q1H, sin_Q1H = angles
     return x_QNH * cos_Q1H + rotate_half(x_QNH) * sin_Q1H
 
 
@@ -98,56 +171,103 @@ class DecoderLayer(nn.Module):
 
     def set_mechanism(self, mechanism: Mechanism) -> None:
         """Switch the treatment of visual rows; no weight changes. Raises ConfigError if this decoder does not allow it."""
-        self.visibility = Visibility(False) if self.last else mechanism.visibility(self.index)
-        self.aligner = mechanism.aligner
+        self.dense = mechanism.is_dense(self.index) and not self.last
+        self.view = "all" if mechanism.sees_images(self.index) else "text"
+        self.aligner = NO_ALIGNER if self.last else mechanism.aligner
+        self.window = 0 if self.last else mechanism.visual_window
+        self.unrotated = mechanism.visual_positions == "unrotated"
+        self.freeze_prefix = mechanism.freeze_prefix
         config = self.self_attn.config
         width, hidden = config.num_attention_heads * self.self_attn.head_dim, config.hidden_size
-        if self._aligns and self.aligner.value != self.aligner.output and width != hidden:
+        if not self.dense and self.aligner.value != self.aligner.output and width != hidden:
             raise ConfigError(
                 f"model.mechanism.aligner: value={self.aligner.value} with output={self.aligner.output} needs heads x head "
                 f"size = hidden size, this decoder has {width} and {hidden}; switch both on or both off"
             )
 
-    @property
-    def _aligns(self) -> bool:
-        return not self.last and not self.visibility.visual_queries
+    def forward(self, x_Rh: Tensor, context: StreamContext) -> Tensor:
+        """The updated rows: text rows where those are the stream, [T, h], else all, [S, h]; of the last layer text rows."""
+        if context.text_stream:
+            return self._forward_text(x_Rh, context)
+        return self._forward_dense(x_Rh, context) if self.dense else self._forward_composite(x_Rh, context)
 
-    def forward(self, x_Sh: Tensor, context: StreamContext) -> Tensor:
-        """The updated stream [S, h]; of the last layer its text rows only, [T, h]."""
-        layout, attn = context.layout, self.self_attn
-        all_query = self.visibility.visual_queries or not layout.num_visual
-        rows_Q = slice(None) if all_query else layout.text_index
-
-        normed_Sh = self.input_layernorm(x_Sh)
-        q_QNH = attn.q_proj(normed_Sh[rows_Q]).unflatten(-1, (-1, attn.head_dim))
-        k_SKH = attn.k_proj(normed_Sh).unflatten(-1, (-1, attn.head_dim))
-        v_SKH = attn.v_proj(normed_Sh).unflatten(-1, (-1, attn.head_dim))
+    def _project(self, query_Qh: Tensor, normed_Rh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, not rotated yet."""
+        attn = self.self_attn
+        q_QNH = attn.q_proj(query_Qh).unflatten(-1, (-1, attn.head_dim))
+        k_RKH = attn.k_proj(normed_Rh).unflatten(-1, (-1, attn.head_dim))
+        v_RKH = attn.v_proj(normed_Rh).unflatten(-1, (-1, attn.head_dim))
         if hasattr(attn, "q_norm"):  # Qwen3 normalises each head before rotating it
-            q_QNH, k_SKH = attn.q_norm(q_QNH), attn.k_norm(k_SKH)
-        cos_S1H, sin_S1H = context.rotary
-        q_QNH = rotate(q_QNH, cos_S1H[rows_Q], sin_S1H[rows_Q])
-        k_SKH = rotate(k_SKH, cos_S1H, sin_S1H)
-        mixed_Qw = context.attend(self.index, q_QNH, k_SKH, v_SKH, self.visibility, attn.scaling).flatten(-2)
+            q_QNH, k_RKH = attn.q_norm(q_QNH), attn.k_norm(k_RKH)
+        return q_QNH, k_RKH, v_RKH
 
-        if self._aligns and layout.num_visual:
-            return self._forward_aligned(x_Sh, normed_Sh, v_SKH, mixed_Qw, layout)
-        x_Qh = x_Sh[rows_Q] + attn.o_proj(mixed_Qw)
-        return x_Qh + self.mlp(self.post_attention_layernorm(x_Qh))
+    def _attend_text(self, q_TNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, view: View, context: StreamContext) -> Tensor:
+        """Text queries over a view, before rotation, to what W_o takes, [T, N x H]."""
+        turned_TNH, turned_RKH = rotate(q_TNH, context.view("text").angles), rotate(k_RKH, view.angles)
+        if self.unrotated:  # text scores visual keys without rotation on either: twice the head size holds both
+            visual_R11 = torch.zeros_like(k_RKH[:, :1, :1], dtype=torch.bool)
+            visual_R11[view.layout.visual_index] = True
+            none = torch.zeros_like(k_RKH)
+            turned_TNH = torch.cat([turned_TNH, q_TNH], dim=-1)
+            turned_RKH = torch.where(visual_R11, torch.cat([none, k_RKH], -1), torch.cat([turned_RKH, none], -1))
+        mixed_TNH = context.attend(
+            self.index, turned_TNH, turned_RKH, v_RKH, view, Visibility(False), self.self_attn.scaling
+        )
+        mixed_Tw = mixed_TNH.flatten(-2)
+        return mixed_Tw.masked_fill(context.prefix_T1, 0.0) if self.freeze_prefix else mixed_Tw
 
-    def _forward_aligned(
-        self, x_Sh: Tensor, normed_Sh: Tensor, v_SKH: Tensor, mixed_Tw: Tensor, layout: SequenceLayout
-    ) -> Tensor:
+    def _forward_text(self, x_Th: Tensor, context: StreamContext) -> Tensor:
+        """Text is the stream; what it sees of the images, if anything, comes from the context."""
+        view, visual = context.view(self.view), context.layout.num_visual and self.view == "all"
+        rows_Rh = x_Th
+        if visual and context.states is not None:
+            rows_Rh = torch.cat([x_Th, context.states(self.index).to(x_Th.dtype)])
+        normed_Rh = self.input_layernorm(rows_Rh)
+        q_TNH, k_RKH, v_RKH = self._project(normed_Rh[: len(x_Th)], normed_Rh)
+        if visual:
+            if context.keys is not None:
+                supplied = context.keys[self.index]
+                assert supplied is not None
+                k_RKH, v_RKH = (torch.cat(pair) for pair in zip((k_RKH, v_RKH), supplied, strict=True))
+            k_RKH, v_RKH = (x.index_select(0, context.layout.merge_index) for x in (k_RKH, v_RKH))
+        x_Th = x_Th + self.self_attn.o_proj(self._attend_text(q_TNH, k_RKH, v_RKH, view, context))
+        return x_Th + self.mlp(self.post_attention_layernorm(x_Th))
+
+    def _forward_dense(self, x_Sh: Tensor, context: StreamContext) -> Tensor:
+        """All rows alike, as in the pretrained model."""
+        attn, view = self.self_attn, context.view("all")
+        normed_Sh = self.input_layernorm(x_Sh)
+        q_SNH, k_SKH, v_SKH = self._project(normed_Sh, normed_Sh)
+        q_SNH, k_SKH = rotate(q_SNH, view.angles), rotate(k_SKH, view.angles)
+        mixed_SNH = context.attend(self.index, q_SNH, k_SKH, v_SKH, view, Visibility(True), attn.scaling)
+        x_Sh = x_Sh + attn.o_proj(mixed_SNH.flatten(-2))
+        return x_Sh + self.mlp(self.post_attention_layernorm(x_Sh))
+
+    def _forward_composite(self, x_Sh: Tensor, context: StreamContext) -> Tensor:
         """Text rows take their attention, visual rows the aligner's path; one matrix product where weights are shared."""
-        attn, aligner = self.self_attn, self.aligner
-        text_Th, visual_Vh = x_Sh[layout.text_index], x_Sh[layout.visual_index]
-        if aligner.value:  # under grouped queries a value head serves several heads of W_o
+        attn, aligner, layout = self.self_attn, self.aligner, context.layout
+        view = context.view(self.view)
+        normed_Sh = self.input_layernorm(x_Sh)
+        queries_Qh = normed_Sh if self.window else normed_Sh[layout.text_index]
+        q_QNH, k_SKH, v_SKH = self._project(queries_Qh, normed_Sh)
+        q_TNH = q_QNH[layout.text_index] if self.window else q_QNH
+        mixed_Tw = self._attend_text(q_TNH, view.of(k_SKH), view.of(v_SKH), view, context)
+        text_Th = x_Sh[layout.text_index]
+        if self.last:
+            text_Th = text_Th + attn.o_proj(mixed_Tw)
+            return text_Th + self.mlp(self.post_attention_layernorm(text_Th))
+
+        visual_Vh = x_Sh[layout.visual_index]
+        if self.window:
+            path_Vw = self._attend_locally(q_QNH, k_SKH, v_SKH, context)
+        elif aligner.value:  # under grouped queries a value head serves several heads of W_o
             groups = mixed_Tw.shape[-1] // v_SKH[0].numel()
             path_Vw = v_SKH[layout.visual_index].repeat_interleave(groups, dim=1).flatten(-2)
         else:
             path_Vw = normed_Sh[layout.visual_index]
 
         if aligner.output:
-            update_Sh = attn.o_proj(torch.cat([mixed_Tw, path_Vw]))
+            update_Sh = attn.o_proj(torch.cat([mixed_Tw, path_Vw.to(mixed_Tw.dtype)]))
             text_Th, visual_Vh = text_Th + update_Sh[: len(text_Th)], visual_Vh + update_Sh[len(text_Th) :]
         else:
             text_Th = text_Th + attn.o_proj(mixed_Tw)
@@ -159,15 +279,18 @@ class DecoderLayer(nn.Module):
         text_Th = text_Th + self.mlp(self.post_attention_layernorm(text_Th))
         return layout.merge(text_Th, visual_Vh)
 
+    def _attend_locally(self, q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, context: StreamContext) -> Tensor:
+        """Visual tokens over a window of their own image, [V, N x H]: with a window of 0 the values themselves."""
+        view = context.view("images")
+        q_VNH, k_VKH = rotate(view.of(q_SNH), view.angles), rotate(view.of(k_SKH), view.angles)
+        kind, scale = Visibility(True, window=self.window), self.self_attn.scaling
+        return context.attend(self.index, q_VNH, k_VKH, view.of(v_SKH), view, kind, scale).flatten(-2)
+
 
 def adopt_layers(decoder: PreTrainedModel, mechanism: Mechanism) -> None:
     """Replace the layers of a causal LM by `DecoderLayer`s, in place. Raises ConfigError for an unsupported decoder."""
     check_decoder(decoder.config)
     layers = decoder.model.layers
-    if isinstance(mechanism.dense_layers, tuple) and not set(mechanism.dense_layers) <= set(range(len(layers))):
-        raise ConfigError(
-            f"model.mechanism.dense_layers: found {list(mechanism.dense_layers)}, this decoder has layers 0 to {len(layers) - 1}"
-        )
     decoder.model.layers = nn.ModuleList(
         DecoderLayer(layer, index, index == len(layers) - 1, mechanism) for index, layer in enumerate(layers)
     )

@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Cache,
-    DynamicCache,
     GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,11 +22,14 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..attention import AttentionBackend, Choice, resolve_backend
+from ..errors import ConfigError
 from ..layout import PackedBatch, SequenceLayout
 from ..mechanisms import Mechanism
-from .cache import PaddedCache, layout_of_padded
+from ..mechanisms.gated import GatedBlock, Media, Resampler
+from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
 from .decoder import StreamContext, adopt_layers, check_decoder
 from .pretrained import load_pretrained, load_weighted
+from .projector import LayerwiseProjector, Projector
 from .vision import VisionEncoder, get_vision_encoder
 
 
@@ -76,19 +78,6 @@ class EEMLLMConfig(PretrainedConfig):
         return text_config
 
 
-class Projector(nn.Module):
-    """Two linear layers with a GELU between them, from the encoder's width to the decoder's (LLaVA-1.5's connector)."""
-
-    def __init__(self, vision_width: int, hidden: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(vision_width, hidden)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(hidden, hidden)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear_2(self.act(self.linear_1(features)))
-
-
 class EEMLLM(PreTrainedModel, GenerationMixin):
     """A multimodal LLM whose treatment of visual tokens is a `Mechanism`.
 
@@ -112,18 +101,40 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         encoder = get_vision_encoder(config.vision["encoder"])
         self.vision = vision or encoder.from_config(config.vision["config"])
         self.language_model = decoder or AutoModelForCausalLM.from_config(config.text_config)
-        self.projector = Projector(self.vision.hidden_size, config.text_config.hidden_size)
-        adopt_layers(self.language_model, Mechanism.from_dict(config.mechanism))
+        self.mechanism = Mechanism.from_dict(config.mechanism)
+        self._refuse(self.mechanism.problems(config.text_config.num_hidden_layers))
+        adopt_layers(self.language_model, self.mechanism)
+        self._connect()
         self._backend: AttentionBackend | None = None
         self.post_init()
 
+    def _connect(self) -> None:
+        """Make the modules that the mechanism puts between encoder and decoder."""
+        width, decoder, gated = self.vision.hidden_size, self.config.text_config, self.mechanism.gated
+        self.projector: nn.Module = Projector(width, decoder.hidden_size)
+        if self.mechanism.visual_source == "layerwise":
+            self.projector = LayerwiseProjector(width, decoder.hidden_size, decoder.num_hidden_layers)
+        elif gated is not None and gated.latents:
+            self.projector = Resampler(width, gated)
+        self.gated = nn.ModuleDict()
+        if gated is not None:
+            media_width = width if gated.latents else decoder.hidden_size
+            for layer in range(0, decoder.num_hidden_layers, gated.every):
+                self.gated[str(layer)] = GatedBlock(decoder.hidden_size, media_width, gated)
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Only the projector is ours to initialise; transformers' own parts do it themselves, and an encoder that is no
+        """Only what connects is ours to initialise; transformers' own parts do it themselves, and an encoder that is no
         transformers model comes with its weights. Torch's default, as LLaVA: biases of zero would keep a visual token
         whose features are zero at zero in every layer, with gradients that explode in the norms."""
-        if isinstance(module, Projector):
-            module.linear_1.reset_parameters()
-            module.linear_2.reset_parameters()
+        if isinstance(module, Projector | Resampler | GatedBlock):
+            for part in module.modules():
+                if isinstance(part, nn.Linear | nn.LayerNorm):
+                    part.reset_parameters()
+        if isinstance(module, Resampler):
+            nn.init.normal_(module.latents)
+        if isinstance(module, GatedBlock):
+            nn.init.zeros_(module.attention_gate)
+            nn.init.zeros_(module.ffn_gate)
 
     @classmethod
     def from_parts(
@@ -149,9 +160,20 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         )
         return cls(config, language_model, vision)
 
+    @staticmethod
+    def _refuse(problems: list[tuple[str, str]]) -> None:
+        if problems:
+            raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
+
     # --- switches, neither of which touches a weight ---
 
     def set_mechanism(self, mechanism: Mechanism) -> None:
+        """Raises ConfigError if the mechanism contradicts itself or needs other modules than this model has."""
+        problems = mechanism.problems(self.config.text_config.num_hidden_layers)
+        if (mechanism.visual_source, mechanism.gated) != (self.mechanism.visual_source, self.mechanism.gated):
+            problems.append(("preset", "this mechanism has modules that the model lacks; see `lit-eemllm convert`"))
+        self._refuse(problems)
+        self.mechanism = mechanism
         for layer in self.language_model.model.layers:
             layer.set_mechanism(mechanism)
         self.config.mechanism = mechanism.to_dict()
@@ -184,33 +206,85 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
     # --- the packed stream ---
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """[I, 3, height, width] to projected visual tokens of all images in order, [V, h]."""
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """[I, 3, height, width] to the encoder's features of all images in a row, [V, vision width]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
             features = self.vision(pixels.to(next(self.vision.parameters()).dtype))
-        return self.projector(features.to(self.projector.linear_1.weight.dtype)).flatten(0, 1)
+        return features.to(next(self.projector.parameters()).dtype).flatten(0, 1)
 
     def _text_states(
-        self, input_ids: Tensor, pixels: Tensor | None, layout: SequenceLayout, cache: PaddedCache | None = None
+        self, input_ids: Tensor, pixels: Tensor | None, layout: SequenceLayout, cached: CachedPass | None = None
     ) -> Tensor:
         """Ids [S] (not read in visual rows) to the normalised last states of the text rows, [T, h]."""
-        decoder = self.language_model.model
-        text_Th = decoder.embed_tokens(input_ids[layout.text_index])
-        if pixels is None:  # no rows, but in the graph: a text-only pack must not leave the projector without gradient
-            visual_Vh = self.projector(self.projector.linear_1.weight.new_zeros(0, self.vision.hidden_size))
+        decoder, mechanism = self.language_model.model, self.mechanism
+        image_takes = {"shared": 1, "none": 0}.get(mechanism.visual_positions)
+        if image_takes is not None:
+            layout = layout.with_image_positions(image_takes)
+        if cached is not None and cached.cache is not None:
+            layout = continue_positions(layout, cached.cache, image_takes)
+
+        x_Rh = decoder.embed_tokens(input_ids[layout.text_index])
+        cos_1SH, sin_1SH = decoder.rotary_emb(x_Rh, layout.positions[None])
+        rotary = (cos_1SH[0, :, None], sin_1SH[0, :, None])
+        context = StreamContext(layout, rotary, self.backend, mechanism.constant, cached)
+        features_Vd = self._checked_features(pixels, layout)
+        media = None
+        if mechanism.gated is not None:
+            media = self._media(features_Vd, layout, cached)
+        elif mechanism.visual_source == "layerwise" and layout.num_visual:
+            context.states = lambda layer: self.projector(features_Vd, layer)
+        elif mechanism.visual_source == "layerwise":
+            nothing = [self.projector(features_Vd, layer) for layer in range(len(decoder.layers))]
+            x_Rh = torch.cat([x_Rh, *nothing])
         else:
-            visual_Vh = self.encode_images(pixels)
-        if len(visual_Vh) != layout.num_visual:
+            visual_Vh = self.projector(features_Vd).to(x_Rh.dtype)
+            if mechanism.constant and layout.num_visual:
+                context.states = lambda layer: visual_Vh
+            else:
+                x_Rh = layout.merge(x_Rh, visual_Vh)
+        for layer in decoder.layers:
+            if media is not None and str(layer.index) in self.gated:
+                x_Rh = self._cross(layer.index, x_Rh, media, cached)
+            x_Rh = layer(x_Rh, context)
+        return decoder.norm(x_Rh)
+
+    def _checked_features(self, pixels: Tensor | None, layout: SequenceLayout) -> Tensor:
+        """Features of the images; no rows, but in the graph, if there are none: no pack may leave a weight without
+        gradient."""
+        if pixels is None:
+            features_Vd = next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
+        else:
+            features_Vd = self.image_features(pixels)
+        if len(features_Vd) != layout.num_visual:
             images = 0 if pixels is None else len(pixels)
             raise ValueError(
-                f"{images} images give {len(visual_Vh)} visual tokens, but the ids hold {layout.num_visual} image tokens"
+                f"{images} images give {len(features_Vd)} visual tokens, but the ids hold {layout.num_visual} image tokens"
             )
-        x_Sh = layout.merge(text_Th, visual_Vh.to(text_Th.dtype))
-        cos_1SH, sin_1SH = decoder.rotary_emb(x_Sh, layout.positions[None])
-        context = StreamContext(layout, (cos_1SH[0, :, None], sin_1SH[0, :, None]), self.backend, cache)
-        for layer in decoder.layers:
-            x_Sh = layer(x_Sh, context)
-        return decoder.norm(x_Sh)
+        return features_Vd
+
+    def _media(self, features_Vd: Tensor, layout: SequenceLayout, cached: CachedPass | None) -> Media:
+        """What gated cross-attention reads."""
+        gated = self.mechanism.gated
+        assert gated is not None
+        cache = cached.cache if cached is not None else None
+        if cached is not None and cached.past and layout.num_visual:
+            raise ValueError("gated cross-attention takes all images of a conversation in one pass, not after a cache")
+        lengths = layout.image_lengths
+        if gated.latents:
+            tokens_Md, lengths = self.projector(features_Vd, lengths), [gated.latents] * len(lengths)
+        else:
+            tokens_Md = self.projector(features_Vd)
+        return Media.of(layout, tokens_Md, lengths, gated.immediate, cache is not None)
+
+    def _cross(self, layer: int, x_Th: Tensor, media: Media, cached: CachedPass | None) -> Tensor:
+        block = self.gated[str(layer)]
+        cache = cached.cache if cached is not None else None
+        if cache is not None and layer in cache.media:
+            return block.decode(x_Th, *cache.media[layer])
+        x_Th, kept = block(x_Th, media)
+        if cache is not None and kept is not None:
+            cache.media[layer] = kept
+        return x_Th
 
     def packed_logits(self, batch: PackedBatch) -> Tensor:
         """Logits at the supervised positions only, [n, vocabulary]."""
@@ -239,23 +313,26 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             input_ids: [B, L], the new ids.
             attention_mask: [B, past + L], 0 at padding.
             pixel_values: [I, 3, height, width], the images of the new ids in order.
-            past_key_values: cache of the earlier ids; appended to.
+            past_key_values: cache of the earlier ids, as this method returned it; appended to.
             logits_to_keep: only the last so many columns; 0 keeps all.
 
         Returns:
             logits [B, kept, vocab_size], zero at padding and at image tokens: nothing is predicted from an image row.
             The image token has the logit -inf.
         """
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if attention_mask is None:
-            attention_mask = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
+        if past_key_values is not None and not isinstance(past_key_values, StreamCache):
+            if past_key_values.get_seq_length():
+                raise ValueError(f"a cache with tokens in it must come from this model, found {type(past_key_values)}")
+            past_key_values, use_cache = None, True  # as `generate` begins; the cache returned is the one to go on with
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
-        layout = layout_of_padded(input_ids, attention_mask, self.config.image_token_id)
-        grid = PaddedCache(past_key_values, input_ids, attention_mask)
-        text_Th = self._text_states(
-            input_ids.flatten()[grid.slots_S], pixel_values, layout, grid if past_key_values is not None else None
-        )
+            past_key_values = StreamCache()
+        past = past_key_values.columns if past_key_values is not None else 0
+        new_BL = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask[:, past:]
+        one_each = past > 0 and input_ids.shape[1] == 1 and pixel_values is None
+        layout = layout_of_padded(input_ids, new_BL, self.config.image_token_id, one_each)
+        cached = CachedPass(past_key_values, new_BL)
+        grid = cached.grid("all", [])
+        text_Th = self._text_states(input_ids.flatten()[grid.slots_R], pixel_values, layout, cached)
         states_BLh = grid.pad(text_Th[:, None], layout.text_index)[:, 0]
         real_BL1 = grid.pad(torch.ones_like(text_Th[:, None, :1]), layout.text_index)[:, 0]
         kept = slice(-logits_to_keep if logits_to_keep else None, None)

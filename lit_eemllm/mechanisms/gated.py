@@ -1,0 +1,207 @@
+"""Gated cross-attention (Flamingo, as in OpenFlamingo): a perceiver resampler and blocks between the decoder's layers.
+
+Gates begin at zero, so the decoder is at first the base LLM; text with no image before it is never touched.
+Legend of shapes in `lit_eemllm.layout`, and G groups of text that see the same images, M media tokens, R a group's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+
+from ..layout import SequenceLayout
+from . import Gated
+
+
+def feed_forward(width: int) -> nn.Sequential:
+    """Norm, four times the width, GELU, back."""
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
+    )
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention without biases or positions from rows of one width over media of another."""
+
+    def __init__(self, width: int, media_width: int, heads: int, head_size: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.q_proj = nn.Linear(width, heads * head_size, bias=False)
+        self.k_proj = nn.Linear(media_width, heads * head_size, bias=False)
+        self.v_proj = nn.Linear(media_width, heads * head_size, bias=False)
+        self.o_proj = nn.Linear(heads * head_size, width, bias=False)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self.q_proj(self.norm(x)).unflatten(-1, (self.heads, -1))
+
+    def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (project(media).unflatten(-1, (self.heads, -1)) for project in (self.k_proj, self.v_proj))
+        return k, v
+
+
+class ResamplerLayer(nn.Module):
+    """Latents read the media and themselves, then pass a feed-forward network."""
+
+    def __init__(self, width: int, config: Gated) -> None:
+        super().__init__()
+        self.media_norm = nn.LayerNorm(width)
+        self.attention = CrossAttention(width, width, config.heads, config.head_size)
+        self.ffn = feed_forward(width)
+
+    def forward(self, x_IRd: Tensor, media_ILd: Tensor, sees_I11L: Tensor) -> Tensor:
+        attention = self.attention
+        media = torch.cat([self.media_norm(media_ILd), attention.norm(x_IRd)], dim=1)
+        q, k, v = (x.transpose(1, 2) for x in (attention.queries(x_IRd), *attention.keys_values(media)))
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=sees_I11L).transpose(1, 2).flatten(-2)
+        x_IRd = x_IRd + attention.o_proj(mixed)
+        return x_IRd + self.ffn(x_IRd)
+
+
+class Resampler(nn.Module):
+    """Perceiver resampler: a fixed number of learned latents reads the features of each image.
+
+    Args:
+        width: of the features and of the latents.
+        config: how many latents, heads and layers.
+    """
+
+    def __init__(self, width: int, config: Gated) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(config.latents, width))
+        self.layers = nn.ModuleList(ResamplerLayer(width, config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features_Vd: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Features of all images in a row, with the length of each, to [images x latents, width]."""
+        images, latents = len(lengths), len(self.latents)
+        features_ILd = pad_sequence(list(features_Vd.split(list(lengths))) or [features_Vd], batch_first=True)[:images]
+        x_IRd = self.latents.expand(images, -1, -1)
+        real_IL = _lengths_mask(lengths, features_ILd.shape[1], features_Vd.device)
+        sees_IL = torch.cat([real_IL, real_IL.new_ones(images, latents)], dim=1)
+        for layer in self.layers:
+            x_IRd = layer(x_IRd, features_ILd, sees_IL[:, None, None])
+        return self.norm(x_IRd).flatten(0, 1)
+
+
+def _lengths_mask(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
+    return torch.arange(longest, device=device) < torch.tensor(lengths, dtype=torch.long, device=device)[:, None]
+
+
+@dataclass(frozen=True)
+class Media:
+    """What text sees of the images, for one forward pass.
+
+    Attributes:
+        tokens_Md: media tokens of all images in a row.
+        rows_n: the text rows with an image before them.
+        slots_n: where they lie in the grid [G, L] of their group.
+        shape: G, L.
+        index_GR: the media tokens that a group sees.
+        mask_GR: which of them are real.
+        last_BR: indices and mask of the media tokens that the text after each document would see, and whether any;
+            None where nothing is cached.
+    """
+
+    tokens_Md: Tensor
+    rows_n: Tensor
+    slots_n: Tensor
+    shape: tuple[int, int]
+    index_GR: Tensor
+    mask_GR: Tensor
+    last_BR: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(
+        cls, layout: SequenceLayout, tokens_Md: Tensor, lengths: Sequence[int], immediate: bool, cached: bool
+    ) -> Media:
+        """
+        Args:
+            layout: documents of text and images.
+            tokens_Md: media tokens of all images in a row.
+            lengths: how many each image has.
+            immediate: text sees the last image before it only.
+            cached: new text will follow.
+        """
+        device = tokens_Md.device
+        starts = [0, *torch.tensor(list(lengths), dtype=torch.long).cumsum(0).tolist()]
+        groups: list[tuple[list[int], list[int]]] = []  # text rows, the images they see
+        last: list[list[int]] = []
+        row = image = 0
+        for document in layout.documents:
+            seen: list[int] = []
+            for run in document:
+                if run.visual:
+                    seen = [image] if immediate else [*seen, image]
+                    image += 1
+                else:
+                    if seen and groups and groups[-1][1] == seen:
+                        groups[-1][0].extend(range(row, row + run.length))
+                    elif seen:
+                        groups.append((list(range(row, row + run.length)), seen))
+                    row += run.length
+            last.append(seen)
+
+        def tokens(images: list[list[int]]) -> tuple[Tensor, Tensor]:
+            rows = [
+                torch.cat([torch.arange(starts[i], starts[i + 1]) for i in each] or [torch.arange(0)])
+                for each in images
+            ]
+            index = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.long)
+            return index.to(device), _lengths_mask([len(r) for r in rows], index.shape[1], device)
+
+        longest = max((len(rows) for rows, _ in groups), default=1)
+        slots = [g * longest + i for g, (rows, _) in enumerate(groups) for i in range(len(rows))]
+        flat = [r for rows, _ in groups for r in rows]
+        rows_n, slots_n = (torch.tensor(x, dtype=torch.long, device=device) for x in (flat, slots))
+        index_GR, mask_GR = tokens([images for _, images in groups])
+        return cls(
+            tokens_Md, rows_n, slots_n, (len(groups), longest), index_GR, mask_GR, tokens(last) if cached else None
+        )
+
+
+class GatedBlock(nn.Module):
+    """Cross-attention and feed-forward network, each behind a tanh gate that begins at zero."""
+
+    def __init__(self, width: int, media_width: int, config: Gated) -> None:
+        super().__init__()
+        self.attention = CrossAttention(width, media_width, config.heads, config.head_size)
+        self.ffn = feed_forward(width)
+        self.attention_gate = nn.Parameter(torch.zeros(()))
+        self.ffn_gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_Th: Tensor, media: Media) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        """Text rows, those with an image before them changed; and what `decode` needs later, if the media keep it."""
+        k_MNH, v_MNH = self.attention.keys_values(media.tokens_Md)
+        x_nh = x_Th.index_select(0, media.rows_n)
+        q_nNH = self.attention.queries(x_nh)
+        groups, longest = media.shape
+        q_GLNH = q_nNH.new_zeros(groups * longest, *q_nNH.shape[1:]).index_copy(0, media.slots_n, q_nNH)
+        q_GNLH = q_GLNH.unflatten(0, media.shape).transpose(1, 2)
+        k_GNRH, v_GNRH = (x[media.index_GR].transpose(1, 2) for x in (k_MNH, v_MNH))
+        mixed = scaled_dot_product_attention(q_GNLH, k_GNRH, v_GNRH, attn_mask=media.mask_GR[:, None, None])
+        mixed_nw = mixed.transpose(1, 2).flatten(0, 1).index_select(0, media.slots_n).flatten(-2)
+        x_Th = x_Th.index_copy(0, media.rows_n, self._update(x_nh, mixed_nw).to(x_Th.dtype))
+        if media.last_BR is None:
+            return x_Th, None
+        index_BR, mask_BR = media.last_BR
+        return x_Th, (k_MNH[index_BR].transpose(1, 2), v_MNH[index_BR].transpose(1, 2), mask_BR)
+
+    def decode(self, x_Bh: Tensor, k_BNRH: Tensor, v_BNRH: Tensor, mask_BR: Tensor) -> Tensor:
+        """One new text row for each sequence, over the media it sees; rows of sequences without any are untouched."""
+        if not mask_BR.shape[1]:
+            return x_Bh
+        some_B1 = mask_BR.any(1, keepdim=True)
+        sees_B11R = (mask_BR | ~some_B1)[:, None, None]  # a row that sees nothing would be not a number
+        q_BN1H = self.attention.queries(x_Bh)[:, :, None]
+        mixed_Bw = scaled_dot_product_attention(q_BN1H, k_BNRH, v_BNRH, attn_mask=sees_B11R).flatten(1)
+        return torch.where(some_B1, self._update(x_Bh, mixed_Bw), x_Bh)
+
+    def _update(self, x_nh: Tensor, mixed_nw: Tensor) -> Tensor:
+        x_nh = x_nh + self.attention_gate.tanh() * self.attention.o_proj(mixed_nw)
+        return x_nh + self.ffn_gate.tanh() * self.ffn(x_nh)

@@ -1,0 +1,320 @@
+"""Every mechanism against a plain implementation written from the equations, one document and one dense matrix at a time."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch.nn.functional import cross_entropy
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from lit_eemllm.errors import ConfigError
+from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Gated, Mechanism, build_mechanism
+
+BOUND = 1e-5  # relative to the largest value
+PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2], [4, 0, 0, 2]]
+SMALL = Gated(every=2, latents=3, heads=2, head_size=8, depth=2)
+MECHANISMS = {
+    **{name: mechanism.stretched(3) for name, mechanism in PRESETS.items() if name != "flamingo"},
+    "flamingo": replace(PRESETS["flamingo"], gated=SMALL),
+    "flamingo raw, all images": replace(PRESETS["flamingo"], gated=replace(SMALL, latents=0, immediate=False, every=1)),
+    "ee_mllm_f window": Mechanism(dense_layers=(0,), visual_window=3),
+    "window everywhere": Mechanism(visual_window=5),
+    "shared positions": Mechanism(visual_positions="shared"),
+    "shared positions, dense": Mechanism(dense_layers="all", visual_positions="shared"),
+    "unrotated": Mechanism(visual_positions="unrotated"),
+    "unrotated, constant": Mechanism(visual_positions="unrotated", aligner=NO_ALIGNER, cross_layers=(0, 2)),
+    "vica frozen prefix": Mechanism(cross_layers=(0, 2), aligner=NO_ALIGNER, freeze_prefix=True),
+    "frozen prefix, aligned": Mechanism(freeze_prefix=True),
+    "some cross, aligned": Mechanism(cross_layers=(1, 2), aligner=Aligner()),
+    "some dense, some cross": Mechanism(dense_layers=(1,), cross_layers=(1, 2), aligner=Aligner(ffn=False)),
+}  # fmt: skip
+
+
+def heads(x, n):
+    return x.unflatten(-1, (n, -1)).transpose(-2, -3)
+
+
+def before(document, row):
+    """The runs that begin at or before a row."""
+    starts = itertools.accumulate([0, *(run.length for run in document)])
+    return [run for start, run in zip(starts, document, strict=False) if start <= row]
+
+
+def plain_gated(block, x_Lh, document, media, immediate):
+    """`T + tanh(a) XA(LN T, M)`, `T + tanh(f) FF(T)`, a text token at a time; untouched before the first image."""
+    out, seen = [], None
+    for visual, x in zip([run.visual for run in document for _ in range(run.length)], x_Lh, strict=True):
+        images = sum(run.visual for run in before(document, len(out)))
+        if visual:
+            seen = media[images - 1] if immediate else torch.cat(media[:images])
+        elif seen is not None:
+            a = block.attention
+            q = a.q_proj(a.norm(x)).view(a.heads, 1, -1)
+            k, v = heads(a.k_proj(seen), a.heads), heads(a.v_proj(seen), a.heads)
+            mixed = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
+            x = x + torch.tanh(block.attention_gate) * a.o_proj(mixed.flatten())
+            x = x + torch.tanh(block.ffn_gate) * block.ffn(x)
+        out.append(x)
+    return torch.stack(out)
+
+
+def plain_resampler(resampler, features_Ld):
+    x = resampler.latents
+    for layer in resampler.layers:
+        a = layer.attention
+        normed = a.norm(x)
+        media = torch.cat([layer.media_norm(features_Ld), normed])
+        q, k, v = (heads(p(y), a.heads) for p, y in ((a.q_proj, normed), (a.k_proj, media), (a.v_proj, media)))
+        x = x + a.o_proj((torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v).transpose(0, 1).flatten(1))
+        x = x + layer.ffn(x)
+    return resampler.norm(x)
+
+
+def plain(model, batch):
+    """Text logits of the pack from the equations: a document at a time, explicit masks, no shared products."""
+    m, decoder = model.mechanism, model.language_model.model
+    features_Vd = model.image_features(batch.pixel_values)
+    logits, row, used = [], 0, 0
+    for document in batch.layout.documents:
+        visual = [run.visual for run in document for _ in range(run.length)]
+        image = [i for i, run in enumerate(document) for _ in range(run.length)]
+        is_visual, L = torch.tensor(visual), len(visual)
+        Z = features_Vd[used : used + sum(visual)]
+        x = decoder.embed_tokens(batch.input_ids[row : row + L])
+        row, used = row + L, used + sum(visual)
+        if m.gated is None:
+            E = model.projector(Z, 0) if m.visual_source == "layerwise" else model.projector(Z)
+            x = x.masked_scatter(is_visual[:, None], E)
+        position, positions = 0, []
+        for run in document:
+            one = run.visual and m.visual_positions in ("shared", "none")
+            positions += [position] * run.length if one else range(position, position + run.length)
+            position += (m.visual_positions == "shared") if one else run.length
+        cos, sin = decoder.rotary_emb(x[None], torch.tensor([positions]))
+        media = []
+        if m.gated is not None:
+            for run in document:
+                if run.visual:
+                    part, Z = Z[: run.length], Z[run.length :]
+                    media.append(plain_resampler(model.projector, part) if m.gated.latents else model.projector(part))
+
+        i, j = torch.arange(L)[:, None], torch.arange(L)[None]
+        for number, layer in enumerate(decoder.layers):
+            attn, dense = layer.self_attn, m.is_dense(number)
+            if m.gated is not None and number % m.gated.every == 0:
+                x = plain_gated(model.gated[str(number)], x, document, media, m.gated.immediate)
+            if m.visual_source == "layerwise":
+                x = x.masked_scatter(is_visual[:, None], model.projector(Z, number))
+            u = layer.input_layernorm(x)
+            q, k, v = (p(u).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+            if hasattr(attn, "q_norm"):
+                q, k = attn.q_norm(q), attn.k_norm(k)
+            q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))
+            groups = q.shape[1] // k.shape[1]
+            qr, kr = apply_rotary_pos_emb(q, k, cos, sin)
+            k, kr, v = (y.repeat_interleave(groups, 1)[0] for y in (k, kr, v))
+            scores = qr[0] @ kr.mT
+            if m.visual_positions == "unrotated":
+                scores = torch.where(~is_visual[:, None] & is_visual[None], q[0] @ k.mT, scores)
+            sees = i >= j
+            if not m.sees_images(number):
+                sees = sees & ~(is_visual[None] & ~is_visual[:, None])
+            if not dense:
+                same_image = torch.tensor(image)[:, None] == torch.tensor(image)[None]
+                near = (i >= j) & (i - j <= m.visual_window) & same_image
+                sees = torch.where(is_visual[:, None], near, sees)
+            weights = torch.softmax((scores * attn.scaling).masked_fill(~sees, -torch.inf), -1)
+            mixed = (weights @ v).transpose(0, 1).flatten(1)
+            H = x + attn.o_proj(mixed)
+            if m.freeze_prefix and any(visual):
+                prefix = torch.arange(L) < visual.index(True)
+                H = torch.where(prefix[:, None], x, H)
+            new = H + layer.mlp(layer.post_attention_layernorm(H))
+            if not dense:
+                a = m.aligner
+                if a.value and a.output:
+                    aligned = H  # a row that sees itself only, or its window
+                elif a.value:
+                    aligned = x + v.transpose(0, 1).flatten(1)
+                elif a.output:
+                    aligned = x + attn.o_proj(u)
+                else:
+                    aligned = x
+                if a.ffn:
+                    aligned = aligned + layer.mlp(layer.post_attention_layernorm(aligned))
+                new = torch.where(is_visual[:, None], aligned, new)
+            x = new
+        logits.append(model.language_model.lm_head(decoder.norm(x))[~is_visual])
+    return torch.cat(logits)
+
+
+def text_logits(model, batch):
+    return model.language_model.lm_head(model._text_states(batch.input_ids, batch.pixel_values, batch.layout))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3"])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
+    model, batch = tiny.model(decoder, MECHANISMS[name]), tiny.pack(PACK)
+    model.set_attention(backend)
+    true, found = plain(model, batch), text_logits(model, batch)
+    assert tiny.max_error(found, true) <= BOUND
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    results = []
+    for logits in (true, found):
+        loss = cross_entropy(logits[batch.target_rows], batch.targets, reduction="sum")
+        results.append(torch.autograd.grad(loss, parameters.values(), allow_unused=True))
+    largest = max(g.abs().max() for g in results[0] if g is not None)
+    compared = 0
+    for parameter, a, b in zip(parameters, *results, strict=True):
+        if a is None or a.abs().max() < 1e-6 * largest:
+            assert b is None or b.abs().max() < 1e-5 * largest, parameter
+            continue
+        assert tiny.max_error(b, a) <= 5 * BOUND, parameter
+        compared += 1
+    assert compared > 0.8 * len([p for p in parameters if not p.startswith("vision")])
+    without = text_logits(model, replace(batch, pixel_values=-2 * batch.pixel_values))
+    assert not torch.allclose(found, without, rtol=1e-3)  # the images matter
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_without_image_every_mechanism_is_the_base_model(name):
+    model, batch = tiny.model("llama-gqa", MECHANISMS[name]), tiny.pack([[5], [9]])
+    base = tiny.model("llama-gqa", "llava")
+    base.language_model.load_state_dict(model.language_model.state_dict())
+    assert tiny.max_error(text_logits(model, batch), text_logits(base, batch)) <= BOUND
+
+
+@pytest.mark.parametrize("pack", [PACK, [[5], [9]]], ids=["images", "text only"])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_every_trainable_tensor_has_a_gradient(name, pack):
+    """Also in a pack without image: a rank that draws one must not leave the others waiting."""
+    model = tiny.model("llama-gqa", MECHANISMS[name])
+    model.vision.requires_grad_(False)
+    model.packed_loss(tiny.pack(pack)).backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    if pack is PACK:
+        zero = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.count_nonzero()]
+        assert not zero
+
+
+def test_in_one_layer_the_text_output_of_related_mechanisms_is_the_same():
+    """EE-MLLM, NAAViT, ShortV and ViCA differ in what becomes of the visual states, not in what text makes of them."""
+    batch, results = tiny.pack(PACK), {}
+    for name in ("ee_mllm", "naavit", "shortv", "vica"):
+        mechanism = replace(PRESETS[name], dense_layers="none", cross_layers="all")
+        model = tiny.model("llama-gqa", mechanism)
+        layer = model.language_model.model.layers[0]
+        layer.last = True
+        layer.set_mechanism(mechanism)
+        model.language_model.model.layers = torch.nn.ModuleList([layer])
+        results[name] = text_logits(model, batch)
+    for a, b in itertools.combinations(results.values(), 2):
+        assert tiny.max_error(a, b) <= 1e-6
+
+
+def test_gated_cross_attention_begins_as_the_base_model_and_spares_text_without_image():
+    batch = tiny.pack(PACK)
+    model = tiny.model("llama-gqa", MECHANISMS["flamingo"])
+    changed = text_logits(model, batch)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_gate"):
+                parameter.zero_()
+    start = text_logits(model, batch)
+    ids = batch.input_ids[batch.layout.text_index]
+    texts = tiny.pack([[sum(n for n in doc)] for doc in PACK])
+    base = tiny.model("llama-gqa", "llava")
+    base.language_model.load_state_dict(model.language_model.state_dict())
+    assert tiny.max_error(start, text_logits(base, replace(texts, input_ids=ids))) <= BOUND
+    early = []
+    for document in batch.layout.documents:
+        seen = False
+        for run in document:
+            seen |= run.visual
+            early += [not seen] * run.length if not run.visual else []
+    early = torch.tensor(early)
+    assert changed[early].equal(start[early]) and not torch.isclose(changed[~early], start[~early]).all(-1).any()
+
+
+def test_vica_keeps_the_position_gap():
+    """Outside its layers text sees text only, but at the positions it has behind the image; closing the gap differs."""
+    batch = tiny.pack([[3, 0, 6]])
+    model = tiny.model("llama-gqa", Mechanism(cross_layers="none", aligner=NO_ALIGNER))
+    gap = text_logits(model, batch)
+    model.set_mechanism(replace(model.mechanism, visual_positions="none"))
+    closed = text_logits(model, batch)
+    text = tiny.pack([[9]])
+    text.input_ids = batch.input_ids[batch.layout.text_index]
+    assert tiny.max_error(closed, text_logits(model, text)) <= BOUND
+    assert tiny.max_error(gap, closed) > 1e-3
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_packing_leaks_nothing(name):
+    model, batch = tiny.model("llama-gqa", MECHANISMS[name]), tiny.pack(PACK)
+    model.set_attention("sdpa")
+    n, s = 7, 7 + tiny.TOKENS  # the first document
+    logits = text_logits(model, batch)
+    ids, pixels = batch.input_ids.clone(), batch.pixel_values.clone()
+    ids[s:] = 7
+    pixels[1:] *= -2
+    changed = text_logits(model, replace(batch, input_ids=ids, pixel_values=pixels))
+    assert changed[:n].equal(logits[:n]) and not changed[n:].equal(logits[n:])
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_cached_generation_equals_recomputation_alone_and_in_a_batch(name):
+    model = tiny.model("llama-gqa", MECHANISMS[name])
+    documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 2]]
+    options = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+    inputs = tiny.prompt(model, documents)
+    batch = model.generate(**inputs, **options)[:, -10:]
+    assert batch.equal(model.generate(**inputs, **options, use_cache=False)[:, -10:])
+    for i, document in enumerate(documents):
+        alone = tiny.prompt(model, [document], seed=3 + i)
+        assert model.generate(**alone, **options)[:, -10:].equal(batch[i : i + 1])
+    beams = model.generate(**inputs, **options, num_beams=3)[:, -10:]
+    assert beams.equal(model.generate(**inputs, **options, num_beams=3, use_cache=False)[:, -10:])
+
+
+def test_layers_cache_only_what_text_sees():
+    inputs = tiny.prompt(tiny.model(), [[3, 0, 4], [2, 0, 1, 0, 3]])
+    columns = inputs["input_ids"].shape[1]
+    model = tiny.model("llama-gqa", Mechanism(cross_layers=(1,), aligner=NO_ALIGNER))
+    cache = model(**inputs, use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [7, columns, 7]
+    assert cache.get_seq_length() == columns
+    cache = tiny.model("llama-gqa", "flamingo")(**inputs, use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [7, 7, 7]
+
+
+def test_contradictions_are_named_together():
+    with pytest.raises(ConfigError) as error:
+        build_mechanism("llava", 4, {"dense_layers": [0, 9], "cross_layers": [1], "visual_source": "layerwise"})
+    for text in ("dense_layers: found [0, 9]", "cross_layers: layers [0] are dense", "visual_source: layerwise"):
+        assert text in str(error.value)
+    for preset, overrides, text in (
+        (
+            "ee_mllm",
+            {"visual_window": 2, "aligner": {"value": False, "output": None, "ffn": None}},
+            "needs aligner value",
+        ),
+        ("llava", {"visual_positions": "unrotated"}, "unrotated needs"),
+        ("ee_mllm", {"visual_drop": [[1, 0.5]]}, "needs constant"),
+        ("vica", {"cross_layers": "all", "visual_drop": [[2, 0.5], [1, 0.7]]}, "must ascend"),
+        ("flamingo", {"cross_layers": "all"}, "gated: needs cross_layers none"),
+        ("ee_mllm", {"gated": {"every": 2}}, "use preset=flamingo"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            build_mechanism(preset, 4, overrides)
+    for name in PRESETS:
+        for depth in (1, 3, 24, 32, 40):
+            mechanism = build_mechanism(name, depth)
+            assert Mechanism.from_dict(mechanism.to_dict()) == mechanism
+    assert build_mechanism("vica", 32).cross_layers == (0, 1, 7, 8, 9, 10, 11, 14)
+    assert build_mechanism("shortv", 32).dense_layers == (1, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16)

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Gated, Mechanism, build_mechanism
+from lit_eemllm.model.image_cache import ImageCache
 
 BOUND = 1e-5  # relative to the largest value
 PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2], [4, 0, 0, 2]]
@@ -72,10 +73,13 @@ def plain_resampler(resampler, features_Ld):
     return resampler.norm(x)
 
 
-def plain(model, batch):
-    """Text logits of the pack from the equations: a document at a time, explicit masks, no shared products."""
+def plain(model, batch, prompt=None):
+    """Text logits of the pack from the equations: a document at a time, explicit masks, no shared products.
+
+    With `prompt`, the length of a prompt of one document, visual tokens are dropped by its last token's attention.
+    """
     m, decoder = model.mechanism, model.language_model.model
-    features_Vd = model.image_features(batch.pixel_values)
+    features_Vd = torch.zeros(0, 16) if batch.pixel_values is None else model.image_features(batch.pixel_values)
     logits, row, used = [], 0, 0
     for document in batch.layout.documents:
         visual = [run.visual for run in document for _ in range(run.length)]
@@ -101,6 +105,7 @@ def plain(model, batch):
                     media.append(plain_resampler(model.projector, part) if m.gated.latents else model.projector(part))
 
         i, j = torch.arange(L)[:, None], torch.arange(L)[None]
+        gone = torch.zeros(L, dtype=torch.bool)
         for number, layer in enumerate(decoder.layers):
             attn, dense = layer.self_attn, m.is_dense(number)
             if m.gated is not None and number % m.gated.every == 0:
@@ -125,6 +130,16 @@ def plain(model, batch):
                 same_image = torch.tensor(image)[:, None] == torch.tensor(image)[None]
                 near = (i >= j) & (i - j <= m.visual_window) & same_image
                 sees = torch.where(is_visual[:, None], near, sees)
+            if prompt and number in dict(m.visual_drop):
+                attention = torch.softmax(
+                    (scores[:, prompt - 1] * attn.scaling).masked_fill(gone | (j[0] >= prompt), -torch.inf), -1
+                )
+                for run in range(len(document)):
+                    mine = is_visual & (torch.tensor(image) == run)
+                    total = sum(s for n, s in m.visual_drop if n <= number)
+                    ranked = attention.mean(0).masked_fill(~mine | gone, torch.inf).argsort()
+                    gone[ranked[: int(total * mine.sum() + 1e-9) - int((gone & mine).sum())]] = True
+            sees = sees & ~(gone[None] & ~is_visual[:, None])
             weights = torch.softmax((scores * attn.scaling).masked_fill(~sees, -torch.inf), -1)
             mixed = (weights @ v).transpose(0, 1).flatten(1)
             H = x + attn.o_proj(mixed)
@@ -318,3 +333,105 @@ def test_contradictions_are_named_together():
             assert Mechanism.from_dict(mechanism.to_dict()) == mechanism
     assert build_mechanism("vica", 32).cross_layers == (0, 1, 7, 8, 9, 10, 11, 14)
     assert build_mechanism("shortv", 32).dense_layers == (1, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16)
+
+
+INDEPENDENT = [name for name, m in MECHANISMS.items() if m.independent and m.gated is None]
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_cached_images_equal_recomputed_ones_anywhere(name, monkeypatch):
+    """Other prompts, other positions, other images beside, a later turn: each image passes the encoder once."""
+    model = tiny.model("llama-gqa", MECHANISMS[name])
+    prompts = [[[3, 0, 4], [2, 0, 1, 0, 3]], [[9, 0, 2]], [[1, 0, 0, 5], [6]]]
+    inputs = [tiny.prompt(model, documents, seed) for seed, documents in enumerate(prompts)]
+    pixels = inputs[0]["pixel_values"]
+    inputs[1]["pixel_values"], inputs[2]["pixel_values"] = pixels[2:], pixels[[1, 0]]
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with torch.no_grad():
+        true = [(model(**each).logits, model.generate(**each, **options)) for each in inputs]
+        encoded = []
+        encode = model.image_features
+        monkeypatch.setattr(model, "image_features", lambda x: encoded.append(len(x)) or encode(x))
+        model.image_cache = ImageCache(10**9)
+        for each, (logits, ids) in zip(inputs, true, strict=True):
+            found = model(**each).logits
+            kept = found.isfinite()
+            assert tiny.max_error(found[kept], logits[kept]) <= BOUND
+            assert model.generate(**each, **options).equal(ids)
+        assert encoded == [3] and model.image_cache.misses == 3
+        late = tiny.prompt(model, [[4, 0, 3, 0, 2]])  # the second image comes in a later turn
+        late["pixel_values"] = pixels[:2]
+        whole = model(**late).logits
+        out = model(late["input_ids"][:, :22], late["attention_mask"][:, :22], pixels[:1], use_cache=True)
+        rest = model(
+            late["input_ids"][:, 22:], late["attention_mask"], pixels[1:2], past_key_values=out.past_key_values
+        )
+        assert tiny.max_error(rest.logits[..., : tiny.VOCAB], whole[:, 22:, : tiny.VOCAB]) <= BOUND
+        assert encoded == [3]
+
+
+def test_the_image_cache_keeps_to_its_budget_and_forgets_when_weights_may_change():
+    model = tiny.model("llama-gqa", "ee_mllm")
+    pixels = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        one = ImageCache(10**9)
+        one.keys(model, pixels[:1])
+        each = one.num_bytes
+        assert each == 3 * 2 * tiny.TOKENS * 2 * 8 * 4  # layers x (keys, values) x tokens x heads x size x bytes
+        cache = model.image_cache = ImageCache(3 * each)
+        for i in (0, 1, 2, 0, 3):  # 1 is the least recently used
+            cache.keys(model, pixels[i : i + 1])
+        assert cache.num_bytes == 3 * each and (cache.hits, cache.misses) == (1, 4)
+        cache.keys(model, pixels[[0, 2, 3]])
+        assert (cache.hits, cache.misses) == (4, 4)
+        cache.keys(model, pixels[1:2])
+        assert cache.misses == 5
+        keys = cache.keys(model, pixels[[4, 4]])  # twice the same in one call
+        assert cache.misses == 6 and len(keys[0][0]) == 32 and keys[0][0][:16].equal(keys[0][0][16:])
+    model.train()
+    assert cache.num_bytes == 0
+    model.eval()
+    with torch.no_grad():
+        cache.keys(model, pixels)
+    model.set_mechanism(PRESETS["naavit"])
+    assert cache.num_bytes == 0
+    calls = cache.misses
+    model.packed_loss(tiny.pack(PACK)).backward()  # gradients need the computation
+    dense = tiny.model("llama-gqa", "llava")
+    dense.image_cache = cache
+    with torch.no_grad():
+        dense(**tiny.prompt(dense, [[3, 0, 4]]))
+    assert cache.misses == calls
+
+
+DROPPING = {
+    "vica": Mechanism(cross_layers=(0, 2), aligner=NO_ALIGNER, visual_drop=((2, 0.5),)),
+    "all layers": Mechanism(aligner=NO_ALIGNER, visual_drop=((0, 0.25), (1, 0.25), (2, 0.3))),
+    "saisa": Mechanism(visual_source="layerwise", aligner=NO_ALIGNER, visual_drop=((1, 0.25),)),
+}
+
+
+@pytest.mark.parametrize("images_cached", [False, True], ids=["", "image cache"])
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cached):
+    """Prefill and later steps against the plain implementation, in which dropped columns are masked."""
+    model = tiny.model("llama-gqa", DROPPING[name])
+    documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3]]
+    inputs = tiny.prompt(model, documents)
+    with torch.no_grad():
+        model.image_cache = ImageCache(10**9) if images_cached else None
+        options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True)
+        out = model.generate(**inputs, **options, return_dict_in_generate=True)
+        for i, document in enumerate(documents):
+            whole = tiny.pack([[*document[:-1], document[-1] + 4]], seed=3 + i)
+            length = sum(n or tiny.TOKENS for n in document)
+            whole.input_ids[:length] = tiny.pack([document], seed=3 + i).input_ids
+            whole.pixel_values = tiny.pack([document], seed=3 + i).pixel_values
+            whole.input_ids[length:] = out.sequences[i, -4:]
+            true = plain(model, whole, prompt=length)[-5:-1]
+            found = torch.stack([step[i, : tiny.VOCAB] for step in out.logits])
+            assert tiny.max_error(found, true) <= BOUND
+        if name == "all layers":
+            counts = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+            kept = [32 - 2 * int(16 * share) for share in (0.25, 0.5, 0.8)]
+            assert counts == [6 + n + 3 for n in kept]  # the longest row: 6 of text, its images, 3 generated

@@ -129,22 +129,43 @@ class CachedPass:
         return self._grids[view]
 
 
-def layout_of_padded(ids_BL: Tensor, mask_BL: Tensor, image_token_id: int, one_each: bool) -> SequenceLayout:
+def layout_of_padded(
+    ids_BL: Tensor, mask_BL: Tensor, image_token_id: int, image_lengths: list[int], one_each: bool
+) -> SequenceLayout:
     """The layout of left-padded ids, in which each image is a run of its token repeated; positions count from 0.
 
     Args:
         ids_BL: the new ids.
         mask_BL: [B, L], 1 where one is real.
+        image_lengths: tokens of each image, in order.
         one_each: every sequence has one new token of text: nothing has to be read from the device.
+
+    Raises:
+        ValueError: the images have other lengths than the runs of image tokens.
     """
     if one_each:
         rows = torch.arange(len(ids_BL), device=ids_BL.device)
         return SequenceLayout(((Run(False, 1),),) * len(ids_BL), rows, rows[:0], rows, torch.zeros_like(rows))
-    visual_BL = ids_BL == image_token_id
     # Lengths are needed on the CPU, once per prompt.
-    pairs = zip(visual_BL.tolist(), mask_BL.bool().tolist(), strict=True)
+    pairs = zip((ids_BL == image_token_id).tolist(), mask_BL.bool().tolist(), strict=True)
     kept = [[visual for visual, valid in zip(*pair, strict=True) if valid] for pair in pairs]
-    documents = [[Run(kind, len(list(run))) for kind, run in groupby(doc)] for doc in kept]
+    tokens = sum(map(sum, kept))
+    if tokens != sum(image_lengths):
+        text = f"{len(image_lengths)} images give {sum(image_lengths)} visual tokens, but the ids hold {tokens} image tokens"
+        raise ValueError(text)
+    lengths, documents = iter(image_lengths), []
+    for doc in kept:
+        runs: list[Run] = []
+        for visual, run in groupby(doc):
+            left = len(list(run))
+            while left:  # images may lie side by side
+                runs.append(Run(visual, next(lengths) if visual else left))
+                left -= runs[-1].length
+                if left < 0:
+                    raise ValueError(
+                        f"an image of {runs[-1].length} tokens has only {runs[-1].length + left} image tokens"
+                    )
+        documents.append(runs)
     return SequenceLayout.of(documents).to(ids_BL.device)
 
 

@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..layout import SequenceLayout, Visibility
 from ..mechanisms import NO_ALIGNER, Mechanism
 from .cache import CachedPass
+from .dropping import kept_layout, least_attended_dropped
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Decoder families (`model_type`) proved equal to transformers' own model in tests/test_model.py."""
@@ -88,6 +89,8 @@ class StreamContext:
         cached: the pass over a padded cache, when generating.
         states: with a text-only stream, what its text sees of the images, if anything.
         keys: likewise, already as keys and values; makes any stream text only.
+        recorded: where `keys` of images are being made, one entry a layer.
+        kept_V: the visual tokens that are still seen after dropping, ascending; None = all.
         plans: the backend's, by view and visibility.
     """
 
@@ -98,13 +101,17 @@ class StreamContext:
     cached: CachedPass | None = None
     states: VisualStates | None = None
     keys: VisualKeys | None = None
+    recorded: VisualKeys | None = None
+    kept_V: Tensor | None = None
     plans: dict[tuple[str, Visibility], object] = field(default_factory=dict)
     _views: dict[str, View] = field(default_factory=dict)
+    _kept_lengths: list[int] = field(default_factory=list)
 
     @cached_property
     def prefix_T1(self) -> Tensor:
-        """True for text before the first image of its document."""
-        return self.layout.prefix()[:, None]
+        """True for text before the first image of its document; nothing that comes after a cache is."""
+        prefix_T = self.layout.prefix()
+        return (torch.zeros_like(prefix_T) if self.cached is not None and self.cached.past else prefix_T)[:, None]
 
     @property
     def text_stream(self) -> bool:
@@ -118,6 +125,8 @@ class StreamContext:
                 layout, rows = layout.text_only(), layout.text_index
             elif name == "images":
                 layout, rows = layout.images_only(), layout.visual_index
+            elif name != "all" and self.kept_V is not None:
+                layout, rows = kept_layout(layout, self.kept_V, self._kept_lengths)
             cos, sin = (x if rows is None else x[rows] for x in self.rotary)
             self._views[name] = View(name, layout, rows, (cos, sin))
         return self._views[name]
@@ -141,7 +150,38 @@ class StreamContext:
 
     def _lengths(self, view: View) -> list[int]:
         """Rows of each sequence in a grid of its own; the columns of the ids serve while nothing is left out of them."""
-        return self.layout.text_lengths if view.name == "text" and self.layout.num_visual else []
+        if view.rows is None or not self.layout.num_visual:
+            return []
+        if view.name == "text":  # its layout lacks documents without text
+            return self.layout.text_lengths
+        return [sum(run.length for run in document) for document in view.layout.documents]
+
+    def drop(self, q_TNH: Tensor, k_RKH: Tensor, share: float, scale: float) -> Tensor:
+        """Drop visual tokens until `share` of each image's original ones is gone; see `Mechanism.visual_drop`.
+
+        Args:
+            q_TNH: queries of the text before rotation.
+            k_RKH: keys before rotation, those of all text and then of the visual tokens that are still seen.
+            share: dropped since the beginning.
+            scale: of the scores.
+
+        Returns:
+            rows of the keys that stay, in that order.
+        """
+        num_text, visual_index = self.layout.num_text, self.layout.visual_index
+        if self.kept_V is None:
+            self.kept_V, self._kept_lengths = (
+                torch.arange(len(visual_index), device=visual_index.device),
+                self.layout.image_lengths,
+            )
+        rows_R = torch.cat([self.layout.text_index, visual_index[self.kept_V]])
+        cos_S1H, sin_S1H = self.rotary
+        turned_RKH = rotate(k_RKH, (cos_S1H[rows_R], sin_S1H[rows_R]))
+        turned_TNH = rotate(q_TNH, self.view("text").angles)
+        lengths = [length - int(share * length + 1e-9) for length in self.layout.image_lengths]
+        stay_V = least_attended_dropped(self.layout, turned_TNH, turned_RKH, self._kept_lengths, lengths, scale)
+        self.kept_V, self._kept_lengths = self.kept_V[stay_V], lengths
+        return torch.cat([torch.arange(num_text, device=stay_V.device), num_text + stay_V])
 
 
 def rotate(x_QNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -172,7 +212,12 @@ class DecoderLayer(nn.Module):
     def set_mechanism(self, mechanism: Mechanism) -> None:
         """Switch the treatment of visual rows; no weight changes. Raises ConfigError if this decoder does not allow it."""
         self.dense = mechanism.is_dense(self.index) and not self.last
-        self.view = "all" if mechanism.sees_images(self.index) else "text"
+        drops = [layer for layer, _ in mechanism.visual_drop if layer <= self.index]
+        self.view = f"kept since {drops[-1]}" if drops else "all"
+        if not mechanism.sees_images(self.index):
+            self.view = "text"
+        dropped = sum(share for layer, share in mechanism.visual_drop if layer <= self.index)
+        self.drops = dropped if self.index in drops else None
         self.aligner = NO_ALIGNER if self.last else mechanism.aligner
         self.window = 0 if self.last else mechanism.visual_window
         self.unrotated = mechanism.visual_positions == "unrotated"
@@ -203,6 +248,8 @@ class DecoderLayer(nn.Module):
 
     def _attend_text(self, q_TNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, view: View, context: StreamContext) -> Tensor:
         """Text queries over a view, before rotation, to what W_o takes, [T, N x H]."""
+        if not len(q_TNH):  # images by themselves
+            return q_TNH.flatten(-2)
         turned_TNH, turned_RKH = rotate(q_TNH, context.view("text").angles), rotate(k_RKH, view.angles)
         if self.unrotated:  # text scores visual keys without rotation on either: twice the head size holds both
             visual_R11 = torch.zeros_like(k_RKH[:, :1, :1], dtype=torch.bool)
@@ -218,18 +265,26 @@ class DecoderLayer(nn.Module):
 
     def _forward_text(self, x_Th: Tensor, context: StreamContext) -> Tensor:
         """Text is the stream; what it sees of the images, if anything, comes from the context."""
-        view, visual = context.view(self.view), context.layout.num_visual and self.view == "all"
+        visual = context.layout.num_visual and self.view != "text"
         rows_Rh = x_Th
         if visual and context.states is not None:
-            rows_Rh = torch.cat([x_Th, context.states(self.index).to(x_Th.dtype)])
+            visual_Vh = context.states(self.index).to(x_Th.dtype)
+            rows_Rh = torch.cat([x_Th, visual_Vh if context.kept_V is None else visual_Vh[context.kept_V]])
         normed_Rh = self.input_layernorm(rows_Rh)
         q_TNH, k_RKH, v_RKH = self._project(normed_Rh[: len(x_Th)], normed_Rh)
+        if visual and context.keys is not None:
+            supplied = context.keys[self.index]
+            assert supplied is not None
+            kept = slice(None) if context.kept_V is None else context.kept_V
+            k_RKH, v_RKH = (torch.cat([x, image[kept]]) for x, image in zip((k_RKH, v_RKH), supplied, strict=True))
+        if visual and self.drops is not None and context.cached is not None and context.cached.cache is not None:
+            stay_R = context.drop(q_TNH, k_RKH, self.drops, self.self_attn.scaling)
+            k_RKH, v_RKH = k_RKH[stay_R], v_RKH[stay_R]
+        if context.recorded is not None:
+            context.recorded.append((k_RKH, v_RKH) if visual else None)
+        view = context.view(self.view)
         if visual:
-            if context.keys is not None:
-                supplied = context.keys[self.index]
-                assert supplied is not None
-                k_RKH, v_RKH = (torch.cat(pair) for pair in zip((k_RKH, v_RKH), supplied, strict=True))
-            k_RKH, v_RKH = (x.index_select(0, context.layout.merge_index) for x in (k_RKH, v_RKH))
+            k_RKH, v_RKH = (x.index_select(0, view.layout.merge_index) for x in (k_RKH, v_RKH))
         x_Th = x_Th + self.self_attn.o_proj(self._attend_text(q_TNH, k_RKH, v_RKH, view, context))
         return x_Th + self.mlp(self.post_attention_layernorm(x_Th))
 
@@ -251,6 +306,8 @@ class DecoderLayer(nn.Module):
         queries_Qh = normed_Sh if self.window else normed_Sh[layout.text_index]
         q_QNH, k_SKH, v_SKH = self._project(queries_Qh, normed_Sh)
         q_TNH = q_QNH[layout.text_index] if self.window else q_QNH
+        if context.recorded is not None:
+            context.recorded.append((k_SKH, v_SKH) if self.view == "all" else None)
         mixed_Tw = self._attend_text(q_TNH, view.of(k_SKH), view.of(v_SKH), view, context)
         text_Th = x_Sh[layout.text_index]
         if self.last:

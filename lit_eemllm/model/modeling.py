@@ -23,11 +23,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..attention import AttentionBackend, Choice, resolve_backend
 from ..errors import ConfigError
-from ..layout import PackedBatch, SequenceLayout
+from ..layout import PackedBatch, Run, SequenceLayout
 from ..mechanisms import Mechanism
 from ..mechanisms.gated import GatedBlock, Media, Resampler
 from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
-from .decoder import StreamContext, adopt_layers, check_decoder
+from .decoder import StreamContext, VisualKeys, adopt_layers, check_decoder
+from .image_cache import ImageCache
 from .pretrained import load_pretrained, load_weighted
 from .projector import LayerwiseProjector, Projector
 from .vision import VisionEncoder, get_vision_encoder
@@ -106,6 +107,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         adopt_layers(self.language_model, self.mechanism)
         self._connect()
         self._backend: AttentionBackend | None = None
+        self.image_cache: ImageCache | None = None
         self.post_init()
 
     def _connect(self) -> None:
@@ -173,10 +175,20 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         if (mechanism.visual_source, mechanism.gated) != (self.mechanism.visual_source, self.mechanism.gated):
             problems.append(("preset", "this mechanism has modules that the model lacks; see `lit-eemllm convert`"))
         self._refuse(problems)
+        self._forget_images()
         self.mechanism = mechanism
         for layer in self.language_model.model.layers:
             layer.set_mechanism(mechanism)
         self.config.mechanism = mechanism.to_dict()
+
+    def train(self, mode: bool = True) -> EEMLLM:
+        if mode:
+            self._forget_images()  # their weights are about to change
+        return super().train(mode)
+
+    def _forget_images(self) -> None:
+        if getattr(self, "image_cache", None) is not None:
+            self.image_cache.clear()
 
     def set_attention(self, name: str, dtype: torch.dtype | None = None, training: bool = True) -> Choice:
         """Choose the attention backend for this model's device; see `resolve_backend`.
@@ -224,42 +236,81 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             layout = continue_positions(layout, cached.cache, image_takes)
 
         x_Rh = decoder.embed_tokens(input_ids[layout.text_index])
-        cos_1SH, sin_1SH = decoder.rotary_emb(x_Rh, layout.positions[None])
-        rotary = (cos_1SH[0, :, None], sin_1SH[0, :, None])
-        context = StreamContext(layout, rotary, self.backend, mechanism.constant, cached)
-        features_Vd = self._checked_features(pixels, layout)
+        context = self._context(x_Rh, layout, cached)
+        if pixels is not None and self.image_cache is not None and self._images_are_independent:
+            context.keys = self.image_cache.keys(self, pixels)
+            return self._run_layers(x_Rh, context)
+        features_Vd = self._features(pixels, layout)
         media = None
         if mechanism.gated is not None:
             media = self._media(features_Vd, layout, cached)
-        elif mechanism.visual_source == "layerwise" and layout.num_visual:
-            context.states = lambda layer: self.projector(features_Vd, layer)
-        elif mechanism.visual_source == "layerwise":
+        elif mechanism.visual_source == "layerwise" and not layout.num_visual:
             nothing = [self.projector(features_Vd, layer) for layer in range(len(decoder.layers))]
             x_Rh = torch.cat([x_Rh, *nothing])
         else:
-            visual_Vh = self.projector(features_Vd).to(x_Rh.dtype)
-            if mechanism.constant and layout.num_visual:
-                context.states = lambda layer: visual_Vh
-            else:
-                x_Rh = layout.merge(x_Rh, visual_Vh)
+            x_Rh = self._with_images(x_Rh, features_Vd, context)
+        return self._run_layers(x_Rh, context, media)
+
+    def _context(self, x_Rh: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> StreamContext:
+        cos_1SH, sin_1SH = self.language_model.model.rotary_emb(x_Rh, layout.positions[None])
+        rotary = (cos_1SH[0, :, None], sin_1SH[0, :, None])
+        return StreamContext(layout, rotary, self.backend, self.mechanism.constant, cached)
+
+    def _with_images(self, text_Th: Tensor, features_Vd: Tensor, context: StreamContext) -> Tensor:
+        """The stream that enters the first layer; what of the images is no part of it goes into the context."""
+        if self.mechanism.visual_source == "layerwise":
+            context.states = lambda layer: self.projector(features_Vd, layer)
+            return text_Th
+        visual_Vh = self.projector(features_Vd).to(text_Th.dtype)
+        if context.text_stream and context.layout.num_visual:
+            context.states = lambda layer: visual_Vh
+            return text_Th
+        return context.layout.merge(text_Th, visual_Vh)
+
+    def _run_layers(self, x_Rh: Tensor, context: StreamContext, media: Media | None = None) -> Tensor:
+        decoder = self.language_model.model
         for layer in decoder.layers:
             if media is not None and str(layer.index) in self.gated:
-                x_Rh = self._cross(layer.index, x_Rh, media, cached)
+                x_Rh = self._cross(layer.index, x_Rh, media, context.cached)
             x_Rh = layer(x_Rh, context)
         return decoder.norm(x_Rh)
 
-    def _checked_features(self, pixels: Tensor | None, layout: SequenceLayout) -> Tensor:
+    @property
+    def _images_are_independent(self) -> bool:
+        return self.mechanism.independent and self.mechanism.gated is None and not torch.is_grad_enabled()
+
+    def _tokens_of(self, pixels: Tensor) -> int:
+        return self.vision.transform.num_tokens(pixels.shape[-1], pixels.shape[-2])
+
+    def image_keys(self, pixels: Tensor) -> list[VisualKeys]:
+        """Keys, before rotation, and values of each image by itself in every layer in which text sees it.
+
+        Only for mechanisms in which visual states do not depend on the text (`Mechanism.independent`).
+        """
+        features_Vd, tokens = self.image_features(pixels), self._tokens_of(pixels)
+        layout = SequenceLayout.of([[Run(True, tokens)]] * len(pixels)).to(features_Vd.device)
+        text_0h = self.get_input_embeddings()(layout.text_index)
+        context = self._context(text_0h, layout)
+        context.recorded = []
+        self._run_layers(self._with_images(text_0h, features_Vd, context), context)
+        images: list[VisualKeys] = [[] for _ in pixels]
+        for pair in context.recorded:
+            parts = [None] * len(pixels) if pair is None else list(zip(*(x.split(tokens) for x in pair), strict=True))
+            for image, part in zip(images, parts, strict=True):
+                image.append(part)
+        return images
+
+    def _features(self, pixels: Tensor | None, layout: SequenceLayout) -> Tensor:
         """Features of the images; no rows, but in the graph, if there are none: no pack may leave a weight without
         gradient."""
         if pixels is None:
-            features_Vd = next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
-        else:
-            features_Vd = self.image_features(pixels)
+            return next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
+        features_Vd = self.image_features(pixels)
         if len(features_Vd) != layout.num_visual:
-            images = 0 if pixels is None else len(pixels)
-            raise ValueError(
-                f"{images} images give {len(features_Vd)} visual tokens, but the ids hold {layout.num_visual} image tokens"
+            text = (
+                f"{len(pixels)} images give {len(features_Vd)} visual tokens, but the layout holds {layout.num_visual}"
             )
+            raise ValueError(text)
         return features_Vd
 
     def _media(self, features_Vd: Tensor, layout: SequenceLayout, cached: CachedPass | None) -> Media:
@@ -329,7 +380,8 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         past = past_key_values.columns if past_key_values is not None else 0
         new_BL = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask[:, past:]
         one_each = past > 0 and input_ids.shape[1] == 1 and pixel_values is None
-        layout = layout_of_padded(input_ids, new_BL, self.config.image_token_id, one_each)
+        lengths = [] if pixel_values is None else [self._tokens_of(pixel_values)] * len(pixel_values)
+        layout = layout_of_padded(input_ids, new_BL, self.config.image_token_id, lengths, one_each)
         cached = CachedPass(past_key_values, new_BL)
         grid = cached.grid("all", [])
         text_Th = self._text_states(input_ids.flatten()[grid.slots_R], pixel_values, layout, cached)
@@ -363,8 +415,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         """Beams and several samples per prompt: images go with their prompt, not one by one."""
         pixels = kwargs.pop("pixel_values", None)
         if pixels is not None and expand_size > 1 and input_ids is not None:
-            tokens = self.vision.transform.num_tokens(pixels.shape[-1], pixels.shape[-2])
-            counts = (input_ids.eq(self.config.image_token_id).sum(-1) // tokens).tolist()
+            counts = (input_ids.eq(self.config.image_token_id).sum(-1) // self._tokens_of(pixels)).tolist()
             pixels = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in pixels.split(counts)])
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}

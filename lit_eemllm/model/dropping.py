@@ -1,0 +1,64 @@
+"""Progressive dropping of visual tokens (PyramidDrop's ranking, on constant visual states as in ViCA)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..layout import SequenceLayout
+
+
+def least_attended_dropped(
+    layout: SequenceLayout,
+    q_TNH: Tensor,
+    k_RKH: Tensor,
+    lengths: list[int],
+    kept: list[int],
+    scale: float,
+) -> Tensor:
+    """Which visual tokens stay: those that the last text token of their document attends to most, mean over heads.
+
+    Args:
+        layout: of the whole stream.
+        q_TNH: rotated queries of all text.
+        k_RKH: rotated keys of all text, then of the visual tokens that are still seen.
+        lengths: visual tokens still seen, of each image.
+        kept: how many of them stay.
+        scale: of the scores.
+
+    Returns:
+        rows among the visual keys, ascending.
+    """
+    groups = q_TNH.shape[1] // k_RKH.shape[1]
+    stay, text, image, visual = [], 0, 0, 0
+    for document in layout.documents:
+        tokens = sum(run.length for run in document if not run.visual)
+        images = range(image, image + sum(run.visual for run in document))
+        seen = sum(lengths[i] for i in images)
+        if tokens and images:
+            start = layout.num_text + visual
+            keys_LNH = torch.cat([k_RKH[text : text + tokens], k_RKH[start : start + seen]]).repeat_interleave(
+                groups, 1
+            )
+            scores_NL = torch.einsum("nh,lnh->nl", q_TNH[text + tokens - 1].float(), keys_LNH.float()) * scale
+            importance_V = scores_NL.softmax(-1).mean(0)[tokens:]
+        else:
+            importance_V = k_RKH.new_zeros(seen, dtype=torch.float32)
+        for i, part in zip(images, importance_V.split([lengths[i] for i in images]), strict=True):
+            stay.append(visual + part.topk(kept[i]).indices.sort().values)
+            visual += lengths[i]
+        text, image = text + tokens, image + len(images)
+    return torch.cat(stay)
+
+
+def kept_layout(layout: SequenceLayout, kept_V: Tensor, lengths: list[int]) -> tuple[SequenceLayout, Tensor]:
+    """The layout without the visual tokens that were dropped, at the positions they have, and its rows of the stream."""
+    left = iter(lengths)
+    documents = [
+        [run._replace(length=next(left)) if run.visual else run for run in document] for document in layout.documents
+    ]
+    smaller = SequenceLayout.of(documents).to(layout.positions.device)
+    rows_R = smaller.merge(layout.text_index, layout.visual_index[kept_V])
+    return replace(smaller, positions=layout.positions[rows_R]), rows_R

@@ -1,0 +1,59 @@
+"""Keys and values of images seen before: where visual states do not depend on the text, an image is computed once.
+
+Keys are kept before rotation, so they serve other prompts, later turns and other positions.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .decoder import VisualKeys
+
+if TYPE_CHECKING:
+    from .modeling import EEMLLM
+
+
+class ImageCache:
+    """The most recently used images within a budget of bytes, on the model's device.
+
+    Args:
+        max_bytes: of all keys and values together; the images of one call are kept whatever they take.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self._images: OrderedDict[bytes, VisualKeys] = OrderedDict()
+
+    def clear(self) -> None:
+        self._images.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.nbytes for keys in self._images.values() for pair in keys if pair is not None for x in pair)
+
+    def keys(self, model: EEMLLM, pixels: Tensor) -> VisualKeys:
+        """Per layer the keys and values of all images in a row; computes only what is new."""
+        names = [sha256(image.contiguous().view(torch.uint8).cpu().numpy()).digest() for image in pixels]
+        new = {name: i for i, name in enumerate(names) if name not in self._images}
+        self.misses += len(new)
+        self.hits += len(names) - len(new)
+        if new:
+            made = model.image_keys(pixels[list(new.values())])
+            self._images |= zip(new, made, strict=True)
+        for name in names:
+            self._images.move_to_end(name)
+        images = [self._images[name] for name in names]
+        joined: VisualKeys = []
+        for pairs in zip(*images, strict=True):
+            joined.append(
+                None if pairs[0] is None else (torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs]))
+            )
+        while len(self._images) > len(set(names)) and self.num_bytes > self.max_bytes:
+            self._images.popitem(last=False)
+        return joined

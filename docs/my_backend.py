@@ -53,7 +53,7 @@ class Chunked(AttentionBackend):
         return Plan(torch.tensor(first, device=device), torch.tensor(last, device=device), keys)
 
     def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan, scale: float) -> Tensor:
-        results = [q_QNH[:0]]  # a pack of images only has no text that queries
+        results = []
         rows = zip(q_QNH.split(CHUNK), plan.first_Q.split(CHUNK), plan.last_Q.split(CHUNK), plan.keys, strict=False)
         for q_CNH, first_C, last_C, keys in rows:
             k_LKH, v_LKH = k_SKH[keys], v_SKH[keys]

@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor made on the CPU, sent without making the CPU wait for the device."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Run(NamedTuple):
     """A stretch of tokens of one kind; a visual run is exactly one image."""
 
@@ -130,7 +135,7 @@ class SequenceLayout:
             for run in document:
                 positions.append(torch.full((run.length,), start) if run.visual else start + torch.arange(run.length))
                 start += taken if run.visual else run.length
-        return replace(self, positions=torch.cat(positions).to(self.positions.device))
+        return replace(self, positions=upload(torch.cat(positions), self.positions.device))
 
     def prefix(self) -> Tensor:
         """[T] bool, True for text before the first image of its document."""
@@ -138,7 +143,7 @@ class SequenceLayout:
         for document in self.documents:
             first = next((i for i, run in enumerate(document) if run.visual), 0)
             flags += [i < first for i, run in enumerate(document) if not run.visual for _ in range(run.length)]
-        return torch.tensor(flags, dtype=torch.bool, device=self.positions.device)
+        return upload(torch.tensor(flags, dtype=torch.bool), self.positions.device)
 
     def mask(self, visibility: Visibility) -> Tensor:
         """The dense truth, [Q, S] bool, True where a query row sees a key row. For the reference and for tests."""

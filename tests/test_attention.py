@@ -98,7 +98,8 @@ def torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_au
 
 def flash(function):
     backend = Flash("PyTorch")
-    backend.varlen = bind(function)
+    backend.bound = bind(function)
+    backend.grouped = backend.bound.grouped
     return backend
 
 
@@ -188,11 +189,13 @@ documents = st.lists(
 def test_random_layouts_are_computed_as_the_mask_says(backend, documents, visibility):
     layout = SequenceLayout.of([[Run(*run) for run in document] for document in documents])
     q, k, v = (x.detach() for x in tensors(layout, visibility, 2, 1))
+    if not len(q):  # never asked for
+        return
     backend = Flex() if backend == "flex" else TRAINABLE[backend]()
     out = backend.attend(q, k, v, backend.plan(layout, visibility), 0.3)
     reference = _BACKENDS["reference"]()
     true = reference.attend(q, k, v, reference.plan(layout, visibility), 0.3)
-    assert out.shape == true.shape and (not true.numel() or (out - true).abs().max() <= 1e-5 * true.abs().max())
+    assert out.shape == true.shape and (out - true).abs().max() <= 1e-5 * true.abs().max()
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -238,44 +241,71 @@ def test_flex_compiles_once_for_layouts_of_like_size(monkeypatch):
 
 
 class Recorder(VarlenBackend):
-    """Counts calls and rows, and keeps the storage of the keys it is given."""
+    """Counts calls, their query rows and the rows of keys that were copied, and what a kernel would compute."""
 
     name = "recorder"
 
-    def __init__(self):
-        self.calls, self.query_rows, self.keys = 0, 0, set()
+    def __init__(self, grouped=True):
+        self.calls = self.query_rows = self.copied = self.tiles = 0
+        self.grouped, self.given = grouped, set()
 
     def prepare(self, call, window, device):
+        self.tiles += sum(-(-q // 64) * -(-k // 64) for q, k in zip(call.query_lengths, call.key_lengths, strict=True))
         return call
 
     def kernel(self, q, k, v, prepared, scale):
         self.calls += 1
         self.query_rows += len(q)
-        self.keys |= {k.data_ptr(), v.data_ptr()}
+        if k.data_ptr() not in self.given:
+            self.copied += len(k)
         return torch.zeros_like(q)
 
 
 @pytest.mark.parametrize(
-    ("documents", "calls", "dropped"),
+    ("documents", "calls", "dropped", "copied"),
     [
-        ([[V(576), T(64)]] * 3, 1, 0),
-        ([[T(9)], [V(5), T(2)], [T(40)]], 1, 0),
-        ([[T(35), V(576), T(20)]] * 4, 2, 4),
-        ([[T(35), V(576), V(576), T(20)], [T(7)]], 2, 1),
-        ([[T(2), V(9), T(3), V(9), T(4)], [T(2), V(9), T(3)], [T(8)]], 3, 3),
-        ([[V(9), T(3), V(4)], [T(8)]], 1, 1),
+        ([[V(576), T(64)]] * 3, 1, 0, 0),
+        ([[T(9)], [V(5), T(2)], [T(40)]], 1, 0, 0),
+        ([[T(35), V(576), T(20)]] * 4, 2, 0, 140),
+        ([[T(35), V(576), V(576), T(20)], [T(7)]], 2, 0, 35),
+        ([[T(500), V(9), T(4)]], 2, 1, 0),
+        ([[T(2), V(9), T(3), V(9), T(4)], [T(2), V(9), T(3)], [T(8)]], 3, 2, 2),
+        ([[V(9), T(3), V(4)], [T(8)]], 1, 1, 0),
+        ([[T(1), *[V(100), T(5)] * 8]], 9, 6, 1 + 106),
     ],
 )
-def test_varlen_copies_no_key_and_needs_few_calls(documents, calls, dropped):
-    """As many calls as the longest document has text runs; queries whose result is dropped only fill gaps between."""
+def test_varlen_copies_few_keys_and_needs_few_calls(documents, calls, dropped, copied):
+    """As many calls as the longest document has text runs; no call copies more than a quarter of the keys."""
     layout, backend = SequenceLayout.of(documents), Recorder()
     q, k, v = tensors(layout, COMPOSITE, 2, 1)
-    assert backend.attend(q, k, v, backend.plan(layout, COMPOSITE), 0.3).shape == q.shape
-    assert backend.calls == calls and backend.query_rows == len(q) + dropped
-    assert backend.keys == {k.data_ptr(), v.data_ptr()}
+    backend.given = {k.data_ptr()}
+    plan = backend.plan(layout, COMPOSITE)
+    assert backend.attend(q, k, v, plan, 0.3).shape == q.shape
+    assert (backend.calls, backend.query_rows - len(q), backend.copied) == (calls, dropped, copied)
+    assert all(keys is None or len(keys) <= len(k) / 4 for _, keys, _ in plan.calls)
     dense = Recorder()
+    dense.given = {k.data_ptr()}
     dense.attend(k, k, v, dense.plan(layout, DENSE), 0.3)
-    assert dense.calls == 1 and dense.query_rows == len(k)
+    assert (dense.calls, dense.query_rows, dense.copied) == (1, len(k), 0)
+
+
+def test_the_second_call_for_the_first_words_of_a_prompt_is_cheap():
+    """In tiles of 64 x 64, as kernels work: text-image-text costs little more than image-text."""
+    backends = Recorder(), Recorder()
+    for backend, first in zip(backends, ([], [T(35)]), strict=True):
+        backend.plan(SequenceLayout.of([[*first, V(2880), T(29)]] * 4), COMPOSITE)
+    assert backends[1].tiles <= backends[0].tiles + 8
+
+
+def test_heads_are_repeated_once_a_layer_where_the_kernel_cannot_group():
+    layout = SequenceLayout.of([[T(3), V(40), T(5)]] * 2)
+    q, k, v = tensors(layout, COMPOSITE, 4, 2)
+    backend, given = Recorder(grouped=False), []
+    backend.kernel = lambda q, k, v, prepared, scale: given.append((k.data_ptr(), k.shape[1])) or torch.zeros_like(q)
+    layout = SequenceLayout.of([[T(300), V(40), T(5)]])  # two calls in place
+    q, k, v = tensors(layout, COMPOSITE, 4, 2)
+    backend.attend(q, k, v, backend.plan(layout, COMPOSITE), 0.3)
+    assert len(given) == 2 and len(set(given)) == 1 and given[0][1] == 4
 
 
 def test_the_installed_torch_has_a_signature_that_was_tested():
@@ -305,9 +335,8 @@ def test_sdpa_costs_the_sum_of_the_documents(documents):
 @pytest.mark.parametrize("backend", [name for name in registered_backends() if name != "reference"])
 def test_gpu_kernels_are_as_exact_as_their_type(backend, layout, heads, visibility, dtype):
     """Error against the float32 reference at most twice that of a dense softmax computed in the same type."""
-    tried = probe(backend, "cuda", dtype, head_size=heads[2])
-    if tried.backend is None:
-        pytest.skip(str(tried))
+    if (reason := _BACKENDS[backend].refusal(torch.device("cuda"), dtype, True)) is not None:
+        pytest.skip(reason)
     layout, visibility = SequenceLayout.of(LAYOUTS[layout]).to("cuda"), VISIBILITIES[visibility]
     qkv = [x.detach().to("cuda", dtype).requires_grad_() for x in tensors(layout, visibility, *heads)]
 
@@ -321,11 +350,38 @@ def test_gpu_kernels_are_as_exact_as_their_type(backend, layout, heads, visibili
     exact = [x.detach().float().requires_grad_() for x in qkv]
     true, true_gradients = attend(_BACKENDS["reference"](), layout, visibility, exact)
     rough, rough_gradients = attend(Dense(), layout, visibility, qkv)
-    out, gradients = attend(tried.backend, layout, visibility, qkv)
     floor = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
-    for a, b, c in zip((true, *true_gradients), (rough, *rough_gradients), (out, *gradients), strict=True):
-        bound = max(2 * (b - a).abs().max(), floor * a.abs().max())
-        assert (c - a).abs().max() <= bound
+    missing = []
+    for provider, make in _BACKENDS[backend].candidates():
+        try:
+            candidate = make()
+            candidate.plan(layout, visibility)
+        except (ImportError, NotImplementedError) as error:
+            missing.append(f"{provider}: {error}")
+            continue
+        out, gradients = attend(candidate, layout, visibility, qkv)
+        for a, b, c in zip((true, *true_gradients), (rough, *rough_gradients), (out, *gradients), strict=True):
+            assert (c - a).abs().max() <= max(2 * (b - a).abs().max(), floor * a.abs().max()), provider
+    if len(missing) == len(list(_BACKENDS[backend].candidates())):
+        pytest.skip("; ".join(missing))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [name for name in registered_backends() if name != "reference"])
+def test_a_training_step_never_waits_for_the_device(backend):
+    tried = probe(backend, "cuda", torch.bfloat16, head_size=16)
+    if tried.backend is None:
+        pytest.skip(str(tried))
+    model = tiny.model("llama-16").to("cuda")
+    model._backend = tried.backend
+    batch = tiny.pack([[3, 0, 4], [0, 0, 5], [6]]).pin_memory().to("cuda")
+    for mode in ("default", "error"):  # the first step may compile and set up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                model.packed_loss(batch).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("preset", ["ee_mllm", "llava"])
@@ -343,7 +399,7 @@ def test_a_model_learns_alike_under_every_backend(backend, preset):
     """Twenty steps of AdamW: the loss curve under the reference and under the backend."""
 
     def curve(chosen, device, dtype):
-        model = tiny.model(mechanism=preset).to(device)
+        model = tiny.model("llama-16", preset).to(device)
         model._backend = chosen
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         losses = []
@@ -361,7 +417,9 @@ def test_a_model_learns_alike_under_every_backend(backend, preset):
         device, dtype, chosen = "cpu", torch.float32, TRAINABLE[backend]()
     else:
         device, dtype = "cuda", torch.bfloat16
-        chosen = resolve_backend(backend, device, dtype, head_size=8).backend
+        tried = probe(backend.removeprefix("gpu "), device, dtype, head_size=16)
+        if (chosen := tried.backend) is None:
+            pytest.skip(str(tried))
     true, found = (curve(which, device, dtype) for which in (_BACKENDS["reference"](), chosen))
     assert true[-4:].mean() < 0.8 * true[:4].mean()
     torch.testing.assert_close(found, true, rtol=1e-3 if device == "cpu" else 5e-2, atol=0)

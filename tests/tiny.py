@@ -37,6 +37,7 @@ COMMON = dict(
 DECODERS = {
     "llama": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=4),
     "llama-gqa": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2),
+    "llama-16": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
     "mistral": MistralConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, sliding_window=None),
     "qwen2": Qwen2Config(**COMMON, num_attention_heads=4, num_key_value_heads=2),
     "qwen3": Qwen3Config(**COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=12),

@@ -40,13 +40,27 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Any, scale: float) -> Tensor:
-        """Attention of the query rows over all rows, [Q, N, H]. N is a multiple of K (grouped queries)."""
+        """Attention of the query rows over all rows, [Q, N, H]. N is a multiple of K (grouped queries); Q is never 0.
+
+        The head size of the values may be smaller than that of queries and keys, whose size the result then has not.
+        """
 
     def attend_cached(self, q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor, scale: float) -> Tensor:
         """Decoding over a padded cache, [B, N, Q, H]; `mask_BQL` is True where a query sees a key."""
-        return scaled_dot_product_attention(
-            q_BNQH, k_BKLH, v_BKLH, attn_mask=mask_BQL[:, None], scale=scale, enable_gqa=True
-        )
+        return fused_attention(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)
+
+
+def fused_attention(q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor | None, scale: float) -> Tensor:
+    """PyTorch's scaled dot-product attention, plainly causal without a mask, [B, N, Q, H]."""
+    groups = q_BNQH.shape[1] // k_BKLH.shape[1]
+    if groups > 1 and q_BNQH.device.type == "cuda" and (mask_BQL is not None or q_BNQH.dtype == torch.float32):
+        # Only the kernel without masks, for 16 bits, groups queries by itself; the others would fall back to plain math.
+        k_BKLH, v_BKLH = (x.repeat_interleave(groups, dim=1) for x in (k_BKLH, v_BKLH))
+    mask = None if mask_BQL is None else mask_BQL[:, None]
+    return scaled_dot_product_attention(
+        q_BNQH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=mask is None, scale=scale,
+        enable_gqa=q_BNQH.shape[1] != k_BKLH.shape[1],
+    )  # fmt: skip
 
 
 _BACKENDS: dict[str, type[AttentionBackend]] = {}
@@ -90,6 +104,8 @@ def probe(
     """Run a four-token forward, and backward if `training`, and compare them with the reference."""
     refused: dict[str, str] = {}
     device = torch.device(device)
+    if dtype not in TOLERANCE:
+        return Probe(None, {"": f"computes in float32, bfloat16 or float16, found {dtype}"})
     try:
         reason = _BACKENDS[name].refusal(device, dtype, training)
         if reason is not None:
@@ -97,7 +113,8 @@ def probe(
         for provider, make in _BACKENDS[name].candidates():
             try:
                 backend = make()
-                reason = disagreement(backend, device, dtype, training, head_size)
+                with torch.autocast(device.type, enabled=False):  # the trial may be asked for under it
+                    reason = disagreement(backend, device, dtype, training, head_size)
             except Exception as error:  # noqa: BLE001  a kernel may fail in any way; the reason is reported, not hidden
                 reason = f"{type(error).__name__}: {error}".strip()
             if reason is None:
@@ -184,6 +201,7 @@ def resolve_backend(
     for candidate in registered_backends() if name == "auto" else [name]:
         tried = probe(candidate, device, dtype, training, head_size)
         if tried.backend is not None:
+            refused |= {f"{candidate} by {provider}": reason for provider, reason in tried.refused.items()}
             return Choice(tried.backend, refused)
         refused[candidate] = str(tried)
     reasons = "".join(f"\n  {candidate}: {reason}" for candidate, reason in refused.items())

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ..layout import upload
 from .base import AttentionBackend, register_backend
 from .varlen import Call, VarlenBackend
 
@@ -35,11 +37,19 @@ class Segments:
     window: int | None
 
 
-def bind(function: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]:
+@dataclass(frozen=True)
+class Kernel:
+    """A provider's function behind one calling convention; see `bind`."""
+
+    call: Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
+    grouped: bool
+    windowed: bool
+
+
+def bind(function: Callable[..., Any]) -> Kernel:
     """One calling convention for all providers and versions, read off a function's signature.
 
-    They name the same things differently, and older ones lack some: without ``scale`` the queries are scaled before,
-    without ``enable_gqa`` (PyTorch before 2.12) key/value heads are repeated.
+    They name the same things differently, and older ones lack some: without ``scale`` the queries are scaled before.
     """
     names = inspect.signature(function).parameters
 
@@ -49,7 +59,6 @@ def bind(function: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor, Segm
     starts_q, starts_k = first("cu_seqlens_q", "cu_seq_q"), first("cu_seqlens_k", "cu_seq_k")
     longest_q, longest_k = first("max_seqlen_q", "max_q"), first("max_seqlen_k", "max_k")
     scaling, causal = first("softmax_scale", "scale"), first("causal", "is_causal")
-    expand = causal != "causal" and "enable_gqa" not in names  # the flash-attn packages group queries by themselves
 
     def varlen(q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, segments: Segments, scale: float) -> Tensor:
         arguments = (
@@ -63,21 +72,18 @@ def bind(function: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor, Segm
         options: dict[str, Any] = {name: value for name, value in arguments if name is not None}
         if scaling is None:
             q_QNH = q_QNH * (scale * q_QNH.shape[-1] ** 0.5)
-        if segments.window is not None and "window_size" not in names:
-            raise NotImplementedError("this version of the kernel has no window; a newer PyTorch or flash-attn has")
         if segments.window is not None:
             options["window_size"] = (segments.window, 0)
         elif causal is None:
             options["window_size"] = (-1, 0)
-        groups = q_QNH.shape[1] // k_SKH.shape[1]
-        if expand and groups > 1:
-            k_SKH, v_SKH = (x.repeat_interleave(groups, dim=1) for x in (k_SKH, v_SKH))
-        elif "enable_gqa" in names:
-            options["enable_gqa"] = groups > 1
-        out = function(q_QNH, k_SKH, v_SKH, **options)
-        return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp too
+        if "enable_gqa" in names:
+            options["enable_gqa"] = q_QNH.shape[1] != k_SKH.shape[1]
+        width = v_SKH.shape[-1]
+        out = function(q_QNH, k_SKH, pad(v_SKH, (0, q_QNH.shape[-1] - width)), **options)
+        return (out[0] if isinstance(out, tuple) else out)[..., :width]  # some versions return the log-sum-exp too
 
-    return varlen
+    # The flash-attn packages group queries by themselves, PyTorch since it has a word for it.
+    return Kernel(varlen, grouped=causal == "causal" or "enable_gqa" in names, windowed="window_size" in names)
 
 
 @register_backend("flash")
@@ -89,10 +95,11 @@ class Flash(VarlenBackend):
     def __init__(self, provider: str) -> None:
         module, function = PROVIDERS[provider]
         try:
-            self.varlen = bind(getattr(import_module(module), function))
+            self.bound = bind(getattr(import_module(module), function))
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{error.name} is not installed (flash-attn 2: pip install '.[flash]')") from None
-        self.provider = provider
+            hint = "; pip install '.[flash]'" if provider == "flash-attn 2" else ""
+            raise ModuleNotFoundError(f"{error.name} is not installed{hint}") from None
+        self.provider, self.grouped = provider, self.bound.grouped
 
     @classmethod
     def candidates(cls) -> Iterator[tuple[str, Callable[[], AttentionBackend]]]:
@@ -104,15 +111,17 @@ class Flash(VarlenBackend):
         if device.type != "cuda":
             return f"needs a CUDA device, found {device.type}"
         if dtype not in (torch.bfloat16, torch.float16):
-            return "computes in bfloat16 or float16, found float32; set trainer.precision=bf16-mixed"
+            return f"computes in bfloat16 or float16, found {dtype}; set trainer.precision=bf16-mixed"
         return None
 
     def prepare(self, call: Call, window: int | None, device: torch.device) -> Segments:
+        if window is not None and not self.bound.windowed:
+            raise NotImplementedError(f"{self.provider}: this version has no window; a newer PyTorch or flash-attn has")
         starts_q, starts_k = (
-            torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+            upload(torch.tensor([0, *lengths]).cumsum(0).int(), device)
             for lengths in (call.query_lengths, call.key_lengths)
         )
         return Segments(starts_q, starts_k, max(call.query_lengths), max(call.key_lengths), window)
 
     def kernel(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, prepared: Segments, scale: float) -> Tensor:
-        return self.varlen(q_QNH, k_SKH, v_SKH, prepared, scale)
+        return self.bound.call(q_QNH, k_SKH, v_SKH, prepared, scale)

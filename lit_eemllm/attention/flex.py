@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from ..layout import SequenceLayout, Visibility
+from ..layout import SequenceLayout, Visibility, upload
 from .base import AttentionBackend, register_backend
 
 BLOCK = 128
@@ -36,7 +36,8 @@ class Plan:
 @cache
 def _compiled() -> Any:
     # Past its limit of recompilations dynamo would go on uncompiled, which is dense: allow every bucket, and fail rather.
-    torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(2048, getattr(torch._dynamo.config, limit)))
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
@@ -65,15 +66,15 @@ def block_mask(layout: SequenceLayout, visibility: Visibility) -> BlockMask:
     some = (first_BQ.amin(1)[:, None] <= end_BK) & (last_BQ.amax(1)[:, None] >= start_BK)
     every = (first_BQ.amax(1)[:, None] <= start_BK) & (last_BQ.amin(1)[:, None] >= end_BK)
     device = layout.positions.device
-    first_Q, last_Q = first_Q.to(device), last_Q.to(device)
+    first_Q, last_Q = upload(first_Q, device), upload(last_Q, device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (first_Q[query] <= key) & (key <= last_Q[query])
 
     def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
         """How many blocks of keys each block of queries has, and which, those first."""
-        counts = blocks.sum(1).to(device, torch.int32)
-        which = blocks.int().argsort(dim=1, descending=True, stable=True).to(device, torch.int32)
+        counts = upload(blocks.sum(1).int(), device)
+        which = upload(blocks.int().argsort(dim=1, descending=True, stable=True).int(), device)
         return counts[None, None], which[None, None]
 
     return BlockMask.from_kv_blocks(

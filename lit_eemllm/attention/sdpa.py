@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from ..layout import SequenceLayout, Visibility
-from .base import AttentionBackend, register_backend
+from ..layout import SequenceLayout, Visibility, upload
+from .base import AttentionBackend, fused_attention, register_backend
 
 PADDING = 1.25  # documents share a batch while the longest has at most so many times the rows of the shortest
 
@@ -41,6 +40,7 @@ class Sdpa(AttentionBackend):
     priority = 20
 
     def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
+        device = layout.positions.device
         keys, queries, order = [], [], []  # per document: rows of the stream, rows among the queries, their order
         k_start = q_start = 0
         for document in layout.documents:
@@ -74,27 +74,24 @@ class Sdpa(AttentionBackend):
                 len(queries[d]) == len(keys[d]) for d in members
             )  # padding lies after the rows, nothing sees it
             order_BQ = pad_sequence([order[d] for d in members], batch_first=True)
-            back_BQL = order_BQ[:, :, None] - torch.arange(k_BL.shape[1])  # how far back a key lies
             mask_BQL = None
-            if visibility.window is not None:
-                mask_BQL = (back_BQL >= 0) & (back_BQL <= visibility.window)
-            elif not causal:
-                mask_BQL = back_BQL >= 0
-            device = layout.positions.device
-            groups.append(Group(q_BQ.to(device), k_BL.to(device), None if mask_BQL is None else mask_BQL.to(device)))
+            if not causal or visibility.window is not None:
+                own_BQ1 = upload(order_BQ, device)[:, :, None]
+                key_L = torch.arange(k_BL.shape[1], device=device)
+                mask_BQL = key_L <= own_BQ1
+                if visibility.window is not None:
+                    mask_BQL &= key_L >= own_BQ1 - visibility.window
+            groups.append(Group(upload(q_BQ, device), upload(k_BL, device), mask_BQL))
             for b, d in enumerate(members):
                 slots_Q[queries[d]] = torch.arange(len(queries[d])) + offset + b * q_BQ.shape[1]
             offset += q_BQ.numel()
-        return Plan(groups, slots_Q.to(layout.positions.device))
+        return Plan(groups, upload(slots_Q, device))
 
     def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan, scale: float) -> Tensor:
         results = []
         for group in plan.groups:
             q_BNQH = q_QNH[group.q_rows_BQ].transpose(1, 2)
             k_BKLH, v_BKLH = (x[group.k_rows_BL].transpose(1, 2) for x in (k_SKH, v_SKH))
-            mask = None if group.mask_BQL is None else group.mask_BQL[:, None]
-            out_BNQH = scaled_dot_product_attention(
-                q_BNQH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-            )
+            out_BNQH = fused_attention(q_BNQH, k_BKLH, v_BKLH, group.mask_BQL, scale)
             results.append(out_BNQH.transpose(1, 2).flatten(0, 1))
         return torch.cat(results).index_select(0, plan.restore_Q)

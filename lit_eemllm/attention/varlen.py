@@ -1,4 +1,4 @@
-"""What varlen kernels share (FlashAttention, xFormers): a layout as segments, with no key copied and no dense mask.
+"""What varlen kernels share (FlashAttention, xFormers): a layout as segments, with hardly a key copied and no dense mask.
 
 Such a kernel takes queries and keys cut into as many segments, and lets query segment i see key segment i under a
 causal mask aligned at the *ends* (bottom right). Text that ends where its keys end is therefore exact::
@@ -6,8 +6,12 @@ causal mask aligned at the *ends* (bottom right). Text that ends where its keys 
     keys          t t V V t t          the last text run of each document queries in the first call, over the
     call 1  t     1 1 1 1 1 0          document's keys where they lie; the run before it in the second, and so
             t     1 1 1 1 1 1          on: two calls for text-image-text, one where the image comes first.
-    call 2  t     1 0 . . . .          Keys that a call has no query for (".") get one whose result is dropped:
-            t     1 1 . . . .          segments without queries are a corner that kernels disagree about.
+    call 2  t     1 0
+            t     1 1
+
+A later call copies its keys if they are few beside the pack (`COPIED`), as a prompt's first words are. Else it takes all
+keys in place, and those without a query get one whose result is dropped: segments without queries are a corner that
+kernels disagree about.
 """
 
 from __future__ import annotations
@@ -20,22 +24,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import SequenceLayout, Visibility
+from ..layout import SequenceLayout, Visibility, upload
 from .base import AttentionBackend
+
+COPIED = 0.25  # of the pack's keys, that a later call may copy instead of passing over all of them in place
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a varlen kernel over all keys of the pack, in place.
+    """One call of a varlen kernel.
 
     Attributes:
         query_lengths, key_lengths: rows of each segment; keys are never fewer than queries.
         query_rows: which query rows, in order; None = all of them.
+        key_rows: which keys, copied; None = all of them, in place.
     """
 
     query_lengths: list[int]
     key_lengths: list[int]
     query_rows: Tensor | None
+    key_rows: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,11 @@ class Plan:
     """Calls, each with what the kernel wants to know (`VarlenBackend.prepare`).
 
     Attributes:
-        calls: query rows (None = all) and the prepared segments of each call.
+        calls: query rows, key rows (None = all) and the prepared segments of each call.
         restore_Q: where a query row lies in the concatenated results; None when they are in order.
     """
 
-    calls: list[tuple[Tensor | None, Any]]
+    calls: list[tuple[Tensor | None, Tensor | None, Any]]
     restore_Q: Tensor | None
 
 
@@ -71,24 +79,29 @@ def split(layout: SequenceLayout, visibility: Visibility) -> tuple[list[Call], T
                 rounds.append([])
             rounds[i].append(segment)
 
-    calls, slots_Q, offset = [], torch.empty(queries, dtype=torch.long), 0
+    calls: list[Call] = []
+    slots_Q, offset = torch.empty(queries, dtype=torch.long), 0
     for segments in rounds:
-        query_lengths, key_lengths, rows, end = [], [], [], 0
+        copied = bool(calls) and sum(seen for *_, seen in segments) <= COPIED * keys
+        query_lengths, key_lengths, query_rows, key_rows, end = [], [], [], [], 0
         for first_query, length, first_key, seen in [*segments, (0, 0, keys, 0)]:
-            if first_key > end:
+            if first_key > end and not copied:
                 query_lengths.append(1)
                 key_lengths.append(first_key - end)
-                rows.append(torch.zeros(1, dtype=torch.long))
+                query_rows.append(torch.zeros(1, dtype=torch.long))
                 offset += 1
             if length:
                 query_lengths.append(length)
                 key_lengths.append(seen)
-                rows.append(torch.arange(first_query, first_query + length))
-                slots_Q[rows[-1]] = torch.arange(offset, offset + length)
+                query_rows.append(torch.arange(first_query, first_query + length))
+                key_rows.append(torch.arange(first_key, first_key + seen))
+                slots_Q[query_rows[-1]] = torch.arange(offset, offset + length)
                 offset += length
             end = first_key + seen
-        query_rows = torch.cat(rows)
-        calls.append(Call(query_lengths, key_lengths, None if query_rows.equal(torch.arange(queries)) else query_rows))
+        rows_Q = torch.cat(query_rows)
+        everyone = rows_Q.equal(torch.arange(queries))
+        call = Call(query_lengths, key_lengths, None if everyone else rows_Q, torch.cat(key_rows) if copied else None)
+        calls.append(call)
     in_order = len(calls) == 1 and calls[0].query_rows is None
     return calls, None if in_order else slots_Q
 
@@ -96,9 +109,12 @@ def split(layout: SequenceLayout, visibility: Visibility) -> tuple[list[Call], T
 class VarlenBackend(AttentionBackend):
     """A backend whose kernel works on segments aligned at the bottom right."""
 
+    grouped = True
+    """The kernel takes fewer key/value heads than heads; otherwise they are repeated, once a layer."""
+
     @abstractmethod
     def prepare(self, call: Call, window: int | None, device: torch.device) -> Any:
-        """What the kernel needs for one call, on the device."""
+        """What the kernel needs for one call, on the device. Raises NotImplementedError for a window it has not."""
 
     @abstractmethod
     def kernel(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, prepared: Any, scale: float) -> Tensor:
@@ -107,20 +123,26 @@ class VarlenBackend(AttentionBackend):
     def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
         device = layout.positions.device
         calls, restore_Q = split(layout, visibility)
+
+        def there(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else upload(rows, device)
+
         prepared = [
-            (
-                None if call.query_rows is None else call.query_rows.to(device),
-                self.prepare(call, visibility.window, device),
-            )
+            (there(call.query_rows), there(call.key_rows), self.prepare(call, visibility.window, device))
             for call in calls
         ]
-        return Plan(prepared, None if restore_Q is None else restore_Q.to(device))
+        return Plan(prepared, there(restore_Q))
 
     def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan, scale: float) -> Tensor:
+        groups = q_QNH.shape[1] // k_SKH.shape[1]
+        if groups > 1 and not self.grouped:
+            k_SKH, v_SKH = (x.repeat_interleave(groups, dim=1) for x in (k_SKH, v_SKH))
+
+        def some(x: Tensor, rows: Tensor | None) -> Tensor:
+            return x if rows is None else x.index_select(0, rows)
+
         results = [
-            self.kernel(q_QNH if rows is None else q_QNH.index_select(0, rows), k_SKH, v_SKH, prepared, scale)
-            for rows, prepared in plan.calls
+            self.kernel(some(q_QNH, queries), some(k_SKH, keys), some(v_SKH, keys), prepared, scale)
+            for queries, keys, prepared in plan.calls
         ]
-        if not results:  # a pack of images only, under composite attention
-            return q_QNH
         return results[0] if plan.restore_Q is None else torch.cat(results).index_select(0, plan.restore_Q)

@@ -19,6 +19,7 @@ class XFormers(VarlenBackend):
     """
 
     priority = 30
+    grouped = False
     provider = "xFormers"
 
     def __init__(self) -> None:
@@ -36,10 +37,8 @@ class XFormers(VarlenBackend):
     def prepare(self, call: Call, window: int | None, device: torch.device) -> Any:
         lengths = call.query_lengths, call.key_lengths
         if window is None:
-            return self._masks.BlockDiagonalCausalFromBottomRightMask.from_seqlens(*lengths).to(device)
-        return self._masks.BlockDiagonalMask.from_seqlens(*lengths).make_local_attention(window + 1).to(device)
+            return self._masks.BlockDiagonalCausalFromBottomRightMask.from_seqlens(*lengths, device=device)
+        return self._masks.BlockDiagonalMask.from_seqlens(*lengths, device=device).make_local_attention(window + 1)
 
     def kernel(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, prepared: Any, scale: float) -> Tensor:
-        groups = q_QNH.shape[1] // k_SKH.shape[1]
-        k_SNH, v_SNH = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_SKH, v_SKH))
-        return self._attention(q_QNH[None], k_SNH[None], v_SNH[None], attn_bias=prepared, scale=scale)[0]
+        return self._attention(q_QNH[None], k_SKH[None], v_SKH[None], attn_bias=prepared, scale=scale)[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from ..layout import SequenceLayout
+from ..layout import SequenceLayout, upload
 from . import Gated
 
 
@@ -90,7 +90,7 @@ class Resampler(nn.Module):
 
 
 def _lengths_mask(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
-    return torch.arange(longest, device=device) < torch.tensor(lengths, dtype=torch.long, device=device)[:, None]
+    return torch.arange(longest, device=device) < upload(torch.tensor(lengths, dtype=torch.long), device)[:, None]
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,12 @@ class Media:
                 for each in images
             ]
             index = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.long)
-            return index.to(device), _lengths_mask([len(r) for r in rows], index.shape[1], device)
+            return upload(index, device), _lengths_mask([len(r) for r in rows], index.shape[1], device)
 
         longest = max((len(rows) for rows, _ in groups), default=1)
         slots = [g * longest + i for g, (rows, _) in enumerate(groups) for i in range(len(rows))]
         flat = [r for rows, _ in groups for r in rows]
-        rows_n, slots_n = (torch.tensor(x, dtype=torch.long, device=device) for x in (flat, slots))
+        rows_n, slots_n = (upload(torch.tensor(x, dtype=torch.long), device) for x in (flat, slots))
         index_GR, mask_GR = tokens([images for _, images in groups])
         return cls(
             tokens_Md, rows_n, slots_n, (len(groups), longest), index_GR, mask_GR, tokens(last) if cached else None

@@ -143,6 +143,8 @@ class StreamContext:
                 query_rows = None if kind.visual_queries or len(q_QNH) == len(k_RKH) else view.layout.text_index
                 q_BNQH = grid.pad(q_QNH, query_rows)
                 return grid.unpad(self.backend.attend_cached(q_BNQH, k_BKLH, v_BKLH, grid.mask_BQL, scale), query_rows)
+        if not len(q_QNH):  # images by themselves
+            return q_QNH.new_zeros(0, q_QNH.shape[1], v_RKH.shape[-1])
         key = (view.name, kind)
         if key not in self.plans:
             self.plans[key] = self.backend.plan(view.layout, kind)
@@ -248,8 +250,6 @@ class DecoderLayer(nn.Module):
 
     def _attend_text(self, q_TNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, view: View, context: StreamContext) -> Tensor:
         """Text queries over a view, before rotation, to what W_o takes, [T, N x H]."""
-        if not len(q_TNH):  # images by themselves
-            return q_TNH.flatten(-2)
         turned_TNH, turned_RKH = rotate(q_TNH, context.view("text").angles), rotate(k_RKH, view.angles)
         if self.unrotated:  # text scores visual keys without rotation on either: twice the head size holds both
             visual_R11 = torch.zeros_like(k_RKH[:, :1, :1], dtype=torch.bool)

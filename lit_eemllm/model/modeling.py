@@ -195,10 +195,12 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
         Args:
             name: a registered name or ``auto``.
-            dtype: type of the queries, keys and values; None = the decoder's, right without autocast.
+            dtype: type of the queries, keys and values; None = autocast's where it is on, else the decoder's.
             training: whether gradients are needed.
         """
         head_size = self.language_model.model.layers[0].self_attn.head_dim
+        if dtype is None and torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)
         choice = resolve_backend(name, self.device, dtype or self.language_model.dtype, training, head_size)
         self._backend = choice.backend
         return choice

@@ -42,12 +42,11 @@ def module():
 
 def random_layout(seed: int) -> SequenceLayout:
     draw = random.Random(seed)
-    return SequenceLayout.of(
-        [
-            [Run(draw.random() < 0.5, draw.randint(1, 9)) for _ in range(draw.randint(1, 5))]
-            for _ in range(draw.randint(1, 4))
-        ]
-    )
+    documents = [
+        [Run(draw.random() < 0.5, draw.randint(1, 9)) for _ in range(draw.randint(1, 5))]
+        for _ in range(draw.randint(1, 4))
+    ]
+    return SequenceLayout.of([*documents, [Run(False, 2)]])  # without any text nothing queries, and nothing is asked
 
 
 def results(name: str, layout: SequenceLayout, visibility: Visibility, kv_heads: int) -> list[torch.Tensor]:
@@ -58,8 +57,7 @@ def results(name: str, layout: SequenceLayout, visibility: Visibility, kv_heads:
     backend = resolve_backend(name).backend
     out = backend.attend(*qkv, backend.plan(layout, visibility), 0.3)
     weights = torch.randn(out.shape, generator=generator)
-    # No text, no query: keys and values are then not used at all.
-    return [out, *torch.autograd.grad((out * weights).sum(), qkv, allow_unused=True, materialize_grads=True)]
+    return [out, *torch.autograd.grad((out * weights).sum(), qkv)]
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 256])
@@ -72,7 +70,7 @@ def test_the_example_equals_the_reference_forward_and_backward(module, monkeypat
                 found, true = (results(name, layout, visibility, kv_heads) for name in ("chunked", "reference"))
                 assert found[0].shape == true[0].shape
                 for f, t in zip(found, true, strict=True):
-                    assert not t.numel() or (f - t).abs().max() <= 1e-5 * t.abs().max() + 1e-6, (seed, visibility)
+                    assert (f - t).abs().max() <= 1e-5 * t.abs().max() + 1e-6, (seed, visibility)
 
 
 def test_a_chunk_looks_at_its_documents_only(module, monkeypatch):

@@ -297,6 +297,21 @@ def test_cached_generation_equals_recomputation_alone_and_in_a_batch(name):
     assert beams.equal(model.generate(**inputs, **options, num_beams=3, use_cache=False)[:, -10:])
 
 
+@pytest.mark.parametrize("name", [name for name, m in MECHANISMS.items() if m.gated])
+def test_gated_cross_attention_goes_on_after_a_cache_with_several_tokens_each(name):
+    model = tiny.model("llama-gqa", MECHANISMS[name])
+    inputs = tiny.prompt(model, [[3, 0, 8], [2, 0, 1, 0, 9], [12]])
+    whole, cut = model(**inputs).logits, inputs["input_ids"].shape[1] - 6
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    cache = model(ids[:, :cut], mask[:, :cut], inputs["pixel_values"], use_cache=True).past_key_values
+    more = [
+        model(ids[:, a:b], mask[:, :b], past_key_values=cache).logits for a, b in ((cut, cut + 4), (cut + 4, cut + 6))
+    ]
+    assert tiny.max_error(torch.cat(more, 1)[..., : tiny.VOCAB], whole[:, cut:, : tiny.VOCAB]) <= BOUND
+    with pytest.raises(ValueError, match="takes all images of a conversation in one pass"):
+        model(ids, None, inputs["pixel_values"], past_key_values=cache)
+
+
 def test_layers_cache_only_what_text_sees():
     inputs = tiny.prompt(tiny.model(), [[3, 0, 4], [2, 0, 1, 0, 3]])
     columns = inputs["input_ids"].shape[1]

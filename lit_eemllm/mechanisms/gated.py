@@ -104,8 +104,9 @@ class Media:
         shape: G, L.
         index_GR: the media tokens that a group sees.
         mask_GR: which of them are real.
-        last_BR: indices and mask of the media tokens that the text after each document would see, and whether any;
-            None where nothing is cached.
+        last_BR: indices and mask of the media tokens that the text after each document would see; None where nothing is
+            cached.
+        text_lengths: text rows of each document.
     """
 
     tokens_Md: Tensor
@@ -115,6 +116,7 @@ class Media:
     index_GR: Tensor
     mask_GR: Tensor
     last_BR: tuple[Tensor, Tensor] | None
+    text_lengths: list[int]
 
     @classmethod
     def of(
@@ -160,9 +162,9 @@ class Media:
         flat = [r for rows, _ in groups for r in rows]
         rows_n, slots_n = (upload(torch.tensor(x, dtype=torch.long), device) for x in (flat, slots))
         index_GR, mask_GR = tokens([images for _, images in groups])
-        return cls(
-            tokens_Md, rows_n, slots_n, (len(groups), longest), index_GR, mask_GR, tokens(last) if cached else None
-        )
+        last_BR = tokens(last) if cached else None
+        shape = (len(groups), longest)
+        return cls(tokens_Md, rows_n, slots_n, shape, index_GR, mask_GR, last_BR, layout.text_lengths)
 
 
 class GatedBlock(nn.Module):
@@ -193,7 +195,7 @@ class GatedBlock(nn.Module):
         return x_Th, (k_MNH[index_BR].transpose(1, 2), v_MNH[index_BR].transpose(1, 2), mask_BR)
 
     def decode(self, x_Bh: Tensor, k_BNRH: Tensor, v_BNRH: Tensor, mask_BR: Tensor) -> Tensor:
-        """One new text row for each sequence, over the media it sees; rows of sequences without any are untouched."""
+        """New text rows, each over the media that its sequence sees; rows of sequences without any are untouched."""
         if not mask_BR.shape[1]:
             return x_Bh
         some_B1 = mask_BR.any(1, keepdim=True)

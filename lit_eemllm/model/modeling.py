@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..attention import AttentionBackend, Choice, resolve_backend
 from ..errors import ConfigError
-from ..layout import PackedBatch, Run, SequenceLayout
+from ..layout import PackedBatch, Run, SequenceLayout, upload
 from ..mechanisms import Mechanism
 from ..mechanisms.gated import GatedBlock, Media, Resampler
 from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
@@ -333,7 +333,11 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         block = self.gated[str(layer)]
         cache = cached.cache if cached is not None else None
         if cache is not None and layer in cache.media:
-            return block.decode(x_Th, *cache.media[layer])
+            k, v, mask = cache.media[layer]
+            if len(x_Th) > len(k):  # several new tokens each
+                lengths = upload(torch.tensor(media.text_lengths), x_Th.device)
+                k, v, mask = (x.repeat_interleave(lengths, dim=0, output_size=len(x_Th)) for x in (k, v, mask))
+            return block.decode(x_Th, k, v, mask)
         x_Th, kept = block(x_Th, media)
         if cache is not None and kept is not None:
             cache.media[layer] = kept

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test check gpu fmt clean
+.PHONY: help demo compare mechanisms test check gpu fmt clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -21,8 +21,11 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED) ## train and ask a tiny model, from nothing, on a CPU
 	$(BIN)/python tools/demo.py
 
-compare: $(INSTALLED) ## the longer demo: mechanisms side by side
-	$(BIN)/python tools/demo.py --long
+compare: $(INSTALLED) ## the longer demo: EE-MLLM and self-attention, three seeds each
+	$(BIN)/python tools/demo.py compare
+
+mechanisms: $(INSTALLED) ## every mechanism on the demo's data: accuracy and costs side by side
+	$(BIN)/python tools/demo.py mechanisms
 
 test: $(INSTALLED) ## all tests that this machine can run
 	$(BIN)/python -m pytest

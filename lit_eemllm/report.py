@@ -231,6 +231,8 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     line("... images shuffled", lambda row: row.spread(lambda run: run.result("loss_shuffled_images"), "{:.4f}"))
     line("parameters (M)", lambda row: row.spread(lambda run: run.result("parameters"), "{:.3f}", 1e-6).split(" ± ")[0])
     line("prefill MFLOPs a question", lambda row: row.spread(lambda run: run.result("prefill_flops"), "{:.1f}", 1e-6))
+    line("prefill (ms a question)", lambda row: row.spread(lambda run: run.result("prefill_seconds"), "{:.2f}", 1e3))
+    line("key/value cache (KiB)", lambda row: row.spread(lambda run: run.result("cache_bytes"), "{:.1f}", 2**-10))
     line("step time (ms)", lambda row: row.spread(lambda run: run.logged("step_seconds", median), "{:.0f}", 1e3))
     line("peak memory (GiB)", lambda row: row.spread(lambda run: run.logged("memory_gib", max), "{:.2f}"))
     return lines

@@ -172,6 +172,8 @@ class EvalConfig:
     """Most tokens generated per answer."""
     samples: int | None = None
     """Questions to evaluate, spread over data.val; null = all, 0 = none, only the loss."""
+    image_cache: float = 1.0
+    """GiB for keys and values of images that come again, where the mechanism lets them be reused; 0 = none."""
     control: int = 1
     """Passes with the images shuffled among the questions: what a model scores that does not look. 0 = none."""
 
@@ -215,7 +217,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "0 or more",
         lambda v: v >= 0,
-        "data.workers data.shuffle_buffer eval.control eval.samples model.mechanism.visual_window "
+        "data.workers data.shuffle_buffer eval.control eval.samples eval.image_cache model.mechanism.visual_window "
         "model.mechanism.gated.latents",
     ),
     ("0 or more", lambda v: 0 <= v < math.inf, "optim.weight_decay"),

@@ -1,7 +1,8 @@
 """The whole journey on a CPU: make data, train EE-MLLM and self-attention, ask both about pictures they have not seen, compare.
 
-    make demo       one seed each, a few minutes
-    make compare    longer training, three seeds each
+    make demo         one seed each, a few minutes
+    make compare      longer training, three seeds each
+    make mechanisms   every mechanism, one seed each
 
 Every step is an ordinary command, printed before it runs, so that it can be repeated by hand. Runs that are finished are
 not trained again; remove `runs/demo` to start over.
@@ -22,7 +23,9 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small gain nothing from a second thread
 COMMAND = [sys.executable, "-m", "lit_eemllm"]
 DATA = Path("runs/demo/data")
-MECHANISMS = ("ee_mllm", "llava")
+TRAINED = ("llava", "ee_mllm", "naavit", "shortv", "saisa", "vica", "flamingo")
+JOURNEYS = {"demo": (("ee_mllm", "llava"), 1), "compare": (("ee_mllm", "llava"), 3), "mechanisms": (TRAINED, 1)}
+"""Mechanisms and seeds."""
 
 
 def run(*words: object) -> None:
@@ -65,23 +68,26 @@ def kill_and_resume(config: str, folder: Path) -> None:
         sys.exit("resume is not exact: " + ", ".join(different))
 
 
-def main(long: bool) -> None:
+def main(name: str) -> None:
     start = time.perf_counter()
-    name = "compare" if long else "demo"
     if not DATA.is_dir():
         run("shards", "make", "--source", "shapes", "--out", DATA)
+    mechanisms, seeds = JOURNEYS[name]
     runs = []
-    for mechanism in MECHANISMS:
-        for seed in range(3 if long else 1):
-            config = f"configs/demo/{mechanism}.yaml"
+    for mechanism in mechanisms:
+        for seed in range(seeds):
             out = Path("runs") / name / f"{mechanism}-{seed}"
-            extra = ["configs/demo/long.yaml"] if long else []
-            run("fit", config, *extra, f"seed={seed}", f"out={out}")
-            if seed == 0:
+            extra = ["configs/demo/long.yaml"] if name == "compare" else []
+            run("fit", f"configs/demo/{mechanism}.yaml", *extra, f"seed={seed}", f"out={out}")
+            if seed == 0 and name != "mechanisms":
                 run("validate", out, "--checkpoint", "none", "eval.control=0", "eval.samples=1400")
             run("validate", out)
             runs.append(out)
-    if not long:
+    if name == "mechanisms":  # needs no training: the self-attention run with one layer made composite
+        out, trained = Path("runs") / name / "ee_mllm_f-0", Path("runs") / name / "llava-0" / "checkpoints"
+        run("validate", "configs/demo/ee_mllm_f.yaml", f"out={out}", "--checkpoint", trained / "step-1500.ckpt")
+        runs.insert(2, out)
+    if name == "demo":
         kill_and_resume("configs/demo/ee_mllm.yaml", Path("runs/demo/resume"))
     run("report", *runs, "--out", Path("runs") / name / "report")
     print(f"\npictures with answers: {', '.join(str(out / 'eval' / 'samples.png') for out in runs)}")
@@ -90,5 +96,5 @@ def main(long: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--long", action="store_true", help="train longer, three seeds for each mechanism")
-    main(parser.parse_args().long)
+    parser.add_argument("journey", choices=JOURNEYS, nargs="?", default="demo")
+    main(parser.parse_args().journey)

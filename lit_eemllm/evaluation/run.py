@@ -21,15 +21,17 @@ from PIL import Image
 from rich.table import Table
 
 from ..chat import IMAGE, Conversation, Turn
+from ..config import to_yaml
 from ..console import console, progress, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, SampleError, UserError
-from ..estimate import prefill_flops
 from ..images import open_image
 from ..layout import PackedBatch
 from ..model.build import build
+from ..model.image_cache import ImageCache
 from ..training.checkpoint import load_weights, newest_checkpoint, read_checkpoint
 from ..training.module import LitEEMLLM, compute_dtype
+from .cost import costs
 from .metrics import ExactMatch, normalise
 from .pictures import draw_samples
 from .questions import Question, pick, read_questions, shuffle_images
@@ -54,6 +56,8 @@ def validate(config: Config, checkpoint: str | None) -> None:
     model, processor, source = load(config, checkpoint)
     folder = Path(config.out) / ("eval" if checkpoint != UNTRAINED else "eval-untrained")
     folder.mkdir(parents=True, exist_ok=True)
+    if not (Path(config.out) / "config.yaml").exists():  # a run's checkpoint under another mechanism, say
+        write_atomically(Path(config.out) / "config.yaml", to_yaml(config, comments=True))
     data.connect(processor.template, model.vision.transform)
     console.print(f"{source}; attention {model.backend.name}; validation data {config.data.val}")
     with autocast(config, model):
@@ -66,6 +70,8 @@ def validate(config: Config, checkpoint: str | None) -> None:
         answered, broken = answer_all(model, processor, questions, config, "answering")
         if answered:
             measured |= score(model, processor, answered, config)
+    if model.image_cache is not None:
+        measured["image_cache"] = {"hits": model.image_cache.hits, "misses": model.image_cache.misses}
     results = {
         "checkpoint": source,
         "seed": config.seed,
@@ -139,6 +145,8 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
     on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator") != "cpu"
     model.to("cuda" if on_gpu else "cpu").eval()
     model.set_attention(config.model.attention, compute_dtype(config), training=False)
+    if config.eval.image_cache:
+        model.image_cache = ImageCache(int(config.eval.image_cache * 2**30))
     return model, processor, source
 
 
@@ -215,16 +223,8 @@ def score(
             "constant_answer": constant,
         }
 
-    lengths = [prompt_length(model, processor, question) for question in questions[:: max(1, len(questions) // 500)]]
-    decoder, width = model.config.text_config, model.vision.hidden_size
-    flops = [prefill_flops(model.mechanism, decoder, text, visual, vision_width=width) for text, visual in lengths]
-    return {
-        "types": types,
-        "average": sum(match.compute().item() for match in matches.values()) / len(matches),
-        "prefill_flops": sum(flops) / len(flops),
-        "prompt_text_tokens": sum(text for text, _ in lengths) / len(lengths),
-        "prompt_visual_tokens": sum(visual for _, visual in lengths) / len(lengths),
-    }
+    average = sum(match.compute().item() for match in matches.values()) / len(matches)
+    return {"types": types, "average": average, **costs(model, processor, questions, config)}
 
 
 def prediction(answered: tuple[Question, str]) -> str:
@@ -232,14 +232,6 @@ def prediction(answered: tuple[Question, str]) -> str:
     question, text = answered
     row = {"key": question.conversation.key, "type": question.type, "prompt": question.prompt, "answer": text}
     return json.dumps({**row, "truth": question.truth}) + "\n"
-
-
-def prompt_length(model: EEMLLM, processor: Processor, question: Question) -> tuple[int, int]:
-    """Text and visual tokens of a question's prompt."""
-    ids = processor.template.encode(question.conversation, generation=True).ids
-    images = question.conversation.num_images
-    tokens = model.vision.transform.num_tokens(model.vision.transform.width, model.vision.transform.height)
-    return len(ids) - images, images * tokens
 
 
 @torch.inference_mode()

@@ -37,6 +37,12 @@ class StreamCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all keys and values."""
+        pairs = [(layer.keys, layer.values) for layer in self.layers] + [(k, v) for k, v, _ in self.media.values()]
+        return sum(x.nbytes for pair in pairs for x in pair)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.masks = {view: function(mask) for view, mask in self.masks.items()}
         self.media = {layer: (function(k), function(v), function(mask)) for layer, (k, v, mask) in self.media.items()}

@@ -1,0 +1,66 @@
+"""What a run's prompts cost: FLOPs from shapes, prefill time and cache size as measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..estimate import prefill_flops
+from ..images import open_image
+from .questions import Question
+
+if TYPE_CHECKING:
+    from ..model import EEMLLM, Processor
+    from ..schema import Config
+
+PROMPTS, REPEATS = 32, 5  # prompts of the measured batch; times it is computed
+
+
+@torch.inference_mode()
+def costs(model: EEMLLM, processor: Processor, questions: Sequence[Question], config: Config) -> dict[str, Any]:
+    """Mean FLOPs of a prompt's prefill in the decoder, median prefill time and cache bytes a prompt, encoder included.
+
+    Args:
+        questions: all of them for the FLOPs (every n-th of many); the first 32 that can be opened are measured.
+    """
+    transform, decoder = model.vision.transform, model.config.text_config
+    tokens = transform.num_tokens(transform.width, transform.height)
+    lengths = []
+    for question in questions[:: max(1, len(questions) // 500)]:
+        ids = processor.template.encode(question.conversation, generation=True).ids
+        images = question.conversation.num_images
+        lengths.append((len(ids) - images, images * tokens))
+    flops = [prefill_flops(model.mechanism, decoder, *each, vision_width=model.vision.hidden_size) for each in lengths]
+
+    some = questions[:PROMPTS]
+    opened = [[open_image(x, q.conversation.key, config.data.max_image_pixels) for x in q.images] for q in some]
+    inputs = processor.prompts([question.conversation for question in some], opened)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    cache, seconds = model.image_cache, []
+    model.image_cache = None  # the first time an image is seen
+    try:
+        for _ in range(REPEATS):
+            synchronize(model.device)
+            start = time.perf_counter()
+            filled = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+            synchronize(model.device)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        model.image_cache = cache
+    return {
+        "prefill_flops": sum(flops) / len(flops),
+        "prefill_seconds": median(seconds) / len(some),
+        "cache_bytes": filled.num_bytes / len(some),
+        "prompt_text_tokens": sum(text for text, _ in lengths) / len(lengths),
+        "prompt_visual_tokens": sum(visual for _, visual in lengths) / len(lengths),
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of a GPU, to time it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -3,6 +3,7 @@
 import csv
 import math
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,3 +383,26 @@ def test_gradients_are_clipped_to_the_configured_norm(tmp_path, parts):
                       enable_model_summary=False)  # fmt: skip
     trainer.fit(module, DataLoader([tiny.pack([[3, 0, 4], [5]])], batch_size=None))
     assert module.grad_norm.item() > 1 and module.clipped == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["ee_mllm_f", "saisa", "shortv", "vica", "flamingo"])
+def test_every_mechanism_trains_all_its_weights_and_resumes_exactly(tmp_path, parts, blend, preset):
+    """Four steps, and two continued from their checkpoint: all tensors, also those that only this mechanism has."""
+    small = ["model.mechanism.gated.every=2", "model.mechanism.gated.latents=3", "model.mechanism.gated.heads=2"]
+    options = [f"model.mechanism.preset={preset}", "optim.max_steps=4", "optim.save_every=2", "data.val=null"]
+    options += small * (preset == "flamingo")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    fit(tiny.config(parts, blend, whole, *options))
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "checkpoints" / "step-2.ckpt", again / "checkpoints")
+    start = read_checkpoint(again / "checkpoints" / "step-2.ckpt")["state_dict"]
+    config = tiny.config(parts, blend, again, *options)
+    fit(config)
+    a, b = (read_checkpoint(newest_checkpoint(run)) for run in (whole, again))
+    assert_same(a["state_dict"], b["state_dict"])
+    assert_same(a["optimizer_states"], b["optimizer_states"])
+    model = build(config.model)[0]
+    own = {f"model.{name}" for name, _ in model.named_parameters() if not name.startswith("vision.")}
+    assert set(a["state_dict"]) == own
+    still = [name for name in own if a["state_dict"][name].equal(start[name])]
+    assert not [name for name in still if not name.endswith("embed_tokens.weight")]

@@ -123,7 +123,7 @@ class LitEEMLLM(LightningModule):
     # --- checkpoints ---
 
     def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        prefixes = tuple(f"model.{COMPONENTS[word]}." for word in self.trained)
+        prefixes = tuple(f"model.{name}." for word in self.trained for name in COMPONENTS[word])
         return {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
 
     @cached_property

@@ -18,7 +18,7 @@ from rich.table import Table
 from ..config import to_yaml
 from ..console import console, progress_bar, write_atomically
 from ..layout import PackedBatch
-from .tuning import COMPONENTS
+from .tuning import COMPONENTS, component
 
 if TYPE_CHECKING:
     from ..schema import Config
@@ -37,12 +37,12 @@ def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size
     """Components and what is trained, tokens per step, mechanism."""
     table = Table("component", "parameters", "trained", "peak lr", title=f"{config.out}", title_justify="left")
     rates = {"vision": config.optim.vision_lr, "projector": config.optim.projector_lr, "llm": None}
-    for word, name in COMPONENTS.items():
-        count = sum(p.numel() for p in getattr(module.model, name).parameters())
+    for word in COMPONENTS:
+        count = sum(p.numel() for p in component(module.model, word).parameters())
         trained = word in module.trained
         rate = f"{config.optim.lr if rates[word] is None else rates[word]:g}"
         table.add_row(
-            name, f"{count:,}", "yes" if trained else f"frozen, {config.model.dtype}", rate if trained else ""
+            word, f"{count:,}", "yes" if trained else f"frozen, {config.model.dtype}", rate if trained else ""
         )
     console.print(table)
     mechanism = module.model.config.mechanism

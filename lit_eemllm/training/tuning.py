@@ -14,37 +14,43 @@ if TYPE_CHECKING:
     from ..model import EEMLLM
     from ..schema import OptimConfig
 
-COMPONENTS = {"vision": "vision", "projector": "projector", "llm": "language_model"}
-"""Words of ``optim.tuning`` -> the submodule of the model."""
+COMPONENTS = {"vision": ("vision",), "projector": ("projector", "gated"), "llm": ("language_model",)}
+"""Words of ``optim.tuning`` -> submodules of the model. What a mechanism adds between encoder and decoder goes with the
+projector."""
+
+
+def component(model: EEMLLM, word: str) -> nn.ModuleDict:
+    """The submodules of a word, by name."""
+    return nn.ModuleDict({name: getattr(model, name) for name in COMPONENTS[word]})
 
 
 def apply_tuning(model: EEMLLM, config: OptimConfig, frozen_dtype: str) -> list[str]:
     """Freeze and cast components: trained ones are float32, frozen ones `frozen_dtype`. Returns the trained ones."""
     trained = [word for word, choice in asdict(config.tuning).items() if choice == "full"]
-    for word, name in COMPONENTS.items():
-        component: nn.Module = getattr(model, name)
-        component.requires_grad_(word in trained)
-        exact = {path: buffer for path, buffer in component.named_buffers() if path.endswith("inv_freq")}
-        component.to(torch.float32 if word in trained else getattr(torch, frozen_dtype))
+    for word in COMPONENTS:
+        part = component(model, word)
+        part.requires_grad_(word in trained)
+        exact = {path: buffer for path, buffer in part.named_buffers() if path.endswith("inv_freq")}
+        part.to(torch.float32 if word in trained else getattr(torch, frozen_dtype))
         for path, buffer in exact.items():  # rotary frequencies in bfloat16 are far off after some hundred tokens
             module, _, leaf = path.rpartition(".")
-            setattr(component.get_submodule(module), leaf, buffer)
+            setattr(part.get_submodule(module), leaf, buffer)
     return trained
 
 
 def set_modes(model: EEMLLM, trained: list[str]) -> None:
     """Training mode for trained components only: a frozen encoder's dropout and batch statistics stay off."""
     model.train()
-    for word, name in COMPONENTS.items():
-        getattr(model, name).train(word in trained)
+    for word in COMPONENTS:
+        component(model, word).train(word in trained)
 
 
 def parameter_groups(model: EEMLLM, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups by component's learning rate and by weight decay, which biases and norms do not get."""
     rates = {"vision": config.vision_lr, "projector": config.projector_lr}
     groups: list[dict[str, Any]] = []
-    for word, name in COMPONENTS.items():
-        parameters = [p for p in getattr(model, name).parameters() if p.requires_grad]
+    for word in COMPONENTS:
+        parameters = [p for p in component(model, word).parameters() if p.requires_grad]
         for decays in (True, False):
             members = [p for p in parameters if (p.ndim > 1) == decays]
             if members:

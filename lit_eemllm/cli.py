@@ -50,6 +50,20 @@ def _generate(args: Namespace) -> None:
     generate(config, args.checkpoint, args.image, args.prompt, tokens, args.temperature)
 
 
+def _calibrate(args: Namespace) -> None:
+    config = _config(args)
+    from lit_eemllm.evaluation.calibrate import calibrate
+
+    calibrate(config, args.checkpoint, args.target, args.layers, args.budget, args.by, args.samples, args.out)
+
+
+def _merge(args: Namespace) -> None:
+    config = _config(args)
+    from lit_eemllm.training.export import merge
+
+    merge(config, args.checkpoint, args.to, args.adapter)
+
+
 def _report(args: Namespace) -> None:
     from lit_eemllm.report import report
 
@@ -201,6 +215,24 @@ def build_parser() -> ArgumentParser:
     made.add_argument("--prompt", required=True, help="images come first, or where the prompt says <image>")
     made.add_argument("--max-new-tokens", type=int, metavar="N", help="default: eval.max_new_tokens of the run")
     made.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+
+    example = "lit-eemllm calibrate runs/llava --target shortv --layers 19"
+    text = "Find the layers of a self-attention model that can treat visual tokens more cheaply."
+    made = takes_config(verb(verbs, "calibrate", _calibrate, text, example), checkpoint=True)
+    made.add_argument("--target", required=True, choices=("ee_mllm_f", "shortv", "vica"), help="the mechanism to find")
+    many = made.add_mutually_exclusive_group()
+    text = "layers to convert, for vica those in which text sees the image; default: the preset's share of all"
+    many.add_argument("--layers", type=int, metavar="N", help=text)
+    many.add_argument("--budget", type=float, metavar="SHARE", help="the same as a share of all layers, such as 0.6")
+    text = "rank by the KL of the output or, vica only, by the cosine similarity of text states; default kl"
+    made.add_argument("--by", choices=("kl", "cosine"), default="kl", help=text)
+    made.add_argument("--samples", type=int, default=40, metavar="N", help="of data.val, with images; default 40")
+    made.add_argument("--out", type=Path, metavar="DIR", help="default: calibrate-TARGET in the run directory")
+
+    example = "lit-eemllm merge runs/demo/ee_mllm-0 --to merged"
+    made = takes_config(verb(verbs, "merge", _merge, "Write a run's trained model.", example), checkpoint=True)
+    made.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    made.add_argument("--adapter", action="store_true", help="only the decoder's LoRA adapter, as peft loads it")
 
     example = "lit-eemllm report runs/a runs/b --out report"
     made = verb(verbs, "report", _report, "Compare runs in a table and a picture.", example)

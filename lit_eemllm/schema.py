@@ -122,16 +122,33 @@ class DataConfig:
 @dataclass
 class TuningConfig:
     vision: str = "frozen"
-    """Vision encoder: "frozen" or "full"."""
+    """Vision encoder: "frozen", "full" or "lora"."""
     projector: str = "full"
-    """Projector: "frozen" or "full"."""
+    """Projector, and modules that a mechanism adds: "frozen", "full" or "lora"."""
     llm: str = "frozen"
-    """Decoder: "frozen" or "full"."""
+    """Decoder: "frozen", "full" or "lora"."""
+
+
+@dataclass
+class LoraConfig:
+    r: int = 128
+    """Rank of the adapters of components with tuning "lora"; this and the next two are LLaVA's."""
+    alpha: float = 256
+    """Their updates are scaled by alpha / r."""
+    dropout: float = 0.05
+    """Share of an adapter's inputs dropped in training."""
+    targets: list[str] | None = None
+    """Last names of the linear layers that are adapted, such as [q_proj, v_proj]; null = all in repeated blocks."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    dora: bool = False
+    """Learn the magnitude of the weights apart from their direction (DoRA)."""
 
 
 @dataclass
 class OptimConfig:
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     lr: float = MISSING
     """Peak learning rate of AdamW."""
     projector_lr: float | None = None
@@ -206,9 +223,9 @@ _WORDS = {
     "model.vision.policy": ("pad", "resize", "crop"),
     "model.dtype": ("float32", "bfloat16"),
     "data.truncation": ("drop", "truncate", "error"),
-    "optim.tuning.vision": ("frozen", "full"),
-    "optim.tuning.projector": ("frozen", "full"),
-    "optim.tuning.llm": ("frozen", "full"),
+    "optim.tuning.vision": ("frozen", "full", "lora"),
+    "optim.tuning.projector": ("frozen", "full", "lora"),
+    "optim.tuning.llm": ("frozen", "full", "lora"),
     "optim.schedule": ("cosine", "linear", "constant"),
 }
 # Comparisons are written so that NaN fails them. A null value is not compared.
@@ -222,10 +239,11 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("0 or more", lambda v: 0 <= v < math.inf, "optim.weight_decay"),
     ("0 to 1", lambda v: 0 <= v <= 1, "optim.warmup_ratio"),
+    ("0 to below 1", lambda v: 0 <= v < 1, "optim.lora.dropout"),
     (
         "more than 0",
         lambda v: 0 < v < math.inf,
-        "optim.lr optim.projector_lr optim.vision_lr optim.eps optim.clip_grad_norm",
+        "optim.lr optim.projector_lr optim.vision_lr optim.eps optim.clip_grad_norm optim.lora.alpha",
     ),
     ("two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "optim.betas"),
     (
@@ -233,7 +251,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: v >= 1,
         "data.pack_tokens data.pack_samples data.max_length data.packing_buffer data.max_image_pixels "
         "data.max_bad_in_a_row optim.max_steps optim.save_every optim.val_every optim.val_batches optim.log_every "
-        "optim.keep eval.batch_size eval.max_new_tokens model.mechanism.gated.every model.mechanism.gated.heads "
+        "optim.keep optim.lora.r eval.batch_size eval.max_new_tokens model.mechanism.gated.every model.mechanism.gated.heads "
         "model.mechanism.gated.head_size model.mechanism.gated.depth",
     ),
     ("text that is not empty", lambda v: bool(v.strip()), "out resume model.decoder data.train"),
@@ -324,7 +342,8 @@ def check_names(config: Config) -> Iterator[Mistake]:
         ("model.template", config.model.template, TEMPLATES),
     ):
         if found not in known:
-            yield (key,), f"found {found!r}, expected {' or '.join(sorted(known))}"
+            own = "; one of your own needs --import FILE" if key == "model.attention" else ""
+            yield (key,), f"found {found!r}, expected {' or '.join(sorted(known))}{own}"
     try:
         get_vision_encoder(config.model.vision.encoder)
     except ConfigError as error:

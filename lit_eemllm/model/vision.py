@@ -47,6 +47,10 @@ class VisionEncoder(nn.Module, ABC):
     def forward(self, pixels: Tensor) -> Tensor:
         """[I, 3, height, width] to [I, tokens, d]."""
 
+    def unused(self) -> list[nn.Module]:
+        """Parts whose output is never read, such as layers above the chosen one: they are never trained."""
+        return []
+
 
 _ENCODERS: dict[str, type[VisionEncoder]] = {}
 
@@ -117,6 +121,12 @@ class TransformersVision(VisionEncoder):
     def to_config(self) -> dict[str, Any]:
         model = {**self.model.config.to_diff_dict(), "model_type": self.model.config.model_type}
         return {"model": model, "transform": self.transform.to_dict(), "select_layer": self.select_layer}
+
+    def unused(self) -> list[nn.Module]:
+        depth = self.model.config.num_hidden_layers
+        layers = next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+        rest = [m for name, m in self.model.named_modules() if name.rpartition(".")[2] in ("post_layernorm", "head")]
+        return [*layers[self.select_layer % (depth + 1) :], *rest]
 
     def forward(self, pixels: Tensor) -> Tensor:
         states = self.model(pixels, output_hidden_states=True).hidden_states[self.select_layer]

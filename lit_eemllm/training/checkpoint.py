@@ -13,6 +13,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors.torch import load_file
 
 from ..errors import CheckpointError
+from ..schema import LoraConfig
+from .adapters import MARK, merge_adapters
+from .tuning import adapt
 
 if TYPE_CHECKING:
     from ..model import EEMLLM
@@ -104,6 +107,12 @@ def load_weights(model: EEMLLM, path: Path) -> str:
         state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     else:
         state = {name.removeprefix("model."): tensor for name, tensor in read_checkpoint(source)["state_dict"].items()}
+    adapted = any(MARK in name for name in state)
+    if adapted:  # a run with LoRA: its adapters are put beside the layers, loaded, and folded in
+        optim = read_checkpoint(source)["lit_eemllm"]["config"]["optim"]
+        for word, choice in optim["tuning"].items():
+            if choice == "lora":
+                adapt(model, word, LoraConfig(**optim["lora"]))
     own = model.state_dict()
     wrong = [
         f"{name}: found {list(tensor.shape)}, expected {list(own[name].shape) if name in own else 'no such tensor'}"
@@ -116,5 +125,7 @@ def load_weights(model: EEMLLM, path: Path) -> str:
             f"init_from={source}: {len(wrong)} of {len(state)} tensors do not fit this model:\n  {listed}"
         )
     model.load_state_dict(state, strict=False)
+    if adapted:
+        merge_adapters(model)
     parts = {name.split(".")[0] for name in state}
     return f"{len(state)} tensors ({', '.join(sorted(parts))}) from {source}; {len(own) - len(state)} keep their values"

@@ -22,6 +22,7 @@ from ..console import console
 from ..errors import CheckpointError
 from ..layout import PackedBatch
 from ..model.build import fingerprint
+from .adapters import MARK
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
 
 if TYPE_CHECKING:
@@ -123,8 +124,10 @@ class LitEEMLLM(LightningModule):
     # --- checkpoints ---
 
     def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        prefixes = tuple(f"model.{name}." for word in self.trained for name in COMPONENTS[word])
-        return {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
+        """What a checkpoint holds of a state: components trained wholly, and adapters."""
+        choices = asdict(self.config.optim.tuning)
+        whole = tuple(f"model.{name}." for word in self.trained if choices[word] == "full" for name in COMPONENTS[word])
+        return {name: tensor for name, tensor in state.items() if name.startswith(whole) or MARK in name}
 
     @cached_property
     def _frozen_fingerprint(self) -> str:

@@ -38,11 +38,17 @@ def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size
     table = Table("component", "parameters", "trained", "peak lr", title=f"{config.out}", title_justify="left")
     rates = {"vision": config.optim.vision_lr, "projector": config.optim.projector_lr, "llm": None}
     for word in COMPONENTS:
-        count = sum(p.numel() for p in component(module.model, word).parameters())
-        trained = word in module.trained
+        parameters = list(component(module.model, word).parameters())
+        count, trained = (
+            sum(p.numel() for p in some) for some in (parameters, [p for p in parameters if p.requires_grad])
+        )
+        how = {"full": "all", "lora": f"adapters of rank {config.optim.lora.r}"}.get(getattr(config.optim.tuning, word))
         rate = f"{config.optim.lr if rates[word] is None else rates[word]:g}"
         table.add_row(
-            word, f"{count:,}", "yes" if trained else f"frozen, {config.model.dtype}", rate if trained else ""
+            word,
+            f"{count:,}",
+            f"{trained:,} ({how})" if trained else f"frozen, {config.model.dtype}",
+            rate if trained else "",
         )
     console.print(table)
     mechanism = module.model.config.mechanism

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .adapters import add_adapters
+
 if TYPE_CHECKING:
     from ..model import EEMLLM
-    from ..schema import OptimConfig
+    from ..schema import LoraConfig, OptimConfig
 
 COMPONENTS = {"vision": ("vision",), "projector": ("projector", "gated"), "llm": ("language_model",)}
 """Words of ``optim.tuning`` -> submodules of the model. What a mechanism adds between encoder and decoder goes with the
@@ -25,17 +27,33 @@ def component(model: EEMLLM, word: str) -> nn.ModuleDict:
 
 
 def apply_tuning(model: EEMLLM, config: OptimConfig, frozen_dtype: str) -> list[str]:
-    """Freeze and cast components: trained ones are float32, frozen ones `frozen_dtype`. Returns the trained ones."""
-    trained = [word for word, choice in asdict(config.tuning).items() if choice == "full"]
+    """Freeze, cast and adapt components: what is trained is float32, what is frozen `frozen_dtype`.
+
+    Returns:
+        the words of the components that are trained, wholly or by adapters.
+    """
+    choices = asdict(config.tuning)
     for word in COMPONENTS:
         part = component(model, word)
-        part.requires_grad_(word in trained)
+        part.requires_grad_(choices[word] == "full")
         exact = {path: buffer for path, buffer in part.named_buffers() if path.endswith("inv_freq")}
-        part.to(torch.float32 if word in trained else getattr(torch, frozen_dtype))
+        part.to(torch.float32 if choices[word] == "full" else getattr(torch, frozen_dtype))
         for path, buffer in exact.items():  # rotary frequencies in bfloat16 are far off after some hundred tokens
             module, _, leaf = path.rpartition(".")
             setattr(part.get_submodule(module), leaf, buffer)
-    return trained
+        if choices[word] == "lora":
+            adapt(model, word, config.lora)
+    for unused in model.vision.unused():
+        unused.requires_grad_(False)
+    return [word for word, choice in choices.items() if choice != "frozen"]
+
+
+def adapt(model: EEMLLM, word: str, section: LoraConfig) -> None:
+    """Put adapters into a component."""
+    for name in COMPONENTS[word]:
+        module: nn.Module = getattr(model, name)
+        if next(module.parameters(), None) is not None:  # most mechanisms add no modules
+            add_adapters(module, section, word)
 
 
 def set_modes(model: EEMLLM, trained: list[str]) -> None:

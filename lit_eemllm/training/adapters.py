@@ -1,0 +1,81 @@
+"""LoRA through peft: adapters beside a component's linear layers, merged into them or written as peft's own folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from ..console import write_atomically
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..schema import LoraConfig as LoraSection
+
+MARK = "lora_"
+"""In the name of every tensor that belongs to an adapter."""
+
+
+def linear_layers(part: nn.Module) -> list[str]:
+    """Linear layers in repeated blocks: all but embeddings, head and patch projection (as LLaVA)."""
+    lists = [name for name, module in part.named_modules() if isinstance(module, nn.ModuleList)]
+    inside = tuple(f"{name}." for name in lists) or ("",)
+    return [name for name, module in part.named_modules() if isinstance(module, nn.Linear) and name.startswith(inside)]
+
+
+def add_adapters(part: nn.Module, section: LoraSection, key: str) -> None:
+    """Put adapters beside the linear layers of a component, in place. They are float32, and at first change nothing.
+
+    Raises:
+        ConfigError: a target that the component has not.
+    """
+    layers = linear_layers(part)
+    known = {_last(name) for name in layers}
+    targets = known if section.targets is None else set(section.targets)
+    if not targets or not targets <= known:
+        raise ConfigError(
+            f"optim.lora.targets: {key} has no linear layer {sorted(targets - known)}; it has {sorted(known)}"
+        )
+    inject_adapter_in_model(_peft_config(section, [name for name in layers if _last(name) in targets]), part)
+    for name, parameter in part.named_parameters():
+        if MARK in name:
+            parameter.data = parameter.data.float()
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _peft_config(section: LoraSection, targets: list[str], **more: Any) -> LoraConfig:
+    return LoraConfig(
+        r=section.r, lora_alpha=section.alpha, lora_dropout=section.dropout, use_rslora=section.rslora,
+        use_dora=section.dora, target_modules=targets, bias="none", **more,
+    )  # fmt: skip
+
+
+def merge_adapters(model: nn.Module) -> int:
+    """Fold all adapters into their layers, in place; returns how many there were."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, layer in layers:
+        layer.merge(safe_merge=True)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    return len(layers)
+
+
+def save_adapter(decoder: nn.Module, base: str, section: LoraSection, folder: Path) -> None:
+    """The decoder's adapter as a folder that plain peft loads on top of the base model `base`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(decoder, adapter_name="default", save_embedding_layers=False)
+    save_file(
+        {f"base_model.model.{name}": x.contiguous() for name, x in state.items()}, folder / "adapter_model.safetensors"
+    )
+    targets = sorted({_last(name) for name, module in decoder.named_modules() if isinstance(module, LoraLayer)})
+    config = _peft_config(section, targets, task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True)
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    write_atomically(folder / "adapter_config.json", json.dumps(plain, indent=2, default=str))

@@ -1,0 +1,46 @@
+"""`merge`: a run's trained weights as a whole model, or its decoder's adapter as peft writes it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..console import console, quiet_libraries
+from ..errors import UserError
+from ..evaluation.run import load
+from ..schema import Config
+from .adapters import merge_adapters, save_adapter
+
+
+def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> None:
+    """Write what a run has trained into a folder, which appears whole or not at all.
+
+    Args:
+        config: of the run.
+        checkpoint: a file; None takes the run's newest.
+        out: a new folder.
+        adapter: only the decoder's adapter, for ``peft.PeftModel.from_pretrained`` on the base decoder; else the whole
+            model with adapters folded in, for ``init_from`` and `EEMLLM.from_pretrained`.
+
+    Raises:
+        UserError: the folder exists, or there is no adapter.
+    """
+    quiet_libraries()
+    if out.exists():
+        raise UserError(f"{out} exists already; name a new folder")
+    if adapter and config.optim.tuning.llm != "lora":
+        raise UserError(
+            f"{config.out} has no decoder adapter: its optim.tuning.llm is {config.optim.tuning.llm}, not lora"
+        )
+    model, processor, source = load(config, checkpoint)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if adapter:
+        save_adapter(model.language_model, config.model.decoder, config.optim.lora, unfinished)
+        done = "adapter"
+    else:
+        done = f"model, {merge_adapters(model)} adapters folded in"
+        model.save_pretrained(unfinished)
+        processor.tokenizer.save_pretrained(unfinished)
+    unfinished.rename(out)
+    console.print(f"{done}: {source} -> {out}")

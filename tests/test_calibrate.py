@@ -1,0 +1,337 @@
+"""Layer calibration: its numbers against a plain computation, planted layers, samples, and the verb as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from lit_eemllm import cli
+from lit_eemllm.config import load_config
+from lit_eemllm.errors import ConfigError, SampleError, UserError
+from lit_eemllm.evaluation import calibrate
+from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
+from lit_eemllm.training.fit import fit
+
+DENSE = Mechanism(dense_layers="all")
+PACKS = [[[3, 0, 4], [2, 0, 1, 0, 3], [0, 2]], [[1, 0, 0, 6]]]
+TARGETS = ("ee_mllm_f", "shortv", "vica")
+
+
+def plain(model, batch, kinds, blind=(), window=0):
+    """A document at a time under explicit masks: log-probabilities of the supervised positions, and every layer's cosines.
+
+    Args:
+        kinds: per layer what visual tokens do: "dense", "local" (see themselves and a window) or "frozen".
+        blind: layers in which text does not see the images.
+    """
+    decoder, layout = model.language_model.model, batch.layout
+    E_Vh = model.projector(model.image_features(batch.pixel_values))
+    states, cosines, row, used = [], [[] for _ in kinds], 0, 0
+    for document in layout.documents:
+        visual = torch.tensor([run.visual for run in document for _ in range(run.length)])
+        image = torch.tensor([i for i, run in enumerate(document) for _ in range(run.length)])
+        L, V = len(visual), int(visual.sum())
+        x = decoder.embed_tokens(batch.input_ids[row : row + L]).masked_scatter(visual[:, None], E_Vh[used : used + V])
+        row, used = row + L, used + V
+        cos, sin = decoder.rotary_emb(x[None], torch.arange(L)[None])
+        i, j = torch.arange(L)[:, None], torch.arange(L)[None]
+        for number, (layer, kind) in enumerate(zip(decoder.layers, kinds, strict=True)):
+            attn = layer.self_attn
+            u = layer.input_layernorm(x)
+            q, k, v = (p(u).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+            if hasattr(attn, "q_norm"):
+                q, k = attn.q_norm(q), attn.k_norm(k)
+            q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))
+            groups = q.shape[1] // k.shape[1]
+            q, k = (y[0] for y in apply_rotary_pos_emb(q, k, cos, sin))
+            k, v = k.repeat_interleave(groups, 0), v[0].repeat_interleave(groups, 0)
+            sees = i >= j
+            if number in blind:
+                sees = sees & ~(visual[None] & ~visual[:, None])
+            if kind != "dense":
+                near = (i >= j) & (i - j <= window) & (image[:, None] == image[None])
+                sees = torch.where(visual[:, None], near, sees)
+            weights = torch.softmax((q @ k.mT * attn.scaling).masked_fill(~sees, -torch.inf), -1)
+            H = x + attn.o_proj((weights @ v).transpose(0, 1).flatten(1))
+            part = (weights[:, :, visual] @ v[:, visual]).transpose(0, 1).flatten(1) @ attn.o_proj.weight.T
+            behind = ~visual & (visual.cumsum(0) > 0)
+            a, b = x[behind], (x + part)[behind]
+            cosines[number].append((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)))
+            new = H + layer.mlp(layer.post_attention_layernorm(H))
+            x = torch.where(visual[:, None], x, new) if kind == "frozen" else new
+        states.append(x[~visual])
+    logits = model.language_model.lm_head(decoder.norm(torch.cat(states)))[batch.target_rows]
+    return logits.double().log_softmax(-1), [torch.cat(parts) for parts in cosines]
+
+
+def divergence(model, packs, kinds, blind=(), window=0):
+    """KL and agreement from the dense model, written out."""
+    rows = []
+    for pack in packs:
+        p, _ = plain(model, pack, ["dense"] * len(kinds))
+        q, _ = plain(model, pack, kinds, blind, window)
+        rows += [((a.exp() * (a - b)).sum().item(), a.argmax() == b.argmax()) for a, b in zip(p, q, strict=True)]
+    return {"kl": sum(kl for kl, _ in rows) / len(rows), "same_top": sum(bool(s) for _, s in rows) / len(rows)}
+
+
+def one(target, layer, depth):
+    """The plain description of one changed layer."""
+    if target == "vica":
+        return ["dense"] * depth, {layer}
+    kinds = ["dense"] * depth
+    kinds[layer] = "frozen" if target == "shortv" else "local"
+    return kinds, ()
+
+
+def close(found, true):
+    return found["kl"] == pytest.approx(true["kl"], rel=1e-4, abs=1e-9) and found["same_top"] == true["same_top"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "biased"])
+@pytest.mark.parametrize("target", TARGETS)
+@torch.no_grad()
+def test_numbers_equal_a_plain_computation(target, decoder, backend, monkeypatch):
+    biased = LlamaConfig(**{**tiny.COMMON, "attention_bias": True}, num_attention_heads=4, num_key_value_heads=2)
+    monkeypatch.setitem(tiny.DECODERS, "biased", biased)
+    model, packs = tiny.model(decoder, DENSE), [tiny.pack(pack, seed) for seed, pack in enumerate(PACKS)]
+    model.set_attention(backend)
+    logits, steps = model.packed_logits(packs[0]), []
+    rows = calibrate.one_by_one(model, packs, target, steps.append)
+    for row in rows:
+        assert close(row, divergence(model, packs, *one(target, row["layer"], 3)))
+    moved = [row["kl"] for row in rows] if target == "vica" else [row["kl"] for row in rows[:-1]]
+    assert min(moved) > 1e-3 and (target == "vica" or rows[-1]["kl"] == 0)  # the last one passes no visual states on
+    if target == "vica":
+        parts = zip(*(plain(model, pack, ["dense"] * 3)[1] for pack in packs), strict=True)
+        true = [torch.cat(pair).mean().item() for pair in parts]
+        assert [row["cosine"] for row in rows] == pytest.approx(true, abs=1e-5) and max(true) < 0.999
+    else:
+        assert all("cosine" not in row for row in rows)
+
+    ranking = [1, 2, 0]
+    for row in calibrate.together(model, packs, target, ranking, steps.append):
+        chosen = set(ranking[: row["layers"]])
+        kinds = [{"shortv": "frozen", "ee_mllm_f": "local"}[target] if n in chosen else "dense" for n in range(3)] if (
+            target != "vica"
+        ) else ["frozen"] * 3  # fmt: skip
+        blind = set(range(3)) - chosen if target == "vica" else ()
+        assert close(row, divergence(model, packs, kinds, blind))
+    assert len(steps) == 2 * (2 * 3 + 2)  # what the progress bar counts
+    assert model.mechanism == DENSE and model.config.mechanism == DENSE.to_dict()
+    assert model.packed_logits(packs[0]).equal(logits)
+
+
+@torch.no_grad()
+def test_ee_mllm_f_takes_the_aligner_and_the_window_of_the_configuration():
+    """With value and output off it is V-Skip; ShortV has an aligner of its own: none."""
+    model, packs = tiny.model("llama-gqa", replace(DENSE, visual_window=3)), [tiny.pack(PACKS[0])]
+    kinds, _ = one("ee_mllm_f", 1, 3)
+    row = calibrate.one_by_one(model, packs, "ee_mllm_f", lambda _: None)[1]
+    assert close(row, divergence(model, packs, kinds, window=3))
+    assert not close(row, divergence(model, packs, kinds))
+    skip = Aligner(value=False, output=False)
+    made = calibrate.converted(replace(DENSE, aligner=skip), "ee_mllm_f", [2], 3)
+    assert made == Mechanism(dense_layers=(0, 1), aligner=skip)
+    assert calibrate.converted(DENSE, "shortv", [0, 1, 2], 3) == replace(PRESETS["shortv"], dense_layers="none")
+    assert calibrate.converted(DENSE, "vica", [0, 2], 3) == replace(PRESETS["vica"], cross_layers=(0, 2))
+
+
+def test_a_failure_leaves_the_model_as_it_was():
+    model = tiny.model("llama-gqa", DENSE)
+    for target in TARGETS:
+        with pytest.raises(ZeroDivisionError), calibrate.changed(model, target, 0):
+            raise ZeroDivisionError
+    assert model.mechanism == DENSE
+    assert not any(layer._forward_hooks for layer in model.language_model.model.layers)
+
+
+@pytest.mark.parametrize("planted", [0, 1, 2])
+@pytest.mark.parametrize("target", TARGETS)
+@torch.no_grad()
+def test_a_planted_layer_is_found(target, planted, monkeypatch):
+    """Attention and feed-forward write nothing but in one layer, and in the last, which reads what came of it."""
+    config = LlamaConfig(**{**tiny.COMMON, "num_hidden_layers": 4}, num_attention_heads=4, num_key_value_heads=2)
+    monkeypatch.setitem(tiny.DECODERS, "deep", config)
+    model, packs = tiny.model("deep", DENSE), [tiny.pack(PACKS[0])]
+    writes = {planted} if target == "vica" else {planted, 3}
+    for layer in model.language_model.model.layers:
+        if layer.index not in writes:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    rows = calibrate.one_by_one(model, packs, target, lambda _: None)
+    assert [row["layer"] for row in rows if row["kl"] > 1e-12] == [planted]
+    ranking = calibrate.ranked(rows, target, "kl")
+    assert sorted(ranking) == [0, 1, 2, 3]
+    assert ranking[0 if target == "vica" else -1] == planted
+    if target == "vica":
+        assert [row["layer"] for row in rows if row["cosine"] < 1 - 1e-12] == [planted]
+        assert calibrate.ranked(rows, target, "cosine")[0] == planted
+
+
+def test_ranking_by_hand():
+    rows = [
+        {"layer": n, "kl": kl, "cosine": c} for n, (kl, c) in enumerate([(0.2, 0.9), (0, 0.2), (0.1, 0.95), (0, 1)])
+    ]
+    assert calibrate.ranked(rows, "shortv", "kl") == [3, 1, 2, 0]  # equal ones: the later first
+    assert calibrate.ranked(rows, "vica", "kl") == [0, 2, 1, 3]
+    assert calibrate.ranked(rows, "vica", "cosine") == [1, 0, 2, 3]
+
+
+def test_divergence_by_hand():
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
+    found = calibrate.Divergence()
+    found.update(p.log(), q.log() + 3)  # logits know no scale
+    found.update(q.log().repeat(300, 1), q.log().repeat(300, 1))
+    kl = 0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(0.5 / 0.75).log()
+    assert found.row() == {"kl": pytest.approx(kl.item() / 602, rel=1e-6), "same_top": 601 / 602}
+
+
+def test_how_many_layers():
+    defaults = [calibrate.how_many(target, 32, None, None) for target in TARGETS]
+    assert defaults == [16, 19, 8]  # what the presets have
+    assert calibrate.how_many("vica", 40, None, None) == 10 and calibrate.how_many("vica", 2, None, None) == 1
+    assert calibrate.how_many("shortv", 32, None, 0.5) == 16 and calibrate.how_many("shortv", 32, 3, None) == 3
+    for wrong in (0, 33):
+        with pytest.raises(UserError, match=f"--layers {wrong}: expected 1 to 32"):
+            calibrate.how_many("shortv", 32, wrong, None)
+
+
+def test_the_base_must_be_dense():
+    for fits in (DENSE, Mechanism(dense_layers=(0, 1)), replace(DENSE, visual_positions="shared")):
+        calibrate.refuse_base(fits, 3)
+    for base, text in (
+        (PRESETS["ee_mllm"], r"layers \[0, 1\] of 3 are not dense"),
+        (Mechanism(dense_layers=(0, 2)), r"layers \[1\] of 3 are not dense"),
+        (Mechanism(dense_layers=(0, 1), cross_layers=(0, 1)), "in layer 2 text sees no image"),
+        (PRESETS["flamingo"], r"layers \[0, 1\] of 3"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            calibrate.refuse_base(base, 3)
+
+
+def test_samples_are_drawn_evenly_from_those_with_images(monkeypatch):
+    members = {f"{i}": {"json": b"", "jpg": b""} for i in range(10)} | {"text": {"json": b""}}
+
+    def tokenize(key, members):
+        if key == "3":
+            raise SampleError("bad_json", "broken")
+        return SimpleNamespace(key=key, length=10)
+
+    def load_pixels(tokens):
+        return SimpleNamespace(tokens=tokens, pixels=[] if tokens.key == "4" else [0])
+
+    def draw(samples, seed, budget=100):
+        packs, skipped = calibrate.draw_packs(recipe, encoder, samples, seed, budget, None)
+        return [[sample.tokens.key for sample in pack] for pack in packs], skipped
+
+    encoder = SimpleNamespace(tokenize=tokenize, load_pixels=load_pixels)
+    source = SimpleNamespace(folder=Path(), shards=[("a", 11)])
+    recipe = SimpleNamespace(sources=[source], num_samples=11, path="val.yaml")
+    monkeypatch.setattr(calibrate, "read_shard", lambda path: iter(members.items()))
+    monkeypatch.setattr(calibrate, "collate", list)
+    assert draw(99, 0) == ([["0", "1", "2", "5", "6", "7", "8", "9"]], {"bad_json": 1})
+    assert [len(pack) for pack in draw(99, 0, budget=30)[0]] == [3, 3, 2]
+    assert draw(3, 5) == draw(3, 5)
+    times = Counter(key for seed in range(1000) for pack in draw(3, seed)[0] for key in pack)
+    assert set(times) == set("01256789") and all(250 < n < 350 for n in times.values())
+    members = {"text": {"json": b""}, "3": {"json": b"", "jpg": b""}}
+    with pytest.raises(UserError, match=r"val\.yaml: nothing to calibrate with: bad_json 1"):
+        draw(3, 0)
+    del members["3"]
+    with pytest.raises(UserError, match="no conversation with an image"):
+        draw(3, 0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A dense run of two steps on the embedded set, and its config."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny.write_parts(folder / "parts")
+    data = tiny.write_shards(folder / "shards", train=60, val=30)
+    options = ("model.mechanism.preset=llava", "optim.max_steps=2", "optim.val_every=2")
+    config = tiny.config(folder / "parts", data, folder / "run", *options)
+    fit(config)
+    return config
+
+
+def test_command_line_journey(trained, tmp_path, capsys):
+    """calibrate as a user calls it, and what it writes put to use as its header says."""
+    run, folder = Path(trained.out), Path(trained.out) / "calibrate-vica"
+    assert cli.main(["calibrate", str(run), "--target", "vica", "--samples", "12", "--layers", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "12 conversations with images" in said and "layers for vica" in said and "2 of 3" in said
+    results = json.loads((folder / "layers.json").read_text())
+    assert results["samples"] == 12 and [row["layer"] for row in results["layers"]] == [0, 1, 2]
+    assert results["ranking"] == sorted(range(3), key=lambda n: -results["layers"][n]["kl"])
+    assert results["chosen"] == sorted(results["ranking"][:2])
+    assert Image.open(folder / "layers.png").width > 800
+
+    again = tmp_path / "again"
+    line = ["calibrate", str(run), "--target", "vica", "--samples", "12", "--budget", "0.7", "--out", str(again)]
+    assert cli.main(line) == 0
+    assert json.loads((again / "layers.json").read_text()) == results
+
+    text = (folder / "mechanism.yaml").read_text()
+    lines = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    for part in (results["checkpoint"], "12 conversations", "seed 0", "Greedy by the KL", "--checkpoint"):
+        assert part in lines
+    checkpoint = results["checkpoint"]
+    line = ["validate", str(run / "config.yaml"), str(folder / "mechanism.yaml"), "--checkpoint", checkpoint]
+    assert cli.main([*line, f"out={tmp_path / 'vica'}", "eval.samples=3"]) == 0
+    validated = json.loads((tmp_path / "vica" / "eval" / "results.json").read_text())
+    assert validated["mechanism"] == results["mechanism"]
+    assert Mechanism.from_dict(validated["mechanism"]) == replace(
+        PRESETS["vica"], cross_layers=tuple(results["chosen"])
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_mechanism_file_goes_after_any_configuration(trained, target, tmp_path):
+    assert cli.main(["calibrate", trained.out, "--target", target, "--samples", "4", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "layers.json").read_text())
+    expected = Mechanism.from_dict(results["mechanism"])
+    (tmp_path / "before.yaml").write_text(
+        "model: {mechanism: {preset: vica, dense_layers: [0], cross_layers: [1], aligner: {ffn: false}, visual_window: 3, "
+        "freeze_prefix: true, visual_positions: shared, visual_drop: [[1, 0.5]]}}"
+    )
+    for before in ([], [tmp_path / "before.yaml"]):
+        config = load_config([Path(trained.out) / "config.yaml", *before, tmp_path / "mechanism.yaml"])
+        overrides = asdict(config.model.mechanism)
+        assert overrides.pop("preset") == target
+        assert build_mechanism(target, 3, overrides) == expected
+    sets = {"vica": expected.cross_layers}.get(target, expected.dense_layers)
+    kept = results["chosen"] if target == "vica" else [n for n in range(3) if n not in results["chosen"]]
+    assert list(sets) == kept
+
+
+def test_what_cannot_be_done_is_said(trained, capsys, monkeypatch):
+    for options, text in (
+        (["model.mechanism.preset=ee_mllm"], "layers [0, 1] of 3 are not dense"),
+        (["--layers", "4"], "--layers 4: expected 1 to 3"),
+        (["--budget", "1.5"], "--budget 1.5: expected a share"),
+        (["--budget", "nan"], "--budget nan: expected a share"),
+        (["--samples", "0"], "--samples 0: expected 1 or more"),
+        (["--by", "cosine"], "--by cosine is ViCA's criterion"),
+        (["data.val=null"], "data.val is not set"),
+        (["model.mechanism.visual_window=2"], "visual_window"),
+    ):
+        assert cli.main(["calibrate", trained.out, "--target", "shortv", *options]) == 2
+        assert text in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", trained.out, "--target", "shortv", "--layers", "1", "--budget", "0.5"])
+    assert "not allowed with" in capsys.readouterr().err
+    calls = []
+    monkeypatch.setattr(calibrate, "calibrate", lambda config, *rest: calls.append(rest))
+    assert cli.main(["calibrate", trained.out, "--target", "vica", "--by", "cosine", "--out", "o"]) == 0
+    assert calls == [(None, "vica", None, None, "cosine", 40, Path("o"))]

@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -147,6 +148,7 @@ class _Merge:
         self.wrong: set[str] = set()  # keys that have a message, or follow from a key that has one
         self.origin: dict[str, str] = {}  # key -> the file and line, or _COMMAND_LINE, that set it last
         self.merged: set[Path] = set()
+        self.unread = False  # a file is missing or is no YAML: what it would have set is not known
 
     def fail(self, where: str, key: str, text: str) -> None:
         self.wrong.add(key)
@@ -166,6 +168,7 @@ class _Merge:
         content = self.content(path, named_by)
         node = self.compose(content, str(path)) if content is not None else None
         if node is None:
+            self.unread = True
             return
         if isinstance(node, yaml.MappingNode):
             for item in [item for item in node.value if item[0].value == "defaults"]:
@@ -179,6 +182,8 @@ class _Merge:
         problem = None
         if len(self.merged) > MAX_FILES:
             problem = f"the configuration is built from more than {MAX_FILES} files"
+        elif not os.path.exists(path):
+            problem = "no such file" if named_by else "no such run directory or file"
         elif path.suffix not in (".yaml", ".yml"):
             problem = "a configuration file ends in .yaml or .yml"
         else:
@@ -342,11 +347,12 @@ def load_config(
         merge.file(Path(path))
     for text in overrides:
         merge.override(text)
-    config = merge.resolve()
-    for one in (check, *checks):
-        for keys, text in one(config):
-            if not merge.wrong.intersection(keys):  # a consequence of a mistake that is already listed
-                merge.fail(merge.origin.get(keys[0], ""), keys[0], text)
+    if not merge.unread:
+        config = merge.resolve()
+        for one in (check, *checks):
+            for keys, text in one(config):
+                if not merge.wrong.intersection(keys):  # a consequence of a mistake that is already listed
+                    merge.fail(merge.origin.get(keys[0], ""), keys[0], text)
     if merge.mistakes:
         count = len(merge.mistakes)
         head = "a mistake in the configuration" if count == 1 else f"{count} mistakes in the configuration"

@@ -48,5 +48,9 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of a deprecated function of torch
+    warnings.filterwarnings(
+        "ignore", message="Checkpoint directory .* exists and is not empty"
+    )  # a run is continued there
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every line came twice
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

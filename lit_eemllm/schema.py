@@ -91,6 +91,10 @@ class ModelConfig:
     """How a conversation becomes text: "plain" (captions), "vicuna_v1" or "jinja" (the tokenizer's own template)."""
     dtype: str = "float32"
     """Type of the parameters that are not trained: "float32" or "bfloat16". Trained ones are always float32."""
+    quantization: str | None = None
+    """Keep the decoder's frozen linear layers in 4 bits, "nf4", or 8, "int8" (QLoRA; needs bitsandbytes); null = no."""
+    liger: bool = False
+    """Fused norms, feed-forward networks and loss of liger-kernel in the decoder; needs a CUDA device."""
 
 
 @dataclass
@@ -161,6 +165,8 @@ class OptimConfig:
     """AdamW's term added to the denominator."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; biases and norms are never decayed."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping its activations: less memory, more time."""
     warmup_ratio: float = 0.03
     """Share of max_steps in which the learning rate rises linearly to its peak."""
     schedule: str = "cosine"
@@ -216,12 +222,13 @@ class Config:
 Mistake = tuple[tuple[str, ...], str]
 """The dotted keys that are at odds, the one to change first, and what is wrong with them."""
 
-_NULLABLE = ("model.mechanism.visual_source", "model.mechanism.visual_positions")
+_NULLABLE = ("model.mechanism.visual_source", "model.mechanism.visual_positions", "model.quantization")
 _WORDS = {
     "model.mechanism.visual_source": ("stream", "layerwise"),
     "model.mechanism.visual_positions": ("sequence", "shared", "unrotated", "none"),
     "model.vision.policy": ("pad", "resize", "crop"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.quantization": ("nf4", "int8"),
     "data.truncation": ("drop", "truncate", "error"),
     "optim.tuning.vision": ("frozen", "full", "lora"),
     "optim.tuning.projector": ("frozen", "full", "lora"),
@@ -312,6 +319,9 @@ def check(config: Config) -> list[Mistake]:
     if all(word == "frozen" for word in tuning.values()):
         text = "vision, projector and llm are all frozen: nothing is left to train"
         mistakes.append((("optim.tuning", *(f"optim.tuning.{part}" for part in tuning)), text))
+    if config.model.quantization is not None and (tuning["llm"] == "full" or config.optim.lora.dora):
+        text = "quantised layers cannot be trained: set optim.tuning.llm to lora or frozen, without optim.lora.dora"
+        mistakes.append((("model.quantization", "optim.tuning.llm", "optim.lora.dora"), text))
     for part in ("projector", "vision"):
         key = f"optim.{part}_lr"
         if tuning[part] == "frozen" and value(key) is not None:

@@ -27,6 +27,10 @@ def config(parts, *overrides):
 def test_missing_and_foreign_folders_are_named(parts):
     for override, message in [
         ("model.decoder=nowhere/at-all", r"model\.decoder: AutoConfig cannot load 'nowhere/at-all'"),
+        ("model.decoder=/nope", r"^model\.decoder: no such folder: /nope$"),
+        ("model.decoder=./nope", r"^model\.decoder: no such folder: \./nope$"),
+        ("model.vision.path=a/b/c", r"^model\.vision\.path: no such folder: a/b/c$"),
+        ("model.tokenizer=~/nope", r"^model\.tokenizer: no such folder: ~/nope; ~ is not expanded"),
         (f"model.decoder={parts / 'encoder'}", r"model\.decoder: this decoder is not supported: model_type"),
         (f"model.tokenizer={parts / 'encoder'}", r"model\.tokenizer: AutoTokenizer cannot load"),
         ("model.vision.path=nowhere/at-all", r"model\.vision\.path: AutoConfig cannot load"),

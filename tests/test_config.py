@@ -129,7 +129,7 @@ optim:
   lr: fast
   max_step: 10
   warmup_ratio: 1.5
-  tuning: {projector: lora}
+  tuning: {projector: some}
 model:
   decodr: x
   mechanism: {aligner: {ffn: 3}, dense_layers: some}
@@ -144,7 +144,7 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
             "a.yaml:3: optim.max_step: unknown key; did you mean optim.max_steps?",
             "optim.max_steps: required, but not set; add it to a file or write optim.max_steps=VALUE",
             "a.yaml:4: optim.warmup_ratio: found 1.5, expected 0 to 1",
-            "a.yaml:5: optim.tuning.projector: found 'lora', expected frozen or full",
+            "a.yaml:5: optim.tuning.projector: found 'some', expected frozen or full or lora",
             "a.yaml:7: model.decodr: unknown key; did you mean model.decoder?",
             "model.decoder: required, but not set; add it to a file or write model.decoder=VALUE",
             "a.yaml:8: model.mechanism.aligner.ffn: found 3 (a whole number), expected true or false or null",
@@ -262,7 +262,7 @@ def test_circular_references_are_named(write):
         ("defaults: {a: b}\n", "x.yaml:1: defaults: expected a list of files, such as [base.yaml]"),
         (
             "defaults: [none.yaml]\n",
-            "none.yaml: cannot be read: No such file or directory (named under defaults of x.yaml)",
+            "none.yaml: no such file (named under defaults of x.yaml)",
         ),
         (
             "defaults: [/etc/passwd]\n",
@@ -278,7 +278,14 @@ def test_broken_files(write, text, expected):
 
 def test_a_file_that_is_not_there_or_empty(write):
     (good, empty) = write(a=GOOD, empty="# nothing\n")
-    assert only([good, "gone.yaml"]) == "gone.yaml: cannot be read: No such file or directory"
+    for gone in ("gone.yaml", "runs/nope", "n" * 300):
+        for files in ([gone], [good, gone]):  # what the file would have set is not asked for
+            assert only(files, checks=[check_names]) == f"{gone}: no such run directory or file"
+    assert mistakes(["gone.yaml", "away.yaml"], ["sead=1"]) == [
+        "gone.yaml: no such run directory or file",
+        "away.yaml: no such run directory or file",
+        "command line: sead: unknown key; did you mean seed?",
+    ]
     assert load_config([good, empty], ["seed=3"]).seed == 3
     (sections,) = write(sections="model:\noptim:\n  # lr: 3\ntrainer:\n")
     assert load_config([good, sections]) == load_config([good])
@@ -416,6 +423,7 @@ def test_checks_of_names(write):
         "trainer.device",
     ]
     assert "ee_mllm or ee_mllm_f or flamingo" in lines[0] and "reference" in lines[1] and "vicuna_v1" in lines[2]
+    assert all("--import FILE" in line for line in (lines[1], lines[3]))
     assert "transformers" in lines[3] and "did you mean devices?" in lines[4]
     assert lines[-1] == "seed: found 0, and 0.001"
 

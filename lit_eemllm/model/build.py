@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..mechanisms import build_mechanism
 from .decoder import check_decoder
 from .modeling import EEMLLM
-from .pretrained import load_pretrained
+from .pretrained import load_pretrained, quantized
 from .processor import Processor
 from .vision import VisionEncoder, get_vision_encoder
 
@@ -43,7 +43,11 @@ def build(config: ModelConfig) -> tuple[EEMLLM, Processor]:
     overrides = asdict(config.mechanism)
     mechanism = build_mechanism(overrides.pop("preset"), text_config.num_hidden_layers, overrides)
     processor, vision = build_processor(config)
-    model = EEMLLM.from_parts(config.decoder, config.vision.encoder, vision, mechanism, processor.image_token_id)
+    how = None if config.quantization is None else quantized(config.quantization, getattr(torch, config.dtype))
+    parts = config.decoder, config.vision.encoder, vision, mechanism, processor.image_token_id
+    model = EEMLLM.from_parts(*parts, how)
+    if config.liger:
+        model.use_liger()
     known = model.config.text_config.vocab_size
     beyond = [text for text, i in processor.tokenizer.get_vocab().items() if i >= known and text != IMAGE]
     if beyond:

@@ -241,7 +241,9 @@ class DecoderLayer(nn.Module):
     def _project(self, query_Qh: Tensor, normed_Rh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by head, not rotated yet."""
         attn = self.self_attn
-        q_QNH = attn.q_proj(query_Qh).unflatten(-1, (-1, attn.head_dim))
+        width = attn.config.num_attention_heads * attn.head_dim
+        query_Qw = attn.q_proj(query_Qh) if len(query_Qh) else query_Qh.new_zeros(0, width)  # 4-bit layers want rows
+        q_QNH = query_Qw.unflatten(-1, (-1, attn.head_dim))
         k_RKH = attn.k_proj(normed_Rh).unflatten(-1, (-1, attn.head_dim))
         v_RKH = attn.v_proj(normed_Rh).unflatten(-1, (-1, attn.head_dim))
         if hasattr(attn, "q_norm"):  # Qwen3 normalises each head before rotating it
@@ -285,7 +287,10 @@ class DecoderLayer(nn.Module):
         view = context.view(self.view)
         if visual:
             k_RKH, v_RKH = (x.index_select(0, view.layout.merge_index) for x in (k_RKH, v_RKH))
-        x_Th = x_Th + self.self_attn.o_proj(self._attend_text(q_TNH, k_RKH, v_RKH, view, context))
+        mixed_Tw = self._attend_text(q_TNH, k_RKH, v_RKH, view, context)
+        if not len(x_Th):  # images by themselves
+            return x_Th
+        x_Th = x_Th + self.self_attn.o_proj(mixed_Tw)
         return x_Th + self.mlp(self.post_attention_layernorm(x_Th))
 
     def _forward_dense(self, x_Sh: Tensor, context: StreamContext) -> Tensor:
@@ -310,6 +315,8 @@ class DecoderLayer(nn.Module):
             context.recorded.append((k_SKH, v_SKH) if self.view == "all" else None)
         mixed_Tw = self._attend_text(q_TNH, view.of(k_SKH), view.of(v_SKH), view, context)
         text_Th = x_Sh[layout.text_index]
+        if self.last and not len(text_Th):  # images by themselves
+            return text_Th
         if self.last:
             text_Th = text_Th + attn.o_proj(mixed_Tw)
             return text_Th + self.mlp(self.post_attention_layernorm(text_Th))

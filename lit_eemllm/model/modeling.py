@@ -6,11 +6,13 @@ The decoder is an ordinary causal LM of transformers under its own weight names;
 from __future__ import annotations
 
 from copy import copy
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -108,6 +110,8 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         self._connect()
         self._backend: AttentionBackend | None = None
         self.image_cache: ImageCache | None = None
+        self.activation_checkpointing = False
+        self._fused_loss: nn.Module | None = None
         self.post_init()
 
     def _connect(self) -> None:
@@ -140,7 +144,13 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_parts(
-        cls, decoder: str, encoder: str, vision: VisionEncoder, mechanism: Mechanism, image_token_id: int
+        cls,
+        decoder: str,
+        encoder: str,
+        vision: VisionEncoder,
+        mechanism: Mechanism,
+        image_token_id: int,
+        quantization: Any = None,
     ) -> EEMLLM:
         """Join pretrained parts with a fresh projector (seed torch before).
 
@@ -150,10 +160,12 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             vision: that encoder, with its weights.
             mechanism: how visual tokens are treated.
             image_token_id: see `EEMLLMConfig`.
+            quantization: of the decoder's linear layers, as transformers takes it.
         """
         text_config = load_pretrained(AutoConfig, decoder, "model.decoder")
         check_decoder(text_config)
-        language_model = load_weighted(AutoModelForCausalLM, decoder, "model.decoder")
+        options = {} if quantization is None else {"quantization_config": quantization}
+        language_model = load_weighted(AutoModelForCausalLM, decoder, "model.decoder", **options)
         config = EEMLLMConfig(
             text_config=text_config,
             vision={"encoder": encoder, "config": vision.to_config()},
@@ -211,6 +223,17 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             self.set_attention("auto")
         assert self._backend is not None
         return self._backend
+
+    def use_liger(self) -> None:
+        """Replace norms, feed-forward networks and the loss by liger-kernel's fused ones. Raises ConfigError without it."""
+        if find_spec("liger_kernel") is None or not torch.cuda.is_available():
+            raise ConfigError("model.liger: needs a CUDA device and liger-kernel; pip install '.[liger]'")
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+        parts = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+        _apply_liger_kernel_to_instance(self.language_model, **parts, rms_norm=True, swiglu=True)
+        self._fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -271,10 +294,15 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
     def _run_layers(self, x_Rh: Tensor, context: StreamContext, media: Media | None = None) -> Tensor:
         decoder = self.language_model.model
-        for layer in decoder.layers:
+
+        def run(layer: nn.Module, x_Rh: Tensor) -> Tensor:
             if media is not None and str(layer.index) in self.gated:
                 x_Rh = self._cross(layer.index, x_Rh, media, context.cached)
-            x_Rh = layer(x_Rh, context)
+            return layer(x_Rh, context)
+
+        again = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer in decoder.layers:
+            x_Rh = checkpoint(run, layer, x_Rh, use_reentrant=False) if again else run(layer, x_Rh)
         return decoder.norm(x_Rh)
 
     @property
@@ -350,6 +378,9 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
     def packed_loss(self, batch: PackedBatch) -> Tensor:
         """Cross-entropy summed over the supervised tokens of the pack, a float32 scalar."""
+        if self._fused_loss is not None:
+            text_Th = self._text_states(batch.input_ids, batch.pixel_values, batch.layout)
+            return self._fused_loss(self.language_model.lm_head.weight, text_Th[batch.target_rows], batch.targets)
         return cross_entropy(self.packed_logits(batch).float(), batch.targets, reduction="sum")
 
     # --- transformers' interface: left-padded ids, cache, generate ---

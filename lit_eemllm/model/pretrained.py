@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from ..errors import CheckpointError, ConfigError
 
@@ -20,6 +23,10 @@ def load_pretrained(kind: Any, path: str, key: str, **options: Any) -> Any:
     Raises:
         ConfigError: it is not there, or not of this kind.
     """
+    # what cannot be a hub id is not looked for on the hub
+    if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not os.path.exists(path):
+        home = "; ~ is not expanded after a key, write your home folder out" if path.startswith("~") else ""
+        raise ConfigError(f"{key}: no such folder: {path}{home}")
     try:
         return kind.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -27,9 +34,26 @@ def load_pretrained(kind: Any, path: str, key: str, **options: Any) -> Any:
         raise ConfigError(f"{key}: {kind.__name__} cannot load {path!r}: {reason}") from error
 
 
-def load_weighted(kind: Any, path: str, key: str) -> Any:
+def quantized(how: str, compute: torch.dtype) -> Any:
+    """What transformers needs to load a model with linear layers in 4 ("nf4") or 8 bits ("int8").
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"model.quantization={how}: bitsandbytes is not installed; pip install '.[qlora]'")
+    if how == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def load_weighted(kind: Any, path: str, key: str, **options: Any) -> Any:
     """A model with its weights in float32, from safetensors. Raises CheckpointError if a tensor is missing or misshapen."""
-    model, info = load_pretrained(kind, path, key, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    model, info = load_pretrained(
+        kind, path, key, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+    )
     missing = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if missing:
         raise CheckpointError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,6 +16,7 @@ from ..console import write_atomically
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
+    from ..model import EEMLLM
     from ..schema import LoraConfig as LoraSection
 
 MARK = "lora_"
@@ -58,14 +60,41 @@ def _peft_config(section: LoraSection, targets: list[str], **more: Any) -> LoraC
     )  # fmt: skip
 
 
-def merge_adapters(model: nn.Module) -> int:
-    """Fold all adapters into their layers, in place; returns how many there were."""
+def merge_adapters(model: EEMLLM) -> int:
+    """Fold all adapters into their layers, in place; returns how many there were. Quantised layers become ordinary ones."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, layer in layers:
-        layer.merge(safe_merge=True)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+        base = layer.get_base_layer()
+        if _is_quantized(base):
+            base = _dequantized(base)
+            base.weight.data += layer.get_delta_weight("default")
+        else:
+            layer.merge(safe_merge=True)
+        _replace(model, name, base)
+    rest = [(name, module) for name, module in model.named_modules() if _is_quantized(module)]
+    for name, module in rest:
+        _replace(model, name, _dequantized(module))
+    decoder: Any = model.config.text_config
+    if getattr(decoder, "quantization_config", None) is not None:
+        del decoder.quantization_config
     return len(layers)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")  # bitsandbytes' own
+
+
+def _dequantized(module: Any) -> nn.Linear:
+    plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    plain.weight.data = dequantize_module_weight(module).float()
+    if module.bias is not None:
+        plain.bias.data = module.bias.data.float()
+    return plain
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def save_adapter(decoder: nn.Module, base: str, section: LoraSection, folder: Path) -> None:

@@ -65,18 +65,21 @@ def newest_checkpoint(run: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def refuse_changes(checkpoint: dict[str, Any], config: Config) -> None:
+def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> None:
     """A run goes on as what it was. Raises CheckpointError naming every key that may not change under way.
 
-    May change: where it runs (``trainer.*`` but precision and accumulation), the attention backend, how long, how often it
-    logs, saves and validates. The data module looks after its own keys.
+    May change: where it runs (``trainer.*`` but precision, and packs per step, which are accumulated by so many ranks), the
+    attention backend, how long, how often it logs, saves and validates. The data module looks after its own keys.
     """
     free = {"attention", "max_steps", "save_every", "val_every", "val_batches", "log_every", "keep"}
     was, now = checkpoint["lit_eemllm"]["config"], asdict(config)
-    pairs = {
-        f"trainer.{key}": (was["trainer"].get(key), now["trainer"].get(key))
-        for key in ("precision", "accumulate_grad_batches")
-    }
+    pairs = {"trainer.precision": (was["trainer"].get("precision"), now["trainer"].get("precision"))}
+    packs = [
+        (section["trainer"].get("accumulate_grad_batches", 1), count)
+        for section, count in ((was, checkpoint["lit_eemllm"].get("ranks", ranks)), (now, ranks))
+    ]
+    if packs[0][0] * packs[0][1] != packs[1][0] * packs[1][1]:
+        pairs["trainer.accumulate_grad_batches x ranks"] = tuple(f"{count} x {many}" for count, many in packs)
     for section in ("model", "optim"):
         pairs |= {
             f"{section}.{key}": (was[section].get(key), now[section][key]) for key in now[section] if key not in free

@@ -28,9 +28,12 @@ def fit(config: Config) -> None:
     """
     quiet_libraries()
     out = Path(config.out)
+    runlog = RunLog(config)
+    trainer = make_trainer(config, runlog)
+    console.quiet = not trainer.is_global_zero
     resume = find_resume(config)
     if resume is not None:
-        refuse_changes(read_checkpoint(resume), config)
+        refuse_changes(read_checkpoint(resume), config, trainer.world_size)
 
     # Seed before any module is built: the projector is fresh.
     seed_everything(config.seed, verbose=False)
@@ -42,8 +45,6 @@ def fit(config: Config) -> None:
     data.connect(processor.template, model.vision.transform)
     module = LitEEMLLM(model, config)
 
-    runlog = RunLog(config)
-    trainer = make_trainer(config, runlog)
     if trainer.is_global_zero:
         print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size)
         if resume is not None:

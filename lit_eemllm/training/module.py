@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from lightning import seed_everything
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from .. import __version__
@@ -23,6 +27,7 @@ from ..errors import CheckpointError
 from ..layout import PackedBatch
 from ..model.build import fingerprint
 from .adapters import MARK
+from .fsdp2 import FSDP2, shard
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
 
 if TYPE_CHECKING:
@@ -50,14 +55,20 @@ class LitEEMLLM(LightningModule):
         super().__init__()
         self.config = config
         self.trained = apply_tuning(model, config.optim, config.model.dtype)
+        model.activation_checkpointing = config.optim.activation_checkpointing
         self.model = model
         self.strict_loading = False  # a checkpoint holds trained weights only; `on_load_checkpoint` is stricter
         self.val_loss = MeanMetric()
         self.step_loss: Tensor | float = 0.0  # summed loss of the optimiser step so far, on this rank
         self.step_tokens = 0
-        self._restored_rng: dict[str, Any] | None = None
+        self._restored_rng: list[dict[str, Any]] | None = None  # of all ranks that saved
         self.mean_loss = self.grad_norm = torch.tensor(torch.nan)  # of the last optimiser step
         self.step_lr = self.batch_end = 0.0
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FSDP2):
+            assert self._frozen_fingerprint  # of whole tensors
+            shard(self.model, init_device_mesh(self.trainer.strategy.root_device.type, (self.trainer.world_size,)))
 
     def on_fit_start(self) -> None:
         choice = self.model.set_attention(self.config.model.attention, compute_dtype(self.config))
@@ -73,10 +84,17 @@ class LitEEMLLM(LightningModule):
     # --- one optimiser step ---
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        loss = self.model.packed_loss(batch)
+        loss = self._loss(batch)
         self.step_loss = self.step_loss + loss.detach()
         self.step_tokens += batch.num_targets
         return loss
+
+    def _loss(self, batch: PackedBatch) -> Tensor:
+        """Summed over the pack. All ranks must use the same weights: no image is then an empty tensor of images."""
+        if batch.pixel_values is None and ("vision" in self.trained or isinstance(self.model, FSDPModule)):
+            size = self.model.vision.transform
+            batch = replace(batch, pixel_values=torch.zeros(0, 3, size.height, size.width, device=self.device))
+        return self.model.packed_loss(batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn what Lightning accumulated (sums, divided by micro-batches and averaged over ranks) into the token mean."""
@@ -87,7 +105,8 @@ class LitEEMLLM(LightningModule):
             dist.all_reduce(totals)
         loss, tokens = totals
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
-        torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_([x.to_local() if isinstance(x, DTensor) else x for x in gradients], scale)
         self.mean_loss = loss / tokens
         self.step_lr = optimizer.param_groups[0]["lr"]
         self.step_loss, self.step_tokens = 0.0, 0
@@ -100,7 +119,8 @@ class LitEEMLLM(LightningModule):
     ) -> None:
         most = self.config.optim.clip_grad_norm
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if most is None else most)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if most is None else most)
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
@@ -115,7 +135,7 @@ class LitEEMLLM(LightningModule):
     # --- validation: token-weighted loss ---
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        self.val_loss.update(self.model.packed_loss(batch) / batch.num_targets, batch.num_targets)
+        self.val_loss.update(self._loss(batch) / batch.num_targets, batch.num_targets)
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", self.val_loss.compute())
@@ -141,6 +161,7 @@ class LitEEMLLM(LightningModule):
         checkpoint["lit_eemllm"] = {
             "config": asdict(self.config),
             "frozen": self._frozen_fingerprint,
+            "ranks": self.trainer.world_size,
             "versions": {
                 "lit_eemllm": __version__,
                 "torch": str(torch.__version__),
@@ -148,7 +169,10 @@ class LitEEMLLM(LightningModule):
                 "lightning": lightning.__version__,
             },
         }
-        checkpoint["rng"] = rng_state()
+        checkpoint["rng"] = states = [rng_state()]
+        if self.trainer.world_size > 1:  # a collective call: every rank comes here
+            states *= self.trainer.world_size
+            dist.all_gather_object(states, states[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises CheckpointError unless the checkpoint holds exactly the trained weights of this model."""
@@ -165,11 +189,28 @@ class LitEEMLLM(LightningModule):
                 f"the frozen parts differ from those it was trained with (fingerprint {frozen}, here "
                 f"{self._frozen_fingerprint}): use the same model.decoder, model.vision.path and model.dtype"
             )
-        self._restored_rng = checkpoint["rng"]
+        rng = checkpoint["rng"]
+        self._restored_rng = rng if isinstance(rng, list) else [rng]  # earlier versions: of rank 0 only
+        if self._trainer is not None:
+            count_in_packs_of(checkpoint, self.trainer.world_size)
 
     def on_train_start(self) -> None:
-        if self._restored_rng is not None:  # as late as possible: building loaders may draw numbers
-            set_rng_state(self._restored_rng)
+        if self._restored_rng is None:
+            return
+        if self.global_rank < len(self._restored_rng):  # as late as possible: building loaders may draw numbers
+            set_rng_state(self._restored_rng[self.global_rank])
+        else:  # saved by fewer ranks
+            seed_everything((self.config.seed + self.global_step + self.global_rank) % 2**32, verbose=False)
+
+
+def count_in_packs_of(checkpoint: dict[str, Any], ranks: int) -> None:
+    """Lightning counts packs of one rank, and ends a step at multiples of the accumulation. Where a run goes on with another
+    number of ranks, and as many packs a step, a rank has seen more packs, or fewer."""
+    was = checkpoint["lit_eemllm"].get("ranks", ranks)
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for count in (progress["total"], progress["current"]):
+        more = count["ready"] * was // ranks - count["ready"]
+        count.update({key: value + more for key, value in count.items()})
 
 
 def _some(names: set[str]) -> str:

@@ -36,16 +36,20 @@ def apply_tuning(model: EEMLLM, config: OptimConfig, frozen_dtype: str) -> list[
     for word in COMPONENTS:
         part = component(model, word)
         part.requires_grad_(choices[word] == "full")
-        exact = {path: buffer for path, buffer in part.named_buffers() if path.endswith("inv_freq")}
-        part.to(torch.float32 if choices[word] == "full" else getattr(torch, frozen_dtype))
-        for path, buffer in exact.items():  # rotary frequencies in bfloat16 are far off after some hundred tokens
-            module, _, leaf = path.rpartition(".")
-            setattr(part.get_submodule(module), leaf, buffer)
+        cast(part, torch.float32 if choices[word] == "full" else getattr(torch, frozen_dtype))
         if choices[word] == "lora":
             adapt(model, word, config.lora)
     for unused in model.vision.unused():
         unused.requires_grad_(False)
     return [word for word, choice in choices.items() if choice != "frozen"]
+
+
+def cast(part: nn.Module, dtype: torch.dtype) -> None:
+    """Change the type of all floating tensors but rotary frequencies, which in bfloat16 are far off after some hundred
+    tokens. Quantised weights are integers and stay."""
+    for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+        if tensor.is_floating_point() and not name.endswith("inv_freq"):
+            tensor.data = tensor.data.to(dtype)
 
 
 def adapt(model: EEMLLM, word: str, section: LoraConfig) -> None:

@@ -1,0 +1,87 @@
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`) through Lightning's `ModelParallelStrategy`, with ordinary checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.optim import Optimizer
+
+from ..model.projector import LayerwiseProjector
+
+if TYPE_CHECKING:
+    from ..model import EEMLLM
+
+
+def shard(model: EEMLLM, mesh: DeviceMesh) -> None:
+    """Shard in place: each decoder layer, projector and gated block by itself, the rest (encoder, embeddings, head) together.
+
+    Every rank must then call the same modules in every pass, whether its pack has an image or not.
+    """
+    if isinstance(model, FSDPModule):
+        return
+    projector = model.projector
+    projectors = projector.layers if isinstance(projector, LayerwiseProjector) else [projector]
+    for part in (*model.language_model.model.layers, *projectors, *model.gated.values()):
+        fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "packed_loss")
+
+
+class FSDP2(ModelParallelStrategy):
+    """Data parallel over all processes. A checkpoint is one file of whole tensors, as every other strategy writes it, so that
+    a run resumes under another strategy, or on one device. Every rank reads it; rank 0 gathers it in its main memory."""
+
+    def __init__(self) -> None:
+        super().__init__(save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """Names of the optimiser's parameters in the order in which torch numbers them."""
+        assert self.model is not None
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As `Optimizer.state_dict`, with whole tensors, on rank 0; nothing on the others. (Lightning's would number the
+        parameters as the model lists them, frozen ones included.)"""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        assert self.model is not None
+        named = get_optimizer_state_dict(
+            self.model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        if not named:
+            return {}
+        number = {name: n for n, name in enumerate(self._names(optimizer))}
+        groups = [{**g, "params": [number[name] for name in g["params"]]} for g in named["param_groups"]]
+        return {"state": {number[name]: x for name, x in named["state"].items()}, "param_groups": groups}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Into model and optimiser, and returned whole for `on_load_checkpoint`."""
+        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            named = _by_name(state, self._names(optimizer))
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        return checkpoint
+
+
+def _by_name(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """An optimiser's state with parameters named instead of numbered."""
+    groups = [{**group, "params": [names[n] for n in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[n]: x for n, x in state["state"].items()}, "param_groups": groups}

@@ -1,0 +1,82 @@
+"""Memory: recomputed activations change nothing, frozen parts keep nothing for gradients they do not have."""
+
+import pytest
+import tiny
+import torch
+
+from lit_eemllm.errors import ConfigError
+from lit_eemllm.mechanisms import PRESETS
+
+PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2]]
+
+
+def kept_bytes(model, batch):
+    """Loss, gradients, and bytes of distinct tensors kept for the backward pass, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.packed_loss(batch)
+    total = sum(kept.values())
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, total
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_checkpointing_gives_the_same_gradients_bit_by_bit_with_less_memory(preset):
+    model, batch = tiny.model("llama-gqa", preset), tiny.pack(PACK * 4)
+    model.set_attention("sdpa")
+    loss, gradients, kept = kept_bytes(model, batch)
+    model.activation_checkpointing = True
+    again, same, less = kept_bytes(model, batch)
+    assert again.equal(loss) and same.keys() == gradients.keys()
+    assert all(same[name].equal(gradients[name]) for name in gradients)
+    assert less < (1 if preset == "flamingo" else 0.55) * kept  # its resampler, the larger part here, is kept
+
+
+@pytest.mark.parametrize("preset", ["ee_mllm", "llava"])
+def test_a_frozen_decoder_keeps_no_inputs_for_weight_gradients(preset):
+    model, batch = tiny.model("llama-gqa", preset), tiny.pack(PACK * 4)
+    model.vision.requires_grad_(False)
+    model.set_attention("sdpa")
+    full = kept_bytes(model, batch)[2]
+    model.language_model.requires_grad_(False)
+    _, gradients, frozen = kept_bytes(model, batch)
+    assert set(gradients) == {f"projector.linear_{i}.{p}" for i in (1, 2) for p in ("weight", "bias")}
+    assert frozen < 0.8 * full
+
+
+def test_logits_exist_at_supervised_positions_only():
+    model, batch = tiny.model(), tiny.pack([[3, 0, 40]])
+    batch.target_rows, batch.targets = batch.target_rows[-2:], batch.targets[-2:]
+    shapes = []
+    model.language_model.lm_head.register_forward_hook(lambda _, args, out: shapes.append(out.shape))
+    model.packed_loss(batch)
+    assert shapes == [(2, tiny.VOCAB)]
+
+
+def test_liger_without_a_gpu_says_what_it_needs():
+    if torch.cuda.is_available():
+        pytest.skip("has one")
+    with pytest.raises(ConfigError, match="needs a CUDA device and liger-kernel"):
+        tiny.model().use_liger()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["llama-16", "qwen3"])
+def test_liger_computes_the_same(decoder):
+    pytest.importorskip("liger_kernel")
+    model, batch = tiny.model(decoder).to("cuda"), tiny.pack(PACK).to("cuda")
+    true, gradients, _ = kept_bytes(model, batch)
+    model.use_liger()
+    found, same, _ = kept_bytes(model, batch)
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=0)
+    for name, gradient in gradients.items():
+        assert (same[name] - gradient).abs().max() <= 1e-3 * max(g.abs().max() for g in gradients.values()), name

@@ -1,20 +1,21 @@
 """Image bytes -> RGB picture -> pixels for the vision encoder, and the number of visual tokens they become.
 
-`open_image` reads untrusted bytes: only plain raster formats (no reader that starts another program), and nothing is
-decoded before the size in the file's header was found acceptable.
+`open_image` and `image_size` read untrusted bytes: only plain raster formats (no reader that starts another program), and
+nothing is decoded before the size in the file's header was found acceptable.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lit_eemllm.errors import ConfigError, SampleError
 
@@ -36,18 +37,32 @@ def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
     Raises:
         SampleError: ``image_too_large`` (by its header) or ``bad_image`` (other format, damaged, truncated).
     """
+    with _opened(data, name, max_pixels) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
+    """Width and height by the header alone; refuses what `open_image` would refuse without decoding. Raises SampleError."""
+    with _opened(data, name, max_pixels) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The image with its header read and its size accepted; what goes wrong, also inside the block, is a SampleError."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 found = f"image {name!r} has {image.width} x {image.height} pixels, more than {max_pixels}"
                 raise SampleError("image_too_large", f"{found}; shrink it or raise data.max_image_pixels")
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except (SampleError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("image_too_large", f"image {name!r}: {error}") from error
     except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-        message = f"image {name!r} ({len(data)} bytes) cannot be read as {', '.join(FORMATS)}: {error}"
+        reason = f"it begins with {data[:8]!r}" if isinstance(error, UnidentifiedImageError) else error
+        message = f"image {name!r} ({len(data)} bytes) cannot be read as {', '.join(FORMATS)}: {reason}"
         raise SampleError("bad_image", message) from error
 
 

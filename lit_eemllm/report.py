@@ -17,8 +17,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from math import ceil
 from pathlib import Path
 from statistics import mean, median, stdev
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -155,30 +157,91 @@ def report(runs: Sequence[Path], out: Path) -> None:
     rows = group([read_run(path) for path in runs])
     lines = table(rows)
     out.mkdir(parents=True, exist_ok=True)
-    terminal = Table(title="comparison", show_lines=False)
-    for i, cell in enumerate(lines[0]):
-        terminal.add_column(cell, no_wrap=True, justify="left" if i == 0 else "right")
-    for line in lines[1:]:
-        terminal.add_row(*line)
-    console.print(terminal)
+    print_table(lines)
     notes = [f"{row.title}: {', '.join(str(run.path) for run in row.runs)}" for row in rows]
-    caption = (
-        "Exact match per question type; in brackets the same model with images shuffled among the questions of the type. "
-        "± is the standard deviation over seeds. FLOPs: decoder layers, prefill of a mean prompt. "
-        "Step time and peak memory are of training on this machine."
-    )
+    warning = incomparable(rows)
     markdown = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     markdown.insert(1, "|" + "---|" * len(lines[0]))
     text = "\n".join(
-        ["# Comparison", "", *markdown, "", caption, "", *(f"- {note}" for note in [*notes, provenance()]), ""]
+        [
+            "# Comparison",
+            "",
+            *markdown,
+            "",
+            *([warning, ""] if warning else []),
+            caption(rows),
+            "",
+            *(f"- {note}" for note in [*notes, provenance()]),
+            "",
+        ]
     )
     write_atomically(out / "report.md", text + "\n![curves and scores](report.png)\n")
     with (out / "report.csv").open("w", newline="") as file:
         csv.writer(file).writerows(lines)
     draw(rows, out / "report.png")
-    for note in notes:
+    for note in [*([warning] if warning else []), *notes]:
         console.print(note)
     console.print(f"report: {out / 'report.md'}, {out / 'report.png'}")
+
+
+def print_table(lines: Sequence[Sequence[str]]) -> None:
+    """The table on the terminal, in as many parts as its width asks for; headings are broken, cells are not."""
+    columns = list(zip(*lines, strict=True))
+    widths = [max(min(len(title), 24), *map(len, cells)) for title, *cells in columns]
+    parts: list[list[int]] = [[]]
+    for i in range(1, len(columns)):
+        if parts[-1] and widths[0] + 4 + sum(widths[j] + 3 for j in [*parts[-1], i]) > console.width:
+            parts.append([])
+        parts[-1].append(i)
+    for part in parts:
+        terminal = Table(title="comparison")
+        for i in (0, *part):
+            justify: Any = "right" if i else "left"
+            terminal.add_column(
+                columns[i][0], min_width=widths[i], max_width=widths[i], overflow="fold", justify=justify
+            )
+        for line in lines[1:]:
+            terminal.add_row(*(line[i] for i in (0, *part)))
+        console.print(terminal)
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """What the numbers mean that are there."""
+    runs = [run for row in rows for run in row.runs]
+    sentences = []
+    if types := types_of(rows):
+        controlled = any(run.result("types", name, "control") is not None for run in runs for name in types)
+        brackets = "; in brackets the same model with images shuffled among the questions of the type"
+        sentences.append(f"Exact match per question type{brackets if controlled else ''}.")
+    if any(len(row.runs) > 1 for row in rows):
+        sentences.append("± is the standard deviation over seeds.")
+    if any(run.result("prefill_flops") is not None for run in runs):
+        sentences.append("FLOPs: decoder layers, prefill of a mean prompt.")
+    if any(run.result("prefill_seconds") is not None for run in runs):
+        sentences.append("Prefill time and cache are of up to 32 prompts in one batch, vision encoder included.")
+    if any(run.curve for run in runs):
+        sentences.append("Step time and peak memory are of training.")
+    return " ".join(sentences)
+
+
+def incomparable(rows: Sequence[Row]) -> str:
+    """A sentence if the rows were not evaluated on the same data and number of questions, else nothing."""
+    titles: dict[tuple[str, int | None], list[str]] = defaultdict(list)
+    for row in rows:
+        for key in dict.fromkeys((str(run.config.data.val), questions(run)) for run in row.runs):
+            titles[key].append(row.title)
+    data = {Path(val).resolve() for val, _ in titles}
+    if len(data) == 1 and len({count for _, count in titles} - {None}) < 2:
+        return ""
+    found = "; ".join(f"{', '.join(who)}: {val}, {count or 0:,} questions" for (val, count), who in titles.items())
+    what = "Exact match and validation loss" if len(data) > 1 else "Exact match"
+    return f"{what} of these columns cannot be compared, they come from different data or questions: {found}."
+
+
+def questions(run: Run) -> int | None:
+    """Questions that the run was asked; None if it was asked none."""
+    types = run.result("types")
+    return sum(kind["questions"] for kind in types.values()) if types else None
 
 
 def provenance() -> str:
@@ -225,6 +288,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         found = {one.result("types", name, "constant") for row in rows for one in row.runs} - {None}
         constant = f", best constant {found.pop():.3f}" if len(found) == 1 else ""  # else they answered other questions
         line(name + constant, both)
+    line("questions", lambda row: row.spread(questions, "{:.0f}").removesuffix(" ± 0"))
     line("average over types", lambda row: row.spread(lambda run: run.result("average")))
     line("average before training", lambda row: row.spread(lambda run: (run.untrained or {}).get("average")))
     line("validation loss", lambda row: row.spread(lambda run: run.result("loss"), "{:.4f}"))
@@ -244,47 +308,70 @@ def types_of(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Training loss over steps, and exact match per type with its control."""
+    """Training loss over steps and, if questions were asked, exact match per type with its control."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     types = types_of(rows)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), width_ratios=(1, 1.6))
-    for i, row in enumerate(rows):
-        colour = f"C{i}"
-        for run in row.runs:
-            steps = [step["step"] for step in run.curve]
-            left.plot(steps, [step["loss"] for step in run.curve], color=colour, alpha=0.8, label=row.label)
-        width = 0.8 / len(rows)
-        for j, name in enumerate(types):
-            found = [result for run in row.runs if (result := run.result("types", name))]
-            if not found:
-                continue
-            x = j + (i - (len(rows) - 1) / 2) * width
-            scores = [result["exact_match"] for result in found]
-            error = stdev(scores) if len(scores) > 1 else None
-            right.bar(x, mean(scores), width * 0.92, yerr=error, color=colour, label=row.label if j == 0 else None)
-            controls = [result["control"] for result in found if result["control"] is not None]
-            if controls:
-                label = "images shuffled" if i == j == 0 else None
-                right.hlines(
-                    mean(controls), x - width * 0.46, x + width * 0.46, color="black", linestyle=":", label=label
-                )
-    handles, labels = left.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    legends = [left.legend(unique.values(), unique.keys(), frameon=False)]
-    left.set(xlabel="optimiser step", ylabel="training loss a token", yscale="log")
-    right.set(ylabel="exact match", ylim=(0, 1.02))
-    right.set_xticks(range(len(types)), types)
-    right.set_visible(bool(types))
-    if types:
-        legends.append(right.legend(frameon=False, loc="lower left", ncols=len(rows) + 1, bbox_to_anchor=(0, 1)))
-    for text in [*right.get_xticklabels(), *(text for legend in legends for text in legend.get_texts())]:
+    controlled = any(
+        run.result("types", name, "control") is not None for row in rows for run in row.runs for name in types
+    )
+    handles: list[Any] = [Patch(color=f"C{i}", label=fill(row.label, 84)) for i, row in enumerate(rows)]
+    handles += [Line2D([], [], color="black", linestyle=":", label="images shuffled")] * controlled
+    letters = 150 if types else 90  # that fit side by side
+    columns = max(1, letters // (max(len(handle.get_label()) for handle in handles) + 6))
+    height = 4.4 + 0.25 * ceil(len(handles) / columns)
+    figure = plt.figure(figsize=(13 if types else 8, height), layout="constrained")
+    left, *rest = figure.subplots(1, 1 + bool(types), squeeze=False, width_ratios=(1, 1.6)[: 1 + bool(types)])[0]
+    draw_curves(left, rows)
+    for right in rest:
+        draw_scores(right, rows, types)
+    legend = figure.legend(handles=handles, frameon=False, loc="outside upper center", ncols=min(columns, len(handles)))
+    for text in [*legend.get_texts(), *(text for axis in rest for text in axis.get_xticklabels())]:
         text.set_parse_math(False)  # names may hold a $
-    for axis in (left, right):
+    for axis in (left, *rest):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_curves(axis: Any, rows: Sequence[Row]) -> None:
+    """Training loss over steps, a line a run; logarithmic if the losses span much."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+    losses = []
+    for i, row in enumerate(rows):
+        for run in row.runs:
+            steps, curve = [step["step"] for step in run.curve], [step["loss"] for step in run.curve]
+            axis.plot(steps, curve, color=f"C{i}", alpha=0.8, marker="o" if len(steps) == 1 else None)
+            losses += curve
+    axis.set(xlabel="optimiser step", ylabel="training loss a token")
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    if losses and 0 < 4 * min(losses) < max(losses):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_scores(axis: Any, rows: Sequence[Row], types: Sequence[str]) -> None:
+    """Exact match, a group of bars a question type; rows that were not asked leave no gap."""
+    width = 0.8 / len(rows)
+    for j, name in enumerate(types):
+        asked = [i for i, row in enumerate(rows) if any(run.result("types", name) for run in row.runs)]
+        for place, i in enumerate(asked):
+            found = [result for run in rows[i].runs if (result := run.result("types", name))]
+            x = j + (place - (len(asked) - 1) / 2) * width
+            scores = [result["exact_match"] for result in found]
+            error = stdev(scores) if len(scores) > 1 else None
+            axis.bar(x, mean(scores), width * 0.92, yerr=error, color=f"C{i}")
+            controls = [result["control"] for result in found if result["control"] is not None]
+            if controls:
+                axis.hlines(mean(controls), x - width * 0.46, x + width * 0.46, color="black", linestyle=":")
+    axis.set(ylabel="exact match", ylim=(0, 1.02))
+    slanted = {"rotation": 30, "ha": "right"} if sum(map(len, types)) > 70 else {}
+    axis.set_xticks(range(len(types)), types, **slanted)

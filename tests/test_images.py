@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lit_eemllm.errors import ConfigError, SampleError
-from lit_eemllm.images import MAX_SIDE, ImageTransform, open_image
+from lit_eemllm.images import MAX_SIDE, ImageTransform, image_size, open_image
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -113,7 +113,10 @@ def test_size_is_checked_before_decoding(side) -> None:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with pytest.raises(SampleError, match=r"'a/b\.png'") as caught:
             open_image(png_promise(side, side), "a/b.png", 10_000)
-    assert caught.value.reason == "image_too_large"
+        with pytest.raises(SampleError) as by_header:
+            image_size(png_promise(side, side), "a/b.png", 10_000)
+    assert caught.value.reason == by_header.value.reason == "image_too_large"
+    assert image_size(png_promise(90, 80), "x", 10_000) == (90, 80), "nothing is decoded"
     assert open_image(encoded(Image.new("RGB", (100, 100))), "x", 10_000).size == (100, 100)
 
 
@@ -138,6 +141,11 @@ def test_what_is_no_image_is_refused(data) -> None:
     with pytest.raises(SampleError, match="'name'") as caught:
         open_image(data, "name", 10_000)
     assert caught.value.reason == "bad_image"
+    assert "object at 0x" not in caught.value.message
+    if not data.startswith((b"\x89PNG", b"II")):
+        assert f"it begins with {data[:8]!r}" in caught.value.message
+        with pytest.raises(SampleError, match="'name'"):
+            image_size(data, "name", 10_000)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -147,7 +155,7 @@ def test_damaged_files_never_raise_anything_else(format) -> None:
     for share in (0.3, 0.6, 0.9):
         with pytest.raises(SampleError) as caught:
             open_image(data[: int(len(data) * share)], "x", 10_000)
-        assert caught.value.reason == "bad_image"
+        assert caught.value.reason == "bad_image" and "object at 0x" not in caught.value.message
     rng = np.random.default_rng(0)
     for _ in range(60):  # flipped bytes may leave a readable picture
         damaged = bytearray(data)

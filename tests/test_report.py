@@ -56,6 +56,7 @@ def test_table_by_hand(tmp_path):
     assert cells(runs) == {
         "": ["ee_mllm (2 seeds)"],
         "colour, best constant 0.300": ["0.600 ± 0.141 [0.250 ± 0.071]"],
+        "questions": ["10"],
         "average over types": ["0.600 ± 0.141"],
         "average before training": ["0.125"],
         "validation loss": ["1.5000 ± 0.3536"],
@@ -97,6 +98,100 @@ def test_runs_of_the_loss_alone_leave_cells_blank(tmp_path, capsys):
         assert (tmp_path / "report" / "report.png").stat().st_size > 1000
     assert r"| cost $\frac$ \| more, best constant 0.300 |" in (tmp_path / "report" / "report.md").read_text()
     assert "bare" in capsys.readouterr().out
+
+
+def draw(paths, monkeypatch, tmp_path):
+    """The figure that `report.draw` saves."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    report.draw(report.group([report.read_run(path) for path in paths]), tmp_path / "x.png")
+    (figure,) = figures
+    figure.canvas.draw()
+    return figure
+
+
+def test_every_row_is_in_the_legend_and_bars_stand_side_by_side(tmp_path, monkeypatch):
+    """Three rows with question types of their own: one legend for both axes, and no gap where a row was not asked."""
+    kinds = {"a": ["colour"], "b": ["colour", "count"], "c": ["count"]}
+    runs = [
+        write_run(
+            tmp_path / name, f"optim.lr={i + 1}", results={**RESULTS, "types": dict.fromkeys(types, TYPES["colour"])}
+        )
+        for i, (name, types) in enumerate(kinds.items())
+    ]
+    figure = draw(runs, monkeypatch, tmp_path)
+    (legend,) = figure.legends
+    names = ["ee_mllm optim.lr=1.0", "ee_mllm optim.lr=2.0", "ee_mllm optim.lr=3.0", "images shuffled"]
+    assert [text.get_text() for text in legend.get_texts()] == names
+    bars = [(bar.get_x() + bar.get_width() / 2, bar.get_facecolor()) for bar in figure.axes[1].patches]
+    colours = [patch.get_facecolor() for patch in legend.get_patches()]
+    width = 0.8 / 3
+    expected = [
+        (-width / 2, colours[0]),
+        (width / 2, colours[1]),
+        (1 - width / 2, colours[1]),
+        (1 + width / 2, colours[2]),
+    ]
+    assert [(pytest.approx(x), colour) for x, colour in expected] == bars
+
+
+def test_axes_fit_what_there_is(tmp_path, monkeypatch):
+    """Without questions one axis; whole steps; a single log line is a dot; a logarithmic axis has ticks to read."""
+    alone = {"parameters": 2, "loss": 1.0}
+    dot = write_run(tmp_path / "dot", results=alone, metrics=[[(1, 2.5, 1, 1, "")]])
+    line = write_run(tmp_path / "line", "optim.lr=1", results=alone, metrics=[[(1, 9, 1, 1, ""), (3, 0.5, 1, 1, "")]])
+    for paths, scale in (([dot], "linear"), ([dot, line], "log")):
+        (axis,) = draw(paths, monkeypatch, tmp_path).axes
+        assert axis.lines[0].get_marker() == "o"
+        low, high = axis.get_ylim()
+        shown = [tick.get_text() for tick in axis.get_yticklabels() if low <= tick.get_position()[1] <= high]
+        assert axis.get_yscale() == scale and len(shown) >= 3 and all(float(text) > 0 for text in shown)
+        assert all(float(tick).is_integer() for tick in axis.get_xticks())
+    assert {"0.5", "1", "2", "5"} <= set(shown) and axis.lines[1].get_marker() == "None"
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, capsys):
+    half = {**RESULTS, "types": {"colour": {**TYPES["colour"], "questions": 5, "control": None}}}
+    runs = {
+        "a": write_run(tmp_path / "a", "data.val=v"),
+        "same": write_run(tmp_path / "same", "data.val=v", "seed=1"),
+        "half": write_run(tmp_path / "half", "data.val=v", "model.mechanism.preset=llava", results=half),
+        "loss": write_run(tmp_path / "loss", "data.val=v", "optim.lr=2", results={"loss": 1.0}),
+        "other": write_run(tmp_path / "other", "data.val=w", "model.mechanism.preset=vica"),
+    }
+
+    def said(*names):
+        report.report([runs[name] for name in names], tmp_path / "report")
+        text = (tmp_path / "report" / "report.md").read_text()
+        found = [line for line in text.splitlines() if "cannot be compared" in line]
+        assert all(line in capsys.readouterr().out for line in found)
+        return text, *found
+
+    assert len(said("a", "same")) == len(said("a", "loss")) == 1
+    _, sentence = said("a", "same", "half")
+    assert sentence.startswith("Exact match of these") and sentence.endswith(
+        "questions: ee_mllm (2 seeds): v, 10 questions; llava (1 seed): v, 5 questions."
+    )
+    _, sentence = said("a", "other")
+    assert sentence.startswith("Exact match and validation loss of") and "vica (1 seed): w, 10" in sentence
+    text = said("half")[0]
+    assert "in brackets" not in text and "±" not in text and "Step time" not in text and "| questions | 5 |" in text
+    text = said("a", "same")[0]
+    assert "in brackets" in text and "± is the standard" in text
+    assert said("loss")[0].count("Exact match") == 0
+
+
+def test_a_wide_table_is_printed_in_parts(tmp_path, capsys):
+    """Eight columns do not fit: no cell is cut, and the quantities stand in every part."""
+    presets = ("llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo")
+    runs = [write_run(tmp_path / name, f"model.mechanism.preset={name}") for name in presets]
+    report.report(runs, tmp_path / "report")
+    out = capsys.readouterr().out.partition(str(tmp_path))[0]
+    assert out.count("0.500 [0.200]") == 8 and "…" not in out and all(f"{name} (1 seed)" in out for name in presets)
+    assert out.count("colour, best constant 0.300") == out.count("comparison") == 2
+    assert max(map(len, out.splitlines())) <= 120
 
 
 def test_a_directory_named_twice_is_one_seed(tmp_path, monkeypatch):

@@ -409,3 +409,26 @@ def test_every_mechanism_trains_all_its_weights_and_resumes_exactly(tmp_path, pa
     assert set(a["state_dict"]) == own
     still = [name for name in own if a["state_dict"][name].equal(start[name])]
     assert not [name for name in still if not name.endswith("embed_tokens.weight")]
+
+
+def test_another_vocabulary_is_refused(tmp_path, parts, blend):
+    config = tiny.config(parts, blend, tmp_path / "a", "optim.max_steps=1", "data.val=null")
+    fit(config)
+    model, processor = build(config.model)
+    held = read_checkpoint(newest_checkpoint(tmp_path / "a"))
+    assert held["lit_eemllm"]["tokenizer"] == processor.fingerprint()
+    assert held["lit_eemllm"]["mechanism"] == model.config.mechanism
+    processor.tokenizer.add_tokens(["more"])
+    module = LitEEMLLM(model, config, processor.fingerprint())
+    with pytest.raises(CheckpointError, match="trained with another vocabulary"):
+        module.on_load_checkpoint(held)
+
+
+def test_weights_to_start_from_are_listed_by_component(tmp_path, parts, blend, capsys):
+    config = tiny.config(parts, blend, tmp_path / "a", "optim.max_steps=1", "data.val=null", "optim.tuning.llm=frozen")
+    fit(config)
+    fit(tiny.config(parts, blend, tmp_path / "b", "optim.max_steps=1", "data.val=null", f"init_from={tmp_path / 'a'}"))
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = {cells[1].strip(): (cells[2].strip(), cells[3].strip()) for cells in lines if len(cells) == 5}
+    assert rows["projector"] == ("4", "none") and rows["language_model"][0] == "0"
+    assert rows["language_model"][1].endswith("such as model.embed_tokens.weight")

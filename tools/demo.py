@@ -53,7 +53,7 @@ def kill_and_resume(config: str, folder: Path) -> None:
         print(
             f"\n$ lit-eemllm {' '.join(words)}      (killed as soon as the checkpoint of step 10 is there)", flush=True
         )
-        process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (cut / "checkpoints" / "step-10.ckpt").is_file():
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)

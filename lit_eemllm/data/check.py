@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from lit_eemllm.console import progress
 from lit_eemllm.data.recipe import META, Source, read_folder, read_recipe, read_yaml
 from lit_eemllm.data.samples import SampleEncoder, read_members
-from lit_eemllm.data.shards import Report, progress, read_shard, shard_names
+from lit_eemllm.data.shards import Report, read_shard, shard_names
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.images import open_image
 
@@ -32,9 +33,11 @@ def check(path: Path, encoder: SampleEncoder | None = None, *, max_image_pixels:
         UserError: there are no shards, or the recipe file cannot be read at all.
     """
     report = Report()
-    with progress() as bar:
-        for shard in bar.track(list(_listed(path, report)), description="checking shards"):
+    shards = list(_listed(path, report))
+    with progress("checking shards", len(shards)) as advance:
+        for shard in shards:
             _check_shard(shard, encoder, max_image_pixels, report)
+            advance(1)
     return report
 
 

@@ -6,19 +6,17 @@ Two steps, because choosing packs needs lengths only, and a buffer of hundreds o
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from lit_eemllm.chat import IMAGE_SLOT, ChatTemplate, Conversation, parse_conversation
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.images import FORMATS, ImageTransform, open_image
+from lit_eemllm.images import ImageTransform, image_size, open_image
 
 MAX_JSON_BYTES = 4 * 2**20
 TRUNCATION = ("drop", "truncate", "error")
@@ -99,7 +97,8 @@ class SampleEncoder:
         """
         conversation, images = read_members(key, members)
         encoded = self.template.encode(conversation)
-        sizes = [_header_size(data, f"{key}, image {i}", self.max_image_pixels) for i, data in enumerate(images)]
+        # by their headers: an unusable image need not wait for its pack to be refused
+        sizes = [image_size(data, f"{key}, image {i}", self.max_image_pixels) for i, data in enumerate(images)]
         image_tokens = [self.transform.num_tokens(width, height) for width, height in sizes]
         sample = TokenSample(key, encoded.ids, encoded.supervised, image_tokens, images)
         if not sample.targets():
@@ -139,22 +138,6 @@ class SampleEncoder:
             images=sample.images[:num_images],
             truncated=True,
         )
-
-
-def _header_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
-    """Width and height by the header alone: an unusable image need not wait for its pack to be refused."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise SampleError("image_too_large", f"{name}: {error}") from error
-    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
-        raise SampleError("bad_image", f"{name}: {len(data)} bytes, not an image: {error}") from error
-    if width * height > max_pixels:
-        raise SampleError(
-            "image_too_large", f"{name}: {width} x {height} pixels, at most {max_pixels} (data.max_image_pixels)"
-        )
-    return width, height
 
 
 def read_members(key: str, members: Mapping[str, bytes]) -> tuple[Conversation, list[bytes]]:

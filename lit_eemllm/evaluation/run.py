@@ -131,7 +131,7 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
     model, processor = build(config.model)
     if config.init_from is not None and Path(config.init_from).exists():  # else the checkpoint may hold all of it
         load_weights(model, Path(config.init_from))
-    module = LitEEMLLM(model, config)
+    module = LitEEMLLM(model, config, processor.fingerprint())
     if checkpoint == UNTRAINED:
         source = "before training"
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from hashlib import sha256
 
 import torch
 from PIL.Image import Image
@@ -28,6 +30,10 @@ class Processor:
     ) -> None:
         self.tokenizer, self.transform, self.image_token_id = tokenizer, transform, image_token_id
         self.template: ChatTemplate = get_template(template, tokenizer)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the vocabulary: do the same ids mean the same text?"""
+        return sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
     def prompts(self, conversations: Sequence[Conversation], images: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
         """Left-padded prompts up to where the model speaks: input_ids, attention_mask, and pixel_values if any image.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from rich.table import Table
 from safetensors.torch import load_file
 
 from ..errors import CheckpointError
@@ -73,13 +74,13 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
     """
     free = {"attention", "max_steps", "save_every", "val_every", "val_batches", "log_every", "keep"}
     was, now = checkpoint["lit_eemllm"]["config"], asdict(config)
-    pairs = {"trainer.precision": (was["trainer"].get("precision"), now["trainer"].get("precision"))}
+    pairs: dict[str, Any] = {"trainer.precision": (was["trainer"].get("precision"), now["trainer"].get("precision"))}
     packs = [
         (section["trainer"].get("accumulate_grad_batches", 1), count)
         for section, count in ((was, checkpoint["lit_eemllm"].get("ranks", ranks)), (now, ranks))
     ]
     if packs[0][0] * packs[0][1] != packs[1][0] * packs[1][1]:
-        pairs["trainer.accumulate_grad_batches x ranks"] = tuple(f"{count} x {many}" for count, many in packs)
+        pairs["trainer.accumulate_grad_batches x ranks"] = [f"{count} x {many}" for count, many in packs]
     for section in ("model", "optim"):
         pairs |= {
             f"{section}.{key}": (was[section].get(key), now[section][key]) for key in now[section] if key not in free
@@ -93,11 +94,11 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
         )
 
 
-def load_weights(model: EEMLLM, path: Path) -> str:
+def load_weights(model: EEMLLM, path: Path) -> Table:
     """Start from the trained weights of a run directory, a checkpoint or a `save_pretrained` folder; nothing else of it.
 
     Returns:
-        what was loaded, in words.
+        what was loaded and what keeps its values, by component.
 
     Raises:
         CheckpointError: there is nothing to load, or tensors that this model has not, or of another shape.
@@ -130,5 +131,14 @@ def load_weights(model: EEMLLM, path: Path) -> str:
     model.load_state_dict(state, strict=False)
     if adapted:
         merge_adapters(model)
-    parts = {name.split(".")[0] for name in state}
-    return f"{len(state)} tensors ({', '.join(sorted(parts))}) from {source}; {len(own) - len(state)} keep their values"
+    table = Table(
+        "component", "tensors loaded", "keep their values", title=f"weights from {source}", title_justify="left"
+    )
+    for part, _ in model.named_children():
+        mine = [name for name in own if name.startswith(f"{part}.")]
+        loaded = [name for name in mine if name in state]
+        kept = [name for name in mine if name not in state and MARK not in name]
+        some = f"{len(kept)}, such as {kept[0].removeprefix(f'{part}.')}" if kept else "none"
+        if mine:
+            table.add_row(part, str(len(loaded)), some)
+    return table

@@ -39,6 +39,7 @@ gpu: $(INSTALLED) ## everything that needs a GPU: its tests, then the benchmarks
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: PyTorch finds no CUDA device; see: lit-eemllm doctor")'
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python tools/bench_attention.py
+	$(BIN)/python tools/bench_training.py
 
 fmt: $(INSTALLED) ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix --exit-zero .

@@ -57,6 +57,33 @@ def _calibrate(args: Namespace) -> None:
     calibrate(config, args.checkpoint, args.target, args.layers, args.budget, args.by, args.samples, args.out)
 
 
+def _convert(args: Namespace) -> None:
+    overrides = [text for text in args.inputs if _OVERRIDE.match(text)]
+    sources = [text for text in args.inputs if text not in overrides]
+    if len(sources) != 1:
+        raise ConfigError(f"convert: expected one source, found {' '.join(sources) or 'none'}")
+    if args.mechanism is not None:
+        overrides.insert(0, f"model.mechanism.preset={args.mechanism}")
+    from lit_eemllm.convert import convert
+
+    convert(Path(sources[0]), args.out, overrides, args.to_llava)
+
+
+def _estimate(args: Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape is not None:
+            from lit_eemllm.weightless import SHAPE_CONFIG
+
+            base = Path(folder) / "shape.yaml"
+            base.write_text(SHAPE_CONFIG, encoding="utf-8")
+            args.inputs = [str(base), *args.inputs]
+        config = _config(args)
+    from lit_eemllm.estimate import estimate
+
+    names = ("shape", "text", "visual", "targets", "documents", "gpus", "memory", "only")
+    estimate(config, **{name: getattr(args, name) for name in names}, as_json=args.json)
+
+
 def _merge(args: Namespace) -> None:
     config = _config(args)
     from lit_eemllm.training.export import merge
@@ -109,7 +136,8 @@ def _shards_make(args: Namespace) -> None:
             counts = {"train": args.train, "val": args.val}
             rows = {split: write(Path(folder), split, count) for split, count in counts.items() if count}
             images = Path(folder) / "images"
-        print(make(rows, images, args.out, shard_size=args.shard_size, follow_links=args.follow_links))
+        options = {"shard_size": args.shard_size, "follow_links": args.follow_links}
+        print(make(rows, images, args.out, max_image_pixels=args.max_image_pixels, **options))
 
 
 def _shards_prepare(args: Namespace) -> None:
@@ -203,13 +231,13 @@ def build_parser() -> ArgumentParser:
             made.add_argument("--checkpoint", metavar="FILE", help=text)
         return made
 
-    example = "lit-eemllm fit configs/demo.yaml optim.lr=1e-3 model.mechanism.preset=llava"
+    example = "lit-eemllm fit configs/demo/ee_mllm.yaml optim.lr=1e-3 out=runs/mine"
     takes_config(verb(verbs, "fit", _fit, "Train, or continue the run found in `out`.", example))
 
-    example = "lit-eemllm validate runs/default eval.samples=100"
+    example = "lit-eemllm validate runs/demo/ee_mllm-0 eval.samples=100"
     takes_config(verb(verbs, "validate", _validate, "Score a run's model on data.val.", example), checkpoint=True)
 
-    example = 'lit-eemllm generate runs/default --image photo.jpg --prompt "What is this?"'
+    example = 'lit-eemllm generate runs/demo/ee_mllm-0 --image photo.jpg --prompt "What is this?"'
     made = takes_config(verb(verbs, "generate", _generate, "Answer one prompt about images.", example), checkpoint=True)
     made.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
     made.add_argument("--prompt", required=True, help="images come first, or where the prompt says <image>")
@@ -229,12 +257,43 @@ def build_parser() -> ArgumentParser:
     made.add_argument("--samples", type=int, default=40, metavar="N", help="of data.val, with images; default 40")
     made.add_argument("--out", type=Path, metavar="DIR", help="default: calibrate-TARGET in the run directory")
 
+    example = "lit-eemllm convert runs/stage1 --out runs/stage1-saisa --mechanism saisa"
+    example += "\n  lit-eemllm convert llava-1.5-7b-hf --out runs/ee --mechanism ee_mllm"
+    example += "\n  lit-eemllm convert runs/llava --out my-llava-hf --to-llava"
+    text = "Write a trained model under another mechanism; read and write LLaVA checkpoints."
+    made = takes_imports(verb(verbs, "convert", _convert, text, example))
+    text = "a run directory (its newest checkpoint), a folder of an EEMLLM (save_pretrained) or of a LLaVA-1.5 in "
+    text += "transformers' format; then overrides: model.mechanism.*, which without a preset change the source's own "
+    text += "mechanism, and seed, of modules that are fresh"
+    made.add_argument("inputs", nargs="*", metavar="SOURCE|key=value", help=text)
+    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    made.add_argument("--mechanism", metavar="PRESET", help="such as ee_mllm or saisa; default: the source's own")
+    text = "write a LlavaForConditionalGeneration of transformers and check that it computes the same; mechanism llava"
+    made.add_argument("--to-llava", action="store_true", help=text)
+
+    example = "lit-eemllm estimate configs/stages/finetune.yaml --shape vicuna-7b --gpus 8 --memory 80"
+    text = "Show FLOPs, cache size and training memory of every mechanism; reads config files, no weights."
+    made = takes_config(verb(verbs, "estimate", _estimate, text, example))
+    text = (
+        "vicuna-7b or vicuna-13b with CLIP-L/14-336, in place of the configuration's parts; a CONFIG is then optional"
+    )
+    made.add_argument("--shape", metavar="NAME", help=text)
+    made.add_argument("--text", type=int, default=64, metavar="N", help="text tokens of a document, default 64")
+    made.add_argument("--visual", type=int, metavar="N", help="its visual tokens, default: those of one image")
+    made.add_argument("--targets", type=int, metavar="N", help="its supervised tokens, default: all its text")
+    text = "documents in a pack and sequences in a cache, default: as many as fill data.pack_tokens"
+    made.add_argument("--batch", dest="documents", type=int, metavar="N", help=text)
+    made.add_argument("--gpus", type=int, default=8, metavar="N", help="default 8")
+    made.add_argument("--memory", type=float, default=80.0, metavar="GIB", help="of each GPU, default 80")
+    made.add_argument("--only", action="store_true", help="the configured mechanism alone")
+    made.add_argument("--json", action="store_true", help="all of it as JSON")
+
     example = "lit-eemllm merge runs/demo/ee_mllm-0 --to merged"
     made = takes_config(verb(verbs, "merge", _merge, "Write a run's trained model.", example), checkpoint=True)
     made.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
     made.add_argument("--adapter", action="store_true", help="only the decoder's LoRA adapter, as peft loads it")
 
-    example = "lit-eemllm report runs/a runs/b --out report"
+    example = "lit-eemllm report runs/demo/ee_mllm-0 runs/demo/llava-0 --out report"
     made = verb(verbs, "report", _report, "Compare runs in a table and a picture.", example)
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     made.add_argument("--out", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
@@ -251,7 +310,8 @@ def build_parser() -> ArgumentParser:
     shards = group("shards", "Make, index, check and look at training data.")
     example = "lit-eemllm shards make --rows train=train.json --rows val=val.json --images images --out shards"
     example += "\n  lit-eemllm shards make --source shapes --train 1000 --val 100 --out shards"
-    made = verb(shards, "make", _shards_make, "Turn LLaVA-style JSON and images into shards.", example)
+    text = "Turn LLaVA-style JSON and images into shards; every image is decoded once, damaged ones are left out."
+    made = verb(shards, "make", _shards_make, text, example)
     what = made.add_mutually_exclusive_group(required=True)
     text = "LLaVA-style rows (JSON or JSON lines) of train, val or test; repeatable"
     what.add_argument(
@@ -268,26 +328,29 @@ def build_parser() -> ArgumentParser:
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     made.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples per shard, default 1000")
     made.add_argument("--follow-links", action="store_true", help="accept images that links put outside of --images")
+    text = "refuse larger images, as data.max_image_pixels does in training; default 50000000"
+    made.add_argument("--max-image-pixels", type=int, default=50_000_000, metavar="N", help=text)
 
-    made = verb(shards, "prepare", _shards_prepare, "Index existing shards.", "lit-eemllm shards prepare shards")
+    example = "lit-eemllm shards prepare runs/demo/data"
+    made = verb(shards, "prepare", _shards_prepare, "Index existing shards.", example)
     made.add_argument("folder", type=Path, metavar="DIR", help="holds the .tar files; val* and test* are such splits")
 
-    example = "lit-eemllm shards check recipe.yaml configs/demo.yaml"
+    example = "lit-eemllm shards check runs/demo/data configs/demo/ee_mllm.yaml"
     text = "Read every sample, with a configuration as training would. Exit status 1 if any is bad."
     made = verb(shards, "check", _shards_check, text, example)
     made.add_argument("data", type=Path, metavar="DATA", help="a recipe or a folder of shards")
     takes_config(made)
 
-    example = "lit-eemllm shards inspect configs/demo.yaml --packs 3"
+    example = "lit-eemllm shards inspect configs/demo/ee_mllm.yaml --packs 3"
     made = takes_config(verb(shards, "inspect", _shards_inspect, "Draw packs as the model gets them.", example))
     made.add_argument("--out", type=Path, metavar="DIR", help="default: inspect/ in the run directory")
     made.add_argument("--split", choices=("train", "val"), default="train")
     made.add_argument("--packs", type=int, default=2, metavar="N")
 
     config = group("config", "Show or check configurations.")
-    example = "lit-eemllm config show configs/demo.yaml optim.lr=1e-3"
+    example = "lit-eemllm config show configs/demo/ee_mllm.yaml optim.lr=1e-3"
     takes_config(verb(config, "show", _config_show, "Print what `fit` would use, every key explained.", example))
-    example = "lit-eemllm config check configs/*.yaml"
+    example = "lit-eemllm config check configs/demo/ee_mllm.yaml configs/demo/llava.yaml"
     takes_config(verb(config, "check", _config_check, "Check each file on its own, list all mistakes.", example))
     return parser
 
@@ -305,7 +368,10 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0 good, 1 bad samples found, 2 a mistake you can mend, 130 interrupted."""
+    """Run one verb. Returns the exit status: 0 good, 1 bad samples found, 2 a mistake you can mend, 130 interrupted.
+
+    `fit` that was asked to stop exits by itself with 143 (SIGTERM) or 130 (SIGINT) after saving.
+    """
     args = parse(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lit_eemllm").setLevel(logging.WARNING if int(os.environ.get("LOCAL_RANK", 0)) else logging.INFO)

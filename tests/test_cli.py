@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,7 +134,7 @@ def test_shards_verbs(folder, calls, capsys):
         (
             "make",
             ({"train": Path("t=1.json"), "val": Path("v.json")}, Path("i"), Path("o")),
-            {"shard_size": 9, "follow_links": False},
+            {"shard_size": 9, "follow_links": False, "max_image_pixels": 50_000_000},
         ),
         ("prepare", (Path("o"),), {}),
         ("check", (Path("o"), None), {}),
@@ -167,8 +169,8 @@ def test_shards_of_the_procedural_set(folder):
             "error: a mistake in the configuration:\n  command line: sead: unknown key; did you mean seed?",
         ),
         ("fit seed=1", "error: name a configuration file or a run directory; key=value overrides follow it"),
-        ("fit gone.yaml", "gone.yaml: cannot be read: No such file or directory"),
-        ("fit .", "config.yaml: cannot be read: No such file or directory"),
+        ("fit gone.yaml", "error: a mistake in the configuration:\n  gone.yaml: no such run directory or file\n"),
+        ("fit .", "config.yaml: no such run directory or file"),
         ("fit good.yaml --import gone.py", "error: gone.py: no such Python file (.py)"),
         ("fit good.yaml --import good.yaml", "error: good.yaml: no such Python file (.py)"),
         ("shards make --rows val=a --rows val=b --out x", "a split is given twice"),
@@ -273,6 +275,16 @@ def test_user_code_enters_by_import_and_by_entry_point_only(folder, calls, capsy
     assert log.read_text() == "plugin"
 
 
+def test_a_continued_run_does_not_warn_of_its_own_checkpoints():
+    from lit_eemllm.console import quiet_libraries
+
+    with warnings.catch_warnings(record=True) as heard:
+        quiet_libraries()
+        for text in ("Checkpoint directory runs/a b/checkpoints exists and is not empty.", "something else"):
+            warnings.warn(text, stacklevel=1)
+    assert [str(warning.message) for warning in heard] == ["something else"]
+
+
 def commands(markdown: str) -> list[list[str]]:
     """The commands in the ```bash blocks of a text, comments and prompts taken off, continued lines joined."""
     found = []
@@ -302,6 +314,28 @@ def test_the_commands_in_the_documentation_exist(page):
             continue
         checked += 1
     assert checked
+
+
+def verbs(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Every verb's parser."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [verb for group in groups for made in group.choices.values() for verb in verbs(made)] if groups else [parser]
+
+
+def test_the_examples_in_the_help_name_what_exists():
+    """Configuration files of the repository, and the runs that `make demo` leaves."""
+    for verb in verbs(cli.build_parser()):
+        lines = (verb.epilog or "").partition("example:\n")[2].splitlines()
+        assert lines, verb.prog
+        for line in lines:
+            assert line.startswith(f"  {verb.prog} "), line
+            words = shlex.split(line.partition(">")[0])[1:]
+            cli.parse(words)
+            for word in words:
+                if word.startswith("configs/"):
+                    assert (REPOSITORY / word).is_file(), line
+                if name := re.fullmatch(r"runs/demo/(\w+)-0", word):
+                    assert (REPOSITORY / "configs" / "demo" / f"{name[1]}.yaml").is_file(), line
 
 
 def test_every_configuration_in_the_repository_is_good(folder):

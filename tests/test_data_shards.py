@@ -25,7 +25,7 @@ from shards_util import (
     write_shards,
     write_tar,
 )
-from test_data_packing import BAD
+from test_data_packing import BAD, bomb
 
 from lit_eemllm.data.check import check
 from lit_eemllm.data.packing import collate
@@ -46,6 +46,10 @@ def source(tmp_path: Path) -> Path:
     for number, name in enumerate(names):
         (images / name).write_bytes(picture(number, "JPEG" if number == 1 else "PNG"))
     (images / "notes.png").write_bytes(b"not an image")
+    noise = io.BytesIO()
+    Image.effect_noise((80, 60), 50).convert("RGB").save(noise, "JPEG")
+    (images / "cut.jpg").write_bytes(noise.getvalue()[: noise.tell() // 2])
+    (images / "huge.png").write_bytes(bomb())
     (tmp_path / "secret.png").write_bytes(picture(9))
     (images / "link.png").symlink_to(tmp_path / "secret.png")
     rows = [
@@ -64,6 +68,8 @@ def source(tmp_path: Path) -> Path:
         row(12, 0, answer=" "),
         {"id": "no turns"},
         "no row",
+        {**row(15), "image": "cut.jpg"},  # a good header, half of the pixels
+        {**row(16), "image": "huge.png"},
     ]  # fmt: skip
     (tmp_path / "train.json").write_text(json.dumps(rows))
     (tmp_path / "val.jsonl").write_text("\n".join([json.dumps({**rows[0], "id": "v"}), "{broken", json.dumps(rows[2])]))
@@ -71,7 +77,7 @@ def source(tmp_path: Path) -> Path:
 
 
 DROPPED = {
-    "missing_image": 1, "path_escape": 3, "bad_image": 1, "placeholder_mismatch": 1, "no_target": 1,
+    "missing_image": 1, "path_escape": 3, "bad_image": 2, "image_too_large": 1, "placeholder_mismatch": 1, "no_target": 1,
     "bad_conversation": 1, "bad_json": 2,
 }  # fmt: skip
 
@@ -81,8 +87,18 @@ def test_make(source: Path) -> None:
     report = make(rows, source / "images", source / "out", shard_size=2)
     assert report.good == {"train": 6, "val": 2} and report.bad == DROPPED and not report.ok and report.images == 5
     text = str(report)
-    for name in ("gone.png", "../secret.png", "link.png", "notes.png", "row 13", "{broken", "follow_links"):
+    for name in (
+        "gone.png",
+        "../secret.png",
+        "link.png",
+        "notes.png",
+        "row 13",
+        "{broken",
+        "follow_links",
+        "cut.jpg' (",
+    ):
         assert name in text, name
+    assert "ids that several rows of a split have: 1, such as 'a/b [c].d/x.y'; all rows are kept" in text
     assert [p.name for p in sorted((source / "out").glob("*.tar"))] == [
         *(f"train-00000{i}.tar" for i in range(3)), "val-000000.tar"]  # fmt: skip
     # read with nothing but tarfile: keys without dots, images byte for byte, the row as it was

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Gated, Mechanism, build_mechanism
 from lit_eemllm.model.image_cache import ImageCache
+from lit_eemllm.training.tuning import cast
 
 BOUND = 1e-5  # relative to the largest value
 PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2], [4, 0, 0, 2]]
@@ -310,6 +311,17 @@ def test_gated_cross_attention_goes_on_after_a_cache_with_several_tokens_each(na
     assert tiny.max_error(torch.cat(more, 1)[..., : tiny.VOCAB], whole[:, cut:, : tiny.VOCAB]) <= BOUND
     with pytest.raises(ValueError, match="takes all images of a conversation in one pass"):
         model(ids, None, inputs["pixel_values"], past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_decoder_frozen_in_bfloat16_trains_and_generates_without_autocast(name):
+    model = tiny.model("llama-gqa", MECHANISMS[name])
+    model.vision.requires_grad_(False).to(torch.bfloat16)
+    cast(model.language_model.requires_grad_(False), torch.bfloat16)
+    for pack in (PACK, [[5], [9]]):
+        model.packed_loss(tiny.pack(pack)).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert model.generate(**tiny.prompt(model, [[3, 0, 4], [5]]), max_new_tokens=3, pad_token_id=0).shape[0] == 2
 
 
 def test_layers_cache_only_what_text_sees():

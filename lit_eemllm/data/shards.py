@@ -15,21 +15,26 @@ import re
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lit_eemllm.chat import parse_conversation
+from lit_eemllm.console import progress
 from lit_eemllm.data.recipe import CRUDE, META, read_folder
 from lit_eemllm.errors import SampleError, UserError
+from lit_eemllm.images import open_image
 
 SPLITS = ("train", "val", "test")
 EXAMPLES = 5
 """Samples named per reason in a report."""
+AT_ONCE = 64
+"""Rows whose images are in memory together while they are decoded."""
 
 _MAGIC = (
     ("jpg", re.compile(rb"\xff\xd8\xff")),
@@ -49,12 +54,14 @@ class Report:
         good: usable samples by split or folder.
         bad: the others by reason.
         examples: the first few messages of each reason.
+        ids: how often each ``id`` stands on a good row of a split, where that was counted.
         images, tokens, longest: images and tokens of the good ones, and the tokens of the longest, where they were counted.
     """
 
     good: Counter[str] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    ids: Counter[tuple[str, str]] = field(default_factory=Counter)
     images: int = 0
     tokens: int = 0
     longest: int = 0
@@ -78,6 +85,9 @@ class Report:
             lines.append(
                 f"{self.tokens:,} tokens with the visual ones, {mean:.0f} per sample, the longest has {self.longest:,}"
             )
+        if repeated := sorted({id for (_, id), count in self.ids.items() if count > 1}):
+            found = f"ids that several rows of a split have: {len(repeated):,}, such as {repeated[0]!r}"
+            lines.append(f"{found}; all rows are kept")
         lines.append(f"{self.bad.total():,} bad" + (":" if self.bad else ""))
         for reason, count in self.bad.most_common():
             lines.append(f"  {reason}: {count:,}")
@@ -87,9 +97,15 @@ class Report:
 
 
 def make(
-    rows: Mapping[str, Path], images: Path | None, out: Path, *, shard_size: int = 1000, follow_links: bool = False
+    rows: Mapping[str, Path],
+    images: Path | None,
+    out: Path,
+    *,
+    shard_size: int = 1000,
+    follow_links: bool = False,
+    max_image_pixels: int = 50_000_000,
 ) -> Report:
-    """Write a folder of prepared shards.
+    """Write a folder of prepared shards. Every image is decoded once, so that a damaged one is found here.
 
     Args:
         rows: by split ("train", "val", "test"), a JSON list or JSON lines file of LLaVA rows.
@@ -97,10 +113,12 @@ def make(
         out: folder to create; appears only when it is complete.
         shard_size: samples per shard.
         follow_links: accept images that symbolic links inside `images` put elsewhere.
+        max_image_pixels: larger images are refused by their header.
 
     Returns:
         What was written, and what was dropped and why: ``bad_json``, ``bad_conversation``, ``placeholder_mismatch``,
-        ``no_target``, ``path_escape`` (absolute or leaving `images`), ``missing_image``, ``bad_image`` (not an image format).
+        ``no_target``, ``path_escape`` (absolute or leaving `images`), ``missing_image``, ``bad_image`` (not an image
+        format, damaged or truncated), ``image_too_large``.
 
     Raises:
         UserError: wrong arguments, unreadable JSON, `out` exists, or no row is usable.
@@ -119,7 +137,8 @@ def make(
         folder = Path(temporary) / out.name
         folder.mkdir(mode=0o755)
         for split, path in rows.items():
-            _write_split(split, read_rows(path), images, folder, shard_size, follow_links, report)
+            made = partial(_members, images=images, follow_links=follow_links, max_pixels=max_image_pixels)
+            _write_split(split, read_rows(path), made, folder, shard_size, report)
         if not report.good:
             raise UserError(f"no usable row, {out} was not written.\n{report}")
         prepare(folder)
@@ -130,18 +149,36 @@ def make(
 
 
 def _write_split(
-    split: str, rows: list[Any], images: Path | None, folder: Path, shard_size: int, follow_links: bool, report: Report
+    split: str,
+    rows: list[Any],
+    make_members: Callable[[Any, str], dict[str, bytes]],
+    folder: Path,
+    shard_size: int,
+    report: Report,
 ) -> None:
     from webdataset import TarWriter
 
-    with contextlib.ExitStack() as stack, progress() as bar:
+    def members_or_error(number: int) -> dict[str, bytes] | SampleError:
+        row = rows[number]
+        name = f"{split} row {number}" + (f" ({row['id']})" if isinstance(row, dict) and "id" in row else "")
+        try:
+            return make_members(row, name)
+        except SampleError as error:
+            return error
+
+    def all_members() -> Iterator[dict[str, bytes] | SampleError]:
+        with ThreadPoolExecutor(
+            min(os.cpu_count() or 1, 8)
+        ) as pool:  # Pillow decodes without holding the interpreter's lock
+            for start in range(0, len(rows), AT_ONCE):
+                yield from pool.map(members_or_error, range(start, min(start + AT_ONCE, len(rows))))
+
+    with contextlib.ExitStack() as stack, progress(f"{split}: writing shards", len(rows)) as advance:
         writer: Any = None
-        for number, row in enumerate(bar.track(rows, description=f"{split}: writing shards")):
-            name = f"{split} row {number}" + (f" ({row['id']})" if isinstance(row, dict) and "id" in row else "")
-            try:
-                members = _members(row, images, name, follow_links)
-            except SampleError as error:
-                report.drop(error.reason, error.message)
+        for number, (row, members) in enumerate(zip(rows, all_members(), strict=True)):
+            advance(1)
+            if isinstance(members, SampleError):
+                report.drop(members.reason, members.message)
                 continue
             if writer is None or report.good[split] % shard_size == 0:
                 stack.close()
@@ -151,10 +188,12 @@ def _write_split(
             slug = re.sub(r"[^A-Za-z0-9]+", "-", str(row.get("id", "")))[-40:].strip("-")
             writer.write({"__key__": f"{split}-{number:08d}" + (f"-{slug}" if slug else ""), **members})
             report.good[split] += 1
+            if "id" in row:
+                report.ids[split, str(row["id"])] += 1
             report.images += len(members) - 1
 
 
-def _members(row: Any, images: Path | None, name: str, follow_links: bool) -> dict[str, bytes]:
+def _members(row: Any, name: str, images: Path | None, follow_links: bool, max_pixels: int) -> dict[str, bytes]:
     if not isinstance(row, dict):
         raise SampleError("bad_json", f"{name}: {str(row)[:200]!r} is not a JSON object")
     listed = row.get("image") or []
@@ -168,6 +207,7 @@ def _members(row: Any, images: Path | None, name: str, follow_links: bool) -> di
         extension = next((extension for extension, magic in _MAGIC if magic.match(data)), None)
         if extension is None:
             raise SampleError("bad_image", f"{name}: {path} begins with {data[:8]!r}, which is no known image format")
+        open_image(data, f"{name}, {path}", max_pixels)
         members[f"{number}.{extension}"] = data
     return members
 
@@ -227,8 +267,9 @@ def prepare(folder: Path, splits: Mapping[str, str] | None = None) -> dict[str, 
     parts = {split: [name for name in names if re.match(pattern, name)] for split, pattern in patterns.items()}
     seen: dict[str, str] = {}
     counts: Counter[str] = Counter()
-    with progress() as bar:
-        for name in bar.track(names, description="indexing"):
+    with progress("indexing", len(names)) as advance:
+        for name in names:
+            advance(1)
             for key, _ in read_shard(folder / name, names_only=True):
                 if key in seen:
                     raise UserError(f"{folder / name}: sample {key!r} is also in {seen[key]}; keys must differ. "
@@ -293,12 +334,3 @@ def read_shard(path: Path, names_only: bool = False) -> Iterator[tuple[str, dict
         raise UserError(f"{path}: truncated or damaged after sample {key!r}: {error}. Copy or make it again.") from None
     if key is not None:
         yield key, members
-
-
-def progress() -> Progress:
-    """The bar of the shard tools; it goes to stderr and vanishes when done."""
-    from rich.console import Console
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

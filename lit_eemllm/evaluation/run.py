@@ -136,12 +136,14 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
         source = "before training"
     else:
         path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(Path(config.out))
-        if path is None:
+        converted = config.init_from is not None and Path(config.init_from).resolve() == Path(config.out).resolve()
+        if path is None and not converted:
             raise CheckpointError(f"{config.out}: no checkpoint in it; train first, or use --checkpoint {UNTRAINED}")
-        trained = read_checkpoint(path)
-        module.on_load_checkpoint(trained)
-        module.load_state_dict(trained["state_dict"], strict=False)
-        source = str(path)
+        if path is not None:
+            trained = read_checkpoint(path)
+            module.on_load_checkpoint(trained)
+            module.load_state_dict(trained["state_dict"], strict=False)
+        source = str(path or config.init_from)
     on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator") != "cpu"
     model.to("cuda" if on_gpu else "cpu").eval()
     model.set_attention(config.model.attention, compute_dtype(config), training=False)

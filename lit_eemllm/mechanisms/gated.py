@@ -180,7 +180,7 @@ class GatedBlock(nn.Module):
     def forward(self, x_Th: Tensor, media: Media) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """Text rows, those with an image before them changed; and what `decode` needs later, if the media keep it."""
         k_MNH, v_MNH = self.attention.keys_values(media.tokens_Md)
-        x_nh = x_Th.index_select(0, media.rows_n)
+        x_nh = x_Th.index_select(0, media.rows_n).to(self.attention_gate.dtype)  # the decoder may be frozen in bfloat16
         q_nNH = self.attention.queries(x_nh)
         groups, longest = media.shape
         q_GLNH = q_nNH.new_zeros(groups * longest, *q_nNH.shape[1:]).index_copy(0, media.slots_n, q_nNH)
@@ -200,9 +200,10 @@ class GatedBlock(nn.Module):
             return x_Bh
         some_B1 = mask_BR.any(1, keepdim=True)
         sees_B11R = (mask_BR | ~some_B1)[:, None, None]  # a row that sees nothing would be not a number
-        q_BN1H = self.attention.queries(x_Bh)[:, :, None]
+        wide_Bh = x_Bh.to(self.attention_gate.dtype)
+        q_BN1H = self.attention.queries(wide_Bh)[:, :, None]
         mixed_Bw = scaled_dot_product_attention(q_BN1H, k_BNRH, v_BNRH, attn_mask=sees_B11R).flatten(1)
-        return torch.where(some_B1, self._update(x_Bh, mixed_Bw), x_Bh)
+        return torch.where(some_B1, self._update(wide_Bh, mixed_Bw).to(x_Bh.dtype), x_Bh)
 
     def _update(self, x_nh: Tensor, mixed_nw: Tensor) -> Tensor:
         x_nh = x_nh + self.attention_gate.tanh() * self.attention.o_proj(mixed_nw)

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..chat import IMAGE
 from ..errors import ConfigError
 from ..mechanisms import build_mechanism
-from .decoder import check_decoder
-from .modeling import EEMLLM
+from .modeling import EEMLLM, load_decoder_config
 from .pretrained import load_pretrained, quantized
 from .processor import Processor
 from .vision import VisionEncoder, get_vision_encoder
@@ -38,8 +37,7 @@ def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
 
 def build(config: ModelConfig) -> tuple[EEMLLM, Processor]:
     """Load decoder, encoder and tokenizer and join them. Seed torch before: the projector is fresh."""
-    text_config = load_pretrained(AutoConfig, config.decoder, "model.decoder")
-    check_decoder(text_config)
+    text_config, _ = load_decoder_config(config.decoder)
     overrides = asdict(config.mechanism)
     mechanism = build_mechanism(overrides.pop("preset"), text_config.num_hidden_layers, overrides)
     processor, vision = build_processor(config)

@@ -81,6 +81,20 @@ class EEMLLMConfig(PretrainedConfig):
         return text_config
 
 
+AutoConfig.register("eemllm", EEMLLMConfig)
+
+
+def load_decoder_config(path: str) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The config of a causal LM, or of the one in an EEMLLM folder, and the options with which its weights are loaded."""
+    config = load_pretrained(AutoConfig, path, "model.decoder")
+    options: dict[str, Any] = {}
+    if isinstance(config, EEMLLMConfig):
+        config = config.text_config
+        options = {"config": config, "key_mapping": {r"^language_model\.": ""}}
+    check_decoder(config)
+    return config, options
+
+
 class EEMLLM(PreTrainedModel, GenerationMixin):
     """A multimodal LLM whose treatment of visual tokens is a `Mechanism`.
 
@@ -155,16 +169,16 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         """Join pretrained parts with a fresh projector (seed torch before).
 
         Args:
-            decoder: folder or hub id of a causal LM; safetensors only.
+            decoder: folder or hub id of a causal LM, or folder of an EEMLLM that has one; safetensors only.
             encoder: registered name of the vision encoder.
             vision: that encoder, with its weights.
             mechanism: how visual tokens are treated.
             image_token_id: see `EEMLLMConfig`.
             quantization: of the decoder's linear layers, as transformers takes it.
         """
-        text_config = load_pretrained(AutoConfig, decoder, "model.decoder")
-        check_decoder(text_config)
-        options = {} if quantization is None else {"quantization_config": quantization}
+        text_config, options = load_decoder_config(decoder)
+        if quantization is not None:
+            options["quantization_config"] = quantization
         language_model = load_weighted(AutoModelForCausalLM, decoder, "model.decoder", **options)
         config = EEMLLMConfig(
             text_config=text_config,
@@ -271,7 +285,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             media = self._media(features_Vd, layout, cached)
         elif mechanism.visual_source == "layerwise" and not layout.num_visual:
             nothing = [self.projector(features_Vd, layer) for layer in range(len(decoder.layers))]
-            x_Rh = torch.cat([x_Rh, *nothing])
+            x_Rh = torch.cat([x_Rh, *(rows.to(x_Rh.dtype) for rows in nothing)])
         else:
             x_Rh = self._with_images(x_Rh, features_Vd, context)
         return self._run_layers(x_Rh, context, media)
@@ -284,7 +298,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
     def _with_images(self, text_Th: Tensor, features_Vd: Tensor, context: StreamContext) -> Tensor:
         """The stream that enters the first layer; what of the images is no part of it goes into the context."""
         if self.mechanism.visual_source == "layerwise":
-            context.states = lambda layer: self.projector(features_Vd, layer)
+            context.states = lambda layer: self.projector(features_Vd, layer).to(text_Th.dtype)
             return text_Th
         visual_Vh = self.projector(features_Vd).to(text_Th.dtype)
         if context.text_stream and context.layout.num_visual:

@@ -52,7 +52,14 @@ def quantized(how: str, compute: torch.dtype) -> Any:
 def load_weighted(kind: Any, path: str, key: str, **options: Any) -> Any:
     """A model with its weights in float32, from safetensors. Raises CheckpointError if a tensor is missing or misshapen."""
     model, info = load_pretrained(
-        kind, path, key, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        kind,
+        path,
+        key,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
     )
     missing = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if missing:

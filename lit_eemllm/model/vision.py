@@ -96,6 +96,12 @@ class TransformersVision(VisionEncoder):
     @classmethod
     def from_path(cls, path: str, *, select_layer: int, policy: str) -> TransformersVision:
         config = load_pretrained(AutoConfig, path, "model.vision.path")
+        if config.model_type == "eemllm":  # the encoder in an EEMLLM folder
+            parts = config.vision["config"]
+            config_class, model_class = cls.FAMILIES[parts["model"]["model_type"]]
+            options = {"config": config_class(**parts["model"]), "key_mapping": {r"^vision\.model\.": ""}}
+            model = load_weighted(model_class, path, "model.vision.path", **options)
+            return cls(model, replace(ImageTransform.from_dict(parts["transform"]), policy=policy), select_layer)
         config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP, image and text
         if config.model_type not in cls.FAMILIES:
             raise ConfigError(

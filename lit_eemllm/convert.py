@@ -1,0 +1,212 @@
+"""`lit-eemllm convert`: a run, an EEMLLM folder or a LLaVA checkpoint under another mechanism, or as a LLaVA again."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.table import Table
+
+from .config import load_config
+from .console import console, progress, quiet_libraries
+from .errors import CheckpointError, ConfigError, UserError
+from .model import EEMLLM
+from .model.convert import Fate, change_mechanism, choose_mechanism, mechanism_settings
+from .model.llava import check_llava, is_llava, load_llava, load_tokenizer, load_whole, read_json, save_llava
+from .schema import check_names
+from .training.adapters import merge_adapters
+from .training.checkpoint import newest_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MECHANISM = "model.mechanism."
+_REQUIRED = ("model.decoder=x", "model.vision.path=x", "data.train=x", "optim.lr=1", "optim.max_steps=1")  # not read
+
+_ON_CPU = ("trainer.accelerator=cpu", "model.attention=reference", "model.liger=false")
+
+
+@dataclass
+class Source:
+    """What is converted.
+
+    Attributes:
+        name: of the folder or checkpoint, in words.
+        model: on the CPU.
+        tokenizer: None if the source holds none.
+        config: keys of a configuration that goes with the model.
+    """
+
+    name: str
+    model: EEMLLM
+    tokenizer: PreTrainedTokenizerBase | None
+    config: dict[str, Any]
+
+
+def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -> None:
+    """Write the source's model under another mechanism.
+
+    Args:
+        source: folder of a LLaVA-1.5 (transformers' format) or of an EEMLLM (`save_pretrained`), or a run directory, of
+            which the newest checkpoint is taken.
+        out: folder to create; appears only when it is complete.
+        overrides: ``model.mechanism.*`` and ``seed``; without a preset they change the source's own mechanism.
+        to_llava: write transformers' LlavaForConditionalGeneration instead of an EEMLLM.
+
+    Raises:
+        UserError: the source, the mechanism or `out` cannot be used; nothing has been written.
+    """
+    quiet_libraries()
+    if out.exists():
+        raise UserError(f"{out} exists. Remove it, or name another folder with --out.")
+    wanted, seed = _wanted(overrides)
+    with progress("converting", 3) as advance:
+        found = open_source(source)
+        layers = _num_layers(found.model)
+        mechanism = choose_mechanism(found.model.mechanism, layers, wanted)
+        named = json.dumps(mechanism_settings(mechanism, layers))
+        if to_llava and not is_llava(mechanism, layers):
+            raise ConfigError(
+                f"--to-llava: the mechanism is {named}, which LLaVA's format cannot say. With --mechanism llava the same "
+                "weights are written to be computed as LLaVA does."
+            )
+        if to_llava and found.tokenizer is None:
+            raise ConfigError(f"--to-llava: {source} holds no tokenizer; convert the run it was made from")
+        advance(1)
+        model, fates = change_mechanism(found.model, mechanism, seed)
+        advance(1)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            folder = Path(temporary) / out.name
+            folder.mkdir(mode=0o755)
+            checked = ""
+            if to_llava:
+                assert found.tokenizer is not None
+                save_llava(model, found.tokenizer, folder)
+                checked = check_llava(model, folder)
+            else:
+                model.save_pretrained(folder)
+                if found.tokenizer is not None:
+                    found.tokenizer.save_pretrained(folder)
+                (folder / "config.yaml").write_text(_configuration(found.config, model, source, out))
+            folder.rename(out)
+        advance(1)
+    console.print(_table(fates, f"{found.name} -> {out}, mechanism {named}"))
+    fresh = {fate.name.partition(".")[0] for fate in fates if fate.fate == "fresh"}
+    if fresh:
+        gates = "; gates begin at zero: until they are trained, text is as without an image" if "gated" in fresh else ""
+        console.print(f"fresh is untrained, from seed {seed}: {', '.join(sorted(fresh))}{gates}")
+    console.print(checked or f"to train it further: lit-eemllm fit {out} out=runs/NAME")
+
+
+def _wanted(overrides: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Keys of ``model.mechanism`` that were given, and the seed. Raises ConfigError naming every mistake."""
+    strays = [text for text in overrides if not text.startswith((MECHANISM, "seed="))]
+    if strays:
+        raise ConfigError(f"convert takes {MECHANISM}* and seed, found {' '.join(strays)}")
+    config = load_config([], [*_REQUIRED, *overrides], checks=[check_names])
+    given = _without_nulls(asdict(config.model.mechanism))
+    if not any(text.startswith(f"{MECHANISM}preset=") for text in overrides):
+        del given["preset"]
+    return given, config.seed
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    plain = {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in plain.items() if value is not None and value != {}}
+
+
+# --- sources
+
+
+def open_source(path: Path) -> Source:
+    """Raises UserError if the path is none of the three kinds of source, or one that cannot be used."""
+    if not path.is_dir():
+        expected = "a LLaVA checkpoint (one from a hub: download it first), an EEMLLM folder or a run directory"
+        raise UserError(f"{path}: no such folder; expected {expected}")
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is not None:
+        found = _open_run(path, checkpoint)
+    elif not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: neither config.json nor a checkpoint of a run in it: nothing to convert")
+    elif read_json(path / "config.json").get("model_type") == "eemllm":
+        found = _open_eemllm(path)
+    else:
+        model, tokenizer = load_llava(path)
+        found = Source(f"LLaVA {path}", model, tokenizer, {"model": {**_parts(model, path), "template": "vicuna_v1"}})
+    return found
+
+
+def _open_run(path: Path, checkpoint: Path) -> Source:
+    from .evaluation.run import load
+
+    overrides = [f"out={json.dumps(str(path))}", *_ON_CPU]
+    model, processor, _ = load(load_config([path / "config.yaml"], overrides, checks=[check_names]), str(checkpoint))
+    model.float()  # what was trained is; a folder is read in one type, and adapters are best folded into the widest
+    merged = merge_adapters(model)
+    name = f"run {checkpoint}" + (f", {merged} adapters folded in" if merged else "")
+    return Source(name, model, processor.tokenizer, _read_yaml(path / "config.yaml"))
+
+
+def _open_eemllm(path: Path) -> Source:
+    model = load_whole(EEMLLM, path).eval()
+    has_tokenizer = (path / "tokenizer_config.json").is_file()
+    file = path / "config.yaml"  # of an earlier conversion
+    config = _read_yaml(file) if file.is_file() else {"model": _parts(model, path)}
+    return Source(f"EEMLLM {path}", model, load_tokenizer(path) if has_tokenizer else None, config)
+
+
+def _parts(model: EEMLLM, path: Path) -> dict[str, Any]:
+    """Keys of ``model`` that name the parts of a folder that holds all of them."""
+    vision = model.vision
+    return {
+        "decoder": str(path),
+        "vision": {
+            "encoder": model.config.vision["encoder"],
+            "path": str(path),
+            "select_layer": getattr(vision, "select_layer", -2),
+            "policy": vision.transform.policy,
+        },
+    }
+
+
+def _num_layers(model: EEMLLM) -> int:
+    return len(model.language_model.model.layers)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+# --- what is written and said
+
+
+def _configuration(config: dict[str, Any], model: EEMLLM, source: Path, out: Path) -> str:
+    """The source's configuration for the new folder: its mechanism, its weights, its parts if it holds them."""
+    section = config["model"]
+    section |= {"mechanism": mechanism_settings(model.mechanism, _num_layers(model)), "quantization": None}
+    for part, key in ((section, "decoder"), (section, "tokenizer"), (section["vision"], "path")):
+        if part.get(key) and Path(part[key]).resolve() == source.resolve():
+            part[key] = str(out)
+    values = {**config, "init_from": str(out), "out": str(out), "resume": "auto"}
+    head = f"# Of lit-eemllm convert. To train the model further:\n#   lit-eemllm fit {out} out=runs/NAME\n"
+    return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _table(fates: Iterable[Fate], title: str) -> Table:
+    """Tensors and parameters by part of the model and by what became of them."""
+    sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for fate in fates:
+        row = sums[fate.name.partition(".")[0], fate.fate]
+        row[0] += 1
+        row[1] += fate.numel
+    table = Table("part", "tensors", "parameters", "", title=title, title_justify="left")
+    for (part, what), (tensors, numel) in sums.items():
+        table.add_row(part, f"{tensors:,}", f"{numel:,}", what)
+    return table

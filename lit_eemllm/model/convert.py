@@ -1,0 +1,153 @@
+"""A trained model under another mechanism: which modules stay, are copied, begin fresh or go.
+
+Mechanisms that need the same modules share every weight. Where they differ it is in what connects encoder and decoder:
+one projector, one for each layer (SAISA), or a resampler with gated blocks (Flamingo).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..mechanisms import PRESETS, Gated, Mechanism, build_mechanism
+from ..mechanisms.gated import Resampler
+from .modeling import EEMLLM
+from .projector import LayerwiseProjector, Projector
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of a tensor in a conversion: kept, copied, fresh or dropped."""
+
+    name: str
+    numel: int
+    fate: str
+
+
+def mechanism_settings(mechanism: Mechanism, num_layers: int) -> dict[str, Any]:
+    """Keys of ``model.mechanism`` that `build_mechanism` turns into this one: the nearest preset and what differs."""
+    found = []
+    for name, preset in PRESETS.items():
+        base = preset.stretched(num_layers).to_dict()
+        if (preset.gated is None) == (mechanism.gated is None):
+            changed = {key: value for key, value in mechanism.to_dict().items() if value != base[key]}
+            found.append({"preset": name, **changed})
+    return min(found, key=len)
+
+
+def choose_mechanism(current: Mechanism, num_layers: int, wanted: Mapping[str, Any]) -> Mechanism:
+    """A preset with changes or, if `wanted` names no preset, the current mechanism with changes.
+
+    Args:
+        current: the model's.
+        num_layers: the decoder's.
+        wanted: keys of ``model.mechanism``, without nulls. Raises ConfigError naming every key that is wrong.
+    """
+    settings = {} if "preset" in wanted else mechanism_settings(current, num_layers)
+    for key, value in wanted.items():
+        settings[key] = {**settings.get(key, {}), **value} if isinstance(value, Mapping) else value
+    preset = settings.pop("preset")
+    return build_mechanism(preset, num_layers, settings)
+
+
+def change_mechanism(model: EEMLLM, mechanism: Mechanism, seed: int) -> tuple[EEMLLM, list[Fate]]:
+    """The same encoder and decoder under another mechanism; of what connects them, whatever can be taken over.
+
+    One projector becomes those of all layers by copying, as SAISA's second stage begins; layerwise projectors become one
+    only if they are all equal. Anything else that is new begins as in a fresh model, gates at zero.
+
+    Args:
+        model: is used up.
+        mechanism: contradicts neither itself nor the decoder.
+        seed: of what is fresh.
+
+    Raises:
+        ConfigError: several projectors would have to become one.
+    """
+    before = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    if (mechanism.visual_source, mechanism.gated) == (model.mechanism.visual_source, model.mechanism.gated):
+        model.set_mechanism(mechanism)
+        return model, [Fate(name, numel, "kept") for name, numel in before.items()]
+
+    config = deepcopy(model.config)
+    config.mechanism = mechanism.to_dict()
+    for part in (model.language_model, model.vision):
+        for module in part.modules():  # transformers begins anew what it has not loaded itself, such as merged layers
+            module._is_hf_initialized = True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = EEMLLM(config, model.language_model, model.vision)
+    new.generation_config = model.generation_config
+    new.projector.to(model.dtype)
+    new.gated.to(model.dtype)
+
+    fates = {name: "kept" if name in before else "fresh" for name in new.state_dict()}
+    fates |= _take_projector(model, new) | _take_gated(model, new)
+    ledger = [Fate(name, tensor.numel(), fates[name]) for name, tensor in new.state_dict().items()]
+    gone = {name: numel for name, numel in before.items() if name not in fates}
+    if any(fate == "copied" for fate in fates.values()):  # it lives on under other names
+        gone = {name: numel for name, numel in gone.items() if not name.startswith("projector.")}
+    return new.eval(), ledger + [Fate(name, numel, "dropped") for name, numel in gone.items()]
+
+
+def _take_projector(model: EEMLLM, new: EEMLLM) -> dict[str, str]:
+    """Fill what connects to the encoder from the model's, if that is possible; the fate of each of its tensors."""
+    old, projector = model.projector, new.projector
+    if isinstance(old, Projector) and isinstance(projector, LayerwiseProjector):
+        for one in projector.layers:
+            one.load_state_dict(old.state_dict())
+        return _named(projector, "projector", "copied")
+    if isinstance(old, LayerwiseProjector) and isinstance(projector, Projector):
+        projector.load_state_dict(_the_one(old).state_dict())
+        return _named(projector, "projector", "copied")
+    same = type(old) is type(projector) and (
+        not isinstance(old, Resampler) or _made_alike(model.mechanism.gated, new.mechanism.gated)
+    )
+    if same:
+        projector.load_state_dict(old.state_dict())
+    return _named(projector, "projector", "kept" if same else "fresh")
+
+
+def _take_gated(model: EEMLLM, new: EEMLLM) -> dict[str, str]:
+    """Likewise the blocks of gated cross-attention, those of layers that have one in both."""
+    fates: dict[str, str] = {}
+    alike = _made_alike(model.mechanism.gated, new.mechanism.gated)
+    for layer, block in new.gated.items():
+        kept = alike and layer in model.gated
+        if kept:
+            block.load_state_dict(model.gated[layer].state_dict())
+        fates |= _named(block, f"gated.{layer}", "kept" if kept else "fresh")
+    return fates
+
+
+def _made_alike(old: Gated | None, new: Gated | None) -> bool:
+    """Whether blocks and resampler compute the same, however many blocks there are and whatever text sees."""
+    return old is not None and new is not None and old == replace(new, every=old.every, immediate=old.immediate)
+
+
+def _named(module: nn.Module, prefix: str, fate: str) -> dict[str, str]:
+    return {f"{prefix}.{name}": fate for name in module.state_dict()}
+
+
+def _the_one(projectors: LayerwiseProjector) -> nn.Module:
+    """The projector that all layers share. Raises ConfigError if they differ."""
+    first, *others = projectors.layers
+    values = first.state_dict()
+    different = [
+        layer
+        for layer, projector in enumerate(others, 1)
+        if any(not tensor.equal(values[name]) for name, tensor in projector.state_dict().items())
+    ]
+    if different:
+        raise ConfigError(
+            f"the model has a projector for each layer, the mechanism one for all; they can become one only if they are "
+            f"equal, but layers {', '.join(map(str, different[:5]))}{', ...' if len(different) > 5 else ''} differ from "
+            "layer 0. Choose a mechanism with visual_source=layerwise, or convert the run before the layerwise stage."
+        )
+    return first

@@ -1,0 +1,335 @@
+"""What a training step computes and keeps: the real model, forward and backward, on tensors without data.
+
+So the step of a 7B model takes seconds on a laptop, and what is frozen, cast or shared is as it will be. FLOPs are
+counted by PyTorch's own counter, activations by hooks on what autograd saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from .layout import PackedBatch, Run, SequenceLayout
+from .mechanisms import Mechanism
+from .model.decoder import DecoderLayer
+from .model.projector import LayerwiseProjector
+from .training.adapters import MARK
+from .training.module import compute_dtype
+from .weightless import Parts, build_weightless
+
+if TYPE_CHECKING:
+    from .model import EEMLLM
+    from .schema import Config
+
+LOSS_BYTES = 12  # a logit as the backward pass begins: its float32 log-probability, that one's gradient and its own
+
+
+@dataclass(frozen=True)
+class Document:
+    """One image of so many visual tokens, then text, of which so many tokens are supervised."""
+
+    text: int
+    visual: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One document on its way through a training step.
+
+    A matrix product of F FLOPs costs the backward pass F for each of its two factors that needs a gradient: 2F with a
+    trained weight, F with a frozen one, if something before it is trained; else F and nothing. Attention costs twice its
+    FLOPs. It is counted full, and what kernels compute again is not counted.
+
+    Attributes:
+        parameters, trained: numbers of parameters.
+        vision_width: of the encoder's features.
+        encoder_flops, connector_flops, decoder_flops, head_flops: of the forward pass. The connector stands between
+            encoder and decoder; a projector that a layer calls counts with the decoder.
+        backward_flops: of everything.
+        weights, gradients, optimiser: bytes, of the optimiser AdamW's two moments.
+        gathered: bytes of weights and gradients that are whole on each GPU although they are sharded: of the largest module
+            that is sharded by itself, the next one, the gradient of the first, and all that is in none of them.
+        copies, unit_copies: bytes of 16-bit copies of float32 weights, which autocast makes and the backward pass needs;
+            the most of a unit.
+        activations: bytes saved for the backward pass. Attention saves queries, keys, values, output and a number a row.
+        kept, largest: likewise if each unit saves its input alone: all that stays, and what the largest unit saves when it
+            is recomputed.
+        logits: bytes at the loss.
+        passing: bytes of gradients on their way: of the two factors of a product (of gate and up), where they are largest.
+    """
+
+    parameters: int
+    trained: int
+    vision_width: int
+    encoder_flops: float
+    connector_flops: int
+    decoder_flops: int
+    head_flops: int
+    backward_flops: float
+    weights: int
+    gradients: int
+    optimiser: int
+    gathered: int
+    copies: int
+    unit_copies: int
+    activations: float
+    kept: float
+    largest: int
+    logits: int
+    passing: int
+
+    @property
+    def forward_flops(self) -> float:
+        return self.encoder_flops + self.connector_flops + self.decoder_flops + self.head_flops
+
+    def most_bytes(
+        self,
+        documents: int,
+        *,
+        gpus: int = 1,
+        sharded: bool = False,
+        checkpointing: bool = False,
+        accumulate: int = 1,
+    ) -> float:
+        """Most bytes on a GPU at any time of a step.
+
+        Weights and optimiser stay. Gradients appear while activations go, and stay if several packs make a step. The
+        backward pass begins with all activations, or with what is kept and the last unit recomputed, and ends with all
+        gradients and the first unit; then AdamW takes as much as the gradients for a moment. DDP holds the gradients a
+        second time, in buckets. FSDP divides weights, gradients and optimiser, but not the copies that autocast makes.
+
+        Args:
+            documents: in a pack.
+            gpus: how many.
+            sharded: FSDP2, otherwise DDP.
+            checkpointing: of activations.
+            accumulate: packs a step.
+        """
+        stays, gradients = float(self.weights + self.optimiser), float(self.gradients)
+        gathered = 0
+        if gpus > 1 and sharded:
+            stays, gradients, gathered = stays / gpus, gradients / gpus, self.gathered
+        elif gpus > 1:
+            stays += gradients
+        moment = documents * (self.largest + self.passing) + self.unit_copies + gathered
+        begins = documents * (self.activations + max(self.logits, self.passing)) + self.copies + gathered
+        if checkpointing:
+            loss = documents * (self.kept + self.logits) + self.copies + gathered
+            begins = max(loss, documents * self.kept + moment)
+        return stays + max(begins + gradients * (accumulate > 1), gradients + moment, 2 * gradients)
+
+    def most_documents(self, limit: float, **options: Any) -> int:
+        """The largest pack whose step stays within so many bytes, with the options of `most_bytes`; 0 if none does."""
+        low, high = 0, 1 << 24
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.most_bytes(middle, **options) <= limit else (low, middle - 1)
+        return low
+
+
+def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document) -> Step:
+    """Take a document through a step with the tuning, the types and the precision of `config`."""
+    model, mode = build_weightless(config, parts, mechanism)
+    transform, dtype = model.vision.transform, compute_dtype(config)
+    images = document.visual / transform.num_tokens(transform.width, transform.height)
+    with mode:
+        pixels = torch.empty(1, 3, transform.height, transform.width)
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    with autocast, recording(model) as encoder:
+        features = model.image_features(pixels)
+    encoder_backward = backward(features) if features.requires_grad else 0
+    # As many as the document has, whatever the encoder gives.
+    features = features.new_empty(document.visual, features.shape[-1], requires_grad=features.requires_grad)
+    model.image_features = lambda pixels: features  # type: ignore[method-assign]
+    with autocast, recording(model) as rest:
+        logits = model.packed_logits(pack(document, pixels))
+
+    parameters = list(model.parameters())
+    gradients = sum(p.nbytes for p in parameters if p.requires_grad)
+    decoder_flops, head_flops = sum(unit.flops for unit in rest.units), 2 * logits.numel() * parts.decoder.hidden_size
+    stored = [weight_bytes(module, config) for module in sharded_modules(model)]
+    whole = max(sum(p.nbytes for p in module.parameters() if p.requires_grad) for module in sharded_modules(model))
+    weights = weight_bytes(model, config)
+    return Step(
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        vision_width=model.vision.hidden_size,
+        encoder_flops=images * encoder.flops,
+        connector_flops=rest.flops - decoder_flops - head_flops,
+        decoder_flops=decoder_flops,
+        head_flops=head_flops,
+        backward_flops=images * encoder_backward + backward(logits),
+        weights=weights,
+        gradients=gradients,
+        optimiser=2 * gradients,
+        gathered=weights - sum(stored) + 2 * max(stored) + whole,
+        copies=encoder.copies + rest.copies,
+        unit_copies=max(unit.copies for unit in rest.units),
+        activations=images * encoder.activations() + rest.activations(),
+        kept=images * encoder.activations() + rest.kept(),
+        largest=max(nbytes(unit.saved) for unit in rest.units),
+        logits=LOSS_BYTES * logits.numel(),
+        passing=2 * max(storage.nbytes() for unit in rest.units for storage in unit.saved.values()),
+    )
+
+
+def pack(document: Document, pixels: Tensor) -> PackedBatch:
+    layout = SequenceLayout.of([[Run(True, document.visual), Run(False, document.text)]])
+    rows = torch.arange(document.targets)
+    return PackedBatch(torch.zeros_like(layout.positions), rows, torch.zeros_like(rows), pixels, layout, [])
+
+
+def backward(output: Tensor) -> int:
+    """FLOPs of the backward pass from an output."""
+    with counter() as counted:
+        output.backward(torch.empty_like(output))
+    return counted.get_total_flops()
+
+
+def counter() -> FlopCounterMode:
+    """PyTorch's, taught the fused attention of the CPU, which encoders and gated cross-attention use here."""
+
+    def forward(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def backward(gradient: Any, q: Any, k: Any, v: Any, *args: Any, **options: Any) -> int:
+        return 2 * sdpa_flop_count(q, k, v)
+
+    aten = torch.ops.aten
+    fused = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=fused)
+
+
+def sharded_modules(model: EEMLLM) -> list[nn.Module]:
+    """As `training.fsdp2.shard` divides the model."""
+    projectors = model.projector.layers if isinstance(model.projector, LayerwiseProjector) else [model.projector]
+    return [*model.language_model.model.layers, *projectors, *model.gated.values()]
+
+
+QUANTISED = {
+    "nf4": 0.5 + 1 / 64 + 4 / 64 / 256,
+    "int8": 1.0,
+}  # bytes a weight; scales of 64 in 8 bits, of 256 such in 32
+
+
+def weight_bytes(module: nn.Module, config: Config) -> int:
+    """With linear layers of the decoder, adapters not, quantised as the configuration says."""
+    total = sum(p.nbytes for p in module.parameters())
+    if config.model.quantization is not None:
+        for layer in [part for part in module.modules() if isinstance(part, DecoderLayer)]:
+            for name, linear in layer.named_modules():
+                if isinstance(linear, nn.Linear) and MARK not in name:
+                    small = linear.weight.numel() * QUANTISED[config.model.quantization]
+                    total += round(small) - linear.weight.nbytes
+    return total
+
+
+# --- what a forward pass leaves behind
+@dataclass
+class Part:
+    """FLOPs of a part of the forward pass, the storages that it is given and that it saves for the backward pass, and bytes
+    of the 16-bit copies of weights among these."""
+
+    flops: int = 0
+    copies: int = 0
+    given: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+    saved: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+
+
+@dataclass
+class Recording:
+    """A forward pass: its units, which activation checkpointing would recompute, and what lies outside of them.
+
+    A unit is a decoder layer with the block of gated cross-attention before it, if there is one.
+    """
+
+    flops: int = 0
+    outside: Part = field(default_factory=Part)
+    units: list[Part] = field(default_factory=list)
+
+    @property
+    def copies(self) -> int:
+        return sum(part.copies for part in (self.outside, *self.units))
+
+    def activations(self) -> int:
+        return sum(nbytes(part.saved) for part in (self.outside, *self.units))
+
+    def kept(self) -> int:
+        """If units save their input alone."""
+        storages = self.outside.saved | self.outside.given
+        for unit in self.units:
+            storages |= unit.given if unit.saved else {}
+        return nbytes(storages)
+
+
+def nbytes(storages: dict[int, torch.UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def is_copy(tensor: Tensor, weight: Tensor) -> bool:
+    """In another type, but of the same shape and, which tells it from an input, in the same order."""
+    return (tensor.shape, tensor.stride()) == (weight.shape, weight.stride()) and tensor.dtype != weight.dtype
+
+
+@contextmanager
+def recording(model: EEMLLM) -> Iterator[Recording]:
+    """Record the forward pass that runs meanwhile. What belongs to parameters is not saved, it is there anyway."""
+    found = Recording()
+    now, seen = found.outside, {p.untyped_storage()._cdata for p in model.parameters()}
+    counted = counter()
+    held: list[torch.UntypedStorage] = []  # or another could get the address of one
+    linear: nn.Linear | None = None
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            held.append(storage)
+            if linear is not None and is_copy(tensor, linear.weight.t()):
+                now.copies += storage.nbytes()
+            else:
+                now.saved[storage._cdata] = storage
+        return tensor
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal now
+        if now is found.outside:  # else in the layer after a gated block
+            storage = args[0].untyped_storage()
+            now = Part(flops=-counted.get_total_flops(), given={storage._cdata: storage})
+            found.units.append(now)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal now
+        now.flops += counted.get_total_flops()
+        now = found.outside
+
+    def begin(module: nn.Linear, args: tuple[Tensor]) -> None:
+        nonlocal linear
+        linear = module
+
+    def project(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Visual states that layers take from where they are, not from their input."""
+        storage = (args[0] if model.mechanism.visual_source == "layerwise" else output).untyped_storage()
+        found.outside.given[storage._cdata] = storage
+
+    hooks = [module.register_forward_pre_hook(begin) for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks += [block.register_forward_pre_hook(enter) for block in model.gated.values()]
+    for layer in model.language_model.model.layers:
+        hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    if model.mechanism.constant:
+        hooks.append(model.projector.register_forward_hook(project))
+    with counted, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        yield found
+    found.flops = counted.get_total_flops()
+    for hook in hooks:
+        hook.remove()

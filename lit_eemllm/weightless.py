@@ -1,0 +1,148 @@
+"""Models without weights: decoder and encoder from their config files alone, or from the shapes of well-known ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
+
+from .attention import AttentionBackend
+from .errors import ConfigError
+from .images import ImageTransform
+from .layout import SequenceLayout, Visibility
+from .mechanisms import Mechanism
+from .model import EEMLLM, EEMLLMConfig
+from .model.decoder import check_decoder
+from .model.pretrained import load_pretrained
+from .model.vision import TransformersVision, get_vision_encoder
+from .training.tuning import apply_tuning, set_modes
+
+if TYPE_CHECKING:
+    from .schema import Config, ModelConfig
+
+CLIP_L = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, int]] = {
+    "vicuna-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "vicuna-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+"""Decoders of LLaVA-1.5, Llamas of 32,000 tokens; its encoder is CLIP-L/14-336."""
+SHAPE_CONFIG = """
+model: {decoder: given by --shape, vision: {path: given by --shape}, dtype: bfloat16}
+data: {train: none}
+optim: {lr: 1e-3, max_steps: 1}
+trainer: {precision: bf16-mixed}
+"""
+"""What a configuration is merged onto when a shape stands in for its parts."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The decoder's transformers config; the encoder's registered name and what its `to_config` gives."""
+
+    decoder: Any
+    encoder: str
+    vision: dict[str, Any]
+
+
+def parts_of_shape(name: str) -> Parts:
+    """Raises ConfigError naming the shapes."""
+    if name not in SHAPES:
+        raise ConfigError(f"--shape: unknown shape {name!r}; choose one of {sorted(SHAPES)}")
+    decoder = LlamaConfig(**SHAPES[name], vocab_size=32000)
+    return Parts(decoder, "transformers", _vision(CLIPVisionConfig(**CLIP_L), select_layer=-2))
+
+
+def parts_of_config(config: ModelConfig) -> Parts:
+    """The parts that a configuration names. An encoder of one's own is loaded, with its weights, as only it knows how.
+
+    Raises:
+        ConfigError: a part is not there or not supported.
+    """
+    decoder = load_pretrained(AutoConfig, config.decoder, "model.decoder")
+    check_decoder(decoder)
+    given, encoder = config.vision, get_vision_encoder(config.vision.encoder)
+    if encoder is not TransformersVision:
+        made = encoder.from_path(given.path or "", select_layer=given.select_layer, policy=given.policy)
+        return Parts(decoder, given.encoder, made.to_config())
+    vision = load_pretrained(AutoConfig, given.path or "", "model.vision.path")
+    vision = getattr(vision, "vision_config", vision)  # a whole CLIP or SigLIP, image and text
+    if vision.model_type not in TransformersVision.FAMILIES:
+        known = sorted(TransformersVision.FAMILIES)
+        raise ConfigError(f"model.vision.path: {given.path} is a {vision.model_type!r}, expected one of {known}")
+    return Parts(decoder, given.encoder, _vision(vision, given.select_layer))
+
+
+def _vision(vision: Any, select_layer: int) -> dict[str, Any]:
+    """As `TransformersVision.to_config`; of the transform only the sizes are used here, and they are the encoder's."""
+    half = (0.5, 0.5, 0.5)
+    transform = ImageTransform(vision.image_size, vision.image_size, vision.patch_size, half, half)
+    model = {**vision.to_diff_dict(), "model_type": vision.model_type}
+    return {"model": model, "transform": transform.to_dict(), "select_layer": select_layer}
+
+
+def build_weightless(config: Config, parts: Parts, mechanism: Mechanism) -> tuple[EEMLLM, FakeTensorMode]:
+    """The model as it would be trained, frozen and cast; its tensors have shapes and types, but no data.
+
+    They are PyTorch's fake tensors, which lie on the meta device and say that they are on the CPU, so that autocast
+    works. The mode makes more of them.
+    """
+    with torch.device("meta"):
+        model = EEMLLM(
+            EEMLLMConfig(
+                text_config=parts.decoder,
+                vision={"encoder": parts.encoder, "config": parts.vision},
+                mechanism=mechanism.to_dict(),
+                image_token_id=parts.decoder.vocab_size,
+            )
+        )
+        set_modes(model, apply_tuning(model, config.optim, config.model.dtype))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model.to_empty(device="cpu")
+    model.tie_weights()
+    model._backend = Counted()
+    return model, mode
+
+
+class Counted(AttentionBackend):
+    """Attention without data: every product is counted, and saved is what a fused kernel saves."""
+
+    name = "counted"
+
+    def plan(self, layout: SequenceLayout, visibility: Visibility) -> Visibility:
+        return visibility
+
+    def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Visibility, scale: float) -> Tensor:
+        keys = slice(None if plan.window is None else plan.window + 1)
+        return _Attention.apply(q_QNH, k_SKH[keys], v_SKH[keys])
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> Tensor:
+        groups = q_QNH.shape[1] // k_SKH.shape[1]
+        k_SNH, v_SNH = (x.repeat_interleave(groups, dim=1) for x in (k_SKH, v_SKH))
+        scores_NQS = torch.einsum("qnh,snh->nqs", q_QNH, k_SNH)
+        out_QNH = torch.einsum("nqs,snh->qnh", scores_NQS, v_SNH)
+        row_QN = q_QNH.new_empty(q_QNH.shape[:2], dtype=torch.float32)  # logarithm of the sum of exponentials
+        ctx.save_for_backward(q_QNH, k_SKH, v_SKH, out_QNH, row_QN)
+        return out_QNH
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The four products."""
+        (gradient_QNH,), (q_QNH, k_SKH, v_SKH, *_) = gradients, ctx.saved_tensors
+        groups = q_QNH.shape[1] // k_SKH.shape[1]
+        k_SNH, v_SNH = (x.repeat_interleave(groups, dim=1) for x in (k_SKH, v_SKH))
+        scores_NQS = torch.einsum("qnh,snh->nqs", gradient_QNH, v_SNH)
+        torch.einsum("nqs,qnh->snh", scores_NQS, gradient_QNH)  # of the values
+        torch.einsum("nqs,snh->qnh", scores_NQS, k_SNH)  # of the queries
+        torch.einsum("nqs,qnh->snh", scores_NQS, q_QNH)  # of the keys
+        return torch.empty_like(q_QNH), torch.empty_like(k_SKH), torch.empty_like(v_SKH)

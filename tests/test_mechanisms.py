@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from test_attention import TRAINABLE
 from torch.nn.functional import cross_entropy
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -170,12 +171,15 @@ def text_logits(model, batch):
     return model.language_model.lm_head(model._text_states(batch.input_ids, batch.pixel_values, batch.layout))
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3"])
+@pytest.mark.parametrize(("decoder", "backend"), [
+    ("llama-gqa", "reference"), ("llama-gqa", "sdpa"), ("llama-gqa", "flash_attn_2"), ("llama-gqa", "xformers"),
+    ("qwen3", "sdpa"), ("qwen3", "torch_2_13"),
+])  # fmt: skip
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
+    """Through every backend; kernels of GPUs are emulated (tests/test_attention.py)."""
     model, batch = tiny.model(decoder, MECHANISMS[name]), tiny.pack(PACK)
-    model.set_attention(backend)
+    model._backend = TRAINABLE[backend]() if backend in TRAINABLE else model.backend
     true, found = plain(model, batch), text_logits(model, batch)
     assert tiny.max_error(found, true) <= BOUND
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

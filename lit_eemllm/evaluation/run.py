@@ -74,6 +74,7 @@ def validate(config: Config, checkpoint: str | None) -> None:
         measured["image_cache"] = {"hits": model.image_cache.hits, "misses": model.image_cache.misses}
     results = {
         "checkpoint": source,
+        "data": config.data.val,
         "seed": config.seed,
         "mechanism": model.config.mechanism,
         "preset": config.model.mechanism.preset,

@@ -228,7 +228,7 @@ def incomparable(rows: Sequence[Row]) -> str:
     """A sentence if the rows were not evaluated on the same data and number of questions, else nothing."""
     titles: dict[tuple[str, int | None], list[str]] = defaultdict(list)
     for row in rows:
-        for key in dict.fromkeys((str(run.config.data.val), questions(run)) for run in row.runs):
+        for key in dict.fromkeys((str(run.result("data") or run.config.data.val), questions(run)) for run in row.runs):
             titles[key].append(row.title)
     data = {Path(val).resolve() for val, _ in titles}
     if len(data) == 1 and len({count for _, count in titles} - {None}) < 2:

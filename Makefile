@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare mechanisms test check gpu fmt clean
+.PHONY: help demo compare mechanisms test stress check gpu fmt clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -29,6 +29,9 @@ mechanisms: $(INSTALLED) ## every mechanism on the demo's data: accuracy and cos
 
 test: $(INSTALLED) ## all tests that this machine can run
 	$(BIN)/python -m pytest
+
+stress: $(INSTALLED) ## kill a tiny run 30 times at random moments; it must end as an unbroken one
+	$(BIN)/python tools/stress.py
 
 check: $(INSTALLED) ## formatting, lint and types
 	$(BIN)/ruff format --check .

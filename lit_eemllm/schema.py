@@ -121,6 +121,8 @@ class DataConfig:
     """Images of more pixels are refused before they are decoded."""
     max_bad_in_a_row: int = 100
     """Consecutive unusable samples that stop the run."""
+    timeout: float = 300.0
+    """Seconds to wait for a batch before the run stops instead of hanging; the first takes longest, as buffers fill."""
 
 
 @dataclass
@@ -250,7 +252,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "more than 0",
         lambda v: 0 < v < math.inf,
-        "optim.lr optim.projector_lr optim.vision_lr optim.eps optim.clip_grad_norm optim.lora.alpha",
+        "optim.lr optim.projector_lr optim.vision_lr optim.eps optim.clip_grad_norm optim.lora.alpha data.timeout",
     ),
     ("two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "optim.betas"),
     (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
@@ -103,12 +103,22 @@ def build_weightless(config: Config, parts: Parts, mechanism: Mechanism) -> tupl
             )
         )
         set_modes(model, apply_tuning(model, config.optim, config.model.dtype))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.__class__ = FusedDropout
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model.to_empty(device="cpu")
     model.tie_weights()
     model._backend = Counted()
     return model, mode
+
+
+class FusedDropout(nn.Dropout):
+    """As on a GPU, where the backward pass needs a byte for each number; on the CPU it is a number for each."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.native_dropout(input, self.p, self.training)[0]
 
 
 class Counted(AttentionBackend):

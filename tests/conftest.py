@@ -9,7 +9,22 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; processes that 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests download nothing, and do not wait for an answer
 
 import pytest
+import tiny
 import torch
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random decoder and encoder as transformers folders; not to be changed."""
+    folder = tmp_path_factory.mktemp("parts")
+    tiny.write_parts(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared shards of the embedded set."""
+    return tiny.write_shards(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture(scope="session")

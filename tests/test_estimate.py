@@ -268,8 +268,11 @@ SETTINGS = {
     "bf16, decoder too": ["trainer.precision=bf16-mixed", "optim.tuning.llm=full"],
     "bf16, frozen in 16 bits": ["trainer.precision=bf16-mixed", "model.dtype=bfloat16"],
 }
-MEASURED = [(name, "bf16, decoder too") for name in PRESETS]
-MEASURED += [(name, setting) for name in ("llava", "ee_mllm", "saisa") for setting in SETTINGS if "too" not in setting]
+SETTINGS["bf16, lora"] = [*SETTINGS["bf16, frozen in 16 bits"], "optim.tuning.llm=lora", "optim.lora.dropout=0"]
+MEASURED = [(name, "bf16, decoder too") for name in PRESETS] + [("ee_mllm", "bf16, lora")]
+MEASURED += [
+    (name, setting) for name in ("llava", "ee_mllm", "saisa") for setting in ("float32", "bf16, frozen in 16 bits")
+]
 
 
 def wide(name: str) -> Mechanism:
@@ -362,6 +365,15 @@ def test_a_whole_run_against_the_measured_peak():
     )
     linear += WIDE.hidden_size**2 - WIDE.vocab_size * WIDE.hidden_size
     assert step.copies == 2 * linear
+
+
+def test_dropout_keeps_a_byte_a_number_as_on_a_gpu():
+    options = [*SETTINGS["bf16, lora"], "optim.lora.targets=[down_proj]"]
+    none, some = (
+        trace(configured(*options, f"optim.lora.dropout={share}"), PARTS, wide("llava"), DOCUMENT) for share in (0, 0.1)
+    )
+    rows = [DOCUMENT.text + DOCUMENT.visual] * 5 + [DOCUMENT.text]
+    assert some.activations - none.activations == sum(rows) * WIDE.intermediate_size
 
 
 def test_a_tied_head_is_one_matrix():

@@ -26,24 +26,12 @@ LORA = ["optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=8", "optim.
         "optim.max_steps=4", "optim.save_every=2"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    tiny.write_parts(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.write_shards(tmp_path_factory.mktemp("data") / "shapes")
-
-
 @pytest.fixture(
     scope="module", params=[[], ["optim.lora.rslora=true"], ["optim.lora.dora=true"]], ids=["lora", "rslora", "dora"]
 )
-def run(request, tmp_path_factory, parts, data):
+def run(request, tmp_path_factory, parts, shapes):
     """A run of four steps."""
-    config = tiny.config(parts, data, tmp_path_factory.mktemp("run") / "a", *LORA, *request.param)
+    config = tiny.config(parts, shapes, tmp_path_factory.mktemp("run") / "a", *LORA, *request.param)
     fit(config)
     return config
 
@@ -81,7 +69,7 @@ def test_adapters_begin_as_nothing_act_in_every_mechanism_and_merge(preset):
     assert tiny.max_error(packed_logits(model), acting) <= 1e-5
 
 
-def test_a_checkpoint_holds_adapters_and_projector_and_resumes_exactly(tmp_path, run, parts, data):
+def test_a_checkpoint_holds_adapters_and_projector_and_resumes_exactly(tmp_path, run, parts, shapes):
     whole = read_checkpoint(newest_checkpoint(tmp_path.parent / run.out))
     names = set(whole["state_dict"])
     assert names and all("lora_" in n or n.startswith("model.projector.") for n in names)
@@ -92,7 +80,7 @@ def test_a_checkpoint_holds_adapters_and_projector_and_resumes_exactly(tmp_path,
     (again / "checkpoints").mkdir(parents=True)
     shutil.copy(f"{run.out}/checkpoints/step-2.ckpt", again / "checkpoints")
     options = [*LORA, f"optim.lora.rslora={run.optim.lora.rslora}", f"optim.lora.dora={run.optim.lora.dora}"]
-    fit(tiny.config(parts, data, again, *options))
+    fit(tiny.config(parts, shapes, again, *options))
     resumed = read_checkpoint(newest_checkpoint(again))
     assert (
         all(resumed["state_dict"][n].equal(whole["state_dict"][n]) for n in names)
@@ -102,12 +90,12 @@ def test_a_checkpoint_holds_adapters_and_projector_and_resumes_exactly(tmp_path,
     assert not [n for n in names if first[n].equal(whole["state_dict"][n])]  # everything was trained
 
 
-def test_merge_gives_a_whole_model_with_equal_logits_and_init_from_takes_a_run(tmp_path, run, parts, data, capsys):
+def test_merge_gives_a_whole_model_with_equal_logits_and_init_from_takes_a_run(tmp_path, run, parts, shapes, capsys):
     true = packed_logits(load(run, None)[0])
     assert cli.main(["merge", str(run.out), "--to", str(tmp_path / "merged")]) == 0
     assert "adapters folded in" in capsys.readouterr().out
     assert tiny.max_error(packed_logits(EEMLLM.from_pretrained(tmp_path / "merged")), true) <= 1e-5
-    model = load(tiny.config(parts, data, tmp_path / "new", "optim.tuning.llm=full"), "none")[0]
+    model = load(tiny.config(parts, shapes, tmp_path / "new", "optim.tuning.llm=full"), "none")[0]
     load_weights(model, type(tmp_path)(run.out))
     assert tiny.max_error(packed_logits(model), true) <= 1e-5
     assert cli.main(["merge", str(run.out), "--to", str(tmp_path / "merged")]) == 2
@@ -128,8 +116,8 @@ def test_plain_peft_loads_the_decoders_adapter(tmp_path, run, parts):
     assert tiny.max_error(adapted[kept], ours[kept]) <= 1e-5 and tiny.max_error(adapted, plain) > 1e-4
 
 
-def test_frozen_base_in_bfloat16_keeps_float32_adapters(parts, data, tmp_path):
-    config = tiny.config(parts, data, tmp_path / "b", *LORA, "optim.tuning.vision=lora", "optim.tuning.projector=lora",
+def test_frozen_base_in_bfloat16_keeps_float32_adapters(parts, shapes, tmp_path):
+    config = tiny.config(parts, shapes, tmp_path / "b", *LORA, "optim.tuning.vision=lora", "optim.tuning.projector=lora",
                          "model.dtype=bfloat16", "optim.projector_lr=null")  # fmt: skip
     fit(config)
     model = load(config, None)[0]
@@ -142,10 +130,10 @@ def test_frozen_base_in_bfloat16_keeps_float32_adapters(parts, data, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
-def test_quantised_decoder_trains_adapters_and_merges(parts, data, tmp_path, how):
+def test_quantised_decoder_trains_adapters_and_merges(parts, shapes, tmp_path, how):
     """QLoRA, on the CPU too: frozen layers in 4 or 8 bits, adapters in float32, merging to equal logits."""
     pytest.importorskip("bitsandbytes")
-    config = tiny.config(parts, data, tmp_path / "q", *LORA, f"model.quantization={how}", "optim.lr=1e-2")
+    config = tiny.config(parts, shapes, tmp_path / "q", *LORA, f"model.quantization={how}", "optim.lr=1e-2")
     fit(config)
     held = read_checkpoint(newest_checkpoint(tmp_path / "q"))["state_dict"]
     assert all("lora_" in name or ".projector." in name for name in held)
@@ -166,4 +154,4 @@ def test_quantised_decoder_trains_adapters_and_merges(parts, data, tmp_path, how
             expected = dequantize_module_weight(base).float() + delta
             assert tiny.max_error(merged.get_submodule(name).weight, expected) <= 1e-6
     with pytest.raises(ConfigError, match="quantised layers cannot be trained"):
-        tiny.config(parts, data, tmp_path / "r", "model.quantization=nf4", "optim.tuning.llm=full")
+        tiny.config(parts, shapes, tmp_path / "r", "model.quantization=nf4", "optim.tuning.llm=full")

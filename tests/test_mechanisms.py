@@ -406,24 +406,24 @@ def test_the_image_cache_keeps_to_its_budget_and_forgets_when_weights_may_change
     pixels = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
         one = ImageCache(10**9)
-        one.keys(model, pixels[:1])
+        one.keys(pixels[:1], model.image_keys)
         each = one.num_bytes
         assert each == 3 * 2 * tiny.TOKENS * 2 * 8 * 4  # layers x (keys, values) x tokens x heads x size x bytes
         cache = model.image_cache = ImageCache(3 * each)
         for i in (0, 1, 2, 0, 3):  # 1 is the least recently used
-            cache.keys(model, pixels[i : i + 1])
+            cache.keys(pixels[i : i + 1], model.image_keys)
         assert cache.num_bytes == 3 * each and (cache.hits, cache.misses) == (1, 4)
-        cache.keys(model, pixels[[0, 2, 3]])
+        cache.keys(pixels[[0, 2, 3]], model.image_keys)
         assert (cache.hits, cache.misses) == (4, 4)
-        cache.keys(model, pixels[1:2])
+        cache.keys(pixels[1:2], model.image_keys)
         assert cache.misses == 5
-        keys = cache.keys(model, pixels[[4, 4]])  # twice the same in one call
+        keys = cache.keys(pixels[[4, 4]], model.image_keys)  # twice the same in one call
         assert cache.misses == 6 and len(keys[0][0]) == 32 and keys[0][0][:16].equal(keys[0][0][16:])
     model.train()
     assert cache.num_bytes == 0
     model.eval()
     with torch.no_grad():
-        cache.keys(model, pixels)
+        cache.keys(pixels, model.image_keys)
     model.set_mechanism(PRESETS["naavit"])
     assert cache.num_bytes == 0
     calls = cache.misses

@@ -9,10 +9,16 @@ keep the snapshots themselves and are asked when a checkpoint is written.
 from __future__ import annotations
 
 import logging
+import queue
+import signal
+import struct
+import tarfile
 import time
+from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,9 +41,15 @@ PREFETCH = 2
 """Batches a worker prepares ahead."""
 SNAPSHOT_SECONDS = 2.0
 """Age of a snapshot at which a new one is taken (some 10 ms); so, about, what is computed again on resume."""
-WATCHDOG_SECONDS = 300.0
-"""A worker that needs longer for a batch says where it is stuck."""
 
+_AFTER_DEATH = (
+    "Most often memory ran out: lower data.workers, data.shuffle_buffer or data.packing_buffer. "
+    "Repeat the command to continue from the last checkpoint."
+)
+_AFTER_SILENCE = (
+    "A disk or network file system hangs or is slow, or the buffers take long to fill: see above where the loader processes "
+    "stand, raise data.timeout or lower data.shuffle_buffer. Repeat the command to continue from the last checkpoint."
+)
 _USER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}: "
 _log = logging.getLogger("lit_eemllm.data")
 
@@ -98,7 +110,7 @@ def val_dataset(recipe: Recipe, task: PackTask, config: WorkerConfig, packing_bu
 
 
 def _open(source: Source, config: WorkerConfig, training: bool) -> CrudeWebdataset:
-    dataset = CrudeWebdataset(
+    dataset = _Shards(
         EPath(source.folder),
         split_part=source.split,
         training=training,
@@ -113,6 +125,33 @@ def _open(source: Source, config: WorkerConfig, training: bool) -> CrudeWebdatas
             f"{source.folder}: Energon reads other shards than were checked: {found} instead of {source.shards}."
         )
     return dataset
+
+
+class _Shards(CrudeWebdataset):
+    """Energon's dataset of shards, whose readers name the shard that cannot be read."""
+
+    def build(self, worker_rotation_offset: int = 0) -> SavableDataset:
+        made = super().build(worker_rotation_offset)
+        made.dataset.join_readers = [_NamingReader(reader) for reader in made.dataset.join_readers]
+        return made
+
+
+class _NamingReader:
+    """Samples by number. Shards were checked when the run began; what goes wrong with one later is a `UserError`."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.reader[index]
+        except (OSError, ValueError, MemoryError, tarfile.TarError, struct.error) as error:
+            number = self.reader.shard_tar_file_idxs[bisect_right(self.reader.shard_count_cumsum, index) - 1]
+            path = self.reader.tar_filepaths[number]
+            raise UserError(
+                f"{path}: the shard or its index was good when the run began and cannot be read now: {error!r}. Restore "
+                f"it, try lit-eemllm shards check {self.reader.base_path}, and repeat the command to continue."
+            ) from error
 
 
 @dataclass
@@ -140,7 +179,7 @@ class PositionLoader(SavableDataLoader):
     _worker_sample_counters: list[int]
     _next_worker_id: int
 
-    def __init__(self, dataset: SavableDataset) -> None:
+    def __init__(self, dataset: SavableDataset, timeout: float) -> None:
         workers = dataset.worker_config.num_workers
         super().__init__(
             dataset,
@@ -149,9 +188,33 @@ class PositionLoader(SavableDataLoader):
             # enough that one is always older than the trainer, which is a few batches behind what was handed out
             n_checkpoints=PREFETCH * max(1, workers) + 8,
             gc_collect_every_n_steps=10 if workers else 0,
-            watchdog_timeout_seconds=WATCHDOG_SECONDS,
+            **_watchdog(timeout, workers),
         )
-        _own_generator(self)
+        _prepare(self, timeout)
+        self.patience = timeout
+
+    def _worker_command(self, *command: Any) -> list[Any]:
+        """As Energon's, which waits for ever for a worker that is dead or hangs. Raises UserError."""
+        results: dict[int, Any] = {}
+        for commands in self.cmd_queues:
+            commands.put(command)
+        deadline = time.monotonic() + self.patience
+        for answers in self.result_queues:
+            while True:
+                try:
+                    results |= answers.get(timeout=1)
+                    break
+                except queue.Empty:
+                    if self._iterator is None or not all(worker.is_alive() for worker in self._iterator._workers):
+                        raise UserError(f"a loader process died. {_AFTER_DEATH}") from None
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"a loader process has not answered for {self.patience:g} s. {_AFTER_SILENCE}"
+                        ) from None
+        for result in results.values():
+            if isinstance(result, Exception):
+                raise result
+        return [results[worker] for worker in range(len(results))]
 
     def state_at(self, position: Position) -> SavableDataLoaderState | None:
         """To be restored, and followed by `position.offset` batches to skip. None: the very beginning."""
@@ -248,8 +311,11 @@ class FiniteLoader:
     With several ranks all stop together, when the first has no batch left: a rank that went on would wait for ever.
     """
 
-    def __init__(self, recipe: Recipe, task: PackTask, config: WorkerConfig, packing_buffer: int) -> None:
+    def __init__(
+        self, recipe: Recipe, task: PackTask, config: WorkerConfig, packing_buffer: int, timeout: float
+    ) -> None:
         self.arguments = recipe, task, config, packing_buffer
+        self.timeout = timeout
 
     def __iter__(self) -> Iterator[PackedBatch]:
         config = self.arguments[2]
@@ -257,9 +323,9 @@ class FiniteLoader:
             val_dataset(*self.arguments),
             gc_collect_every_n_steps=10 if config.num_workers else 0,
             prefetch_factor=PREFETCH,
-            watchdog_timeout_seconds=WATCHDOG_SECONDS,
+            **_watchdog(self.timeout, config.num_workers),
         )
-        _own_generator(loader)
+        _prepare(loader, self.timeout)
         batches = (packed.batch for packed in tidy_errors(loader))
         try:
             yield from _in_step(batches) if config.world_size > 1 else batches
@@ -284,16 +350,55 @@ def tidy_errors(loader: Any) -> Iterator[Packed]:
         yield from loader
     except UserError as error:
         raise UserError(str(error).rpartition(_USER_ERROR)[2].rstrip()) from None
+    except RuntimeError as error:
+        raise lost_worker(error) or error from None
+
+
+def lost_worker(error: BaseException) -> UserError | None:
+    """What PyTorch's message about a worker that died or does not answer means, if that is what it is.
+
+    A death is noticed by a signal, so the exception may come from anywhere in the process of the trainer.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader "):
+        return None
+    if "timed out" in text:
+        return UserError(f"{text}: no batch for so long. {_AFTER_SILENCE}")
+    if "worker" in text:
+        return UserError(f"a loader process died: {text.splitlines()[0]} {_AFTER_DEATH}")
+    return None
 
 
 def stop(loader: SavableDataLoader | BasicDataLoader) -> None:
     """End the worker processes now. Left to the garbage collector, which may close their queues first, it can take 10 s."""
     if loader.num_workers and loader._iterator is not None:
+        workers = loader._iterator._workers
         loader._iterator._shutdown_workers()
+        for worker in workers:  # one that hangs does not hear that it should end, and ignores SIGTERM (`_start_worker`)
+            if worker.is_alive():
+                worker.kill()
         loader._iterator = None
 
 
-def _own_generator(loader: SavableDataLoader | BasicDataLoader) -> None:
-    """Starting an iterator draws a seed: from here, not from the global generator, whose state a resumed run must match."""
+def _watchdog(timeout: float, workers: int) -> dict[str, Any]:
+    """A batch that takes longer: a worker prints where it stands; without workers, that ends the process."""
+    return {"watchdog_timeout_seconds": timeout, "fail_on_timeout": workers == 0}
+
+
+def _prepare(loader: SavableDataLoader | BasicDataLoader, timeout: float) -> None:
+    # starting an iterator draws a seed: from here, not from the global generator, whose state a resumed run must match
     loader.generator = torch.Generator()
     loader.pin_memory = torch.cuda.is_available()
+    if loader.num_workers:
+        loader.timeout = timeout
+        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+
+
+def _start_worker(prepare: Callable[[int], None], worker: int) -> None:
+    """Ctrl-C and schedulers signal every process of a job; a worker must serve until the trainer has ended its step.
+
+    It ends when told, or when the trainer is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    prepare(worker)

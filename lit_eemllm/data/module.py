@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
 
 _SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples", "max_length", "truncation")
 _TOTALS = ("offset", "batches", "skipped", "truncated")
+_SIZES = ("ranks", "data.workers")
 
 
 class ShardDataModule(LightningDataModule):
     """Yields `PackedBatch`.
 
     A checkpoint holds, as plain JSON, the position of every rank after the last batch it trained on; a run continued from it
-    sees the batches an unbroken run would have seen. It must have as many ranks and workers, the same data and the same keys
-    of the configuration that shape batches; what differs is named.
+    sees the batches an unbroken run would have seen. It must have the same data and the same keys of the configuration that
+    shape batches, and as many ranks and workers, or as many workers in all (`_deal`); what differs is named.
 
     It learns what is trained on by its hook `on_before_batch_transfer`, which a LightningModule must not override. Do not touch
     `trainer.estimated_stepping_batches`: it builds the loader, perhaps before Lightning has restored anything.
@@ -90,7 +92,8 @@ class ShardDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Iterable[PackedBatch]:
         c, workers, recipe = self.config, worker_config(self.config.workers, self.seed), self.recipe("train")
-        loader = PositionLoader(train_dataset(recipe, self._task(), workers, c.shuffle_buffer, c.packing_buffer))
+        dataset = train_dataset(recipe, self._task(), workers, c.shuffle_buffer, c.packing_buffer)
+        loader = PositionLoader(dataset, c.timeout)
         start = Position(*loader.counters())
         self._shape = self._describe()
         if self._saved:
@@ -111,7 +114,8 @@ class ShardDataModule(LightningDataModule):
         if recipe.num_samples < ranks:
             raise UserError(f"{recipe.path}: {recipe.num_samples} validation samples cannot feed {ranks} ranks.")
         workers = min(self.config.workers, recipe.num_samples // ranks)
-        return FiniteLoader(recipe, self._task(), worker_config(workers, self.seed), self.config.packing_buffer)
+        config = worker_config(workers, self.seed)
+        return FiniteLoader(recipe, self._task(), config, self.config.packing_buffer, self.config.timeout)
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """The trainer takes a batch in hand, which it may have fetched earlier; so it is done with the one before."""
@@ -145,9 +149,12 @@ class ShardDataModule(LightningDataModule):
             )
         self._saved = state_dict
         try:
-            self._refuse_changes(self._describe())
+            now = self._describe()
+            self._refuse_changes(now)
             if not all(set(_TOTALS) < set(rank) for rank in state_dict["ranks"]):
                 raise ValueError("keys are missing")
+            if state_dict["shape"] != now:
+                self._saved = {"shape": now, "ranks": _deal(state_dict["ranks"], now["ranks"])}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError("The checkpoint holds no loader position that this version can read.") from error
 
@@ -160,7 +167,11 @@ class ShardDataModule(LightningDataModule):
         """As `teardown`, but with several ranks, of which maybe only this one has failed, there is no position to gather."""
         if self._loader is not None and dist.is_available() and dist.is_initialized():
             self._loader.close()
-        self._finish()
+        try:
+            self._finish()
+        except UserError:  # a loader process is dead or hangs, as the exception in hand tells
+            assert self._loader is not None
+            self._loader.close()
 
     def _finish(self) -> None:
         if self._loader is not None and not self._loader.closed:
@@ -195,11 +206,49 @@ class ShardDataModule(LightningDataModule):
 
     def _refuse_changes(self, now: dict[str, Any]) -> None:
         was = self._saved["shape"]
-        changes = [f"{key} was {was.get(key)} and is {now[key]}" for key in now if was.get(key) != now[key]]
-        if changes:
+        changed = [key for key in now if was.get(key) != now[key]]
+        reason = self._cannot_deal(was, now)
+        if reason is None:
+            changed = [key for key in changed if key not in _SIZES]
+        if changed:
             processes = [f"{s.get('ranks')} ranks x {s.get('data.workers')} workers" for s in (was, now)]
             raise CheckpointError(
-                "This run cannot continue with the batches it would have seen: " + "; ".join(changes) + ". "
-                f"The position was saved by {processes[0]}, this is {processes[1]}. "
+                "This run cannot continue with the batches it would have seen: "
+                + "; ".join(f"{key} was {was.get(key)} and is {now[key]}" for key in changed)
+                + f". The position was saved by {processes[0]}, this is {processes[1]}{reason or ''}. "
                 "Set it back, or begin a new run from the weights (init_from)."
             )
+
+    def _cannot_deal(self, was: dict[str, Any], now: dict[str, Any]) -> str | None:
+        """Why the saved positions do not continue the same global batches here, if they do not."""
+        if all(was[key] == now[key] for key in _SIZES):
+            return None
+        ranks, workers = now["ranks"], now["data.workers"]
+        if not workers or ranks * workers != was["ranks"] * was["data.workers"]:
+            return "; ranks x workers must stay the same, with one worker at least"
+        accumulate = workers if self.trainer is None else self.trainer.accumulate_grad_batches
+        if accumulate % workers or any(rank["batches"] % was["data.workers"] for rank in self._saved["ranks"]):
+            return (
+                "; every step must take as many packs of each worker: trainer.accumulate_grad_batches a multiple of "
+                f"data.workers, found {accumulate} and {workers}"
+            )
+        return None
+
+
+def _deal(saved: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
+    """The positions of all workers dealt out to another number of ranks, when all have delivered as many batches.
+
+    Energon numbers workers through all ranks and divides the data by that number, so each goes on with its own stream.
+    """
+    states = [loader_state.loads(rank["loader"]) for rank in saved]
+    if any(state is None for state in states):  # the very beginning
+        shares = [None] * ranks
+    else:
+        workers = [worker for state in states for worker in state.worker_states]
+        each = len(workers) // ranks
+        shares = [replace(states[0], worker_states=workers[r * each : (r + 1) * each]) for r in range(ranks)]
+    skipped: Counter[str] = sum((Counter(rank["skipped"]) for rank in saved), Counter())
+    none = {"offset": 0, "skipped": {}, "truncated": 0}
+    dealt = [{**none, "loader": loader_state.dumps(share)} for share in shares]
+    dealt[0] |= {"skipped": dict(skipped), "truncated": sum(rank["truncated"] for rank in saved)}
+    return [{**rank, "batches": saved[0]["batches"] * len(saved) // ranks} for rank in dealt]

@@ -6,16 +6,13 @@ Keys are kept before rotation, so they serve other prompts, later turns and othe
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from hashlib import sha256
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .decoder import VisualKeys
-
-if TYPE_CHECKING:
-    from .modeling import EEMLLM
 
 
 class ImageCache:
@@ -37,14 +34,14 @@ class ImageCache:
     def num_bytes(self) -> int:
         return sum(x.nbytes for keys in self._images.values() for pair in keys if pair is not None for x in pair)
 
-    def keys(self, model: EEMLLM, pixels: Tensor) -> VisualKeys:
-        """Per layer the keys and values of all images in a row; computes only what is new."""
+    def keys(self, pixels: Tensor, compute: Callable[[Tensor], list[VisualKeys]]) -> VisualKeys:
+        """Per layer the keys and values of all images in a row; computes only what is new (`EEMLLM.image_keys`)."""
         names = [sha256(image.contiguous().view(torch.uint8).cpu().numpy()).digest() for image in pixels]
         new = {name: i for i, name in enumerate(names) if name not in self._images}
         self.misses += len(new)
         self.hits += len(names) - len(new)
         if new:
-            made = model.image_keys(pixels[list(new.values())])
+            made = compute(pixels[list(new.values())])
             self._images |= zip(new, made, strict=True)
         for name in names:
             self._images.move_to_end(name)

@@ -277,7 +277,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         x_Rh = decoder.embed_tokens(input_ids[layout.text_index])
         context = self._context(x_Rh, layout, cached)
         if pixels is not None and self.image_cache is not None and self._images_are_independent:
-            context.keys = self.image_cache.keys(self, pixels)
+            context.keys = self.image_cache.keys(pixels, self.image_keys)
             return self._run_layers(x_Rh, context)
         features_Vd = self._features(pixels, layout)
         media = None

@@ -39,6 +39,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
+        except (OSError, RuntimeError) as error:  # torch's writer hides the former in the latter
+            reason = error if isinstance(error, OSError) else (error.__context__ or error)
+            raise CheckpointError(
+                f"{path} could not be written: {reason}. Earlier checkpoints are as they were; make room (of optim.keep, one "
+                "is removed after the next is written) and repeat the command to continue from the newest."
+            ) from error
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -62,8 +68,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint of the most steps in a run directory."""
+    return next(reversed(all_checkpoints(run)), None)
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """Of a run directory, by steps."""
     found = {int(match[1]): path for path in (run / FOLDER).glob("*.ckpt") if (match := _NAME.fullmatch(path.name))}
-    return found[max(found)] if found else None
+    return [found[step] for step in sorted(found)]
 
 
 def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -16,6 +15,8 @@ from ..errors import CheckpointError, ConfigError
 from ..model.build import build
 from ..schema import Config
 from .checkpoint import FOLDER, AtomicCheckpointIO, load_weights, newest_checkpoint, read_checkpoint, refuse_changes
+from .fsdp2 import FSDP2
+from .guard import Checkpoints, guarded
 from .module import LitEEMLLM
 from .runlog import RunLog, print_summary
 
@@ -41,18 +42,18 @@ def fit(config: Config) -> None:
     data.setup("fit")
     model, processor = build(config.model)
     if config.init_from is not None:  # also when the run goes on: its checkpoints leave out what is frozen now
-        console.print(f"weights: {load_weights(model, Path(config.init_from))}")
+        console.print(load_weights(model, Path(config.init_from)))
     data.connect(processor.template, model.vision.transform)
-    module = LitEEMLLM(model, config)
+    module = LitEEMLLM(model, config, processor.fingerprint())
 
     if trainer.is_global_zero:
         print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size)
         if resume is not None:
             console.print(f"continuing from {resume}")
-    with runlog.running():
+    with runlog.running(), guarded():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     last = out / FOLDER / f"step-{trainer.global_step}.ckpt"
-    if not last.is_file():
+    if not trainer.strategy.broadcast(last.is_file()):  # all ranks save, or none
         trainer.save_checkpoint(last)
     if trainer.is_global_zero:
         console.print(f"done: {trainer.global_step} steps; run directory {out}")
@@ -73,8 +74,17 @@ def find_resume(config: Config) -> Path | None:
 
 
 def make_trainer(config: Config, runlog: RunLog) -> Trainer:
-    """`config.trainer` goes to Lightning as it is; what this project decides is added."""
+    """`config.trainer` goes to Lightning as it is, but for the strategy "fsdp2"; what this project decides is added."""
     optim, options = config.optim, dict(config.trainer)
+    strategy = str(options.get("strategy", "auto"))
+    if strategy.startswith(("deepspeed", "fsdp")) and strategy != "fsdp2":
+        raise ConfigError(
+            f"trainer.strategy: found {strategy!r}, expected ddp or fsdp2. Every token of a step weighs the same here, so "
+            "gradients are scaled between the backward pass and the step, which DeepSpeed's engine and FSDP1 do not allow; "
+            "fsdp2 shards weights, gradients and optimiser states as they do."
+        )
+    if strategy == "fsdp2":
+        options["strategy"] = FSDP2()
     out = Path(config.out)
     if config.data.val is None:
         validation: dict[str, Any] = {"limit_val_batches": 0}
@@ -85,15 +95,6 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
             "check_val_every_n_epoch": None,
             "limit_val_batches": optim.val_batches,
         }
-    checkpoints = ModelCheckpoint(
-        dirpath=out / FOLDER,
-        filename="step-{step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=optim.save_every,
-        monitor="step",  # Lightning's way to say: keep the newest
-        mode="max",
-        save_top_k=optim.keep,
-    )
     csv = CSVLogger(out, name="logs", flush_logs_every_n_steps=1)
     arguments = {
         "max_steps": optim.max_steps,
@@ -105,7 +106,7 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
         "use_distributed_sampler": False,
         **validation,
         **options,
-        "callbacks": [runlog, checkpoints],
+        "callbacks": [runlog, Checkpoints(config)],
         "plugins": [AtomicCheckpointIO()],
     }
     try:

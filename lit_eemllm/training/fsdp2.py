@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
+from ..errors import ConfigError
 from ..model.projector import LayerwiseProjector
 
 if TYPE_CHECKING:
@@ -27,9 +28,18 @@ def shard(model: EEMLLM, mesh: DeviceMesh) -> None:
     """Shard in place: each decoder layer, projector and gated block by itself, the rest (encoder, embeddings, head) together.
 
     Every rank must then call the same modules in every pass, whether its pack has an image or not.
+
+    Raises:
+        ConfigError: a parameter is a single number, which FSDP2 does not shard.
     """
     if isinstance(model, FSDPModule):
         return
+    numbers = [name for name, parameter in model.named_parameters() if not parameter.ndim]
+    if numbers:
+        raise ConfigError(
+            f"trainer.strategy: fsdp2 cannot shard {', '.join(numbers[:3])}: parameters that are single numbers; expected "
+            f"another strategy, such as ddp, or a mechanism without gates"
+        )
     projector = model.projector
     projectors = projector.layers if isinstance(projector, LayerwiseProjector) else [projector]
     for part in (*model.language_model.model.layers, *projectors, *model.gated.values()):
@@ -60,7 +70,7 @@ class FSDP2(ModelParallelStrategy):
         parameters as the model lists them, frozen ones included.)"""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         assert self.model is not None
-        named = get_optimizer_state_dict(
+        named: dict[str, Any] = get_optimizer_state_dict(
             self.model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         if not named:
@@ -74,7 +84,7 @@ class FSDP2(ModelParallelStrategy):
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
         assert self.model is not None
         options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
+        set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)  # it fills in the rest
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             named = _by_name(state, self._names(optimizer))
             set_optimizer_state_dict(self.model, optimizer, named, options=options)

@@ -24,13 +24,15 @@ from torchmetrics import MeanMetric
 from .. import __version__
 from ..console import console
 from ..errors import CheckpointError
-from ..layout import PackedBatch
+from ..layout import PackedBatch, Run, SequenceLayout
 from ..model.build import fingerprint
 from .adapters import MARK
 from .fsdp2 import FSDP2, shard
+from .guard import check_step
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
 
 if TYPE_CHECKING:
+    from ..images import ImageTransform
     from ..model import EEMLLM
     from ..schema import Config
 
@@ -49,11 +51,12 @@ class LitEEMLLM(LightningModule):
     Args:
         model: the model; frozen, cast and moved here as the config says.
         config: the whole configuration, kept in every checkpoint.
+        tokenizer: `Processor.fingerprint`, kept and compared likewise; "" = unknown.
     """
 
-    def __init__(self, model: EEMLLM, config: Config) -> None:
+    def __init__(self, model: EEMLLM, config: Config, tokenizer: str = "") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tokenizer = config, tokenizer
         self.trained = apply_tuning(model, config.optim, config.model.dtype)
         model.activation_checkpointing = config.optim.activation_checkpointing
         self.model = model
@@ -61,6 +64,9 @@ class LitEEMLLM(LightningModule):
         self.val_loss = MeanMetric()
         self.step_loss: Tensor | float = 0.0  # summed loss of the optimiser step so far, on this rank
         self.step_tokens = 0
+        self.step_packs: list[tuple[list[str], int, Tensor]] = []  # of the step so far: keys, targets and loss
+        self.stop_asked = self.stop_agreed = False  # by a signal on this rank; by all ranks, at the same step
+        self.stop_votes: Tensor = torch.tensor(0.0)
         self._restored_rng: list[dict[str, Any]] | None = None  # of all ranks that saved
         self.mean_loss = self.grad_norm = torch.tensor(torch.nan)  # of the last optimiser step
         self.step_lr = self.batch_end = 0.0
@@ -87,23 +93,26 @@ class LitEEMLLM(LightningModule):
         loss = self._loss(batch)
         self.step_loss = self.step_loss + loss.detach()
         self.step_tokens += batch.num_targets
+        self.step_packs.append((batch.keys, batch.num_targets, loss.detach()))
         return loss
 
     def _loss(self, batch: PackedBatch) -> Tensor:
-        """Summed over the pack. All ranks must use the same weights: no image is then an empty tensor of images."""
+        """Summed over the pack. A trained encoder, and whatever FSDP2 shards, must be used in every pass of every rank: where
+        there is no image, a blank one is, which nothing reads."""
         if batch.pixel_values is None and ("vision" in self.trained or isinstance(self.model, FSDPModule)):
-            size = self.model.vision.transform
-            batch = replace(batch, pixel_values=torch.zeros(0, 3, size.height, size.width, device=self.device))
+            batch = with_blank_image(batch, self.model.vision.transform)
         return self.model.packed_loss(batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn what Lightning accumulated (sums, divided by micro-batches and averaged over ranks) into the token mean."""
+        sums = (self.step_loss, self.step_tokens, self.stop_asked)
+        # numbers by a kernel that fills: copying them would wait for the device
         totals = torch.stack(
-            [torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in (self.step_loss, self.step_tokens)]
+            [x.float() if isinstance(x, Tensor) else torch.full((), float(x), device=self.device) for x in sums]
         )
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
-        loss, tokens = totals
+        loss, tokens, self.stop_votes = totals
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         torch._foreach_mul_([x.to_local() if isinstance(x, DTensor) else x for x in gradients], scale)
@@ -119,8 +128,11 @@ class LitEEMLLM(LightningModule):
     ) -> None:
         most = self.config.optim.clip_grad_norm
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if most is None else most)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.stop_agreed = check_step(self)  # before clipping, which would spread a NaN over all gradients
+        self.step_packs.clear()
+        torch.nn.utils.clip_grads_with_norm_(parameters, float("inf") if most is None else most, norm)
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
@@ -161,6 +173,8 @@ class LitEEMLLM(LightningModule):
         checkpoint["lit_eemllm"] = {
             "config": asdict(self.config),
             "frozen": self._frozen_fingerprint,
+            "mechanism": self.model.config.mechanism,
+            "tokenizer": self.tokenizer,
             "ranks": self.trainer.world_size,
             "versions": {
                 "lit_eemllm": __version__,
@@ -183,6 +197,12 @@ class LitEEMLLM(LightningModule):
                 f"missing {_some(expected - found)}, unexpected {_some(found - expected)}. "
                 "Set optim.tuning as it was, or start from its weights with init_from."
             )
+        tokenizer = checkpoint["lit_eemllm"].get("tokenizer") or self.tokenizer
+        if self.tokenizer and tokenizer != self.tokenizer:
+            raise CheckpointError(
+                f"it was trained with another vocabulary (fingerprint {tokenizer}, here {self.tokenizer}): use the same "
+                "model.tokenizer"
+            )
         frozen = checkpoint["lit_eemllm"]["frozen"]
         if frozen != self._frozen_fingerprint:
             raise CheckpointError(
@@ -195,12 +215,29 @@ class LitEEMLLM(LightningModule):
             count_in_packs_of(checkpoint, self.trainer.world_size)
 
     def on_train_start(self) -> None:
+        if self.trainer.world_size > 1:
+            steps: list[Any] = [None] * self.trainer.world_size
+            dist.all_gather_object(steps, self.global_step)
+            if len(set(steps)) > 1:
+                raise CheckpointError(
+                    f"the ranks begin at different steps: {steps}. They must find the same checkpoint: name an `out` that all "
+                    "nodes share, or copy the checkpoint to each."
+                )
         if self._restored_rng is None:
             return
         if self.global_rank < len(self._restored_rng):  # as late as possible: building loaders may draw numbers
             set_rng_state(self._restored_rng[self.global_rank])
         else:  # saved by fewer ranks
             seed_everything((self.config.seed + self.global_step + self.global_rank) % 2**32, verbose=False)
+
+
+def with_blank_image(batch: PackedBatch, size: ImageTransform) -> PackedBatch:
+    """The pack and one more document: a word, which sees itself, and after it the image, which no word sees."""
+    document = (Run(False, 1), Run(True, size.num_tokens(size.width, size.height)))
+    layout = SequenceLayout.of([*batch.layout.documents, document]).to(batch.input_ids.device)
+    ids = torch.cat([batch.input_ids, batch.input_ids.new_zeros(layout.num_tokens - len(batch.input_ids))])
+    pixels = torch.zeros(1, 3, size.height, size.width, device=ids.device)
+    return replace(batch, input_ids=ids, pixel_values=pixels, layout=layout)
 
 
 def count_in_packs_of(checkpoint: dict[str, Any], ranks: int) -> None:

@@ -1,0 +1,213 @@
+"""What keeps the work of a run: checkpoints at their time, a stop on request after a whole step, a stop before a bad one.
+
+A step is an optimiser step: a checkpoint in the middle of one would lose the gradients accumulated so far, and the continued
+run would not equal the unbroken one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..console import console, write_atomically
+from ..data.loader import lost_worker
+from ..errors import UserError
+from .checkpoint import FOLDER, all_checkpoints
+from .tuning import COMPONENTS, component
+
+if TYPE_CHECKING:
+    from ..schema import Config
+    from .module import LitEEMLLM
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MOST_NAMED = 20
+"""Sample keys in a message; the evidence has all of them."""
+
+
+class Stopped(SystemExit):
+    """Asked to stop, and stopped as agreed: the exit status is that of a process ended by the signal, 128 + its number.
+
+    Only rank 0's, which speaks for all: launchers take the exit of any other rank with such a status for a failure.
+    """
+
+
+class Checkpoints(Checkpoint):
+    """Saves every `optim.save_every` steps, keeps the newest `optim.keep`, and stops the run when a signal asks for it.
+
+    The first SIGTERM or SIGINT lets the optimiser step end on all ranks (`LitEEMLLM` tells them, see `check_step`), saves and
+    exits; a second one stops at once. Lightning's own SIGTERM handler, which would stop between micro-batches, is replaced;
+    SIGUSR1 and requeueing under Slurm stay Lightning's.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Path(config.out) / FOLDER
+        self.asked: signal.Signals | None = None
+        self._module: Any = None
+        self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._module = pl_module
+        self._listen()
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._listen()  # again: Lightning has put its handler in front meanwhile
+        self._step = trainer.global_step
+        if trainer.is_global_zero:
+            for unfinished in self.folder.glob(".*.unfinished"):  # of a process that was killed while it saved
+                unfinished.unlink(missing_ok=True)
+        asked = torch.tensor(int(self.asked is not None or trainer.received_sigterm), device=pl_module.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked:
+            self._stop(trainer, "before this process trained anything")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LitEEMLLM, *_: Any) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        if step == self._step:  # the optimiser step goes on
+            return
+        self._step = step
+        asked = pl_module.stop_agreed if trainer.world_size > 1 else self.asked is not None
+        stop = asked and step < self.config.optim.max_steps
+        if stop or step % self.config.optim.save_every == 0:
+            path = self.folder / f"step-{step}.ckpt"
+            trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                for old in all_checkpoints(Path(self.config.out))[: -self.config.optim.keep]:
+                    if old != path:
+                        trainer.strategy.remove_checkpoint(old)
+        if stop:
+            self._stop(trainer, f"after step {step}, saved as {path}")
+
+    def _listen(self) -> None:
+        if _may_listen():
+            for number in SIGNALS:
+                signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.asked = signal.Signals(number)
+        self._module.stop_asked = True
+        # not by print: the handler may interrupt another one
+        text = f"{self.asked.name}: the run stops after this optimiser step; once more stops it at once\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+
+    def _stop(self, trainer: Trainer, where: str) -> None:
+        by = self.asked or signal.SIGTERM  # another rank was asked
+        how = "The same command continues it" if self.config.resume == "auto" else "It continues with resume=auto"
+        console.print(f"stopped by {by.name} {where}. {how}.")
+        raise Stopped(128 + by if trainer.is_global_zero else 0)
+
+
+def check_step(module: LitEEMLLM) -> bool:
+    """Look at what a step has computed before the optimiser uses it.
+
+    The one place where an ordinary step waits for the device, in place of one that was there before (token counts were copied
+    to it). Without waiting, a bad gradient could be zeroed on the device, but a step of AdamW with zeros changes weights and
+    moments too; here the optimiser is not even called. After this wait only clipping and the optimiser are yet to be
+    launched, so the device idles for a fraction of a millisecond.
+
+    Returns:
+        Whether some rank was asked to stop; the same on all.
+
+    Raises:
+        UserError: loss or gradient is not finite; on all ranks at once.
+    """
+    loss, norm, stop = (
+        torch.stack(
+            [
+                x.detach().to(module.device, torch.float32)
+                for x in (module.mean_loss, module.grad_norm, module.stop_votes)
+            ]
+        )
+    ).tolist()
+    scaled = module.config.trainer.get("precision") == "16-mixed"  # its scaler meets infinite gradients, and skips them
+    if math.isfinite(loss) and (math.isfinite(norm) or scaled):
+        return stop > 0
+    raise _not_finite(module, loss, norm)
+
+
+def _not_finite(module: LitEEMLLM, loss: float, norm: float) -> UserError:
+    """Save what is known and the last good state. A collective call."""
+    trainer, folder = module.trainer, Path(module.config.out) / "nan"
+    mine: list[Any] = [
+        {"rank": trainer.global_rank, "loss": loss.item() / targets, "targets": targets, "keys": keys}
+        for keys, targets, loss in module.step_packs
+    ]
+    ranks = [mine]
+    if dist.is_available() and dist.is_initialized():
+        ranks = [[] for _ in range(trainer.world_size)]
+        dist.all_gather_object(ranks, mine)
+    packs = [pack for rank in ranks for pack in rank]
+    bad = [pack for pack in packs if not math.isfinite(pack["loss"])]
+    step, where = trainer.global_step + 1, []
+    for word in COMPONENTS:
+        names = [name for name, p in component(module.model, word).named_parameters() if _bad_gradient(p)]
+        if names:
+            where.append(f"{word} ({len(names)} tensors, such as {names[0]})")
+    found = (
+        f"the loss is {loss} in {len(bad)} of {len(packs)} packs" if bad else "the losses are finite, a gradient is not"
+    )
+    if where:
+        found += f"; gradients that are not finite: {', '.join(where)}"
+    evidence = {"step": step, "found": found, "loss": loss, "grad_norm": norm, "lr": module.step_lr, "packs": packs}
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"step-{step}.json", json.dumps(evidence, indent=1))
+    good = folder / f"before-step-{step}.ckpt"
+    trainer.save_checkpoint(good)
+    keys = [key for pack in bad or packs for key in pack["keys"]]
+    named = ", ".join(keys[:MOST_NAMED]) + (f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else "")
+    return UserError(
+        f"step {step}: {found}. Samples: {named}. The optimiser did not take this step: {good} holds the weights before it, "
+        f"{folder / f'step-{step}.json'} all keys and losses. Look at these samples (shards inspect, shards check); if they "
+        f"are good, lower optim.lr, lengthen optim.warmup_ratio or set optim.clip_grad_norm, in a new run with "
+        f"init_from={good}."
+    )
+
+
+def _bad_gradient(parameter: Tensor) -> bool:
+    gradient = parameter.grad
+    if gradient is None:
+        return False
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return not bool(local.isfinite().all())
+
+
+def _may_listen() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Around `Trainer.fit`: handlers of signals are left as they were found, and a loader process that dies is told in words.
+
+    PyTorch raises its death in a handler of a signal, so anywhere.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    except RuntimeError as error:
+        raise lost_worker(error) or error from None
+    finally:
+        if _may_listen():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

@@ -1,0 +1,371 @@
+"""Faults: signals, NaN, dying and hanging workers, shards that rot under way, full disks. Nothing lost, nothing silent."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import shards_util
+import tiny
+import torch
+from test_training import assert_same, metrics
+
+from lit_eemllm.config import to_yaml
+from lit_eemllm.errors import CheckpointError, UserError
+from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
+from lit_eemllm.training.fit import fit
+from lit_eemllm.training.guard import Stopped
+from lit_eemllm.training.module import LitEEMLLM
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = ("data.workers=2", "trainer.accumulate_grad_batches=2", "optim.max_steps=10", "data.val=null")
+SECTIONS = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    tiny.write_parts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.write_shards(tmp_path_factory.mktemp("data") / "a")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, parts, data):
+    """Ten steps of two packs, a checkpoint after each."""
+    out = tmp_path_factory.mktemp("unbroken")
+    fit(tiny.config(parts, data, out, *OPTIONS, "optim.save_every=1", "optim.keep=10"))
+    return out
+
+
+def steps(run):
+    return sorted(int(path.name[5:-5]) for path in (run / "checkpoints").iterdir())
+
+
+def assert_ends_as(unbroken, run):
+    a, b = (read_checkpoint(r / "checkpoints" / "step-10.ckpt") for r in (run, unbroken))
+    for section in SECTIONS:
+        assert_same(a[section], b[section], section)
+    rows, true = metrics(run), metrics(unbroken)
+    for step in range(1, 11):
+        assert all(rows[step][name] == true[step][name] for name in ("loss", "lr", "grad_norm", "keys_crc")), step
+
+
+def at_pack(monkeypatch, number, do):
+    """`do(module, batch, loss)` gives the loss of the pack of that number, counted from 0."""
+    right, seen = LitEEMLLM._loss, []
+
+    def loss(self, batch):
+        seen.append(batch.keys)
+        value = right(self, batch)
+        return do(self, batch, value) if len(seen) == number + 1 else value
+
+    monkeypatch.setattr(LitEEMLLM, "_loss", loss)
+    return seen
+
+
+# --- signals
+
+
+@pytest.mark.parametrize(
+    ("number", "pack"), [(signal.SIGTERM, 6), (signal.SIGINT, 7)], ids=["first pack of a step", "last pack of a step"]
+)
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_equal(
+    tmp_path, parts, data, unbroken, monkeypatch, capsys, number, pack
+):
+    def ask(module, batch, loss):
+        os.kill(os.getpid(), number)
+        return loss
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    config = tiny.config(parts, data, tmp_path, *OPTIONS)
+    with monkeypatch.context() as patch:
+        seen = at_pack(patch, pack, ask)
+        with pytest.raises(Stopped) as stopped:
+            fit(config)
+    assert stopped.value.code == 128 + number and len(seen) == 8, "both packs of step 4, and no other"
+    assert steps(tmp_path) == [4], "save_every is 10"
+    last = [line for line in capsys.readouterr().out.splitlines() if line][-1]
+    assert last == f"stopped by {number.name} after step 4, saved as {tmp_path}/checkpoints/step-4.ckpt. " + (
+        "The same command continues it."
+    )
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    fit(config)
+    assert_ends_as(unbroken, tmp_path)
+
+
+def start(tmp_path, config, **options):
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "lit_eemllm", "fit", file]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
+
+
+def after_step(process, step):
+    for line in process.stdout:
+        if line.startswith(f"step {step:>6}"):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.slow
+def test_exit_status_when_the_whole_group_is_signalled(tmp_path, parts, data, unbroken):
+    """As a terminal does at Ctrl-C and a scheduler at pre-emption: the loader processes get it too. They must serve on."""
+    config = tiny.config(parts, data, tmp_path / "run", *OPTIONS, "optim.max_steps=2000")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(tmp_path, config, start_new_session=True)
+        after_step(process, 3 if number == signal.SIGINT else 30)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, err
+        assert f"stopped by {number.name} after step" in out and "Traceback" not in err and "worker" not in err
+        assert f"{number.name}: the run stops after this optimiser step" in err
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(tmp_path, parts, data):
+    config = tiny.config(parts, data, tmp_path / "run", *OPTIONS, "optim.max_steps=2000")
+    slow = "import time, signal; from lit_eemllm.training.module import LitEEMLLM as L; right = L._loss\n"
+    slow += "L._loss = lambda s, b: (time.sleep(5 if s.global_step == 3 else 0), right(s, b))[1]\n"
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    code = f"{slow}from lit_eemllm.cli import main; main(['fit', {str(tmp_path / 'run.yaml')!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    after_step(process, 3)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None, "the first one waits for the step"
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == -signal.SIGTERM and time.monotonic() - begin < 3
+    process.communicate()
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+# --- NaN
+
+
+def test_a_loss_that_is_nan_never_reaches_the_weights(tmp_path, parts, data, unbroken, monkeypatch):
+    seen = at_pack(monkeypatch, 7, lambda module, batch, loss: loss * math.nan)
+    with pytest.raises(
+        UserError, match=r"^step 4: the loss is nan in 1 of 2 packs; gradients .*projector \(4 tensors"
+    ) as error:
+        fit(tiny.config(parts, data, tmp_path, *OPTIONS, "optim.save_every=3"))
+    assert all(key in str(error.value) for key in seen[7][:20])
+    assert not set(seen[6]) & {key for key in seen[6] if key in str(error.value)}, "only those of the bad pack"
+    told = json.loads((tmp_path / "nan" / "step-4.json").read_text())
+    assert [pack["keys"] for pack in told["packs"]] == seen[6:] and told["step"] == 4 and math.isnan(told["loss"])
+    assert math.isfinite(told["packs"][0]["loss"]) and math.isnan(told["packs"][1]["loss"])
+    assert steps(tmp_path) == [3], "nothing that `resume` would find is newer"
+    good, true = (
+        read_checkpoint(tmp_path / "nan" / "before-step-4.ckpt"),
+        read_checkpoint(unbroken / "checkpoints" / "step-3.ckpt"),
+    )
+    assert_same(good["state_dict"], true["state_dict"])
+    assert_same(good["optimizer_states"], true["optimizer_states"])
+    monkeypatch.undo()
+    fit(
+        tiny.config(
+            parts, data, tmp_path / "b", *OPTIONS, f"init_from={tmp_path}/nan/before-step-4.ckpt", "optim.max_steps=1"
+        )
+    )
+
+
+@pytest.mark.parametrize("clip", ["1.0", "null"])
+def test_a_gradient_that_is_infinite_is_found_too(tmp_path, parts, data, monkeypatch, clip):
+    def poison(module, batch, loss):
+        weight = module.model.projector.linear_2.bias
+        weight.register_hook(lambda gradient: gradient * math.inf)
+        return loss
+
+    seen = at_pack(monkeypatch, 2, poison)
+    with pytest.raises(
+        UserError,
+        match=r"^step 2: the losses are finite, a gradient is not; .*finite: projector \(1 tensors, such as projector.linear_2.bias",
+    ) as error:
+        fit(tiny.config(parts, data, tmp_path, *OPTIONS, f"optim.clip_grad_norm={clip}"))
+    assert all(key in str(error.value) for key in seen[2] + seen[3]), "which pack did it is not known"
+
+
+# --- data under way
+
+
+def vanish(path):
+    path.unlink()
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 3)
+
+
+def rot(path):
+    path.write_bytes(os.urandom(path.stat().st_size))
+
+
+def lose_index(path):
+    os.truncate(path.with_suffix(".tar.idx"), 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", [vanish, truncate, rot, lose_index])
+def test_a_shard_that_goes_bad_under_way_is_named(tmp_path, fault, workers):
+    shards_util.write_shards(
+        tmp_path / "a", {"train": [shards_util.row(i) for i in range(200)]}, shard_size=4
+    )  # more than are kept open
+    batches = iter(shards_util.module(tmp_path / "a", workers=workers, packing_buffer=4).train_dataloader())
+    next(batches)
+    for path in (tmp_path / "a").glob("*.tar"):
+        fault(path)
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/a/train-\d+.tar: .* cannot be read now: .*repeat the command"
+    ) as error:
+        list(islice(batches, 1000))
+    assert "Traceback" not in str(error.value)
+
+
+def test_flipped_bits_inside_members_are_skipped_and_counted(tmp_path):
+    """Only the contents rot: JSON and images of single samples, found and counted; the others are trained on."""
+    shards_util.write_shards(tmp_path / "a", {"train": [shards_util.row(i) for i in range(40)]}, shard_size=20)
+    for path in (tmp_path / "a").glob("*.tar"):
+        content = path.read_bytes()
+        half = len(content) // 2
+        head, tail = content[:half].replace(b'"value"', b'"v\xffluX"', 8), content[half:].replace(b"IHDR", b"IHXR", 3)
+        path.write_bytes(head + tail)  # four conversations of two turns, three images
+    data = shards_util.module(tmp_path / "a", workers=0, shuffle_buffer=0)
+    keys = {key for batch in islice(data.train_dataloader(), 60) for key in batch.keys}
+    assert len(keys) == 40 - 2 * 4 - 2 * 3 and set(data.skipped) == {"bad_json", "bad_image"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_hangs_is_told_and_bounded(tmp_path, parts, data, monkeypatch, capfd, how):
+    """A stopped process stands for one whose read never returns."""
+
+    def harm(module, batch, loss):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, how)
+        return loss
+
+    at_pack(monkeypatch, 2, harm)
+    begin = time.monotonic()
+    words = (
+        "a loader process died"
+        if how == signal.SIGKILL
+        else r"DataLoader timed out after 3.* no batch for so long.*data\.timeout"
+    )
+    with pytest.raises(UserError, match=f"^{words}.*Repeat the command"):
+        fit(tiny.config(parts, data, tmp_path, *OPTIONS, "data.timeout=3"))
+    assert time.monotonic() - begin < 60
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_read_that_hangs_is_bounded(tmp_path, workers):
+    """A named pipe without a writer: opening it never returns. Without workers only the process can be ended."""
+    shards_util.write_shards(tmp_path / "a", {"train": [shards_util.row(i) for i in range(40)]}, shard_size=20)
+    code = (
+        "import sys, os, time; from pathlib import Path; import shards_util\n"
+        "folder = Path(sys.argv[1])\n"
+        f"data = shards_util.module(folder, workers={workers}, timeout=2)\n"
+        "loader = data.train_dataloader()\n"
+        "for path in folder.glob('*.tar'):\n    path.unlink(); os.mkfifo(path)\n"
+        "next(iter(loader))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    begin = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, timeout=90, env=environment
+    )
+    assert result.returncode == 1 and time.monotonic() - begin < 60
+    assert "train-00000" in result.stdout and "Watchdog triggered" in result.stdout, "where it stood"
+    assert ("data.timeout" if workers else "longer than 2 seconds") in result.stderr
+
+
+# --- disks
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_names_the_file_and_keeps_the_previous_checkpoint(tmp_path, parts, data, unbroken, monkeypatch):
+    """/dev/full: every write fails as on a full disk, through the real writer."""
+
+    def fill(module, batch, loss):
+        (tmp_path / "checkpoints" / ".step-4.ckpt.unfinished").symlink_to("/dev/full")
+        return loss
+
+    config = tiny.config(parts, data, tmp_path, *OPTIONS, "optim.save_every=2")
+    with monkeypatch.context() as patch:
+        at_pack(patch, 7, fill)
+        with pytest.raises(
+            CheckpointError, match=r"step-4\.ckpt could not be written: .*No space left on device.*repeat"
+        ):
+            fit(config)
+    assert steps(tmp_path) == [2]
+    fit(config)
+    assert_ends_as(unbroken, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_save(tmp_path, parts, data, unbroken):
+    """Half of the file is on the disk. The run goes on from the previous one, and the half is removed."""
+    run = tmp_path / "run"
+    config = tiny.config(parts, data, run, *OPTIONS, "optim.save_every=2")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    code = (
+        "import os, signal, torch; right = torch.save\n"
+        "def save(value, file):\n"
+        "    right(value, file)\n"
+        "    if value['global_step'] == 6:\n"
+        "        file.truncate(file.tell() // 2); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "torch.save = save\n"
+        f"from lit_eemllm.cli import main; main(['fit', {str(tmp_path / 'run.yaml')!r}])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert result.returncode == -signal.SIGKILL
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert (
+        left == [".step-6.ckpt.unfinished", "step-2.ckpt", "step-4.ckpt"]
+        and newest_checkpoint(run).name == "step-4.ckpt"
+    )
+    fit(config)
+    assert steps(run) == [8, 10]
+    assert_ends_as(unbroken, run)
+
+
+def test_as_many_checkpoints_as_asked_for(tmp_path, parts, data):
+    fit(tiny.config(parts, data, tmp_path, *OPTIONS, "optim.save_every=1", "optim.keep=3"))
+    assert steps(tmp_path) == [8, 9, 10]
+    fit(tiny.config(parts, data, tmp_path, *OPTIONS, "optim.save_every=2", "optim.keep=2", "optim.max_steps=12"))
+    assert steps(tmp_path) == [10, 12]
+
+
+@pytest.mark.slow
+def test_stress(tmp_path):
+    """Three kills by `make stress`'s own program."""
+    command = [sys.executable, ROOT / "tools" / "stress.py", "--kills", "3", "--steps", "20", "--out", tmp_path / "s"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the same, bit for bit" in result.stdout and "\n3 kills (" in result.stdout
+    # and it would see a difference
+    run = next((tmp_path / "s").glob("cut-1"))
+    path = newest_checkpoint(run)
+    checkpoint = torch.load(path, weights_only=True)
+    next(iter(checkpoint["state_dict"].values())).view(-1)[0] += 1e-7
+    torch.save(checkpoint, path)
+    sys.path.insert(0, str(ROOT / "tools"))
+    import stress
+
+    assert stress.compare(run, tmp_path / "s" / "whole") != []
+    shutil.rmtree(run / "logs")
+    assert len(stress.compare(run, tmp_path / "s" / "whole")) == 21

@@ -180,7 +180,7 @@ def estimate(
     if not 1 <= targets <= text:
         raise UserError(f"--targets {targets}: expected 1 to {text}, the text tokens of a document")
 
-    mechanisms, configured = _mechanisms(config, parts.decoder.num_hidden_layers, only)
+    mechanisms, configured = mechanisms_of(config, parts.decoder.num_hidden_layers, only)
     document, rows = Document(text, visual, targets), {}
     with progress("mechanisms", len(mechanisms)) as advance:
         for name, mechanism in mechanisms.items():
@@ -210,7 +210,7 @@ def estimate(
         show(found)
 
 
-def _mechanisms(config: Config, layers: int, only: bool) -> tuple[dict[str, Mechanism], str]:
+def mechanisms_of(config: Config, layers: int, only: bool) -> tuple[dict[str, Mechanism], str]:
     """By name, and the name of the configured one: its preset's, if nothing of it is changed."""
     overrides = asdict(config.model.mechanism)
     preset = overrides.pop("preset")

@@ -324,6 +324,9 @@ def check(config: Config) -> list[Mistake]:
     if config.model.quantization is not None and (tuning["llm"] == "full" or config.optim.lora.dora):
         text = "quantised layers cannot be trained: set optim.tuning.llm to lora or frozen, without optim.lora.dora"
         mistakes.append((("model.quantization", "optim.tuning.llm", "optim.lora.dora"), text))
+    if config.model.mechanism.preset == "flamingo" and tuning["projector"] == "lora":
+        text = "gated cross-attention begins at nothing and learns only as a whole: set full"
+        mistakes.append((("optim.tuning.projector", "model.mechanism.preset"), text))
     for part in ("projector", "vision"):
         key = f"optim.{part}_lr"
         if tuning[part] == "frozen" and value(key) is not None:

@@ -226,13 +226,16 @@ def test_in_one_layer_the_text_output_of_related_mechanisms_is_the_same():
     """EE-MLLM, NAAViT, ShortV and ViCA differ in what becomes of the visual states, not in what text makes of them."""
     batch, results = tiny.pack(PACK), {}
     for name in ("ee_mllm", "naavit", "shortv", "vica"):
-        mechanism = replace(PRESETS[name], dense_layers="none", cross_layers="all")
-        model = tiny.model("llama-gqa", mechanism)
-        layer = model.language_model.model.layers[0]
-        layer.last = True
-        layer.set_mechanism(mechanism)
-        model.language_model.model.layers = torch.nn.ModuleList([layer])
-        results[name] = text_logits(model, batch)
+        changes = {"cross_layers": (0, 2)} if name == "vica" else {"dense_layers": "none"}
+        model = tiny.model("llama-gqa", replace(PRESETS[name], **changes))
+        outputs = []
+        model.language_model.model.layers[0].register_forward_hook(
+            lambda _, __, out, outputs=outputs: outputs.append(out)
+        )
+        text_logits(model, batch)
+        constant = model.mechanism.constant  # its stream is text only
+        results[name] = outputs[0] if constant else outputs[0][batch.layout.text_index]
+    assert not all(len(x) == batch.layout.num_tokens for x in results.values())
     for a, b in itertools.combinations(results.values(), 2):
         assert tiny.max_error(a, b) <= 1e-6
 
@@ -264,10 +267,12 @@ def test_gated_cross_attention_begins_as_the_base_model_and_spares_text_without_
 def test_vica_keeps_the_position_gap():
     """Outside its layers text sees text only, but at the positions it has behind the image; closing the gap differs."""
     batch = tiny.pack([[3, 0, 6]])
-    model = tiny.model("llama-gqa", Mechanism(cross_layers="none", aligner=NO_ALIGNER))
-    gap = text_logits(model, batch)
-    model.set_mechanism(replace(model.mechanism, visual_positions="none"))
-    closed = text_logits(model, batch)
+    results = []
+    for positions in ("sequence", "none"):
+        model = tiny.model("llama-gqa", Mechanism(cross_layers=(0,), aligner=NO_ALIGNER, visual_positions=positions))
+        model.language_model.model.layers[0].view = "text"  # as in the other layers
+        results.append(text_logits(model, batch))
+    gap, closed = results
     text = tiny.pack([[9]])
     text.input_ids = batch.input_ids[batch.layout.text_index]
     assert tiny.max_error(closed, text_logits(model, text)) <= BOUND
@@ -278,13 +283,16 @@ def test_vica_keeps_the_position_gap():
 def test_packing_leaks_nothing(name):
     model, batch = tiny.model("llama-gqa", MECHANISMS[name]), tiny.pack(PACK)
     model.set_attention("sdpa")
-    n, s = 7, 7 + tiny.TOKENS  # the first document
     logits = text_logits(model, batch)
-    ids, pixels = batch.input_ids.clone(), batch.pixel_values.clone()
-    ids[s:] = 7
-    pixels[1:] *= -2
-    changed = text_logits(model, replace(batch, input_ids=ids, pixel_values=pixels))
-    assert changed[:n].equal(logits[:n]) and not changed[n:].equal(logits[n:])
+    for texts, rows, images, where in (
+        (slice(7, None), slice(7 + tiny.TOKENS, None), slice(1, None), slice(None, 7)),  # all but the first document
+        (slice(None, -6), slice(None, -6 - 2 * tiny.TOKENS), slice(None, -2), slice(-6, None)),  # all but the last
+    ):
+        ids, pixels = batch.input_ids.clone(), batch.pixel_values.clone()
+        ids[rows] = 7
+        pixels[images] *= -2
+        changed = text_logits(model, replace(batch, input_ids=ids, pixel_values=pixels))
+        assert changed[where].equal(logits[where]) and not changed[texts].equal(logits[texts])
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
@@ -354,6 +362,11 @@ def test_contradictions_are_named_together():
         ("ee_mllm", {"visual_drop": [[1, 0.5]]}, "needs constant"),
         ("vica", {"cross_layers": "all", "visual_drop": [[2, 0.5], [1, 0.7]]}, "must ascend"),
         ("flamingo", {"cross_layers": "all"}, "gated: needs cross_layers none"),
+        ("flamingo", {"gated": {"every": 0}}, "are 1 or more"),
+        ("saisa", {"cross_layers": [0, 1]}, "cross_layers all"),
+        ("vica", {"cross_layers": "none"}, "in no layer"),
+        ("ee_mllm", {"visual_positions": "banana"}, "expected sequence or shared"),
+        ("ee_mllm", {"visual_window": -1}, "expected 0 or more"),
         ("ee_mllm", {"gated": {"every": 2}}, "use preset=flamingo"),
     ):
         with pytest.raises(ConfigError, match=text):
@@ -406,24 +419,34 @@ def test_the_image_cache_keeps_to_its_budget_and_forgets_when_weights_may_change
     pixels = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
         one = ImageCache(10**9)
-        one.keys(pixels[:1], model.image_keys)
+        one.keys(pixels[:1], model.image_keys, 0)
         each = one.num_bytes
         assert each == 3 * 2 * tiny.TOKENS * 2 * 8 * 4  # layers x (keys, values) x tokens x heads x size x bytes
         cache = model.image_cache = ImageCache(3 * each)
         for i in (0, 1, 2, 0, 3):  # 1 is the least recently used
-            cache.keys(pixels[i : i + 1], model.image_keys)
+            cache.keys(pixels[i : i + 1], model.image_keys, 0)
         assert cache.num_bytes == 3 * each and (cache.hits, cache.misses) == (1, 4)
-        cache.keys(pixels[[0, 2, 3]], model.image_keys)
+        cache.keys(pixels[[0, 2, 3]], model.image_keys, 0)
         assert (cache.hits, cache.misses) == (4, 4)
-        cache.keys(pixels[1:2], model.image_keys)
+        cache.keys(pixels[1:2], model.image_keys, 0)
         assert cache.misses == 5
-        keys = cache.keys(pixels[[4, 4]], model.image_keys)  # twice the same in one call
+        keys = cache.keys(pixels[[4, 4]], model.image_keys, 0)  # twice the same in one call
         assert cache.misses == 6 and len(keys[0][0]) == 32 and keys[0][0][:16].equal(keys[0][0][16:])
+        many = ImageCache(each)
+        many.keys(pixels, model.image_keys, 0)
+        many.keys(pixels[:1], model.image_keys, 0)
+        storages = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for k in many._images.values()
+            for p in k
+            for x in p
+        }
+        assert many.num_bytes == sum(storages.values()) == each  # none is kept alive by another's
     model.train()
     assert cache.num_bytes == 0
     model.eval()
     with torch.no_grad():
-        cache.keys(pixels, model.image_keys)
+        cache.keys(pixels, model.image_keys, 0)
     model.set_mechanism(PRESETS["naavit"])
     assert cache.num_bytes == 0
     calls = cache.misses
@@ -433,6 +456,63 @@ def test_the_image_cache_keeps_to_its_budget_and_forgets_when_weights_may_change
     with torch.no_grad():
         dense(**tiny.prompt(dense, [[3, 0, 4]]))
     assert cache.misses == calls
+
+
+def test_the_image_cache_notices_other_weights_types_and_precision():
+    model, inputs = tiny.model("llama-gqa", "ee_mllm"), tiny.prompt(tiny.model(), [[3, 0, 4]])
+    model.image_cache = ImageCache(10**9)
+
+    def same():
+        with torch.no_grad():
+            found = model(**inputs).logits
+            cache, model.image_cache = model.image_cache, None
+            true = model(**inputs).logits
+            model.image_cache = cache
+        return tiny.max_error(found[found.isfinite()].float(), true[true.isfinite()].float()) <= BOUND
+
+    assert same()
+    model.load_state_dict(tiny.model(seed=1).state_dict())
+    assert same()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.packed_loss(tiny.pack(PACK)).backward()
+    optimizer.step()
+    assert same()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        computed = model.image_cache.misses
+        model(**inputs)
+        assert model.image_cache.misses == computed + 1
+    assert same()
+    model.to(torch.bfloat16)
+    model(**inputs)
+    assert model.image_cache.hits >= 0
+
+
+@pytest.mark.parametrize("name", ["vica", "ee_mllm"])
+def test_one_new_column_may_be_an_image_for_some_and_text_for_others(name):
+    model = tiny.model("llama-gqa", MECHANISMS[name])
+    inputs = tiny.prompt(model, [[3, 0, 1], [2, 0, 19]])
+    ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
+    whole = model(**inputs).logits
+    cache = model(ids[:, :-1], mask[:, :-1], pixels, use_cache=True).past_key_values
+    assert (
+        tiny.max_error(
+            model(ids[:, -1:], mask, past_key_values=cache).logits[..., : tiny.VOCAB], whole[:, -1:, : tiny.VOCAB]
+        )
+        <= BOUND
+    )
+
+
+def test_what_cannot_be_generated_is_refused():
+    model = tiny.model("llama-gqa", "ee_mllm")
+    with pytest.raises(ValueError, match="a prompt ends with an image"):
+        model.generate(**tiny.prompt(model, [[3, 0]]), max_new_tokens=2)
+    dropping = tiny.model("llama-gqa", Mechanism(aligner=NO_ALIGNER, visual_drop=((1, 0.5),)))
+    with pytest.raises(ValueError, match="use_cache=True"):
+        dropping.generate(**tiny.prompt(dropping, [[3, 0, 2]]), max_new_tokens=2, use_cache=False)
+    before = model.mechanism
+    with pytest.raises(ConfigError, match="unrotated needs"):
+        model.set_mechanism(Mechanism(dense_layers="all", visual_positions="unrotated"))
+    assert model.mechanism is before and model.config.mechanism == before.to_dict()
 
 
 DROPPING = {

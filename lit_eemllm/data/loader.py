@@ -145,7 +145,7 @@ class _NamingReader:
     def __getitem__(self, index: int) -> Any:
         try:
             return self.reader[index]
-        except (OSError, ValueError, MemoryError, tarfile.TarError, struct.error) as error:
+        except (OSError, ValueError, OverflowError, MemoryError, tarfile.TarError, struct.error) as error:
             number = self.reader.shard_tar_file_idxs[bisect_right(self.reader.shard_count_cumsum, index) - 1]
             path = self.reader.tar_filepaths[number]
             raise UserError(

@@ -31,6 +31,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from lit_eemllm.errors import UserError
 
@@ -251,18 +252,32 @@ def _expand(patterns: Any, path: Path, where: str) -> list[str]:
     return names
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases, by which a small file may stand for a value that no message could show."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ComposerError(None, None, "aliases (*name) are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> Any:
-    """Plain data from a YAML file: no tags, bounded size. Raises UserError."""
+    """Plain data from a YAML file: no tags, no aliases, bounded size. Raises UserError."""
     try:
-        return yaml.safe_load(_read_bytes(path))
-    except yaml.YAMLError as error:
+        return yaml.load(_read_bytes(path), _Loader)  # noqa: S506 - a SafeLoader
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # PyYAML lets through what int() and dict() raise
         raise UserError(f"{path}: not plain YAML, nothing was executed: {error}") from None
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(_read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 

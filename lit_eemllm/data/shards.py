@@ -330,7 +330,7 @@ def read_shard(path: Path, names_only: bool = False) -> Iterator[tuple[str, dict
             file.seek(end)
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError("no end-of-archive mark after the last member")
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # numbers in headers may be anything
         raise UserError(f"{path}: truncated or damaged after sample {key!r}: {error}. Copy or make it again.") from None
     if key is not None:
         yield key, members

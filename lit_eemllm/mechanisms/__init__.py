@@ -79,9 +79,10 @@ class Mechanism:
             (mPLUG-Owl3); ``unrotated``: text scores visual keys without rotary positions on either (D-Attn); ``none``: an
             image takes no position (gated cross-attention, whose images are no part of the sequence).
         freeze_prefix: text before a document's first image takes no attention, only the feed-forward network (a fact of
-            ViCA's code for 7B).
+            ViCA's code for 7B). It looks ahead: text cached before an image came in a later turn was not frozen.
         visual_drop: ``(layer, share)``: from that layer on, that share of each image's original tokens is no longer seen,
-            those that the prompt's last token attends to least there (ViCA with progressive dropping). Inference only.
+            those that the prompt's last token attends to least there (ViCA with progressive dropping). Only when generating
+            with a cache: training and validation losses are those of the model without dropping.
         gated: gated cross-attention, or None.
     """
 
@@ -114,6 +115,17 @@ class Mechanism:
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
         """What contradicts itself or a decoder of so many layers: (field, what is wrong)."""
         found: list[tuple[str, str]] = []
+        words = {
+            "visual_source": ("stream", "layerwise"),
+            "visual_positions": ("sequence", "shared", "unrotated", "none"),
+        }
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                found.append((name, f"found {getattr(self, name)!r}, expected {' or '.join(known)}"))
+        if self.visual_window < 0:
+            found.append(("visual_window", f"found {self.visual_window}, expected 0 or more"))
+        if self.gated is None and not any(self.sees_images(layer) for layer in range(num_layers)):
+            found.append(("cross_layers", "text sees the image in no layer"))
         for name in ("dense_layers", "cross_layers"):
             layers = getattr(self, name)
             if isinstance(layers, tuple) and not set(layers) <= set(range(num_layers)):
@@ -126,8 +138,8 @@ class Mechanism:
                     f"layers {blind} are dense: there, text sees the image; leave them out of dense_layers",
                 )
             )
-        if self.visual_source == "layerwise" and not self.constant:
-            text = "layerwise projectors replace the visual states of every layer: dense_layers must be none, the aligner off"
+        if self.visual_source == "layerwise" and not (self.constant and self.cross_layers == "all"):
+            text = "layerwise projectors make the visual states of every layer: needs dense_layers none, the aligner off and cross_layers all"
             found.append(("visual_source", text))
         if self.visual_window and not (self.aligner.value and self.aligner.output):
             found.append(("visual_window", "replaces the aligner's value path: needs aligner value and output"))
@@ -151,6 +163,11 @@ class Mechanism:
         ):
             text = "needs cross_layers none, dense_layers none, the aligner off and visual_positions none"
             found.append(("gated", text))
+        if (
+            self.gated is not None
+            and min(self.gated.every, self.gated.heads, self.gated.head_size, self.gated.depth) < 1
+        ):
+            found.append(("gated", f"found {self.gated}: every, heads, head_size and depth are 1 or more"))
         return found
 
     def stretched(self, num_layers: int, of: int = 32) -> Mechanism:

@@ -1,6 +1,7 @@
 """Gated cross-attention (Flamingo, as in OpenFlamingo): a perceiver resampler and blocks between the decoder's layers.
 
-Gates begin at zero, so the decoder is at first the base LLM; text with no image before it is never touched.
+Gates begin at zero, so the decoder is at first the base LLM; text with no image before it is never touched, not even by the
+feed-forward network, which OpenFlamingo applies to all text. Blocks stand before layers 0, k, 2k, ..., the paper being silent.
 Legend of shapes in `lit_eemllm.layout`, and G groups of text that see the same images, M media tokens, R a group's.
 """
 
@@ -174,8 +175,8 @@ class GatedBlock(nn.Module):
         super().__init__()
         self.attention = CrossAttention(width, media_width, config.heads, config.head_size)
         self.ffn = feed_forward(width)
-        self.attention_gate = nn.Parameter(torch.zeros(()))
-        self.ffn_gate = nn.Parameter(torch.zeros(()))
+        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.ffn_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x_Th: Tensor, media: Media) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """Text rows, those with an image before them changed; and what `decode` needs later, if the media keep it."""

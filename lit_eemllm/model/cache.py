@@ -122,7 +122,7 @@ class CachedPass:
                 new_BW = columns >= max(lengths) - torch.tensor(lengths, device=new_BW.device)[:, None]
             slots_R = (
                 torch.arange(len(new_BW), device=new_BW.device)  # one new token each: no need to ask the device
-                if new_BW.shape[1] == 1 and self.past
+                if new_BW.shape[1] == 1 and self.past and not lengths
                 else new_BW.flatten().nonzero().flatten()
             )
             real_BL = new_BW

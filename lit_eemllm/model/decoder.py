@@ -50,6 +50,19 @@ def check_decoder(config: PretrainedConfig) -> None:
         )
 
 
+def mechanism_problems(config: PretrainedConfig, mechanism: Mechanism) -> list[tuple[str, str]]:
+    """Why a decoder cannot execute a mechanism: (field of the mechanism, what is wrong)."""
+    problems = mechanism.problems(config.num_hidden_layers)
+    hidden = config.hidden_size
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    value, output = mechanism.aligner.value, mechanism.aligner.output
+    aligned = any(not mechanism.is_dense(layer) for layer in range(config.num_hidden_layers - 1))
+    if aligned and value != output and width != hidden:
+        text = f"value={value} with output={output} needs heads x head size = hidden size, this decoder has {width} and {hidden}"
+        problems.append(("aligner", f"{text}; switch both on or both off"))
+    return problems
+
+
 @dataclass(frozen=True)
 class View:
     """The rows of the stream that some layers use: ``all``, ``text`` alone, or the ``images`` alone.
@@ -212,7 +225,7 @@ class DecoderLayer(nn.Module):
         self.set_mechanism(mechanism)
 
     def set_mechanism(self, mechanism: Mechanism) -> None:
-        """Switch the treatment of visual rows; no weight changes. Raises ConfigError if this decoder does not allow it."""
+        """Switch the treatment of visual rows; no weight changes."""
         self.dense = mechanism.is_dense(self.index) and not self.last
         drops = [layer for layer, _ in mechanism.visual_drop if layer <= self.index]
         self.view = f"kept since {drops[-1]}" if drops else "all"
@@ -224,13 +237,6 @@ class DecoderLayer(nn.Module):
         self.window = 0 if self.last else mechanism.visual_window
         self.unrotated = mechanism.visual_positions == "unrotated"
         self.freeze_prefix = mechanism.freeze_prefix
-        config = self.self_attn.config
-        width, hidden = config.num_attention_heads * self.self_attn.head_dim, config.hidden_size
-        if not self.dense and self.aligner.value != self.aligner.output and width != hidden:
-            raise ConfigError(
-                f"model.mechanism.aligner: value={self.aligner.value} with output={self.aligner.output} needs heads x head "
-                f"size = hidden size, this decoder has {width} and {hidden}; switch both on or both off"
-            )
 
     def forward(self, x_Rh: Tensor, context: StreamContext) -> Tensor:
         """The updated rows: text rows where those are the stream, [T, h], else all, [S, h]; of the last layer text rows."""

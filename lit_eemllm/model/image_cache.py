@@ -6,7 +6,7 @@ Keys are kept before rotation, so they serve other prompts, later turns and othe
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from hashlib import sha256
 
 import torch
@@ -26,6 +26,7 @@ class ImageCache:
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
         self._images: OrderedDict[bytes, VisualKeys] = OrderedDict()
+        self._stamp: Hashable = None
 
     def clear(self) -> None:
         self._images.clear()
@@ -34,9 +35,21 @@ class ImageCache:
     def num_bytes(self) -> int:
         return sum(x.nbytes for keys in self._images.values() for pair in keys if pair is not None for x in pair)
 
-    def keys(self, pixels: Tensor, compute: Callable[[Tensor], list[VisualKeys]]) -> VisualKeys:
-        """Per layer the keys and values of all images in a row; computes only what is new (`EEMLLM.image_keys`)."""
-        names = [sha256(image.contiguous().view(torch.uint8).cpu().numpy()).digest() for image in pixels]
+    def keys(self, pixels: Tensor, compute: Callable[[Tensor], list[VisualKeys]], stamp: Hashable) -> VisualKeys:
+        """Per layer the keys and values of all images in a row; computes only what is new.
+
+        Args:
+            pixels: [I, 3, height, width].
+            compute: images to the keys of each (`EEMLLM.image_keys`).
+            stamp: of weights, device and precision; what was kept under another one is forgotten.
+        """
+        if stamp != self._stamp:
+            self.clear()
+            self._stamp = stamp
+        kind = f"{tuple(pixels.shape[1:])}{pixels.dtype}".encode()
+        names = [
+            sha256(kind + image.contiguous().view(torch.uint8).cpu().numpy().tobytes()).digest() for image in pixels
+        ]
         new = {name: i for i, name in enumerate(names) if name not in self._images}
         self.misses += len(new)
         self.hits += len(names) - len(new)

@@ -5,6 +5,7 @@ The decoder is an ordinary causal LM of transformers under its own weight names;
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from copy import copy
 from importlib.util import find_spec
 from typing import Any
@@ -29,7 +30,7 @@ from ..layout import PackedBatch, Run, SequenceLayout, upload
 from ..mechanisms import Mechanism
 from ..mechanisms.gated import GatedBlock, Media, Resampler
 from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
-from .decoder import StreamContext, VisualKeys, adopt_layers, check_decoder
+from .decoder import StreamContext, VisualKeys, adopt_layers, check_decoder, mechanism_problems
 from .image_cache import ImageCache
 from .pretrained import load_pretrained, load_weighted
 from .projector import LayerwiseProjector, Projector
@@ -119,7 +120,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         self.vision = vision or encoder.from_config(config.vision["config"])
         self.language_model = decoder or AutoModelForCausalLM.from_config(config.text_config)
         self.mechanism = Mechanism.from_dict(config.mechanism)
-        self._refuse(self.mechanism.problems(config.text_config.num_hidden_layers))
+        self._refuse(mechanism_problems(config.text_config, self.mechanism))
         adopt_layers(self.language_model, self.mechanism)
         self._connect()
         self._backend: AttentionBackend | None = None
@@ -197,7 +198,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
     def set_mechanism(self, mechanism: Mechanism) -> None:
         """Raises ConfigError if the mechanism contradicts itself or needs other modules than this model has."""
-        problems = mechanism.problems(self.config.text_config.num_hidden_layers)
+        problems = mechanism_problems(self.config.text_config, mechanism)
         if (mechanism.visual_source, mechanism.gated) != (self.mechanism.visual_source, self.mechanism.gated):
             problems.append(("preset", "this mechanism has modules that the model lacks; see `lit-eemllm convert`"))
         self._refuse(problems)
@@ -225,6 +226,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             training: whether gradients are needed.
         """
         head_size = self.language_model.model.layers[0].self_attn.head_dim
+        head_size *= 2 if self.mechanism.visual_positions == "unrotated" else 1
         if dtype is None and torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)
         choice = resolve_backend(name, self.device, dtype or self.language_model.dtype, training, head_size)
@@ -277,7 +279,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         x_Rh = decoder.embed_tokens(input_ids[layout.text_index])
         context = self._context(x_Rh, layout, cached)
         if pixels is not None and self.image_cache is not None and self._images_are_independent:
-            context.keys = self.image_cache.keys(pixels, self.image_keys)
+            context.keys = self.image_cache.keys(pixels, self.image_keys, self._stamp())
             return self._run_layers(x_Rh, context)
         features_Vd = self._features(pixels, layout)
         media = None
@@ -323,6 +325,12 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
     def _images_are_independent(self) -> bool:
         return self.mechanism.independent and self.mechanism.gated is None and not torch.is_grad_enabled()
 
+    def _stamp(self) -> Hashable:
+        """Changes with weights, their type or place, and with autocast."""
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return autocast, tuple((p.data_ptr(), p._version, p.dtype, str(p.device)) for p in self.parameters())
+
     def _tokens_of(self, pixels: Tensor) -> int:
         return self.vision.transform.num_tokens(pixels.shape[-1], pixels.shape[-2])
 
@@ -339,9 +347,9 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         self._run_layers(self._with_images(text_0h, features_Vd, context), context)
         images: list[VisualKeys] = [[] for _ in pixels]
         for pair in context.recorded:
-            parts = [None] * len(pixels) if pair is None else list(zip(*(x.split(tokens) for x in pair), strict=True))
-            for image, part in zip(images, parts, strict=True):
-                image.append(part)
+            for i, image in enumerate(images):  # copies: a view would keep the others' alive
+                rows = slice(i * tokens, (i + 1) * tokens)
+                image.append(None if pair is None else (pair[0][rows].clone(), pair[1][rows].clone()))
         return images
 
     def _features(self, pixels: Tensor | None, layout: SequenceLayout) -> Tensor:
@@ -362,8 +370,6 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         gated = self.mechanism.gated
         assert gated is not None
         cache = cached.cache if cached is not None else None
-        if cached is not None and cached.past and layout.num_visual:
-            raise ValueError("gated cross-attention takes all images of a conversation in one pass, not after a cache")
         lengths = layout.image_lengths
         if gated.latents:
             tokens_Md, lengths = self.projector(features_Vd, lengths), [gated.latents] * len(lengths)
@@ -429,6 +435,10 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = StreamCache()
         past = past_key_values.columns if past_key_values is not None else 0
+        if past and pixel_values is not None and self.mechanism.gated is not None:
+            raise ValueError("gated cross-attention takes all images of a conversation in one pass, not after a cache")
+        if past_key_values is None and pixel_values is not None and self.mechanism.visual_drop:
+            raise ValueError("visual_drop is decided once, for a prompt whose keys are kept: use_cache=True")
         new_BL = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask[:, past:]
         one_each = past > 0 and input_ids.shape[1] == 1 and pixel_values is None
         lengths = [] if pixel_values is None else [self._tokens_of(pixel_values)] * len(pixel_values)
@@ -452,6 +462,8 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        if is_first_iteration and (input_ids[:, -1] == self.config.image_token_id).any():
+            raise ValueError("a prompt ends with an image: nothing can be predicted from one, end it with text")
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )

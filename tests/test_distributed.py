@@ -35,7 +35,7 @@ from lit_eemllm.schema import Config
 from lit_eemllm.training import fit as fit_module
 from lit_eemllm.training.checkpoint import read_checkpoint, refuse_changes
 from lit_eemllm.training.fit import fit, make_trainer
-from lit_eemllm.training.fsdp2 import FSDP2, shard
+from lit_eemllm.training.fsdp2 import FSDP2
 from lit_eemllm.training.module import LitEEMLLM, rng_state
 from lit_eemllm.training.runlog import RunLog
 from lit_eemllm.training.tuning import parameter_groups
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "recomputed lora": ("llava", (*LORA, "optim.activation_checkpointing=true")),
     "projector": ("llava", ("optim.tuning.llm=frozen",)),
 }
-ADAMW = ("ee_mllm", "saisa", "llava", "vision", "recomputed lora")
+ADAMW = ("ee_mllm", "saisa", "flamingo", "llava", "vision", "recomputed lora")
 # Packs of every step, [micro-batch][rank], as documents of run lengths (0 an image). They are uneven, ranks lack images in
 # turn, and once all do.
 STEPS: list[list[list[list[list[int]]]]] = [
@@ -213,10 +213,6 @@ def test_strategies_that_cannot_weigh_tokens_alike_are_refused(tmp_path: Path) -
     config = tiny.config(tmp_path, "unused", tmp_path, "trainer.strategy=fsdp2", "trainer.devices=2")
     trainer = make_trainer(config, RunLog(config))
     assert isinstance(trainer.strategy, FSDP2) and trainer.world_size == 2
-    model = tiny.model()
-    model.projector.register_parameter("odd", torch.nn.Parameter(torch.zeros(())))
-    with pytest.raises(ConfigError, match=r"fsdp2 cannot shard projector\.odd"):
-        shard(model, None)  # type: ignore[arg-type]
 
 
 # --- data: ranks x workers ---
@@ -496,7 +492,7 @@ def test_a_run_goes_on_with_other_ranks_and_strategies(runs: SimpleNamespace, na
     assert samples == {step: keys for step, keys in true.items() if step >= begins} and max(samples) == 20
     found, expected = losses(other), losses(one)
     assert sorted(found) == list(range(begins, 21))
-    assert list(found.values()) == pytest.approx([expected[step] for step in found], rel=2e-3)
+    assert list(found.values()) == pytest.approx([expected[step] for step in found], rel=1e-4)
     a, b = last(other), last(one)
     assert a.keys() == b.keys() and a["state_dict"].keys() == b["state_dict"].keys()
     assert a["optimizer_states"][0]["state"].keys() == b["optimizer_states"][0]["state"].keys()

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
-from lit_eemllm.estimate import cache_bytes, decode_flops, prefill_flops
+from lit_eemllm.estimate import cache_bytes, decode_flops, mechanisms_of, prefill_flops
 from lit_eemllm.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Gated, Mechanism, build_mechanism
@@ -22,7 +22,7 @@ from lit_eemllm.model.vision import _ENCODERS, VisionEncoder, register_vision_en
 from lit_eemllm.trace import Document, Step, trace
 from lit_eemllm.training.module import compute_dtype
 from lit_eemllm.training.tuning import apply_tuning, parameter_groups, set_modes
-from lit_eemllm.weightless import Parts, parts_of_config
+from lit_eemllm.weightless import Parts, build_weightless, parts_of_config, parts_of_shape
 
 VICUNA_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
@@ -270,9 +270,7 @@ SETTINGS = {
 }
 SETTINGS["bf16, lora"] = [*SETTINGS["bf16, frozen in 16 bits"], "optim.tuning.llm=lora", "optim.lora.dropout=0"]
 MEASURED = [(name, "bf16, decoder too") for name in PRESETS] + [("ee_mllm", "bf16, lora")]
-MEASURED += [
-    (name, setting) for name in ("llava", "ee_mllm", "saisa") for setting in ("float32", "bf16, frozen in 16 bits")
-]
+MEASURED += [("llava", "float32"), ("saisa", "float32"), ("ee_mllm", "bf16, frozen in 16 bits")]
 
 
 def wide(name: str) -> Mechanism:
@@ -518,16 +516,16 @@ def test_a_pack_is_filled_as_the_data_section_says(written, capsys):
 
 
 def test_a_changed_mechanism_stands_beside_the_presets(written, capsys):
-    line = ["estimate", written, "--json", "model.mechanism.aligner.ffn=false", "--gpus", "1"]
-    assert cli.main(line) == 0
+    changed = "model.mechanism.aligner.ffn=false"
+    for overrides, own in ([], "ee_mllm"), ([changed], "ee_mllm, changed"):
+        mechanisms, name = mechanisms_of(load_config([written], overrides), 3, only=False)
+        assert name == own and list(mechanisms) == list(dict.fromkeys([*PRESETS, own]))
+    assert cli.main(["estimate", written, "--json", changed, "--gpus", "1", "--only"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found["mechanisms"]) == [*PRESETS, "ee_mllm, changed"] and found["configured"] == "ee_mllm, changed"
-    assert found["mechanisms"]["ee_mllm, changed"]["mechanism"]["aligner"] == {
-        "value": True,
-        "output": True,
-        "ffn": False,
-    }
-    assert set(found["mechanisms"]["llava"]["fits"]) == {"ddp", "ddp_recomputing"}
+    assert list(found["mechanisms"]) == [found["configured"]] == ["ee_mllm, changed"]
+    row = found["mechanisms"]["ee_mllm, changed"]
+    assert row["mechanism"]["aligner"] == {"value": True, "output": True, "ffn": False}
+    assert set(row["fits"]) == {"ddp", "ddp_recomputing"}
 
 
 def test_llava_1_5_by_its_shape(tmp_path, capsys):
@@ -542,10 +540,8 @@ def test_llava_1_5_by_its_shape(tmp_path, capsys):
     assert round(row["flops"]["prefill_published"] / 1e12, 3) == 7.692
     assert row["cache_bytes"] == 2 * 640 * 32 * 2 * 4096 * 2
     assert row["training_bytes"]["weights"] == 4 * row["trained"] + 2 * (row["parameters"] - row["trained"])
-    shape = ["--shape", "vicuna-7b", "--visual", "9", "model.mechanism.preset=saisa"]
-    assert cli.main(["estimate", *shape, "--only", "--json"]) == 0
-    row = json.loads(capsys.readouterr().out)["mechanisms"]["saisa"]
-    assert row["trained"] == 32 * (1024 * 4096 + 4096 + 4096 * 4096 + 4096)
+    saisa = build_weightless(configured(), parts_of_shape("vicuna-7b"), build_mechanism("saisa", 32))[0]
+    assert sum(p.numel() for p in saisa.projector.parameters()) == 32 * (1024 * 4096 + 4096 + 4096 * 4096 + 4096)
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,6 @@ class Mechanism:
                 found.append((name, f"found {getattr(self, name)!r}, expected {' or '.join(known)}"))
         if self.visual_window < 0:
             found.append(("visual_window", f"found {self.visual_window}, expected 0 or more"))
-        if self.gated is None and not any(self.sees_images(layer) for layer in range(num_layers)):
-            found.append(("cross_layers", "text sees the image in no layer"))
         for name in ("dense_layers", "cross_layers"):
             layers = getattr(self, name)
             if isinstance(layers, tuple) and not set(layers) <= set(range(num_layers)):
@@ -250,6 +248,8 @@ def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] |
         given["visual_drop"] = tuple((int(layer), float(share)) for layer, share in given["visual_drop"])
     mechanism = replace(mechanism, **given)
     problems = mechanism.problems(num_layers)
+    if mechanism.gated is None and not any(mechanism.sees_images(layer) for layer in range(num_layers)):
+        problems.append(("cross_layers", "text sees the image in no layer"))
     if problems:
         raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
     return mechanism

@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
-from ..errors import ConfigError
 from ..model.projector import LayerwiseProjector
 
 if TYPE_CHECKING:
@@ -28,18 +27,9 @@ def shard(model: EEMLLM, mesh: DeviceMesh) -> None:
     """Shard in place: each decoder layer, projector and gated block by itself, the rest (encoder, embeddings, head) together.
 
     Every rank must then call the same modules in every pass, whether its pack has an image or not.
-
-    Raises:
-        ConfigError: a parameter is a single number, which FSDP2 does not shard.
     """
     if isinstance(model, FSDPModule):
         return
-    numbers = [name for name, parameter in model.named_parameters() if not parameter.ndim]
-    if numbers:
-        raise ConfigError(
-            f"trainer.strategy: fsdp2 cannot shard {', '.join(numbers[:3])}: parameters that are single numbers; expected "
-            f"another strategy, such as ddp, or a mechanism without gates"
-        )
     projector = model.projector
     projectors = projector.layers if isinstance(projector, LayerwiseProjector) else [projector]
     for part in (*model.language_model.model.layers, *projectors, *model.gated.values()):

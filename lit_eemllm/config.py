@@ -114,7 +114,9 @@ def _found(value: Any) -> str:
 def _expected(kind: Any) -> str:
     if get_origin(kind) is list:
         return "a list of numbers"
-    return " or ".join(_KIND_NAMES[part] for part in (get_args(kind) or (kind,)))
+    return " or ".join(
+        "a list" if get_origin(part) is list else _KIND_NAMES[part] for part in (get_args(kind) or (kind,))
+    )
 
 
 def _nearest(key: str) -> str:

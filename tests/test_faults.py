@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -152,6 +153,29 @@ def test_a_second_signal_stops_at_once(tmp_path, parts, data):
     assert process.wait(timeout=60) == -signal.SIGTERM and time.monotonic() - begin < 3
     process.communicate()
     assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_at_the_same_step_though_one_was_asked(tmp_path, parts, data):
+    """Gloo on loopback. Rank 1 is asked; rank 0 speaks for both, in its exit status and in words."""
+    options = ("trainer.devices=2", "trainer.strategy=ddp", "data.workers=1", "optim.max_steps=2000", "data.val=null")
+    config = tiny.config(parts, data, tmp_path / "run", *options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    ranks = [start(tmp_path, config, env={**os.environ, **network, "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    try:
+        after_step(ranks[0], 5)
+        ranks[1].send_signal(signal.SIGTERM)
+        (out, err), _ = (process.communicate(timeout=100) for process in ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [143, 0], err
+    (step,) = steps(tmp_path / "run")
+    assert step > 5 and f"stopped by SIGTERM after step {step}, saved as" in out
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{step}.ckpt")["global_step"] == step
 
 
 # --- NaN

@@ -110,15 +110,20 @@ def val_dataset(recipe: Recipe, task: PackTask, config: WorkerConfig, packing_bu
 
 
 def _open(source: Source, config: WorkerConfig, training: bool) -> CrudeWebdataset:
-    dataset = _Shards(
-        EPath(source.folder),
-        split_part=source.split,
-        training=training,
-        worker_config=config,
-        max_samples_per_sequence=SLICE,
-        decoder=None,
-        part_filter=lambda extension: not extension.startswith("__"),  # Energon's own fields have such names
-    )
+    try:
+        dataset = _Shards(
+            EPath(source.folder),
+            split_part=source.split,
+            training=training,
+            worker_config=config,
+            max_samples_per_sequence=SLICE,
+            decoder=None,
+            part_filter=lambda extension: not extension.startswith("__"),  # Energon's own fields have such names
+        )
+    except Exception as error:  # its own readers, which are not those that checked the folder, raise nearly anything
+        raise UserError(
+            f"{source.folder}: Energon cannot read its index: {error!r:.500}. Run: lit-eemllm shards prepare {source.folder}"
+        ) from error
     found = tuple((shard.name, shard.count) for shard in dataset.shards)
     if found != source.shards:
         raise UserError(

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from lit_eemllm.chat import parse_conversation
+from lit_eemllm.chat import SURROGATE, parse_conversation
 from lit_eemllm.console import progress
 from lit_eemllm.data.recipe import CRUDE, META, read_folder
 from lit_eemllm.errors import SampleError, UserError
@@ -318,6 +318,8 @@ def read_shard(path: Path, names_only: bool = False) -> Iterator[tuple[str, dict
                     continue
                 if member.issparse():  # a few bytes on disk may claim to be terabytes
                     raise UserError(f"{path}: {member.name} is a sparse file, which is not read.")
+                if SURROGATE.search(member.name):
+                    raise UserError(f"{path}: the name {member.name!a} is not UTF-8; rename the member.")
                 if match[1] != key:
                     if key is not None:
                         yield key, members

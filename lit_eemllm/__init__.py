@@ -1,3 +1,7 @@
 """lit_eemllm: train multimodal LLMs in which the treatment of visual tokens is an experiment variable."""
 
+import logging
+
 __version__ = "0.1.0"
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells which faster kernels it lacks

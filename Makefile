@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare mechanisms test stress check gpu fmt clean
+.PHONY: help demo compare mechanisms test slow stress check gpu fmt clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -27,8 +27,11 @@ compare: $(INSTALLED) ## the longer demo: EE-MLLM and self-attention, three seed
 mechanisms: $(INSTALLED) ## every mechanism on the demo's data: accuracy and costs side by side
 	$(BIN)/python tools/demo.py mechanisms
 
-test: $(INSTALLED) ## all tests that this machine can run
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## the tests, in minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(INSTALLED) ## the tests that take longer: several processes, kills, measured peaks of memory
+	$(BIN)/python -m pytest -m slow
 
 stress: $(INSTALLED) ## kill a tiny run 30 times at random moments; it must end as an unbroken one
 	$(BIN)/python tools/stress.py

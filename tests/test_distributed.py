@@ -40,6 +40,8 @@ from lit_eemllm.training.module import LitEEMLLM, rng_state
 from lit_eemllm.training.runlog import RunLog
 from lit_eemllm.training.tuning import parameter_groups
 
+pytestmark = pytest.mark.slow  # several processes on few cores
+
 LORA = ("optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=4", "optim.lora.dropout=0")
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configuration
     "ee_mllm": ("ee_mllm", ()),
@@ -275,8 +277,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ((2, 1), (1, 2)),
         ((1, 2), (2, 1)),
-        pytest.param((2, 2), (1, 4), marks=pytest.mark.slow),
-        pytest.param((1, 4), (4, 1), marks=pytest.mark.slow),
+        ((2, 2), (1, 4)),
+        ((1, 4), (4, 1)),
     ],
     ids=str,
 )
@@ -466,7 +468,6 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
-@pytest.mark.slow
 def test_two_ranks_killed_and_resumed_equal_an_unbroken_run(runs: SimpleNamespace) -> None:
     """Weights, optimiser, schedule, generators and loaders of both ranks: bit-equal after SIGKILL."""
     assert 10 <= runs.killed_at < 20
@@ -482,7 +483,6 @@ def test_two_ranks_killed_and_resumed_equal_an_unbroken_run(runs: SimpleNamespac
     assert len(keys[0]) == len(keys[1]) == 40 and not keys[0] & keys[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "one_two", "two_one", "sharded", "two_sharded", "sharded_two", "sharded_one"])
 def test_a_run_goes_on_with_other_ranks_and_strategies(runs: SimpleNamespace, name: str) -> None:
     """2 ranks x 1 worker against 1 rank x 2 workers, DDP and FSDP2: the same samples in each step, the same losses."""
@@ -507,7 +507,6 @@ def test_a_run_goes_on_with_other_ranks_and_strategies(runs: SimpleNamespace, na
     assert progress == [80 // len(a["rng"]), 80]
 
 
-@pytest.mark.slow
 def test_a_sharded_checkpoint_is_an_ordinary_one(runs: SimpleNamespace) -> None:
     config = settings(runs.parts, runs.data, runs.folder / "sharded", 1)
     model, _, _ = load(config, None)
@@ -517,7 +516,6 @@ def test_a_sharded_checkpoint_is_an_ordinary_one(runs: SimpleNamespace) -> None:
     assert not any(name.startswith("model.vision") for name in state), "nothing frozen"
 
 
-@pytest.mark.slow
 def test_other_packs_per_step_are_refused_with_both_numbers(runs: SimpleNamespace) -> None:
     checkpoint = last(runs.folder / "two")
     config = settings(runs.parts, runs.data, runs.folder / "x", 1, "trainer.accumulate_grad_batches=2")

@@ -187,6 +187,7 @@ STEPS += [(name, "everything") for name in ("llava", "ee_mllm", "shortv", "saisa
 STEPS += [(name, words) for name in ("llava", "vica", "flamingo") for words in ("decoder", "decoder alone", "lora")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "words"), STEPS)
 def test_parameters_and_flops_of_a_real_training_step(name, words):
     mechanism, config = MECHANISMS[name], configured(*WORDS[words])
@@ -304,6 +305,7 @@ def passes(model: EEMLLM, config, batch: PackedBatch) -> None:
     loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "setting"), MEASURED)
 def test_activations_against_the_measured_peak(name, setting):
     """Within 12 %: this attention backend also saves masks, the most for its size in SAISA."""
@@ -323,6 +325,7 @@ RECOMPUTED = [(name, "float32") for name in ("llava", "ee_mllm", "saisa", "vica"
 RECOMPUTED += [("llava", "bf16, decoder too"), ("ee_mllm", "bf16, decoder too")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "setting"), RECOMPUTED)
 def test_recomputed_activations_against_the_measured_peak(name, setting):
     """Within 25 %: beside a single layer's, what lives for a moment and the masks weigh more."""
@@ -337,6 +340,7 @@ def test_recomputed_activations_against_the_measured_peak(name, setting):
     assert expected < 0.6 * (step.most_bytes(DOCUMENTS) - step.weights - step.optimiser)
 
 
+@pytest.mark.slow
 def test_a_whole_run_against_the_measured_peak():
     """From nothing through two steps of two packs: weights, optimiser, gradients and activations together."""
     config = configured("optim.tuning.llm=full", "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2")

@@ -283,11 +283,7 @@ def test_a_worker_that_dies_or_hangs_is_told_and_bounded(tmp_path, parts, data, 
 
     at_pack(monkeypatch, 2, harm)
     begin = time.monotonic()
-    words = (
-        "a loader process died"
-        if how == signal.SIGKILL
-        else r"DataLoader timed out after 3.* no batch for so long.*data\.timeout"
-    )
+    words = "a loader process died" if how == signal.SIGKILL else r"no batch came within 3 s \(data\.timeout\)"
     with pytest.raises(UserError, match=f"^{words}.*Repeat the command"):
         fit(tiny.config(parts, data, tmp_path, *OPTIONS, "data.timeout=3"))
     assert time.monotonic() - begin < 60
@@ -302,7 +298,7 @@ def test_a_read_that_hangs_is_bounded(tmp_path, workers):
     code = (
         "import sys, os, time; from pathlib import Path; import shards_util\n"
         "folder = Path(sys.argv[1])\n"
-        f"data = shards_util.module(folder, workers={workers}, timeout=2)\n"
+        f"data = shards_util.module(folder, workers={workers}, timeout=4)\n"
         "loader = data.train_dataloader()\n"
         "for path in folder.glob('*.tar'):\n    path.unlink(); os.mkfifo(path)\n"
         "next(iter(loader))"
@@ -314,7 +310,7 @@ def test_a_read_that_hangs_is_bounded(tmp_path, workers):
     )
     assert result.returncode == 1 and time.monotonic() - begin < 60
     assert "train-00000" in result.stdout and "Watchdog triggered" in result.stdout, "where it stood"
-    assert ("data.timeout" if workers else "longer than 2 seconds") in result.stderr
+    assert ("data.timeout" if workers else "longer than 4 seconds") in result.stderr
 
 
 # --- disks

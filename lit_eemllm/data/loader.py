@@ -13,6 +13,7 @@ import queue
 import signal
 import struct
 import tarfile
+import threading
 import time
 from bisect import bisect_right
 from collections import Counter, deque
@@ -29,6 +30,7 @@ from megatron.energon.errors import reraise_exception
 from megatron.energon.flavors import SavableDataset
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 from megatron.energon.savable_loader import BasicDataLoader, SavableDataLoader, SavableDataLoaderState
+from megatron.energon.watchdog import Watchdog
 
 from lit_eemllm.data.recipe import Recipe, Source
 from lit_eemllm.data.task import Packed, PackTask
@@ -195,7 +197,7 @@ class PositionLoader(SavableDataLoader):
             gc_collect_every_n_steps=10 if workers else 0,
             **_watchdog(timeout, workers),
         )
-        _prepare(self, timeout)
+        _prepare(self)
         self.patience = timeout
 
     def _worker_command(self, *command: Any) -> list[Any]:
@@ -298,7 +300,7 @@ class EndlessLoader:
 def _positioned(loader: PositionLoader, last: Position) -> Iterator[tuple[Position, PackedBatch]]:
     """Batches with the position after each, from `last` on. (Not a method: a cycle would leave `__del__` to the collector.)"""
     skip, snapshot_time, workers = last.offset, time.monotonic(), loader.num_workers
-    for packed in tidy_errors(loader):
+    for packed in tidy_errors(loader, loader.patience):
         if skip:
             skip -= 1
             continue
@@ -330,8 +332,8 @@ class FiniteLoader:
             prefetch_factor=PREFETCH,
             **_watchdog(self.timeout, config.num_workers),
         )
-        _prepare(loader, self.timeout)
-        batches = (packed.batch for packed in tidy_errors(loader))
+        _prepare(loader)
+        batches = (packed.batch for packed in tidy_errors(loader, self.timeout))
         try:
             yield from _in_step(batches) if config.world_size > 1 else batches
         finally:
@@ -349,29 +351,44 @@ def _in_step(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
         yield batch
 
 
-def tidy_errors(loader: Any) -> Iterator[Packed]:
-    """A `UserError` from a worker arrives wrapped in the worker's traceback; people get the message alone."""
-    try:
+def tidy_errors(loader: Any, timeout: float) -> Iterator[Packed]:
+    """A `UserError` from a worker arrives wrapped in the worker's traceback; people get the message alone.
+
+    When there is no batch for so many seconds, the workers are killed, which ends the waiting wherever it is. (PyTorch's own
+    time-out does not see a worker that is stopped after it has announced a batch and before it has handed it over.)
+    """
+    silent = threading.Event()
+
+    def end_silence() -> None:
+        silent.set()
+        for worker in loader._iterator._workers:
+            worker.kill()
+
+    if not loader.num_workers:
         yield from loader
+        return
+    watchdog = Watchdog(timeout, callback=end_silence, dump_stacks=False, enabled=False)
+    try:
+        yield from watchdog.watch_iter(loader)
     except UserError as error:
         raise UserError(str(error).rpartition(_USER_ERROR)[2].rstrip()) from None
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
+        if silent.is_set():
+            raise UserError(f"no batch came within {timeout:g} s (data.timeout). {_AFTER_SILENCE}") from None
         raise lost_worker(error) or error from None
+    finally:
+        watchdog.finish()
 
 
 def lost_worker(error: BaseException) -> UserError | None:
-    """What PyTorch's message about a worker that died or does not answer means, if that is what it is.
+    """What PyTorch's message about a worker that died means, if that is what it is.
 
     A death is noticed by a signal, so the exception may come from anywhere in the process of the trainer.
     """
     text = str(error)
-    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader "):
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker"):
         return None
-    if "timed out" in text:
-        return UserError(f"{text}: no batch for so long. {_AFTER_SILENCE}")
-    if "worker" in text:
-        return UserError(f"a loader process died: {text.splitlines()[0]} {_AFTER_DEATH}")
-    return None
+    return UserError(f"a loader process died: {text.splitlines()[0]} {_AFTER_DEATH}")
 
 
 def stop(loader: SavableDataLoader | BasicDataLoader) -> None:
@@ -386,16 +403,15 @@ def stop(loader: SavableDataLoader | BasicDataLoader) -> None:
 
 
 def _watchdog(timeout: float, workers: int) -> dict[str, Any]:
-    """A batch that takes longer: a worker prints where it stands; without workers, that ends the process."""
-    return {"watchdog_timeout_seconds": timeout, "fail_on_timeout": workers == 0}
+    """A batch that takes longer: a worker prints where it stands, before it is killed; without workers the process ends."""
+    return {"watchdog_timeout_seconds": 0.75 * timeout if workers else timeout, "fail_on_timeout": workers == 0}
 
 
-def _prepare(loader: SavableDataLoader | BasicDataLoader, timeout: float) -> None:
+def _prepare(loader: SavableDataLoader | BasicDataLoader) -> None:
     # starting an iterator draws a seed: from here, not from the global generator, whose state a resumed run must match
     loader.generator = torch.Generator()
     loader.pin_memory = torch.cuda.is_available()
     if loader.num_workers:
-        loader.timeout = timeout
         loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
 
 

@@ -200,13 +200,18 @@ def _may_listen() -> bool:
 def guarded() -> Iterator[None]:
     """Around `Trainer.fit`: handlers of signals are left as they were found, and a loader process that dies is told in words.
 
-    PyTorch raises its death in a handler of a signal, so anywhere.
+    PyTorch raises its death in a handler of a signal, so anywhere, also where somebody makes another exception of it.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
-    except RuntimeError as error:
-        raise lost_worker(error) or error from None
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(error, UserError):
+            if (lost := lost_worker(cause)) is not None:
+                raise lost from None
+            cause = cause.__cause__ or cause.__context__
+        raise
     finally:
         if _may_listen():
             for number, handler in handlers.items():

@@ -6,10 +6,15 @@ import base64
 import hashlib
 import io
 import json
+import multiprocessing
 import re
+import subprocess
+import sys
 import tarfile
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -32,6 +37,7 @@ from lit_eemllm.data.packing import collate
 from lit_eemllm.data.preview import inspect, read_pack, token_texts
 from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.shards import make, prepare
+from lit_eemllm.data.writing import Report
 from lit_eemllm.errors import UserError
 from lit_eemllm.images import open_image
 from lit_eemllm.schema import DataConfig
@@ -99,8 +105,18 @@ def test_make(source: Path) -> None:
     ):
         assert name in text, name
     assert "ids that several rows of a split have: 1, such as 'a/b [c].d/x.y'; all rows are kept" in text
-    assert [p.name for p in sorted((source / "out").glob("*.tar"))] == [
-        *(f"train-00000{i}.tar" for i in range(3)), "val-000000.tar"]  # fmt: skip
+    # a shard has two rows; what is dropped makes it shorter, and a block without a good row has no shard
+    names = [*(f"train-00000{i}.tar" for i in range(3)), "val-000000.tar", "val-000001.tar"]
+    assert [p.name for p in sorted((source / "out").glob("*.tar"))] == names
+    manifest = json.loads((source / "out" / "manifest.json").read_text())["splits"]
+    shards = [shard for split in ("train", "val") for shard in manifest[split]["shards"]]
+    assert [shard["name"] for shard in shards] == names and [shard["samples"] for shard in shards] == [2, 2, 2, 1, 1]
+    for shard in shards:
+        content = (source / "out" / shard["name"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (shard["bytes"], shard["sha256"])
+    told = json.loads((source / "out" / "report.json").read_text())
+    assert told["kept"] == {"train": 6, "val": 2} and told["dropped"] == DROPPED and told["images"] == 5
+    assert len(told["examples"]["path_escape"]) == 3 and "../secret.png" in told["examples"]["path_escape"][1]
     # read with nothing but tarfile: keys without dots, images byte for byte, the row as it was
     found: dict[str, dict[str, bytes]] = {}
     for path in sorted((source / "out").glob("*.tar")):
@@ -136,22 +152,161 @@ def test_make_is_deterministic_and_all_or_nothing(source: Path, monkeypatch: pyt
         ({"rows": {"train": source / "gone.json"}}, UserError, "no such file of rows"),
         ({"rows": {"dev": source / "train.json"}}, UserError, "'dev' is not known"),
         ({"images": source / "nowhere"}, UserError, "no such folder"),
-        ({"images": None, "rows": {"train": source / "only.json"}}, UserError, r"no usable row(?s:.*)missing_image: 1"),
+        ({"images": None, "rows": {"train": source / "only.json"}}, UserError, r"no usable row(?s:.*)missing_image +1"),
         ({"shard_size": 0}, UserError, "shard_size"),
+        ({"workers": 0}, UserError, "workers"),
     ):
         (source / "only.json").write_text(json.dumps([row(1)]))
         with pytest.raises(error, match=match):
             make(**{**dict(rows=rows, images=images, out=source / "new"), **broken})
         (source / "only.json").unlink()
-    monkeypatch.setattr("lit_eemllm.data.shards.prepare", lambda folder: 1 / 0)  # dies when all shards are written
-    with pytest.raises(ZeroDivisionError):
-        make(rows, images, source / "new")
     assert set(source.iterdir()) == before, "nothing half made is left behind"
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_eemllm.data.shards.prepare", lambda folder: 1 / 0)  # dies when all shards are written
+        with pytest.raises(ZeroDivisionError):
+            make(rows, images, source / "new")
+        patch.undo()
+        patch.setattr("lit_eemllm.data.writing._write_shard", lambda *_: 1 / 0)  # they are all there
+        make(rows, images, source / "new")
+    assert set(source.iterdir()) == before | {source / "new"}
+    assert files(source / "new") == files(source / "one")
     assert make(rows, images, source / "linked", follow_links=True).bad["path_escape"] == 2
     (source / "broken.json").write_text("[{]")
     with pytest.raises(UserError, match="not valid JSON"):
-        make({"train": source / "broken.json"}, images, source / "new")
+        make({"train": source / "broken.json"}, images, source / "another")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything below it but what Energon makes up."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    own = {name: path.read_bytes() for name, path in found.items() if path.suffix not in (".sqlite", ".uuid")}
+    assert {"manifest.json", "report.json", "train-000000.tar", ".nv-meta/split.yaml"} <= set(own)
+    return own
+
+
+def several(tmp_path: Path, count: int = 60) -> tuple[dict[str, Path], Path]:
+    """Rows over a dozen images; every seventh row is bad, and all from 20 to 29."""
+    (tmp_path / "images").mkdir(exist_ok=True)
+    for number in range(12):
+        (tmp_path / "images" / f"{number}.png").write_bytes(picture(number))
+    bad = [i for i in range(count) if i % 7 == 6 or 20 <= i < 30]
+    rows = [{**row(i), "id": f"r{i}", "image": "gone.png" if i in bad else f"{i % 12}.png"} for i in range(count)]
+    (tmp_path / "several.json").write_text(json.dumps(rows))
+    return {"train": tmp_path / "several.json", "val": tmp_path / "several.json"}, tmp_path / "images"
+
+
+def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    rows, images = several(tmp_path)
+    reports = [make(rows, images, tmp_path / str(n), shard_size=10, workers=n) for n in (1, 3)]
+    assert reports[0] == reports[1] and str(reports[0]) == str(reports[1])
+    assert reports[0].good == {"train": 44, "val": 44} and reports[0].bad == {"missing_image": 32}
+    assert files(tmp_path / "1") == files(tmp_path / "3")
+    # rows 20 to 29 are all bad: a number is left out, and the folder can be read all the same
+    assert [shard for shard, _ in read_recipe(tmp_path / "3", "train").sources[0].shards] == [
+        f"train-00000{i}.tar" for i in (0, 1, 3, 4, 5)]  # fmt: skip
+    assert [key for batch in module(tmp_path / "3", tmp_path / "3").val_dataloader() for key in batch.keys] == [
+        f"val-{i:08d}-r{i}" for i in range(60) if i % 7 != 6 and not 20 <= i < 30]  # fmt: skip
+
+
+def goes_on(tmp_path: Path, rows: dict[str, Path], images: Path) -> None:
+    """A conversion to ``cut`` that was ended somewhere: started again it writes what is missing, and nothing else."""
+    unfinished = tmp_path / ".cut.unfinished"
+    kept = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.tar")}
+    assert not (tmp_path / "cut").exists() and 5 <= len(kept) < 20
+    (unfinished / ".train-000001.12345").write_bytes(b"half a shard")
+    last = max(kept)
+    (unfinished / last).write_bytes((unfinished / last).read_bytes()[:-1])  # cut by a full disk, say
+    report = make(rows, images, tmp_path / "cut", shard_size=5)
+    assert report.good == {"train": 44, "val": 44} and report.bad == {"missing_image": 32}
+    make(rows, images, tmp_path / "whole", shard_size=5)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole") and not unfinished.exists()
+    times = {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in kept if name != last}
+    assert times == {name: kept[name] for name in times}, "finished shards are kept"
+
+
+def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, images = several(tmp_path)
+
+    def interrupts(record: dict[str, Any], report: Report, manifest: dict[str, Any]) -> None:
+        if len(list((tmp_path / ".cut.unfinished").glob("*.tar"))) == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_eemllm.data.writing._add", interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            make(rows, images, tmp_path / "cut", shard_size=5)
+    goes_on(tmp_path, rows, images)
+
+
+@pytest.mark.slow
+def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
+    """SIGKILL of the parent at some shard: its workers end too."""
+    rows, images = several(tmp_path)
+    code = f"""
+import multiprocessing, os, signal
+from pathlib import Path
+from lit_eemllm.data import shards, writing
+
+def dies(record, report, manifest, add=writing._add):
+    add(record, report, manifest)
+    if report.good.total() > 20:
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    writing._add = dies
+    rows = {{split: Path({str(tmp_path)!r}) / "several.json" for split in ("train", "val")}}
+    shards.make(rows, Path({str(images)!r}), Path({str(tmp_path / "cut")!r}), shard_size=5, workers=2)
+"""
+    (tmp_path / "dies.py").write_text(code)
+    done = subprocess.run([sys.executable, tmp_path / "dies.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -9, done.stderr
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in workers):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("workers outlive their parent")
+    goes_on(tmp_path, rows, images)
+
+
+def test_a_worker_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, images = several(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_eemllm.data.writing._add", lambda *_: multiprocessing.active_children()[0].kill())
+        with pytest.raises(UserError, match="a worker process was killed"):
+            make(rows, images, tmp_path / "out", shard_size=5, workers=2)
+    assert make(rows, images, tmp_path / "out", shard_size=5).good == {"train": 44, "val": 44}
+
+
+def test_what_changed_since_the_kill_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, images = several(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_eemllm.data.shards.prepare", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(rows, images, tmp_path / "out", shard_size=3)
+    changed = json.loads((tmp_path / "several.json").read_text())
+    changed[12]["conversations"][1]["value"] = "another answer"
+    (tmp_path / "several.json").write_text(json.dumps(changed))
+    make(rows, images, tmp_path / "whole", shard_size=5)
+    make(rows, images, tmp_path / "out", shard_size=5)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_hostile_rows(tmp_path: Path) -> None:
+    """Names that no file can have and text that no file can hold: a reason each, never a traceback."""
+    rows, images = several(tmp_path, 1)
+    hostile: list[object] = [
+        *({**row(1), "image": name} for name in ("x" * 5000, "a\0b", "\ud800.png", "/etc/passwd", "..", ".")),
+        {**row(1), "image": "0.png", "id": "\ud800" * 200}, {**row(1), "image": "0.png", "mended": 7}, 3, None, [],
+    ]  # fmt: skip
+    (tmp_path / "several.json").write_text(json.dumps(hostile))
+    report = make({"train": rows["train"]}, images, tmp_path / "out")
+    assert report.good == {"train": 1} and not report.mended
+    assert report.bad == {"missing_image": 2, "path_escape": 3, "bad_json": 5}
+    str(report).encode()
 
 
 def test_prepare_foreign_shards(tmp_path: Path) -> None:
@@ -200,8 +355,9 @@ def test_check_finds_every_planted_fault(tmp_path: Path) -> None:
         assert {**expected, "bad_shard": 1} == report.bad and 2 < report.good.total() < 6
     assert report.tokens > 0 and report.longest == 1 + 5 + IMAGE_TOKENS + 10 + 1 + 7 + 1
     text = str(report)
-    for name in ("a.tar/broken", "b.tar: truncated", "400000000 pixels", "pickle: 2", "a.tar/bad8"):
+    for name in ("a.tar/broken", "b.tar: truncated", "400000000 pixels", "a.tar/bad8"):
         assert name in text, text
+    assert re.search(r"^  pickle +2$", text, re.MULTILINE)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(json.dumps({"splits": {"train": {"path": "."}, "val": {"path": ".", "__module__": "os"}}}))
     report = check(recipe)

@@ -92,7 +92,7 @@ class ShardDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Iterable[PackedBatch]:
         c, workers, recipe = self.config, worker_config(self.config.workers, self.seed), self.recipe("train")
-        dataset = train_dataset(recipe, self._task(), workers, c.shuffle_buffer, c.packing_buffer)
+        dataset = train_dataset(recipe, self.task(), workers, c.shuffle_buffer, c.packing_buffer)
         loader = PositionLoader(dataset, c.timeout)
         start = Position(*loader.counters())
         self._shape = self._describe()
@@ -115,7 +115,7 @@ class ShardDataModule(LightningDataModule):
             raise UserError(f"{recipe.path}: {recipe.num_samples} validation samples cannot feed {ranks} ranks.")
         workers = min(self.config.workers, recipe.num_samples // ranks)
         config = worker_config(workers, self.seed)
-        return FiniteLoader(recipe, self._task(), config, self.config.packing_buffer, self.config.timeout)
+        return FiniteLoader(recipe, self.task(), config, self.config.packing_buffer, self.config.timeout)
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """The trainer takes a batch in hand, which it may have fetched earlier; so it is done with the one before."""
@@ -188,7 +188,7 @@ class ShardDataModule(LightningDataModule):
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return self._in_hand if progress.processed >= progress.ready else self._done
 
-    def _task(self) -> PackTask:
+    def task(self) -> PackTask:
         if self._encoder is None:
             raise RuntimeError("ShardDataModule.connect(template, transform) must be called before a loader is made")
         # a warning of every forked worker otherwise; a worker has one core to itself anyway

@@ -142,8 +142,14 @@ class SampleEncoder:
 
 def read_members(key: str, members: Mapping[str, bytes]) -> tuple[Conversation, list[bytes]]:
     """Check a sample's members and parse its conversation. Only JSON is parsed; images stay bytes. Raises SampleError."""
-    numbered: dict[int, bytes] = {}
-    for name, data in members.items():
+    row, images = read_row(key, members)
+    return parse_conversation(row, len(images), key), list(images.values())
+
+
+def read_row(key: str, members: Mapping[str, bytes]) -> tuple[Mapping[str, Any], dict[str, bytes]]:
+    """A sample's row as it stands, with fields that only evaluation knows, and its images in order, by member name."""
+    numbered: dict[int, str] = {}
+    for name in members:
         if name == "json":
             continue
         if _PICKLE_MEMBER.fullmatch(name):
@@ -157,11 +163,10 @@ def read_members(key: str, members: Mapping[str, bytes]) -> tuple[Conversation, 
             )
         if (index := int(match[1] or 0)) in numbered:
             raise SampleError("unexpected_member", f"{key}.{name}: there are two images number {index}")
-        numbered[index] = data
-    images = [numbered[index] for index in sorted(numbered)]
-    if sorted(numbered) != list(range(len(images))):
+        numbered[index] = name
+    if sorted(numbered) != list(range(len(numbered))):
         raise SampleError("missing_image", f"{key}: images {sorted(numbered)} found, expected 0 to {max(numbered)}")
-    return parse_conversation(_parse_json(key, members.get("json")), len(images), key), images
+    return _parse_json(key, members.get("json")), {name: members[name] for _, name in sorted(numbered.items())}
 
 
 def _parse_json(key: str, data: bytes | None) -> Mapping[str, Any]:

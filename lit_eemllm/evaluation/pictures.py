@@ -1,4 +1,4 @@
-"""Pictures of questions with their images, answers and truths."""
+"""`samples.png`: a few questions with their images, answers and truths."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import matplotlib
 
 from ..chat import IMAGE
 from ..images import open_image
-from .metrics import normalise
-from .questions import Question
+from .scoring import Answered
 
 matplotlib.use("Agg")
 
 
-def draw_samples(samples: Sequence[tuple[Question, str]], max_pixels: int, path: Path) -> None:
-    """A grid of image, question, answer and truth; right answers green, wrong ones red."""
+def draw_samples(samples: Sequence[Answered], max_pixels: int, path: Path) -> None:
+    """A grid of image, question, answer and truth; right answers green, wrong ones red, others between."""
     from matplotlib import pyplot as plt
 
     columns = min(4, len(samples))
@@ -26,20 +25,26 @@ def draw_samples(samples: Sequence[tuple[Question, str]], max_pixels: int, path:
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.9 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (question, answer) in zip(axes.flat, samples, strict=False):
+    for axis, one in zip(axes.flat, samples, strict=False):
+        question = one.question
         pictures = [open_image(data, question.conversation.key, max_pixels) for data in question.images]
         for i, picture in enumerate(pictures):
+            picture.thumbnail((400, 400))
             width = 1 / len(pictures)
             axis.inset_axes((i * width, 0.34, width * 0.97, 0.66)).imshow(picture)
             axis.child_axes[-1].axis("off")
         prompt = question.prompt.replace(IMAGE, "").strip()
-        lines = [*textwrap.wrap(prompt, 42)[:3], f"truth: {textwrap.shorten(question.truth, 40)}"]
+        truth = " | ".join(dict.fromkeys(question.truth.answers))
+        lines = [*textwrap.wrap(prompt, 42)[:3], f"truth: {textwrap.shorten(printable(truth), 40)}"]
         common: dict[str, Any] = {"ha": "center", "transform": axis.transAxes, "parse_math": False}  # a $ is a dollar
-        axis.text(0.5, 0.3, "\n".join(lines), va="top", fontsize=9, **common)
-        right = normalise(answer) == normalise(question.truth)
-        said = textwrap.shorten("".join(c if c.isprintable() else " " for c in answer), 40) or "(nothing)"
-        colour = "tab:green" if right else "tab:red"
+        axis.text(0.5, 0.3, "\n".join(map(printable, lines)), va="top", fontsize=9, **common)
+        said = textwrap.shorten(printable(one.answer), 40) or "(nothing)"
+        colour = "tab:green" if one.score >= 1 else "tab:red" if one.score <= 0 else "tab:orange"
         axis.text(0.5, 0.0, said, va="bottom", fontsize=11, color=colour, weight="bold", **common)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,40 +1,41 @@
 """`validate` and `generate`: a run's model asked about images it has not seen, and again with the images shuffled.
 
 The control answers what a score owes to looking: the same model and questions, each with the images of another question
-of the same type. Beside it stands the best constant answer of the type.
+of the same type. Beside it stands the most common truth of the type, as if it were every answer.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import seed_everything
 from PIL import Image
-from rich.table import Table
 
 from ..chat import IMAGE, Conversation, Turn
 from ..config import to_yaml
-from ..console import console, progress, quiet_libraries, write_atomically
+from ..console import console, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, SampleError, UserError
 from ..images import open_image
-from ..layout import PackedBatch
 from ..model.build import build
 from ..model.image_cache import ImageCache
 from ..training.checkpoint import load_weights, newest_checkpoint, read_checkpoint
 from ..training.module import LitEEMLLM, compute_dtype
+from .asking import Answers, Reply, ask_all, identity, in_batches, start_ranks
 from .cost import costs
-from .metrics import ExactMatch, normalise
+from .gallery import write_gallery
+from .loss import losses, validation_packs
 from .pictures import draw_samples
-from .questions import Question, pick, read_questions, shuffle_images
+from .questions import Question, shuffle_images
+from .scoring import Answered, Round, pick, prediction, print_scores, score
+from .sets import QuestionSet, question_sets, read_questions
 
 if TYPE_CHECKING:
     from ..model import EEMLLM, Processor
@@ -44,49 +45,64 @@ UNTRAINED = "none"  # value of --checkpoint: the parts as they are, before any t
 
 
 def validate(config: Config, checkpoint: str | None) -> None:
-    """Score a run on ``data.val`` and write results, predictions and a picture below its directory.
+    """Score a run and write results, predictions, a gallery and a picture below its directory.
+
+    Each of several ranks asks its share; rank 0 does the rest. A validation that was killed goes on where it was.
 
     Args:
         config: of the run.
         checkpoint: a file; None takes the run's newest; "none" the untrained parts.
     """
     quiet_libraries()
-    data = ShardDataModule(config.data, config.seed)
-    recipe = data.recipe("val")  # what is wrong with it is said before the model is built
+    sets = question_sets(config)  # what is wrong is said before the model is built
+    ranks = start_ranks(config)
+    read = {one: read_questions(one, config.eval.samples, config.data.max_image_pixels) for one in sets}
+    for one, (_, report) in read.items():
+        if report.bad:
+            console.print(f"{one.data}: {report}")
     model, processor, source = load(config, checkpoint)
     folder = Path(config.out) / ("eval" if checkpoint != UNTRAINED else "eval-untrained")
     folder.mkdir(parents=True, exist_ok=True)
-    if not (Path(config.out) / "config.yaml").exists():  # a run's checkpoint under another mechanism, say
+    if ranks.global_rank == 0 and not (Path(config.out) / "config.yaml").exists():  # under another mechanism, say
         write_atomically(Path(config.out) / "config.yaml", to_yaml(config, comments=True))
-    data.connect(processor.template, model.vision.transform)
-    console.print(f"{source}; attention {model.backend.name}; validation data {config.data.val}")
+    on = config.eval.suite or config.eval.data or config.data.val
+    console.print(f"{source}; attention {model.backend.name}; questions of {on}")
     with autocast(config, model):
-        measured: dict[str, Any] = losses(model, data, config.optim.val_batches)
-        if measured["loss_shuffled_images"] is not None:
-            console.print(
-                f"loss {measured['loss']:.4f} a token; images shuffled {measured['loss_shuffled_images']:.4f}"
-            )
-        questions, skipped = read_questions(recipe, config.eval.samples)
-        answered, broken = answer_all(model, processor, questions, config, "answering")
+        measured: dict[str, Any] = {}
+        if ranks.global_rank == 0 and config.data.val is not None:
+            measured |= validation_loss(model, processor, config)
+        questions = {one.name: (one.max_new_tokens, found) for one, (found, _) in read.items()}
+        kept = Answers(folder, identity(model, processor, config, questions), ranks.global_rank, ranks.world_size)
+        answered, rounds, broken = list[Answered](), dict[str, list[Round]](), Counter[str]()
+        for one, (found, report) in read.items():
+            mine, rounds[one.name], unanswered = ask_set(model, processor, one, found, config, kept)
+            answered += mine
+            broken += report.bad + unanswered
+        if ranks.global_rank > 0:
+            return
         if answered:
-            measured |= score(model, processor, answered, config)
+            measured |= score(answered, rounds, suite=config.eval.suite is not None)
+            measured |= costs(model, processor, [one.question for one in answered], config)
     if model.image_cache is not None:
         measured["image_cache"] = {"hits": model.image_cache.hits, "misses": model.image_cache.misses}
     results = {
         "checkpoint": source,
-        "data": config.data.val,
+        "data": on,
         "seed": config.seed,
         "mechanism": model.config.mechanism,
         "preset": config.model.mechanism.preset,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "skipped": dict(skipped + broken),
+        "skipped": dict(broken),
         **measured,
     }
-    write_atomically(folder / "results.json", json.dumps(results, indent=2))
     if answered:
         write_atomically(folder / "predictions.jsonl", "".join(map(prediction, answered)))
+    write_atomically(folder / "results.json", json.dumps(results, indent=2))  # says that all numbers are there
+    if answered:
         print_scores(results)
         draw_samples(pick(answered), config.data.max_image_pixels, folder / "samples.png")
+        write_gallery(answered, f"{config.out}: {on}", config.data.max_image_pixels, folder / "gallery.html")
+    kept.remove()
     console.print(f"results: {folder / 'results.json'}")
 
 
@@ -171,111 +187,56 @@ def answer(
     return processor.answers(ids, inputs["input_ids"].shape[1])
 
 
-def answer_all(
-    model: EEMLLM, processor: Processor, questions: Sequence[Question], config: Config, title: str
-) -> tuple[list[tuple[Question, str]], Counter[str]]:
-    """Questions with their answers, in order, and how many could not be asked, by reason. Similar ones share a batch."""
-    order = sorted(
-        range(len(questions)), key=lambda i: (len(questions[i].images), len(questions[i].conversation.turns))
-    )
-    answers: dict[int, str] = {}
-    skipped = Counter[str]()
-    with progress(title, len(questions)) as advance:
-        for start in range(0, len(order), config.eval.batch_size):
-            chunk = order[start : start + config.eval.batch_size]
-            opened: dict[int, list[Image.Image]] = {}
-            for i in chunk:
-                conversation = questions[i].conversation
-                name, most = conversation.key, config.data.max_image_pixels
-                try:
-                    processor.template.encode(conversation, generation=True)  # refused here, not in a batch of many
-                    opened[i] = [open_image(data, name, most) for data in questions[i].images]
-                except SampleError as error:
-                    skipped[error.reason] += 1
-            if opened:
-                conversations = [questions[i].conversation for i in opened]
-                texts = answer(model, processor, conversations, list(opened.values()), config.eval.max_new_tokens)
-                answers |= zip(opened, texts, strict=True)
-            advance(len(chunk))
-    return [(questions[i], answers[i]) for i in sorted(answers)], skipped
+def ask(
+    model: EEMLLM, processor: Processor, max_new_tokens: int, max_pixels: int, questions: Sequence[Question]
+) -> list[Reply]:
+    """The replies to one batch."""
+    replies: list[Reply] = []
+    conversations, images = [], []
+    for question in questions:
+        conversation, name = question.conversation, question.conversation.key
+        try:
+            processor.template.encode(conversation, generation=True)  # refused here, not in a batch of many
+            opened = [open_image(data, name, max_pixels) for data in question.images]
+        except SampleError as error:
+            replies.append((None, error.reason))
+        else:
+            replies.append(("", None))
+            conversations.append(conversation)
+            images.append(opened)
+    texts = iter(answer(model, processor, conversations, images, max_new_tokens) if conversations else [])
+    return [(next(texts) if reason is None else None, reason) for _, reason in replies]
 
 
-def score(
-    model: EEMLLM, processor: Processor, answered: Sequence[tuple[Question, str]], config: Config
-) -> dict[str, Any]:
-    """Exact match per type beside the shuffled-image control and the best constant answer; what the prompts cost."""
-    questions = [question for question, _ in answered]
-    matches: dict[str, ExactMatch] = defaultdict(ExactMatch)
-    controls: dict[str, ExactMatch] = defaultdict(ExactMatch)
-    for question, text in answered:
-        matches[question.type].update([text], [question.truth])
-    for round_ in range(config.eval.control):
-        shuffled = shuffle_images(questions, config.seed + round_)
-        for question, text in answer_all(model, processor, shuffled, config, "images shuffled")[0]:
-            controls[question.type].update([text], [question.truth])
+def ask_set(
+    model: EEMLLM,
+    processor: Processor,
+    source: QuestionSet,
+    questions: Sequence[Question],
+    config: Config,
+    kept: Answers,
+) -> tuple[list[Answered], list[Round], Counter[str]]:
+    """The answers to a set, those with the images shuffled, and how many questions could not be asked, by reason."""
+    one_batch = partial(ask, model, processor, source.max_new_tokens, config.data.max_image_pixels)
 
-    types = {}
-    for type_ in sorted(matches):
-        truths = Counter(normalise(question.truth) for question in questions if question.type == type_)
-        constant, count = truths.most_common(1)[0]
-        types[type_] = {
-            "questions": truths.total(),
-            "exact_match": matches[type_].compute().item(),
-            "control": controls[type_].compute().item() if type_ in controls else None,
-            "constant": count / truths.total(),
-            "constant_answer": constant,
-        }
+    def replies(asked: Sequence[Question], part: str) -> list[Reply]:
+        batches = in_batches(asked, processor.transform.num_tokens, config.eval.batch_size)
+        return ask_all(one_batch, asked, batches, kept, part)
 
-    average = sum(match.compute().item() for match in matches.values()) / len(matches)
-    return {"types": types, "average": average, **costs(model, processor, questions, config)}
+    found = list(zip(questions, replies(questions, source.name), strict=True))
+    answered = [Answered(source.name, question, text) for question, (text, _) in found if text is not None]
+    rounds = list[Round]()
+    for number in range(config.eval.control):
+        shuffled = shuffle_images([one.question for one in answered], config.seed + number)
+        again = zip(shuffled, replies(shuffled, f"{source.name}, images shuffled {number + 1}"), strict=True)
+        rounds.append([(question, text) for question, (text, _) in again if text is not None])
+    return answered, rounds, Counter(reason for _, (_, reason) in found if reason is not None)
 
 
-def prediction(answered: tuple[Question, str]) -> str:
-    """A line of ``predictions.jsonl``."""
-    question, text = answered
-    row = {"key": question.conversation.key, "type": question.type, "prompt": question.prompt, "answer": text}
-    return json.dumps({**row, "truth": question.truth}) + "\n"
-
-
-@torch.inference_mode()
-def losses(model: EEMLLM, data: ShardDataModule, batches: int) -> dict[str, float | None]:
-    """Mean loss per supervised token over the first packs of ``data.val``, and with each image given to another document.
-
-    Both numbers are of the same packs: those in which every image can move, see `with_moved_images`.
-    """
-    sums, tokens = [0.0, 0.0], 0
-    for pair in islice(with_moved_images(data.val_dataloader()), batches):
-        found = [model.packed_loss(batch.to(model.device)).item() for batch in pair]
-        sums = [total + loss for total, loss in zip(sums, found, strict=True)]
-        tokens += pair[0].num_targets
-    right, wrong = (total / tokens if tokens else None for total in sums)
-    return {"loss": right, "loss_shuffled_images": wrong, "loss_tokens": tokens}
-
-
-def with_moved_images(batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, PackedBatch]]:
-    """Packs, each beside itself with all images moved on until every one stands in another document for another picture.
-
-    Packs in which no such move exists are left out.
-    """
-    for batch in batches:
-        if batch.pixel_values is None:
-            continue
-        pixels = batch.pixel_values
-        most = max(sum(run.visual for run in document) for document in batch.layout.documents)
-        for turn in range(most, len(pixels) - most + 1):  # a shorter or longer one leaves an image in its document
-            moved = pixels.roll(turn, 0)
-            if (pixels != moved).flatten(1).any(1).all():
-                yield batch, replace(batch, pixel_values=moved)
-                break
-
-
-def print_scores(results: dict[str, Any]) -> None:
-    table = Table(title="held-out questions")
-    for heading in ("type", "questions", "exact match", "images shuffled", "best constant"):
-        table.add_column(heading, no_wrap=True)
-    for name, row in results["types"].items():
-        control = "" if row["control"] is None else f"{row['control']:.3f}"
-        constant = f"{row['constant']:.3f} ({row['constant_answer'][:20]!r})"
-        table.add_row(name, str(row["questions"]), f"{row['exact_match']:.3f}", control, constant)
-    table.add_row("average over types", "", f"{results['average']:.3f}")
-    console.print(table)
+def validation_loss(model: EEMLLM, processor: Processor, config: Config) -> dict[str, float | None]:
+    data = ShardDataModule(config.data, config.seed)
+    data.connect(processor.template, model.vision.transform)
+    found = losses(model, validation_packs(data), config.optim.val_batches)
+    if found["loss_shuffled_images"] is not None:
+        console.print(f"loss {found['loss']:.4f} a token; images shuffled {found['loss_shuffled_images']:.4f}")
+    return found

@@ -1,0 +1,72 @@
+"""The loss on validation data, and its control: the same packs with every image given to another document."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..data.loader import FiniteLoader, worker_config
+from ..layout import PackedBatch
+
+if TYPE_CHECKING:
+    from ..data.module import ShardDataModule
+    from ..model import EEMLLM
+
+
+def validation_packs(data: ShardDataModule) -> FiniteLoader:
+    """All of ``data.val`` on this rank, whatever the number of ranks, so that the packs are those of one process."""
+    recipe, config = data.recipe("val"), data.config
+    workers = worker_config(min(config.workers, recipe.num_samples), data.seed)
+    return FiniteLoader(
+        recipe, data.task(), replace(workers, rank=0, world_size=1), config.packing_buffer, config.timeout
+    )
+
+
+@torch.inference_mode()
+def losses(model: EEMLLM, packs: Iterable[PackedBatch], most: int) -> dict[str, float | None]:
+    """Mean loss per supervised token over the first packs, and with each image given to another document.
+
+    Both numbers are of the same packs: those in which every image can move, see `with_moved_images`.
+    """
+    sums, tokens = [0.0, 0.0], 0
+    for pair in islice(with_moved_images(packs), most):
+        found = [model.packed_loss(batch.to(model.device)).item() for batch in pair]
+        sums = [total + loss for total, loss in zip(sums, found, strict=True)]
+        tokens += pair[0].num_targets
+    right, wrong = (total / tokens if tokens else None for total in sums)
+    return {"loss": right, "loss_shuffled_images": wrong, "loss_tokens": tokens}
+
+
+def with_moved_images(batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, PackedBatch]]:
+    """Packs, each beside itself with all images moved on until every one stands in another document for another picture.
+
+    An image moves among those of as many tokens. Packs in which no such move exists are left out.
+    """
+    for batch in batches:
+        if batch.pixel_values is None:
+            continue
+        pixels, lengths = batch.pixel_values, batch.layout.image_lengths
+        owners = [i for i, document in enumerate(batch.layout.documents) for run in document if run.visual]
+        for turn in range(1, len(lengths)):
+            order = turned(lengths, turn)
+            away = all(owners[i] != owners[j] for i, j in enumerate(order))
+            if away and (pixels != pixels[order]).flatten(1).any(1).all():
+                yield batch, replace(batch, pixel_values=pixels[order])
+                break
+
+
+def turned(kinds: Sequence[int], turn: int) -> list[int]:
+    """For every place the one that lies so many places before it in the circle of its kind."""
+    circles: dict[int, list[int]] = defaultdict(list)
+    for i, kind in enumerate(kinds):
+        circles[kind].append(i)
+    order = list(range(len(kinds)))
+    for circle in circles.values():
+        for k, i in enumerate(circle):
+            order[i] = circle[(k - turn) % len(circle)]
+    return order

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_eemllm import __version__
+from lit_eemllm.data.sources import SOURCES
 from lit_eemllm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 # Procedural data sets of the repository: name -> "file:function" in data_recipes/. The function (out, split, number of
 # rows) writes out/images/ and returns the path of the rows' JSON file.
-_SOURCES = {"shapes": "shapes.py:write"}
+_SOURCES = {
+    "shapes": "shapes.py:write",
+    "puzzles": "puzzles.py:write",
+    "puzzles_search": "puzzles.py:write_search",
+}
 
 
 # --- verbs
@@ -94,7 +99,17 @@ def _merge(args: Namespace) -> None:
 def _report(args: Namespace) -> None:
     from lit_eemllm.report import report
 
-    report(args.runs, args.out)
+    report(args.runs, args.out, baseline=args.baseline)
+
+
+def _sweep(args: Namespace) -> int:
+    overrides = [text for text in args.inputs if _OVERRIDE.match(text)]
+    files = [text for text in args.inputs if text not in overrides]
+    if len(files) != 1:
+        raise ConfigError(f"sweep: expected one sweep file, found {' '.join(files) or 'none'}")
+    from lit_eemllm.sweep import sweep
+
+    return sweep(Path(files[0]), overrides, args.jobs, args.dry_run, args.slurm, args.imports)
 
 
 def _doctor(args: Namespace) -> None:
@@ -123,6 +138,19 @@ def _config_check(args: Namespace) -> None:
 
 
 def _shards_make(args: Namespace) -> None:
+    options = {"shard_size": args.shard_size, "follow_links": args.follow_links}
+    options |= {"max_image_pixels": args.max_image_pixels, **({"workers": args.workers} if args.workers else {})}
+    if args.source in SOURCES:
+        if args.root is None:
+            raise UserError(f"shards make: --source {args.source} needs --root, the folder of the release; "
+                            f"data_recipes/{args.source}.py says what is expected there")  # fmt: skip
+        from lit_eemllm.data.sources import convert
+
+        wishes = {"splits": args.splits, "turns": args.turns, "format_prompts": not args.bare, "holdout": args.holdout}
+        print(convert(args.source, args.root, args.out, **wishes, **options))
+        return
+    if args.root is not None:
+        raise UserError(f"shards make: --root is the folder of a published --source, one of {', '.join(SOURCES)}")
     from lit_eemllm.data.shards import make
     from lit_eemllm.plugins import run_file
 
@@ -136,8 +164,7 @@ def _shards_make(args: Namespace) -> None:
             counts = {"train": args.train, "val": args.val}
             rows = {split: write(Path(folder), split, count) for split, count in counts.items() if count}
             images = Path(folder) / "images"
-        options = {"shard_size": args.shard_size, "follow_links": args.follow_links}
-        print(make(rows, images, args.out, max_image_pixels=args.max_image_pixels, **options))
+        print(make(rows, images, args.out, **options))
 
 
 def _shards_prepare(args: Namespace) -> None:
@@ -235,7 +262,10 @@ def build_parser() -> ArgumentParser:
     takes_config(verb(verbs, "fit", _fit, "Train, or continue the run found in `out`.", example))
 
     example = "lit-eemllm validate runs/demo/ee_mllm-0 eval.samples=100"
-    takes_config(verb(verbs, "validate", _validate, "Score a run's model on data.val.", example), checkpoint=True)
+    example += "\n  lit-eemllm validate runs/finetune eval.suite=benchmarks.yaml trainer.devices=8"
+    example += "\n  lit-eemllm validate runs/finetune eval.data=pope.json eval.images=val2014 eval.metric=pope"
+    text = "Score a run's model on data.val, on eval.data or on a suite of sets; goes on where it was killed."
+    takes_config(verb(verbs, "validate", _validate, text, example), checkpoint=True)
 
     example = 'lit-eemllm generate runs/demo/ee_mllm-0 --image photo.jpg --prompt "What is this?"'
     made = takes_config(verb(verbs, "generate", _generate, "Answer one prompt about images.", example), checkpoint=True)
@@ -293,10 +323,28 @@ def build_parser() -> ArgumentParser:
     made.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
     made.add_argument("--adapter", action="store_true", help="only the decoder's LoRA adapter, as peft loads it")
 
-    example = "lit-eemllm report runs/demo/ee_mllm-0 runs/demo/llava-0 --out report"
-    made = verb(verbs, "report", _report, "Compare runs in a table and a picture.", example)
-    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    made.add_argument("--out", type=Path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
+    example = (
+        "lit-eemllm report runs/sweeps/aligner\n  lit-eemllm report runs/a-0 runs/a-1 runs/b-0 --baseline runs/b-0"
+    )
+    text = "Compare runs, or a sweep's rows, in a table, a page and a picture."
+    made = verb(verbs, "report", _report, text, example)
+    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or one sweep's directory")
+    text = "a row, by its name or one of its runs, that the others are compared with; default: the sweep's"
+    made.add_argument("--baseline", metavar="ROW", help=text)
+    text = "default: report in the sweep's directory, else runs/report"
+    made.add_argument("--out", type=Path, metavar="DIR", help=text)
+
+    example = "lit-eemllm sweep configs/sweeps/aligner.yaml --jobs 2"
+    example += (
+        "\n  lit-eemllm sweep configs/sweeps/mechanisms.yaml seeds=[0] out=runs/quick optim.max_steps=100 --dry-run"
+    )
+    text = "Run what is left of a sweep: all its cells and seeds, then the report."
+    made = takes_imports(verb(verbs, "sweep", _sweep, text, example))
+    text = "a sweep file; then overrides of its keys, such as seeds, or of the configurations of all its runs"
+    made.add_argument("inputs", nargs="*", metavar="SWEEP|key=value", help=text)
+    made.add_argument("--jobs", type=int, metavar="N", help="runs at once; default 1, with --slurm all")
+    made.add_argument("--dry-run", action="store_true", help="show the runs and what would be done with them")
+    made.add_argument("--slurm", action="store_true", help="on a Slurm cluster; needs the extra `slurm`")
 
     example = "lit-eemllm doctor --head-size 128 --json > bug-report.json"
     text = "Show the machine, versions, and which attention backends really run here."
@@ -310,6 +358,7 @@ def build_parser() -> ArgumentParser:
     shards = group("shards", "Make, index, check and look at training data.")
     example = "lit-eemllm shards make --rows train=train.json --rows val=val.json --images images --out shards"
     example += "\n  lit-eemllm shards make --source shapes --train 1000 --val 100 --out shards"
+    example += "\n  lit-eemllm shards make --source chartqa --root 'ChartQA Dataset' --out shards"
     text = "Turn LLaVA-style JSON and images into shards; every image is decoded once, damaged ones are left out."
     made = verb(shards, "make", _shards_make, text, example)
     what = made.add_mutually_exclusive_group(required=True)
@@ -317,17 +366,29 @@ def build_parser() -> ArgumentParser:
     what.add_argument(
         "--rows", type=lambda text: text.partition("="), action="append", default=[], metavar="SPLIT=JSON", help=text
     )
-    what.add_argument("--source", choices=sorted(_SOURCES), help="a procedural set instead of files")
+    text = "instead of files, a procedural set, or a published one as it was released, found in --root"
+    what.add_argument("--source", choices=sorted({*_SOURCES, *SOURCES}), metavar="NAME", help=text)
+    made.add_argument("--root", type=Path, metavar="DIR", help="with --source: the folder of the release")
+    text = "with --root: those to convert, such as train,val; default: all that the release has"
+    made.add_argument("--splits", type=lambda text: text.split(","), metavar="SPLIT,...", help=text)
+    text = "with --root: most questions about an image in one conversation of train, default 10"
+    made.add_argument("--turns", type=int, default=10, metavar="N", help=text)
+    text = "with --root: without LLaVA-1.5's prompts for short answers"
+    made.add_argument("--bare", action="store_true", help=text)
+    text = "with --root: share of train that becomes val, by a hash of the image, where the release has no other split"
+    made.add_argument("--holdout", type=float, default=0.0, metavar="SHARE", help=text)
+    made.add_argument("--workers", type=int, metavar="N", help="processes, default: one per core")
     made.add_argument("--images", type=Path, metavar="DIR", help="what the rows' image paths are relative to")
     made.add_argument(
-        "--train", type=int, default=32_000, metavar="N", help="with --source: training rows, default 32000"
+        "--train", type=int, default=32_000, metavar="N", help="of a procedural set: training rows, default 32000"
     )
     made.add_argument(
-        "--val", type=int, default=7_000, metavar="N", help="with --source: validation rows, default 7000"
+        "--val", type=int, default=7_000, metavar="N", help="of a procedural set: validation rows, default 7000"
     )
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
-    made.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples per shard, default 1000")
-    made.add_argument("--follow-links", action="store_true", help="accept images that links put outside of --images")
+    made.add_argument("--shard-size", type=int, default=1000, metavar="N", help="rows per shard, default 1000")
+    text = "accept images that links put outside of --images or --root"
+    made.add_argument("--follow-links", action="store_true", help=text)
     text = "refuse larger images, as data.max_image_pixels does in training; default 50000000"
     made.add_argument("--max-image-pixels", type=int, default=50_000_000, metavar="N", help=text)
 

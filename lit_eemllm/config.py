@@ -60,7 +60,7 @@ _KEYS = [key for key, kind in _KINDS.items() if not is_dataclass(kind)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML without tags and aliases; the plain scalars are null, booleans, decimal integers and floats such as 1e-3.
 
     YAML 1.1 reads 1e-3 as text, 1:30 as the number 90 and 0123 as 83: none of that here.
@@ -96,7 +96,7 @@ _SCALARS = {
     "float": (_FLOAT, list("-+.0123456789")),
 }
 for _name, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 _REFERENCE = re.compile(r"(?<!\\)\$\{([A-Za-z_][\w.]*)\}")
 _NAME = re.compile(r"[A-Za-z_]\w*")
@@ -210,7 +210,7 @@ class _Merge:
     def compose(self, text: str | bytes, source: str, key: str = "") -> yaml.Node | None:
         """The root node (null if there is nothing), or None after noting that the text is not valid."""
         try:
-            return _Loader(text).get_single_node() or _NOTHING
+            return Loader(text).get_single_node() or _NOTHING
         except yaml.MarkedYAMLError as error:
             where = source if key or error.problem_mark is None else f"{source}:{error.problem_mark.line + 1}"
             quote = "; inside [] or {} write a reference in quotes" if "${" in str(text) else ""
@@ -364,7 +364,7 @@ def load_config(
 
 # --------------------------------------------------------------------------------------------------------------- output
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either standard YAML or `_Loader` would read as something else."""
+    """Quotes text that either standard YAML or `Loader` would read as something else."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT})$"), list("-+.0123456789"))

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,6 +176,28 @@ def machine() -> dict[str, Any]:
         "cuda_devices": devices,
         "no_cuda_because": reason,
         "nvidia_driver": driver,
+    }
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Where numbers come from: processor and its cores, GPU or None, versions of those packages that are installed, commit."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux alone names the processor there
+    names = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    versions = {"Python": platform.python_version()}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown (not a git checkout)"
+    return {
+        "cpu": (names or [platform.processor() or platform.machine()])[0],
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+        "commit": commit,
     }
 
 

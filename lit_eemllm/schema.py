@@ -191,12 +191,20 @@ class OptimConfig:
 
 @dataclass
 class EvalConfig:
+    data: str | None = None
+    """Questions: a recipe or a folder of shards (split val), or LLaVA-style rows (.json, .jsonl); null = data.val."""
+    images: str | None = None
+    """Folder of the images of such rows; null = the rows' own folder."""
+    suite: str | None = None
+    """Several sets of questions in one file (YAML), in place of eval.data."""
+    metric: str | None = None
+    """Score, such as multiple_choice, vqa or anls; null = what a row asks for, else exact_match. A suite may say another."""
     batch_size: int = 32
     """Questions generated together."""
     max_new_tokens: int = 32
     """Most tokens generated per answer."""
     samples: int | None = None
-    """Questions to evaluate, spread over data.val; null = all, 0 = none, only the loss."""
+    """Questions of each set, spread over it; null = all, 0 = none, only the loss."""
     image_cache: float = 1.0
     """GiB for keys and values of images that come again, where the mechanism lets them be reused; 0 = none."""
     control: int = 1
@@ -332,6 +340,11 @@ def check(config: Config) -> list[Mistake]:
         if tuning[part] == "frozen" and value(key) is not None:
             text = f"has no effect: optim.tuning.{part} is frozen; set {key}=null or optim.tuning.{part}=full"
             mistakes.append(((key, f"optim.tuning.{part}"), text))
+    if config.eval.suite is not None and (config.eval.data, config.eval.images) != (None, None):
+        text = "a suite names its own data and images: set eval.data=null eval.images=null"
+        mistakes.append((("eval.suite", "eval.data", "eval.images"), text))
+    elif config.eval.images is not None and config.eval.data is None:
+        mistakes.append((("eval.images", "eval.data"), "belongs to the rows of eval.data, which is not set"))
     precision = config.trainer.get("precision")
     if precision not in _PRECISIONS:
         text = f"found {precision!r}, expected {', '.join(map(str, _PRECISIONS[1:]))}: trained weights are float32"
@@ -348,6 +361,7 @@ def check_names(config: Config) -> Iterator[Mistake]:
 
     from lit_eemllm.attention import registered_backends
     from lit_eemllm.chat import TEMPLATES
+    from lit_eemllm.evaluation.metrics import METRICS
     from lit_eemllm.mechanisms import PRESETS
     from lit_eemllm.model.vision import get_vision_encoder
 
@@ -355,10 +369,11 @@ def check_names(config: Config) -> Iterator[Mistake]:
         ("model.mechanism.preset", config.model.mechanism.preset, PRESETS),
         ("model.attention", config.model.attention, ["auto", *registered_backends()]),
         ("model.template", config.model.template, TEMPLATES),
+        ("eval.metric", config.eval.metric, [None, *METRICS]),
     ):
         if found not in known:
-            own = "; one of your own needs --import FILE" if key == "model.attention" else ""
-            yield (key,), f"found {found!r}, expected {' or '.join(sorted(known))}{own}"
+            own = "; one of your own needs --import FILE" if key in ("model.attention", "eval.metric") else ""
+            yield (key,), f"found {found!r}, expected {' or '.join(sorted(filter(None, known)))}{own}"
     try:
         get_vision_encoder(config.model.vision.encoder)
     except ConfigError as error:

@@ -339,9 +339,8 @@ def test_the_examples_in_the_help_name_what_exists():
 
 
 def test_every_configuration_in_the_repository_is_good(folder):
-    files = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-    if not files:
-        pytest.skip("no configs yet")
+    files = [file for file in sorted((REPOSITORY / "configs").rglob("*.yaml")) if file.parent.name != "sweeps"]
+    assert len(files) > 20
     for file in files:
         # Some leave required keys to the command line: good.yaml stands in. Some use an encoder that --import brings.
         load_config(["good.yaml", file], ["model.vision.encoder=transformers"], checks=[check_names])

@@ -1,0 +1,75 @@
+"""Compare finished runs, or a sweep: one table on the terminal, in Markdown, CSV and HTML, and one picture.
+
+Every number comes from a run directory that is named beside it: below the table, in the page, and in ``numbers.csv``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+
+from ..console import console, write_atomically
+from .machine import provenance
+from .page import page
+from .plots import draw
+from .runs import Comparison, compare, read_run
+from .tables import numbers_csv, print_table, report_csv, tables
+from .words import caption, incomparable, search_heading, searches
+
+__all__ = ["provenance", "read_run", "report"]
+
+
+def report(runs: Sequence[Path], out: Path | None = None, baseline: str | None = None) -> None:
+    """Print the comparison and write ``report.md``, ``.csv``, ``.html``, ``.png`` and ``numbers.csv``.
+
+    Args:
+        runs: run directories, or one sweep.
+        out: folder; None is ``report`` in the sweep, else ``runs/report``.
+        baseline: name of a row or one of its run directories; None is the sweep's, if any.
+    """
+    compared = compare(runs, baseline)
+    if out is None:
+        out = runs[0] / "report" if (runs[0] / "sweep.json").is_file() else Path("runs/report")
+    out.mkdir(parents=True, exist_ok=True)
+    for lines in tables(compared):
+        print_table(lines, compared.title)
+    notes = [f"{row.title}: {', '.join(str(run.path) for run in row.runs) or 'no run'}" for row in compared.rows]
+    warnings = [warning] if (warning := incomparable(compared.rows)) else []
+    failed = [f"failed: {run}: {shorten(why, 300)}" for run, why in compared.failed.items()]
+    made = [*([f"made by: {compared.made}"] if compared.made else []), provenance()]
+    picture = draw(compared.rows)
+    write_atomically(out / "report.md", markdown(compared, warnings, [*notes, *failed, *made]))
+    write_atomically(out / "report.csv", report_csv(compared))
+    write_atomically(out / "numbers.csv", numbers_csv(compared.rows))
+    write_atomically(out / "report.html", page(compared, picture, [*notes, *made], out))
+    unfinished = out / ".report.png.unfinished"
+    unfinished.write_bytes(picture)
+    os.replace(unfinished, out / "report.png")
+    for note in [*warnings, *notes, *failed]:
+        console.print(note)
+    console.print(f"report: {out / 'report.md'}, {out / 'report.html'}, {out / 'report.png'}")
+
+
+def markdown(compared: Comparison, warnings: Sequence[str], notes: Sequence[str]) -> str:
+    """The tables, what they mean, what was searched, and where all of it comes from."""
+    parts = [f"# {plain(compared.title)}"]
+    for lines in tables(compared):
+        table = ["| " + " | ".join(plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+        parts.append("\n".join([table[0], "|" + "---|" * len(lines[0]), *table[1:]]))
+    parts += map(plain, warnings)
+    parts.append(plain(" ".join(caption(compared))))
+    parts.append("![score against FLOPs, learning curves, scores by question type](report.png)")
+    searched = []
+    for cell, tried, at_end in searches(compared):
+        values = "; ".join(f"**{plain(text)}**" if chosen else plain(text) for text, chosen in tried)
+        searched.append(f"- {plain(cell)}: {values}{' (chosen at the end of the range)' * at_end}")
+    parts += [plain(search_heading(compared)), "\n".join(searched)] * bool(searched)
+    parts.append("\n".join(f"- {plain(note)}" for note in notes))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def plain(text: str) -> str:
+    """One line without HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")

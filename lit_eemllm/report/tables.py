@@ -1,0 +1,275 @@
+"""The numbers of a comparison as lines of text: tables for Markdown and the terminal, CSV, and what they mean in words.
+
+A few rows are the columns of one table, a line a quantity. Many are lines themselves, in two tables: scores, in the shape
+of Tables 4 and 6 of the EE-MLLM paper, and costs. The best constant answer stands among the scores like a row of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+from rich.table import Table
+
+from ..console import console
+from .difference import deviation, difference
+from .runs import Comparison, Row, Run
+
+FEW = 4  # rows that stand side by side
+Lines = Sequence[Sequence[str]]
+"""A heading and lines of as many cells, the first of each a title."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number of a run.
+
+    Attributes:
+        key: its name in ``results.json`` or in the metrics files, and in CSV.
+        scale: shown is the number times this.
+        fixed: no seed should change it; a deviation is shown only if there is one.
+    """
+
+    key: str
+    title: str
+    value: Callable[[Run], float | None]
+    form: str = "{:.3f}"
+    scale: float = 1.0
+    fixed: bool = False
+
+    def text(self, row: Row) -> str:
+        """Mean over the seeds, ± standard deviation if there are several, empty if unknown."""
+        found = [self.scale * value for value in row.by_seed(self.value).values()]
+        if not found:
+            return ""
+        spread = len(found) > 1 and not (self.fixed and len(set(found)) == 1)
+        return self.form.format(mean(found)) + (f" ± {self.form.format(deviation(found))}" if spread else "")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A quantity as it is shown.
+
+    Attributes:
+        quantity: what the cell is about; None if that is no number.
+        constant: what the best constant answer would get.
+    """
+
+    title: str
+    cell: Callable[[Row], str]
+    quantity: Quantity | None = None
+    constant: str = ""
+
+
+def of_type(name: str, what: str) -> Quantity:
+    """The score of a question type, its control with shuffled images, or that of the best constant answer."""
+    return Quantity(f"types.{name}.{what}", name, lambda run: run.result("types", name, what))
+
+
+AVERAGE = Quantity("average", "average over types", lambda run: run.result("average"))
+
+
+def costs(rows: Sequence[Row]) -> list[Quantity]:
+    """All quantities that are not scores of question types."""
+
+    def plain(key: str, title: str, form: str, scale: float = 1.0, fixed: bool = False) -> Quantity:
+        return Quantity(key, title, lambda run: run.result(key), form, scale, fixed)
+
+    def unit(key: str, base: float, names: str) -> tuple[str, float]:
+        """The largest unit in which no row is below one, and the scale to it."""
+        least = min((abs(v) for row in rows for run in row.runs if (v := run.result(key))), default=1.0)
+        power = max((i for i in range(len(names)) if base ** (i + 1) <= least), default=0)
+        return names[power], base ** -(power + 1)
+
+    (flops, of_flops), (size, of_size) = unit("prefill_flops", 1e3, "KMGT"), unit("cache_bytes", 2**10, "KMG")
+    parameters, of_parameters = unit("parameters", 1e3, "KMGT")
+    return [
+        Quantity("questions", "questions", asked, "{:.0f}", fixed=True),
+        Quantity("untrained.average", "average before training", lambda run: run.before("average")),
+        plain("loss", "validation loss", "{:.4f}"),
+        plain("loss_shuffled_images", "... images shuffled", "{:.4f}"),
+        plain("parameters", f"parameters ({parameters.replace('G', 'B')})", "{:.3f}", of_parameters, fixed=True),
+        plain("prefill_flops", f"prefill {flops}FLOPs a question", "{:.1f}", of_flops, fixed=True),
+        plain("prefill_seconds", "prefill (ms a question)", "{:.2f}", 1e3),
+        plain("cache_bytes", f"key/value cache ({size}iB)", "{:.1f}", of_size, fixed=True),
+        Quantity("step_seconds", "step time (ms)", lambda run: run.logged("step_seconds", median), "{:.0f}", 1e3),
+        Quantity("memory_gib", "peak memory (GiB)", lambda run: run.logged("memory_gib", max), "{:.2f}"),
+    ]
+
+
+def asked(run: Run) -> float | None:
+    """Questions that the run was asked; None if it was asked none."""
+    counts = [run.result("types", name, "questions") or 0 for name in run.types]
+    return sum(counts) if counts else None
+
+
+def types_of(rows: Iterable[Row]) -> list[str]:
+    """Question types in the order in which they are met."""
+    return list(dict.fromkeys(name for row in rows for run in row.runs for name in run.types))
+
+
+def constant_of(rows: Sequence[Row], name: str) -> float | None:
+    """Score of the best constant answer to a question type; None if it is unknown or the rows differ in it."""
+    found = {run.result("types", name, "constant") for row in rows for run in row.runs} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+# --- tables
+def score_columns(compared: Comparison) -> list[Column]:
+    """Question types, their average, and its difference to the baseline; before them, in its shape, the aligner's parts."""
+
+    def score(name: str) -> Column:
+        right, control = of_type(name, "score"), of_type(name, "control")
+
+        def cell(row: Row) -> str:
+            shuffled = row.by_seed(control.value).values()
+            return right.text(row) + (f" [{mean(shuffled):.3f}]" if shuffled else "")
+
+        constant = constant_of(compared.rows, name)
+        return Column(name, cell, right, "" if constant is None else f"{constant:.3f}")
+
+    def mark(part: str) -> Callable[[Row], str]:
+        return lambda row: next((aligner_mark(run, part) for run in row.runs), "")
+
+    parts = {"value": "V", "output": "O", "ffn": "FFN"} if compared.shape == "aligner" else {}
+    names = types_of(compared.rows)
+    constants = [constant_of(compared.rows, name) for name in names]
+    known = [constant for constant in constants if constant is not None]
+    constant = f"{mean(known):.3f}" if known and len(known) == len(names) else ""
+    return [
+        *(Column(title, mark(part)) for part, title in parts.items()),
+        *map(score, names),
+        Column(AVERAGE.title, AVERAGE.text, AVERAGE, constant),
+        Column("difference of the average", lambda row: gap(compared, row)),
+    ]
+
+
+def aligner_mark(run: Run, part: str) -> str:
+    """Whether that weight of a layer updates visual states; a dash if there is no layer in which they do not query."""
+    mechanism = run.results.get("mechanism") or {}
+    if mechanism.get("dense_layers") == "all" or mechanism.get("gated"):
+        return "–"
+    return "✓" if (mechanism.get("aligner") or {}).get(part) else ""
+
+
+def gap(compared: Comparison, row: Row) -> str:
+    """Difference of the average to the baseline's, with its interval."""
+    if compared.baseline is None:
+        return ""
+    if row is compared.baseline:
+        return "baseline"
+    found = difference(row, compared.baseline)
+    return found.text() if found else ""
+
+
+def lines_of(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
+    """A line a row, without columns of which nothing is known."""
+    columns = [column for column in columns if any(map(column.cell, rows))]
+    lines = [["", *(column.title for column in columns)]]
+    lines += [[row.title, *(column.cell(row) for column in columns)] for row in rows]
+    if any(column.constant for column in columns):
+        lines.append(["best constant answer", *(column.constant for column in columns)])
+    return lines
+
+
+def tables(compared: Comparison) -> list[Lines]:
+    """What Markdown and the terminal show."""
+    scores = score_columns(compared)
+    others = [Column(quantity.title, quantity.text, quantity) for quantity in costs(compared.rows)]
+    if compared.shape is None and len(compared.rows) <= FEW:
+        return [list(zip(*lines_of(compared.rows, [*scores, *others]), strict=True))]
+    both = [lines_of(compared.rows, columns) for columns in (scores, others)]
+    return [lines for lines in both if len(lines[0]) > 1]
+
+
+def print_table(lines: Lines, title: str) -> None:
+    """The table on the terminal, in as many parts as its width asks for; headings are broken, cells are not."""
+    columns = list(zip(*lines, strict=True))
+    widths = [max(min(len(heading), 24), *map(len, cells)) for heading, *cells in columns]
+    parts: list[list[int]] = [[]]
+    for i in range(1, len(columns)):
+        if parts[-1] and widths[0] + 4 + sum(widths[j] + 3 for j in [*parts[-1], i]) > console.width:
+            parts.append([])
+        parts[-1].append(i)
+    for part in parts:
+        terminal = Table(title=title)
+        for i in (0, *part):
+            justify: Any = "right" if i else "left"
+            terminal.add_column(
+                columns[i][0], min_width=widths[i], max_width=widths[i], overflow="fold", justify=justify
+            )
+        for line in lines[1:]:
+            terminal.add_row(*(line[i] for i in (0, *part)))
+        console.print(terminal)
+
+
+# --- CSV
+def numbers_csv(rows: Sequence[Row]) -> str:
+    """Every number of every run, unscaled, with the run directory that it comes from."""
+    lines: list[Sequence[object]] = [("row", "seed", "quantity", "value", "run")]
+    for row in rows:
+        for run in row.runs:
+            for quantity in every(rows):
+                if (value := quantity.value(run)) is not None:
+                    lines.append((row.label, run.config.seed, quantity.key, value, run.path))
+    return text_of(lines)
+
+
+def report_csv(compared: Comparison) -> str:
+    """A line a row and quantity, unscaled: mean and deviation over seeds, difference to the baseline and its interval."""
+
+    def six(*values: float) -> list[str]:
+        return [f"{value:.6g}" for value in values]
+
+    heading = (
+        "row",
+        "quantity",
+        "seeds",
+        "mean",
+        "standard deviation",
+        "difference",
+        "low",
+        "high",
+        "paired by",
+        "pairs",
+    )
+    lines: list[Sequence[object]] = [heading]
+    for row in compared.rows:
+        for quantity in every(compared.rows):
+            found = list(row.by_seed(quantity.value).values())
+            if not found:
+                continue
+            line = [
+                row.label,
+                quantity.key,
+                len(found),
+                *six(mean(found)),
+                *(six(deviation(found)) if len(found) > 1 else [""]),
+            ]
+            name = quantity.title if quantity.key.endswith(".score") else None
+            compares = name is not None or quantity is AVERAGE
+            to = difference(row, compared.baseline, name) if compares and compared.baseline not in (None, row) else None
+            if to is not None:
+                interval = ["", ""] if to.half is None else six(to.mean - to.half, to.mean + to.half)
+                line += [*six(to.mean), *interval, to.over, to.count]
+            lines.append(line + [""] * (len(heading) - len(line)))
+    return text_of(lines)
+
+
+def every(rows: Sequence[Row]) -> list[Quantity]:
+    """All quantities."""
+    return [
+        *(of_type(name, what) for name in types_of(rows) for what in ("score", "control", "constant")),
+        AVERAGE,
+        *costs(rows),
+    ]
+
+
+def text_of(lines: Iterable[Sequence[object]]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(lines)
+    return file.getvalue()

@@ -33,7 +33,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -420,8 +420,11 @@ def rows(
         yield row, [png(render(scene)) for scene in shown]
 
 
-def write(out: Path, split: str, count: int, seed: int = 0) -> Path:
-    """Write ``out/images/*.png`` and ``out/<split>.json`` and return the path of the JSON file."""
+Rows = Callable[[str, int, int], Iterator[tuple[dict[str, Any], list[bytes]]]]
+
+
+def write(out: Path, split: str, count: int, seed: int = 0, rows: Rows = rows) -> Path:
+    """Write ``out/images/*.png`` and ``out/<split>.json`` of some `rows`; returns the path of the JSON file."""
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
     written = []
@@ -435,7 +438,7 @@ def write(out: Path, split: str, count: int, seed: int = 0) -> Path:
     return path
 
 
-def main() -> None:
+def main(rows: Rows = rows) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--train", type=int, default=32_000, help="number of training rows")
@@ -443,7 +446,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     for split in ("train", "val"):
-        print(write(arguments.out, split, getattr(arguments, split), arguments.seed))
+        print(write(arguments.out, split, getattr(arguments, split), arguments.seed, rows))
 
 
 if __name__ == "__main__":

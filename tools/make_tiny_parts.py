@@ -1,19 +1,20 @@
-"""Make the tiny pretrained parts of the shapes demo: a tokenizer, a vision encoder and a decoder, in transformers folders.
+"""Make tiny pretrained parts for a procedural set: a tokenizer, a vision encoder and a decoder, in transformers folders.
 
-    python tools/make_tiny_parts.py [--out data_recipes/parts] [--only tokenizer encoder decoder]
+    python tools/make_tiny_parts.py [--set shapes] [--only tokenizer encoder decoder]
 
-They stand for the pretrained SigLIP and Vicuna of a real run and know more of the shapes set than those would:
+They stand for the pretrained SigLIP and Vicuna of a real run and know more of the set than those would:
 
-* The encoder is trained on *labels of each 16 x 16 patch* (colour, shape and quadrant of an object, height of a bar,
-  letters of a word). It sees no question and no answer, but this nearly solves the vision beforehand. A penalty on the
-  features keeps them lean: with a large constant part in them, the decoder learns to look things up many times later.
+* The encoder is trained on *labels of each patch*. It sees no question and no answer. For shapes, a patch is labelled with
+  the whole object (colour, shape and quadrant; height of a bar; letters of a word): this nearly solves the vision
+  beforehand. For puzzles, it is labelled with what it shows by itself (colour, part of an object, letter, its place), and
+  attention is off in the encoder: no visual token knows another patch. A penalty on the features keeps them lean: with a
+  large constant part in them, the decoder learns to look things up many times later.
 * The decoder is trained on *text only*: questions of the set about scenes written in a shorthand, one word for each
   patch ("redcirclenorthwest empty ..."). It never sees a picture, but has learnt to look up, count and compare, as a
-  language model has.
+  language model has: with full self-attention.
 
-No part sees a validation scene: all comes from `shapes.rows_and_scenes("train", ...)`, whose scenes are those with
-``is_val(scene) == False``. Takes about eight minutes on one core; the same versions and number of threads give the same
-weights.
+No part sees a validation scene: all comes from `rows_and_scenes("train", ...)` of the set. Takes about eight minutes on
+one core for shapes; the same versions and number of threads give the same weights.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data_recipes"))
+import puzzles  # noqa: E402
 import shapes  # noqa: E402
 
 SEED = 20  # also of the scenes: the demo draws its own with seed 0
@@ -46,10 +52,146 @@ CHAT_TEMPLATE = (
 )
 
 
+# ---------------------------------------------------------------- sets
+
+Patch = dict[str, Any]
+"""What a patch shows: name -> value."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A procedural set and how its parts are made.
+
+    Args:
+        source: its module.
+        patch: pixels of a patch, both ways.
+        labels: the classes of a patch; the first of each means nothing.
+        patches: what each patch of a scene shows, in reading order.
+        word: a patch in the shorthand.
+        drilled: types of a third of the encoder's pictures: what is hardest to read.
+        told: types of the decoder's questions, in turns.
+        asked: questions about each of its scenes, at most.
+        alone: the encoder sees each patch alone.
+        layers: of the encoder and of the decoder.
+        steps: of the encoder and of the decoder.
+        decoder_lr: the decoder's highest learning rate.
+        folder: where the parts go.
+    """
+
+    source: ModuleType
+    patch: int
+    labels: dict[str, tuple[Any, ...]]
+    patches: Callable[[shapes.Scene], list[Patch]]
+    word: Callable[[Patch], str]
+    drilled: tuple[str, ...]
+    told: tuple[str, ...]
+    asked: int
+    alone: bool
+    layers: tuple[int, int]
+    steps: tuple[int, int]
+    decoder_lr: float
+    folder: str
+
+
+def shapes_patches(scene: shapes.Scene) -> list[Patch]:
+    shown: list[Patch] = [{} for _ in range(shapes.GRID * shapes.GRID)]
+
+    def put(rows: range, columns: range, patch: Patch) -> None:
+        for row in rows:
+            for column in columns:
+                shown[shapes.GRID * row + column].update(patch)
+
+    for place, item in enumerate(scene["items"]):
+        if scene["kind"] == "objects":
+            shown[item[0]] = {"colour": item[1], "shape": item[2], "place": shapes.quadrant(item[0])}
+        elif scene["kind"] == "bars":
+            top = shapes.SIZE - 2 - shapes.BAR_UNIT * item[1]
+            rows = range(top // shapes.CELL, shapes.GRID)
+            put(rows, range(place, place + 1), {"colour": item[0], "height": item[1]})
+        else:
+            left, top, right, bottom = shapes.word_box(item)
+            rows = range(top // shapes.CELL, (bottom - 1) // shapes.CELL + 1)
+            columns = range(left // shapes.CELL, (right - 1) // shapes.CELL + 1)
+            put(rows, columns, {"colour": item[1], **{f"letter {n}": letter for n, letter in enumerate(item[0])}})
+    return shown
+
+
+def shapes_word(patch: Patch) -> str:
+    if "letter 0" in patch:
+        return "sign" + "".join(patch[f"letter {n}"] for n in range(3))
+    if "height" in patch:
+        return f"{patch['colour']}bar{'abcdefgh'[patch['height'] - 1]}"  # a word of letters is one token
+    return patch["colour"] + patch["shape"] + patch["place"] if patch else "empty"
+
+
+def puzzles_patches(scene: shapes.Scene) -> list[Patch]:
+    rows = enumerate(puzzles.patches(scene))
+    return [{**patch, "row": row, "column": column} for row, line in rows for column, patch in enumerate(line)]
+
+
+def puzzles_word(patch: Patch) -> str:
+    return patch["letter"] if "letter" in patch else patch.get("colour", "") + patch.get("part", "") or "empty"
+
+
+SUBJECTS = {
+    "shapes": Subject(
+        source=shapes,
+        patch=shapes.CELL,
+        labels={
+            "colour": ("", *shapes.COLOURS),
+            "shape": ("", *shapes.SHAPES),
+            "height": ("", *shapes.BAR_HEIGHTS),
+            "place": ("", *shapes.QUADRANTS),  # of an object
+            **{f"letter {n}": ("", *sorted({word[n] for word in shapes.WORDS})) for n in range(3)},
+        },
+        patches=shapes_patches,
+        word=shapes_word,
+        drilled=("word",),
+        told=("colour", "shape", "position", "count", "colour", "shape", "position", "chart", "word", "compare"),
+        asked=1,
+        alone=False,
+        layers=(3, 3),
+        steps=(1500, 3000),
+        decoder_lr=1e-3,
+        folder="parts",
+    ),
+    "puzzles": Subject(
+        source=puzzles,
+        patch=puzzles.PATCH,
+        labels={
+            "colour": ("", *puzzles.COLOURS),
+            "part": (
+                *("", "full", "bar", "top"),
+                *(half + corner for half in puzzles.HALVES[1:] for corner in puzzles.QUADRANTS),
+            ),
+            "letter": ("", *sorted({*puzzles.LETTERS, *"".join(puzzles.WORDS)})),
+            "row": ("", *range(puzzles.SIDE)),
+            "column": ("", *range(puzzles.SIDE)),
+        },
+        patches=puzzles_patches,
+        word=puzzles_word,
+        drilled=("word", "value", "beside"),
+        told=(*puzzles.TYPES, *puzzles.HARDER),
+        asked=2 + puzzles.FURTHER_TURNS,
+        alone=True,
+        layers=(2, 3),
+        steps=(800, 3500),
+        decoder_lr=1.5e-3,
+        folder="parts_hard",
+    ),
+}
+
+
+def patch_labels(subject: Subject, scene: shapes.Scene) -> np.ndarray:
+    """[patches, labels] classes of what each patch shows; patches are in reading order."""
+    shown = subject.patches(scene)
+    return np.array([[known.index(patch.get(name, "")) for name, known in subject.labels.items()] for patch in shown])
+
+
 # ---------------------------------------------------------------- tokenizer
 
 
-def make_tokenizer(out: Path) -> None:
+def make_tokenizer(out: Path, subject: Subject) -> None:
     """Byte-level BPE trained on told rows: every word of the questions and of the shorthand becomes one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -61,7 +203,7 @@ def make_tokenizer(out: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(
-        (t for _, *texts in told_rows("train", 8000, SEED, shapes.TYPES) for t in texts), trainer
+        (t for _, *texts in told_rows(subject, "train", 8000, subject.source.TYPES) for t in texts), trainer
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -78,75 +220,44 @@ def make_tokenizer(out: Path) -> None:
 
 # ---------------------------------------------------------------- vision encoder
 
-LABELS = {  # the classes of a patch; class 0 of each means nothing
-    "colour": ("", *shapes.COLOURS),
-    "shape": ("", *shapes.SHAPES),
-    "height": ("", *shapes.BAR_HEIGHTS),
-    "place": ("", *shapes.QUADRANTS),  # of an object
-    **{f"letter {n}": ("", *sorted({word[n] for word in shapes.WORDS})) for n in range(3)},
-}
 
-
-def patch_labels(scene: shapes.Scene) -> np.ndarray:
-    """[16 patches, len(LABELS)] classes of what each patch shows; patches are in reading order."""
-    classes = np.zeros((shapes.GRID, shapes.GRID, len(LABELS)), dtype=np.int64)
-    names = list(LABELS)
-
-    def put(rows: slice, columns: slice, **values: str | int) -> None:
-        for name, value in values.items():
-            name = name.replace("_", " ")
-            classes[rows, columns, names.index(name)] = LABELS[name].index(value)
-
-    for place, item in enumerate(scene["items"]):
-        if scene["kind"] == "objects":
-            row, column = divmod(item[0], shapes.GRID)
-            where = slice(row, row + 1), slice(column, column + 1)
-            put(*where, colour=item[1], shape=item[2], place=shapes.quadrant(item[0]))
-        elif scene["kind"] == "bars":
-            top = shapes.SIZE - 2 - shapes.BAR_UNIT * item[1]
-            put(slice(top // shapes.CELL, None), slice(place, place + 1), colour=item[0], height=item[1])
-        else:
-            word, colour = item[:2]
-            left, top, right, bottom = shapes.word_box(item)
-            rows = slice(top // shapes.CELL, (bottom - 1) // shapes.CELL + 1)
-            columns = slice(left // shapes.CELL, (right - 1) // shapes.CELL + 1)
-            put(rows, columns, colour=colour, letter_0=word[0], letter_1=word[1], letter_2=word[2])
-    return classes.reshape(-1, len(LABELS))
-
-
-def labelled_batches(size: int, seed: int, split: str = "train") -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (pixels [size, 3, 64, 64] in -1..1, classes [size, 16, len(LABELS)]) of the scenes of a split.
-
-    A third are additional words, which are the hardest to read.
-    """
-    every, words = (
-        (scene for _, items in shapes.rows_and_scenes(split, sys.maxsize, seed, types) for scene in items)
-        for types in (shapes.TYPES, ("word",))
+def labelled_batches(
+    subject: Subject, size: int, seed: int = SEED, split: str = "train"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (pixels [size, 3, 64, 64] in -1..1, classes [size, patches, labels]) of the scenes of a split."""
+    source = subject.source
+    every, drilled = (
+        (scene for _, items in source.rows_and_scenes(split, sys.maxsize, seed, types) for scene in items)
+        for types in (source.TYPES, subject.drilled)
     )
     while True:
-        batch = [*islice(every, size - size // 3), *islice(words, size // 3)]
-        pixels = np.stack([np.asarray(shapes.render(scene).convert("RGB")) for scene in batch])
-        labels = np.stack([patch_labels(scene) for scene in batch])
+        batch = [*islice(every, size - size // 3), *islice(drilled, size // 3)]
+        pixels = np.stack([np.asarray(source.render(scene).convert("RGB")) for scene in batch])
+        labels = np.stack([patch_labels(subject, scene) for scene in batch])
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, torch.from_numpy(labels)
 
 
-def make_encoder(out: Path, steps: int = 1500, batch: int = 128, lr: float = 1.5e-3) -> None:
+def make_encoder(out: Path, subject: Subject, batch: int = 128, lr: float = 1.5e-3) -> None:
     """A SigLIP vision tower trained to tell, from its last hidden state of a patch, what the patch shows."""
     torch.manual_seed(SEED)
+    steps, labelled = subject.steps[0], subject.labels
     config = SiglipVisionConfig(
         hidden_size=96,
         intermediate_size=384,
-        num_hidden_layers=3,
+        num_hidden_layers=subject.layers[0],
         num_attention_heads=4,
         image_size=shapes.SIZE,
-        patch_size=shapes.CELL,
+        patch_size=subject.patch,
         vision_use_head=False,
     )
     model = SiglipVisionModel(config)
-    heads = nn.ModuleList(nn.Linear(config.hidden_size, len(classes)) for classes in LABELS.values())
-    optimiser, schedule = adamw([*model.parameters(), *heads.parameters()], lr, steps)
+    for name, parameter in model.named_parameters():
+        if subject.alone and "self_attn.out_proj" in name:  # what attention adds is nothing, and stays so
+            nn.init.zeros_(parameter).requires_grad_(False)
+    heads = nn.ModuleList(nn.Linear(config.hidden_size, len(classes)) for classes in labelled.values())
+    optimiser, schedule = adamw([p for m in (model, heads) for p in m.parameters() if p.requires_grad], lr, steps)
     start = time.monotonic()
-    for step, (pixels, labels) in enumerate(islice(labelled_batches(batch, SEED), steps), start=1):
+    for step, (pixels, labels) in enumerate(islice(labelled_batches(subject, batch), steps), start=1):
         states = model(pixels, output_hidden_states=True).hidden_states[-1]
         loss = sum(cross_entropy(head(states).flatten(0, 1), labels[..., n].flatten()) for n, head in enumerate(heads))
         loss = loss + 0.05 * states.square().mean()  # lean features
@@ -154,9 +265,9 @@ def make_encoder(out: Path, steps: int = 1500, batch: int = 128, lr: float = 1.5
         if step % 250 == 0:
             print(f"encoder step {step} loss {loss.item():.4f} ({time.monotonic() - start:.0f} s)", flush=True)
     with torch.no_grad():  # reported only: nothing is chosen by it
-        pixels, labels = next(labelled_batches(2000, SEED, "val"))
+        pixels, labels = next(labelled_batches(subject, 1000, split="val"))
         states = model(pixels, output_hidden_states=True).hidden_states[-1]
-        for n, (name, head) in enumerate(zip(LABELS, heads, strict=True)):
+        for n, (name, head) in enumerate(zip(labelled, heads, strict=True)):
             something = labels[..., n] > 0
             right = (head(states).argmax(-1) == labels[..., n])[something].float().mean().item()
             print(f"encoder, validation scenes: {name} right in {right:.4f} of the patches that have one")
@@ -178,57 +289,53 @@ def make_encoder(out: Path, steps: int = 1500, batch: int = 128, lr: float = 1.5
 # ---------------------------------------------------------------- decoder
 
 
-TOLD_TYPES = ("colour", "shape", "position", "count", "colour", "shape", "position", "chart", "word", "compare")
-
-
-def shorthand(scene: shapes.Scene) -> str:
-    """One word for each patch in reading order, each with a space before it: " empty redcirclenortheast empty"."""
-    words = []
-    for patch in patch_labels(scene):
-        told = {name: str(LABELS[name][n]) for name, n in zip(LABELS, patch, strict=True)}
-        letters = "".join(told[f"letter {n}"] for n in range(3))
-        if letters:
-            words.append(f"sign{letters}")
-        elif told["height"]:
-            words.append(f"{told['colour']}bar{'abcdefgh'[int(told['height']) - 1]}")  # a word of letters is one token
-        else:
-            words.append(told["colour"] + told["shape"] + told["place"] or "empty")
-    return " " + " ".join(words)
-
-
-def told_rows(split: str, count: int, seed: int, types: Sequence[str] = TOLD_TYPES) -> Iterator[tuple[str, str, str]]:
-    """(type, question, answer) of rows with each picture replaced by its shorthand."""
-    for row, shown in shapes.rows_and_scenes(split, count, seed, types):
-        question, answer = (turn["value"] for turn in row["conversations"][:2])
+def told_rows(
+    subject: Subject, split: str, count: int, types: Sequence[str], seed: int = SEED
+) -> Iterator[tuple[str, ...]]:
+    """(type, question, answer, ...) of rows, each picture replaced by the words of its patches (" empty redbar ...")."""
+    for row, shown in subject.source.rows_and_scenes(split, count, seed, types):
+        question, *texts = (turn["value"] for turn in row["conversations"][: 2 * subject.asked])
         for scene in shown:
-            question = question.replace("<image>", shorthand(scene), 1)
-        yield row["type"], question, answer
+            told = "".join(f" {subject.word(patch)}" for patch in subject.patches(scene))
+            question = question.replace("<image>", told, 1)
+        yield row["type"], question, *texts
 
 
 def answer_losses(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, told: list[tuple[str, str, str]]
-) -> tuple[Tensor, Tensor]:
-    """Mean loss of the tokens of the answers, and [len(told)] whether each is right throughout."""
-    texts = [f"{BOS}{USER}{question}{END}{ASSISTANT}{answer}{END}" for _, question, answer in told]
-    encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    ids = encoded.input_ids
-    logits, targets = model(input_ids=ids, attention_mask=encoded.attention_mask).logits[:, :-1], ids[:, 1:]
-    answered = (ids == tokenizer.convert_tokens_to_ids(ASSISTANT)).cumsum(1)[:, :-1] > 0
-    answered &= encoded.attention_mask[:, 1:] > 0
-    right = ((logits.argmax(-1) == targets) | ~answered).all(1)
-    return cross_entropy(logits[answered], targets[answered]), right
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, told: Sequence[tuple[str, ...]]
+) -> tuple[Tensor, dict[str, list[bool]]]:
+    """Mean loss of the tokens of the answers, and for each type whether the answers of each row are all right."""
+    loss, count, right = torch.zeros(()), 0, defaultdict(list)
+    user, assistant = map(tokenizer.convert_tokens_to_ids, (USER, ASSISTANT))
+    told = sorted(told, key=lambda row: sum(text.count(" ") for text in row))
+    for rows in (told[n : n + 8] for n in range(0, len(told), 8)):  # of about the same length: little padding
+        roles = [USER, ASSISTANT] * max(map(len, rows))
+        texts = [
+            BOS + "".join(f"{role}{text}{END}" for role, text in zip(roles, row[1:], strict=False)) for row in rows
+        ]
+        encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        ids, targets = encoded.input_ids[:, :-1], encoded.input_ids[:, 1:]
+        asked, answered = ((ids == role).cumsum(1) for role in (user, assistant))
+        supervised = (asked == answered) & (answered > 0) & (targets != user) & (encoded.attention_mask[:, 1:] > 0)
+        states = model.model(input_ids=ids, attention_mask=encoded.attention_mask[:, :-1]).last_hidden_state
+        logits = model.lm_head(states[supervised])
+        loss = loss + cross_entropy(logits, targets[supervised], reduction="sum")
+        count += len(logits)
+        wrong = torch.zeros_like(supervised).masked_scatter(supervised, logits.argmax(-1) != targets[supervised])
+        for row, bad in zip(rows, wrong.any(1).tolist(), strict=True):
+            right[row[0]].append(not bad)
+    return loss / count, right
 
 
-def make_decoder(
-    out: Path, tokenizer: PreTrainedTokenizerFast, steps: int = 3000, batch: int = 32, lr: float = 1e-3
-) -> None:
+def make_decoder(out: Path, subject: Subject, batch: int = 32) -> None:
     """A small Llama trained to answer told rows; only the answers are supervised."""
     torch.manual_seed(SEED)
+    tokenizer, steps = PreTrainedTokenizerFast.from_pretrained(out), subject.steps[1]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
         intermediate_size=192,
-        num_hidden_layers=3,
+        num_hidden_layers=subject.layers[1],
         num_attention_heads=4,
         max_position_embeddings=512,
         initializer_range=0.1,  # the usual 0.02 does not learn in minutes at this width
@@ -239,18 +346,17 @@ def make_decoder(
     )
     model = LlamaForCausalLM(config)
     nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
-    optimiser, schedule = adamw(model.parameters(), lr, steps)
-    told, start = told_rows("train", steps * batch, SEED), time.monotonic()
+    optimiser, schedule = adamw(model.parameters(), subject.decoder_lr, steps)
+    told, start = told_rows(subject, "train", steps * batch, subject.told), time.monotonic()
     for step in range(1, steps + 1):
         loss, _ = answer_losses(model, tokenizer, list(islice(told, batch)))
         update(loss, optimiser, schedule)
         if step % 250 == 0:
             print(f"decoder step {step} loss {loss.item():.4f} ({time.monotonic() - start:.0f} s)", flush=True)
     with torch.no_grad():
-        rows = list(told_rows("val", 1600, SEED))
-        _, right = answer_losses(model, tokenizer, rows)
-        for kind in dict.fromkeys(TOLD_TYPES):
-            score = right[torch.tensor([row[0] == kind for row in rows])].float().mean().item()
+        rows = list(told_rows(subject, "val", 1600, subject.told))
+        for kind, right in sorted(answer_losses(model, tokenizer, rows)[1].items()):
+            score = sum(right) / len(right)
             print(f"decoder, validation scenes told in words: {kind} right in {score:.4f}")
     model.save_pretrained(out)
 
@@ -278,19 +384,22 @@ def update(loss: Tensor, optimiser: torch.optim.Optimizer, schedule: torch.optim
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "data_recipes" / "parts")
+    parser.add_argument("--set", choices=list(SUBJECTS), default="shapes")
+    parser.add_argument("--out", type=Path, help="default: data_recipes/parts, or parts_hard for puzzles")
     parser.add_argument(
         "--only", nargs="*", choices=["tokenizer", "encoder", "decoder"], default=["tokenizer", "encoder", "decoder"]
     )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    subject = SUBJECTS[arguments.set]
+    out = arguments.out or ROOT / "data_recipes" / subject.folder
     if "tokenizer" in arguments.only:
-        make_tokenizer(arguments.out / "decoder")
+        make_tokenizer(out / "decoder", subject)
     if "encoder" in arguments.only:
-        make_encoder(arguments.out / "encoder")
+        make_encoder(out / "encoder", subject)
     if "decoder" in arguments.only:
-        make_decoder(arguments.out / "decoder", PreTrainedTokenizerFast.from_pretrained(arguments.out / "decoder"))
+        make_decoder(out / "decoder", subject)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from .model.convert import Fate, change_mechanism, choose_mechanism, mechanism_s
 from .model.llava import check_llava, is_llava, load_llava, load_tokenizer, load_whole, read_json, save_llava
 from .schema import check_names
 from .training.adapters import merge_adapters
-from .training.checkpoint import newest_checkpoint
+from .training.checkpoint import new_folder, newest_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,10 +62,8 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
         UserError: the source, the mechanism or `out` cannot be used; nothing has been written.
     """
     quiet_libraries()
-    if out.exists():
-        raise UserError(f"{out} exists. Remove it, or name another folder with --out.")
     wanted, seed = _wanted(overrides)
-    with progress("converting", 3) as advance:
+    with new_folder(out) as folder, progress("converting", 3) as advance:
         found = open_source(source)
         layers = _num_layers(found.model)
         mechanism = choose_mechanism(found.model.mechanism, layers, wanted)
@@ -81,21 +78,16 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
         advance(1)
         model, fates = change_mechanism(found.model, mechanism, seed)
         advance(1)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-            folder = Path(temporary) / out.name
-            folder.mkdir(mode=0o755)
-            checked = ""
-            if to_llava:
-                assert found.tokenizer is not None
-                save_llava(model, found.tokenizer, folder)
-                checked = check_llava(model, folder)
-            else:
-                model.save_pretrained(folder)
-                if found.tokenizer is not None:
-                    found.tokenizer.save_pretrained(folder)
-                (folder / "config.yaml").write_text(_configuration(found.config, model, source, out))
-            folder.rename(out)
+        checked = ""
+        if to_llava:
+            assert found.tokenizer is not None
+            save_llava(model, found.tokenizer, folder)
+            checked = check_llava(model, folder)
+        else:
+            model.save_pretrained(folder)
+            if found.tokenizer is not None:
+                found.tokenizer.save_pretrained(folder)
+            (folder / "config.yaml").write_text(_configuration(found.config, model, source, out))
         advance(1)
     console.print(_table(fates, f"{found.name} -> {out}, mechanism {named}"))
     fresh = {fate.name.partition(".")[0] for fate in fates if fate.fate == "fresh"}

@@ -30,6 +30,12 @@ class Run(NamedTuple):
     length: int
 
 
+def visual_flags(runs: Sequence[Run]) -> Tensor:
+    """For each token of the runs whether it is visual."""
+    visual, lengths = zip(*runs, strict=True)
+    return torch.repeat_interleave(torch.tensor(visual), torch.tensor(lengths))
+
+
 @dataclass(frozen=True)
 class Visibility:
     """Which rows of a layer query, and how far back they see. Keys are always all rows.
@@ -81,10 +87,7 @@ class SequenceLayout:
         docs = tuple(tuple(Run(*run) for run in doc) for doc in documents)
         if not docs or any(not doc or any(run.length < 1 for run in doc) for doc in docs):
             raise ValueError(f"a layout needs documents of non-empty runs, found {documents!r}")
-        runs = [run for doc in docs for run in doc]
-        visual_S = torch.repeat_interleave(
-            torch.tensor([run.visual for run in runs]), torch.tensor([run.length for run in runs])
-        )
+        visual_S = visual_flags([run for doc in docs for run in doc])
         text_index, visual_index = (~visual_S).nonzero().flatten(), visual_S.nonzero().flatten()
         positions = torch.cat([torch.arange(sum(run.length for run in doc)) for doc in docs])
         return cls(docs, text_index, visual_index, torch.cat([text_index, visual_index]).argsort(), positions)

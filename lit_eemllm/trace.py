@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from .layout import PackedBatch, Run, SequenceLayout
 from .mechanisms import Mechanism
 from .model.decoder import DecoderLayer
-from .model.projector import LayerwiseProjector
 from .training.adapters import MARK
+from .training.fsdp2 import shared_out
 from .training.module import compute_dtype
 from .weightless import Parts, build_weightless
 
@@ -55,9 +55,10 @@ class Step:
         backward_flops: of everything.
         weights, gradients, optimiser: bytes, of the optimiser AdamW's two moments.
         gathered: bytes of weights and gradients that are whole on each GPU although they are sharded: of the largest module
-            that is sharded by itself, the next one, the gradient of the first, and all that is in none of them.
-        copies, unit_copies: bytes of 16-bit copies of float32 weights, which autocast makes and the backward pass needs;
-            the most of a unit.
+            that is sharded by itself, the next one, the gradient of the first and its float32 copy that is summed over
+            ranks, and all that is in none of them.
+        copies, unit_copies, rest_copies: bytes of 16-bit copies of float32 weights, which autocast makes and the backward
+            pass needs; the most of a unit; those that are left where FSDP2 gathers weights in 16 bits.
         activations: bytes saved for the backward pass. Attention saves queries, keys, values, output and a number a row.
         kept, largest: likewise if each unit saves its input alone: all that stays, and what the largest unit saves when it
             is recomputed.
@@ -79,6 +80,7 @@ class Step:
     gathered: int
     copies: int
     unit_copies: int
+    rest_copies: int
     activations: float
     kept: float
     largest: int
@@ -103,7 +105,7 @@ class Step:
         Weights and optimiser stay. Gradients appear while activations go, and stay if several packs make a step. The
         backward pass begins with all activations, or with what is kept and the last unit recomputed, and ends with all
         gradients and the first unit; then AdamW takes as much as the gradients for a moment. DDP holds the gradients a
-        second time, in buckets. FSDP divides weights, gradients and optimiser, but not the copies that autocast makes.
+        second time, in buckets. FSDP2 divides weights, gradients and optimiser.
 
         Args:
             documents: in a pack.
@@ -113,15 +115,16 @@ class Step:
             accumulate: packs a step.
         """
         stays, gradients = float(self.weights + self.optimiser), float(self.gradients)
-        gathered = 0
+        gathered, copies, unit_copies = 0, self.copies, self.unit_copies
         if gpus > 1 and sharded:
             stays, gradients, gathered = stays / gpus, gradients / gpus, self.gathered
+            copies, unit_copies = self.rest_copies, 0
         elif gpus > 1:
             stays += gradients
-        moment = documents * (self.largest + self.passing) + self.unit_copies + gathered
-        begins = documents * (self.activations + max(self.logits, self.passing)) + self.copies + gathered
+        moment = documents * (self.largest + self.passing) + unit_copies + gathered
+        begins = documents * (self.activations + max(self.logits, self.passing)) + copies + gathered
         if checkpointing:
-            loss = documents * (self.kept + self.logits) + self.copies + gathered
+            loss = documents * (self.kept + self.logits) + copies + gathered
             begins = max(loss, documents * self.kept + moment)
         return stays + max(begins + gradients * (accumulate > 1), gradients + moment, 2 * gradients)
 
@@ -151,15 +154,16 @@ def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document
     with autocast, recording(model) as rest:
         logits = model.packed_logits(pack(document, pixels))
 
-    parameters = list(model.parameters())
-    gradients = sum(p.nbytes for p in parameters if p.requires_grad)
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     decoder_flops, head_flops = sum(unit.flops for unit in rest.units), 2 * logits.numel() * parts.decoder.hidden_size
-    stored = [weight_bytes(module, config) for module in sharded_modules(model)]
-    whole = max(sum(p.nbytes for p in module.parameters() if p.requires_grad) for module in sharded_modules(model))
+    apart, itemsize = shared_out(model), 4 if dtype is None else dtype.itemsize
+    stored = [weight_bytes(module, config) for module in apart]
+    whole = max(min(n, itemsize * numbers(module)) for n, module in zip(stored, apart, strict=True))
+    reduced = max(numbers(module, trained=True) for module in apart) * (itemsize + 4)
     weights = weight_bytes(model, config)
     return Step(
-        parameters=sum(p.numel() for p in parameters),
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        parameters=numbers(model),
+        trained=numbers(model, trained=True),
         vision_width=model.vision.hidden_size,
         encoder_flops=images * encoder.flops,
         connector_flops=rest.flops - decoder_flops - head_flops,
@@ -169,9 +173,10 @@ def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document
         weights=weights,
         gradients=gradients,
         optimiser=2 * gradients,
-        gathered=weights - sum(stored) + 2 * max(stored) + whole,
+        gathered=weights - sum(stored) + 2 * whole + reduced,
         copies=encoder.copies + rest.copies,
         unit_copies=max(unit.copies for unit in rest.units),
+        rest_copies=encoder.rest_copies + rest.rest_copies,
         activations=images * encoder.activations() + rest.activations(),
         kept=images * encoder.activations() + rest.kept(),
         largest=max(nbytes(unit.saved) for unit in rest.units),
@@ -210,16 +215,14 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=fused)
 
 
-def sharded_modules(model: EEMLLM) -> list[nn.Module]:
-    """As `training.fsdp2.shard` divides the model."""
-    projectors = model.projector.layers if isinstance(model.projector, LayerwiseProjector) else [model.projector]
-    return [*model.language_model.model.layers, *projectors, *model.gated.values()]
-
-
 QUANTISED = {
     "nf4": 0.5 + 1 / 64 + 4 / 64 / 256,
     "int8": 1.0,
 }  # bytes a weight; scales of 64 in 8 bits, of 256 such in 32
+
+
+def numbers(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def weight_bytes(module: nn.Module, config: Config) -> int:
@@ -254,6 +257,7 @@ class Recording:
     """
 
     flops: int = 0
+    rest_copies: int = 0
     outside: Part = field(default_factory=Part)
     units: list[Part] = field(default_factory=list)
 
@@ -286,7 +290,7 @@ def recording(model: EEMLLM) -> Iterator[Recording]:
     """Record the forward pass that runs meanwhile. What belongs to parameters is not saved, it is there anyway."""
     found = Recording()
     now, seen = found.outside, {p.untyped_storage()._cdata for p in model.parameters()}
-    counted = counter()
+    counted, apart = counter(), {module for part in shared_out(model) for module in part.modules()}
     held: list[torch.UntypedStorage] = []  # or another could get the address of one
     linear: nn.Linear | None = None
 
@@ -297,6 +301,7 @@ def recording(model: EEMLLM) -> Iterator[Recording]:
             held.append(storage)
             if linear is not None and is_copy(tensor, linear.weight.t()):
                 now.copies += storage.nbytes()
+                found.rest_copies += storage.nbytes() * (linear not in apart)
             else:
                 now.saved[storage._cdata] = storage
         return tensor

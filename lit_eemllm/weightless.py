@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from .attention import AttentionBackend
 from .errors import ConfigError
@@ -16,8 +16,7 @@ from .images import ImageTransform
 from .layout import SequenceLayout, Visibility
 from .mechanisms import Mechanism
 from .model import EEMLLM, EEMLLMConfig
-from .model.decoder import check_decoder
-from .model.pretrained import load_pretrained
+from .model.modeling import load_decoder_config
 from .model.vision import TransformersVision, get_vision_encoder
 from .training.tuning import apply_tuning, set_modes
 
@@ -65,17 +64,12 @@ def parts_of_config(config: ModelConfig) -> Parts:
     Raises:
         ConfigError: a part is not there or not supported.
     """
-    decoder = load_pretrained(AutoConfig, config.decoder, "model.decoder")
-    check_decoder(decoder)
+    decoder, _ = load_decoder_config(config.decoder)
     given, encoder = config.vision, get_vision_encoder(config.vision.encoder)
     if encoder is not TransformersVision:
         made = encoder.from_path(given.path or "", select_layer=given.select_layer, policy=given.policy)
         return Parts(decoder, given.encoder, made.to_config())
-    vision = load_pretrained(AutoConfig, given.path or "", "model.vision.path")
-    vision = getattr(vision, "vision_config", vision)  # a whole CLIP or SigLIP, image and text
-    if vision.model_type not in TransformersVision.FAMILIES:
-        known = sorted(TransformersVision.FAMILIES)
-        raise ConfigError(f"model.vision.path: {given.path} is a {vision.model_type!r}, expected one of {known}")
+    vision, _ = TransformersVision.read_config(given.path or "")
     return Parts(decoder, given.encoder, _vision(vision, given.select_layer))
 
 

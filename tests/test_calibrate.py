@@ -13,7 +13,6 @@ import tiny
 import torch
 from PIL import Image
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
@@ -48,13 +47,7 @@ def plain(model, batch, kinds, blind=(), window=0):
         for number, (layer, kind) in enumerate(zip(decoder.layers, kinds, strict=True)):
             attn = layer.self_attn
             u = layer.input_layernorm(x)
-            q, k, v = (p(u).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-            if hasattr(attn, "q_norm"):
-                q, k = attn.q_norm(q), attn.k_norm(k)
-            q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))
-            groups = q.shape[1] // k.shape[1]
-            q, k = (y[0] for y in apply_rotary_pos_emb(q, k, cos, sin))
-            k, v = k.repeat_interleave(groups, 0), v[0].repeat_interleave(groups, 0)
+            _, _, q, k, v = tiny.projections(layer, u, cos, sin)
             sees = i >= j
             if number in blind:
                 sees = sees & ~(visual[None] & ~visual[:, None])

@@ -52,13 +52,6 @@ SIGLIP = {**CLIP, "image_processor_type": "SiglipImageProcessor", "size": {"heig
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    tiny.write_parts(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tokenizer(parts):
     made = AutoTokenizer.from_pretrained(parts / "decoder")
     made.add_tokens([AddedToken("<image>", special=True)])
@@ -522,16 +515,11 @@ def test_overrides_change_the_sources_mechanism_or_a_preset():
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.write_shards(tmp_path_factory.mktemp("data") / "a", train=80, val=20)
-
-
-@pytest.fixture(scope="module")
-def first_stage(parts, data, tmp_path_factory):
+def first_stage(parts, shapes, tmp_path_factory):
     """A run of SAISA's first stage: one projector, frozen parts in bfloat16."""
     folder = tmp_path_factory.mktemp("runs")
     config = tiny.config(
-        parts, data, folder / "one", "model.mechanism.preset=saisa", "model.mechanism.visual_source=stream",
+        parts, shapes, folder / "one", "model.mechanism.preset=saisa", "model.mechanism.visual_source=stream",
         "optim.tuning.llm=frozen", "optim.max_steps=2", "model.dtype=bfloat16", "data.max_length=400", "resume=never",
     )  # fmt: skip
     (folder / "one.yaml").write_text(to_yaml(config))
@@ -632,11 +620,11 @@ def test_llava_to_another_mechanism_and_back(llava_folder, tmp_path, capsys):
         assert ours == theirs
 
 
-def test_a_converted_llava_answers_and_is_trained_further(llava_folder, data, tmp_path, capsys):
+def test_a_converted_llava_answers_and_is_trained_further(llava_folder, shapes, tmp_path, capsys):
     """The folder stands for itself: decoder, encoder, tokenizer and projector come from it."""
     out, run = tmp_path / "out", tmp_path / "run"
     assert cli.main(["convert", str(llava_folder), "--out", str(out), "--mechanism", "ee_mllm"]) == 0
-    settings = [f"data.train={data}", f"data.val={data}", "data.workers=0", "data.max_length=400", "optim.lr=1e-4"]
+    settings = [f"data.train={shapes}", f"data.val={shapes}", "data.workers=0", "data.max_length=400", "optim.lr=1e-4"]
     settings += ["optim.max_steps=2", "optim.tuning.llm=full", "trainer.accelerator=cpu", "eval.max_new_tokens=3"]
     model, processor, source = load(load_config([out / "config.yaml"], settings), None)
     assert source == str(out) and processor.image_token_id == model.config.image_token_id
@@ -668,7 +656,7 @@ def test_moved_and_converted_again_a_folder_names_itself(llava_folder, tmp_path,
         ("convert a b --out x", "expected one source, found a b"),
         ("convert gone --out x", "gone: no such folder"),
         ("convert empty --out x", "neither config.json nor a checkpoint of a run"),
-        ("convert empty --out empty", "empty exists"),
+        ("convert empty --out empty", "empty exists already"),
         ("convert empty --out x optim.lr=1", "convert takes model.mechanism.* and seed, found optim.lr=1"),
         ("convert empty --out x --mechanism sasia", "model.mechanism.preset: found 'sasia'"),
         ("convert empty --out x model.mechanism.dense_layer=all", "did you mean model.mechanism.dense_layers?"),

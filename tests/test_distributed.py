@@ -35,7 +35,7 @@ from lit_eemllm.schema import Config
 from lit_eemllm.training import fit as fit_module
 from lit_eemllm.training.checkpoint import read_checkpoint, refuse_changes
 from lit_eemllm.training.fit import fit, make_trainer
-from lit_eemllm.training.fsdp2 import FSDP2
+from lit_eemllm.training.fsdp2 import FSDP2, shared_out
 from lit_eemllm.training.module import LitEEMLLM, rng_state
 from lit_eemllm.training.runlog import RunLog
 from lit_eemllm.training.tuning import parameter_groups
@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "projector": ("llava", ("optim.tuning.llm=frozen",)),
 }
 ADAMW = ("ee_mllm", "saisa", "flamingo", "llava", "vision", "recomputed lora")
+MIXED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "lora")
 # Packs of every step, [micro-batch][rank], as documents of run lengths (0 an image). They are uneven, ranks lack images in
 # turn, and once all do.
 STEPS: list[list[list[list[list[int]]]]] = [
@@ -68,11 +69,23 @@ STEPS: list[list[list[list[list[int]]]]] = [
 
 
 class Probe(LitEEMLLM):
-    """Keeps the gradients of the first step and all losses; with `sgd` it is trained by plain SGD, unclipped."""
+    """Keeps the gradients of the first step, all losses, and the bytes of 16-bit copies of the decoder layers' matrices that
+    the first pass has left for its backward; with `sgd` it is trained by plain SGD, unclipped."""
 
     def __init__(self, *args: Any, sgd: bool) -> None:
         super().__init__(*args)
-        self.sgd, self.losses, self.gradients = sgd, [], {}
+        self.sgd, self.losses, self.gradients, self.copies = sgd, [], {}, 0
+        layers = self.model.language_model.model.layers
+        self.narrow = [p.detach().bfloat16() for p in layers.parameters() if p.ndim == 2 and p.any()]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda x: x):
+            loss = super().training_step(batch, batch_idx)
+        for x in saved if not batch_idx else ():
+            if x.dtype == torch.bfloat16 and x.untyped_storage().nbytes() and x.ndim == 2:  # none where FSDP2 freed it
+                self.copies += x.nbytes * any(x.equal(w) or x.t().equal(w) for w in self.narrow)
+        return loss
 
     def configure_optimizers(self) -> Any:
         if not self.sgd:
@@ -92,22 +105,30 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(folder: Path, case: str, rank: int | None = None, strategy: Any = "auto", sgd: bool = True) -> dict[str, Any]:
-    """Five steps on STEPS: as one of two ranks, or alone on the packs of both."""
+def train(
+    folder: Path, case: str, rank: int | None = None, strategy: Any = "auto", sgd: bool = True, mixed: bool = False
+) -> dict[str, Any]:
+    """Five steps on STEPS: as one of two ranks, or alone on the packs of both. `mixed` with bfloat16: frozen parts are in it,
+    and what FSDP2 would gather in it begins with values that it holds."""
     preset, more = CASES[case]
+    if mixed:
+        more = (*more, "trainer.precision=bf16-mixed", "model.dtype=bfloat16")
     steps = [[[tiny.pack(docs, 7 * s + 3 * m + r) for r, docs in enumerate(ranks)] for m, ranks in enumerate(micros)]
              for s, micros in enumerate(STEPS)]  # fmt: skip
     packs = [pack for step in steps for ranks in step for r, pack in enumerate(ranks) if rank in (None, r)]
     config = tiny.config(folder, "unused", folder, "optim.max_steps=5", "optim.clip_grad_norm=null", *more)
     module = Probe(tiny.model(mechanism=preset), config, sgd=sgd)
+    for parameter in [p for part in shared_out(module.model) for p in part.parameters() if mixed]:
+        parameter.data = parameter.data.bfloat16().to(parameter.dtype)
     trainer = Trainer(
         max_steps=5, accumulate_grad_batches=len(packs) // 5, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        devices=1 if rank is None else 2, strategy=strategy,
+        devices=1 if rank is None else 2, strategy=strategy, precision="bf16-mixed" if mixed else None,
     )  # fmt: skip
     trainer.fit(module, DataLoader(packs, batch_size=None))
     weights = {name: whole(p.detach()).clone() for name, p in module.model.named_parameters() if p.requires_grad}
-    return {"gradients": module.gradients, "weights": weights, "losses": module.losses}
+    found = {"gradients": module.gradients, "weights": weights, "losses": module.losses, "copies": module.copies}
+    return {**found, "narrow": sum(x.nbytes for x in module.narrow)}
 
 
 class Logged(LitEEMLLM):
@@ -138,6 +159,8 @@ def main(verb: str, *arguments: str) -> None:
         for case in ADAMW:
             result[f"{case}, adamw"] = train(folder, case, rank, "ddp", sgd=False)
             result[f"{case}, fsdp2"] = train(folder, case, rank, FSDP2(), sgd=False)
+        for case in MIXED:
+            result[f"{case}, mixed"] = train(folder, case, rank, FSDP2(), sgd=False, mixed=True)
         torch.save(result, folder / f"{rank}.pt")
     elif verb == "fit":
         for file in arguments:
@@ -205,6 +228,31 @@ def test_fsdp2_trains_as_ddp_and_as_one_process(trained: list[dict[str, Any]], t
             largest = max(gradient.abs().max() for gradient in true["gradients"].values())
             for name, gradient in true["gradients"].items():
                 assert (found["gradients"][name] - gradient).abs().max() <= 1e-5 * max(1.0, largest), name
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_fsdp2_in_16_bits_computes_as_autocast(trained: list[dict[str, Any]], tmp_path: Path, case: str) -> None:
+    """Layers' weights come in bfloat16, so nothing copies them, and at first, when they hold all of it, matrices have the very
+    gradients that autocast gives one process; a norm's is rounded in each pass, by one part in 2^9 at most. Flamingo's own
+    parts round the inputs of their norms too: they must not be further from autocast than autocast is from float32. Later,
+    AdamW blows all this up."""
+    auto, true = (train(tmp_path, case, sgd=False, mixed=mixed) for mixed in (True, False))
+    assert case == "recomputed lora" or auto["copies"] >= auto["narrow"], "the count sees autocast's"
+
+    def apart(a: dict[str, Any], b: dict[str, Any]) -> torch.Tensor:
+        x, y = (torch.cat([found["gradients"][name].flatten() for name in auto["gradients"]]) for found in (a, b))
+        return (x - y).norm() / y.norm()
+
+    for found in (results[f"{case}, mixed"] for results in trained):
+        assert found["copies"] == 0 and {x.dtype for x in found["weights"].values()} == {torch.float32}
+        assert found["losses"] == pytest.approx(auto["losses"], rel=3e-2)
+        if case == "flamingo":
+            assert apart(found, auto) < apart(auto, true) < 0.05
+            continue
+        assert found["losses"][0] == pytest.approx(auto["losses"][0], rel=1e-6)
+        for name, gradient in auto["gradients"].items():
+            limit = 1e-6 if gradient.ndim > 1 else 2**-8
+            assert (found["gradients"][name] - gradient).abs().max() <= limit * gradient.abs().max(), name
 
 
 def test_strategies_that_cannot_weigh_tokens_alike_are_refused(tmp_path: Path) -> None:
@@ -417,20 +465,17 @@ def begin_from(source: Path, run: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def runs(tmp_path_factory: pytest.TempPathFactory, parts: Path, shapes: Path) -> SimpleNamespace:
     """Runs of 20 steps by name: `one` process, `two` ranks, two ranks `cut` by SIGKILL and resumed, and others that begin
     at a checkpoint of one of these after ten steps."""
     folder = tmp_path_factory.mktemp("runs")
-    parts, data = folder / "parts", folder / "a"
-    tiny.write_parts(parts)
-    tiny.write_shards(data)
 
     def write(name: str, ranks: int, *more: str) -> Path:
         file = folder / f"{name}.yaml"
-        file.write_text(to_yaml(settings(parts, data, folder / name, ranks, *more)))
+        file.write_text(to_yaml(settings(parts, shapes, folder / name, ranks, *more)))
         return file
 
-    logged_fit(settings(parts, data, folder / "one", 1))
+    logged_fit(settings(parts, shapes, folder / "one", 1))
     with (folder / "output").open("w") as output:  # as a user starts it: Lightning makes the second process
         command = [sys.executable, "-m", "lit_eemllm", "fit", write("cut", 2)]
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
@@ -449,9 +494,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     two_ranks("fit", write("two_sharded", 2, fsdp2), write("sharded_two", 2))
     for source in ("two", "sharded"):
         begin_from(folder / source, folder / f"{source}_one")
-        logged_fit(settings(parts, data, folder / f"{source}_one", 1))
+        logged_fit(settings(parts, shapes, folder / f"{source}_one", 1))
     return SimpleNamespace(
-        folder=folder, parts=parts, data=data, killed_at=killed_at, output=(folder / "output").read_text()
+        folder=folder, parts=parts, data=shapes, killed_at=killed_at, output=(folder / "output").read_text()
     )
 
 

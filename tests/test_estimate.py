@@ -18,7 +18,7 @@ from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Gated, Mechanism, build_mechanism
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
 from lit_eemllm.model.build import build
-from lit_eemllm.model.vision import _ENCODERS, VisionEncoder, register_vision_encoder
+from lit_eemllm.model.vision import _ENCODERS, register_vision_encoder
 from lit_eemllm.trace import Document, Step, trace
 from lit_eemllm.training.module import compute_dtype
 from lit_eemllm.training.tuning import apply_tuning, parameter_groups, set_modes
@@ -388,16 +388,21 @@ def test_a_tied_head_is_one_matrix():
 
 
 def test_what_fsdp2_gathers():
-    """A layer and the next one, a layer's gradient, and what is not divided by itself: encoder, embeddings, head, norm."""
-    config = configured("optim.tuning.llm=full", "model.dtype=bfloat16")
+    """A layer and the next one, a layer's gradient and its copy to be reduced, and what is not divided by itself: encoder,
+    embeddings, head, norm. In 16 bits layers are gathered in them, and autocast copies only of the rest: the head."""
+    options = ["optim.tuning.llm=full", "model.dtype=bfloat16"]
+    config = configured(*options)
     step = trace(config, PARTS, wide("ee_mllm"), DOCUMENT)
     model = built(config, PARTS, wide("ee_mllm"))
-    layer = sum(p.nbytes for p in model.language_model.model.layers[0].parameters())
+    layer = sum(p.numel() for p in model.language_model.model.layers[0].parameters())
     rest = sum(p.nbytes for p in model.vision.parameters()) + (2 * 300 * 96 + 96) * 4
-    assert step.gathered == 3 * layer + rest
+    assert step.gathered == 2 * 4 * layer + (4 + 4) * layer + rest and step.rest_copies == 0
+    half = trace(configured(*options, "trainer.precision=bf16-mixed"), PARTS, wide("ee_mllm"), DOCUMENT)
+    assert half.gathered == 2 * 2 * layer + (2 + 4) * layer + rest
+    assert half.rest_copies == 2 * 300 * 96 < half.copies / 5
     step = trace(config, PARTS, wide("flamingo"), DOCUMENT)
-    block = sum(p.nbytes for p in built(config, PARTS, wide("flamingo")).gated["0"].parameters())
-    assert step.gathered == rest + 3 * max(layer, block)
+    block = sum(p.numel() for p in built(config, PARTS, wide("flamingo")).gated["0"].parameters())
+    assert step.gathered == rest + 16 * max(layer, block)
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
@@ -422,13 +427,21 @@ def test_quantised_weights(tmp_path, how):
     assert step.weights == pytest.approx(total, rel=0.01) and step.weights < 0.9 * plain.weights
 
 
+def test_the_parts_of_a_whole_model(tmp_path):
+    model = tiny.model()
+    model.save_pretrained(tmp_path)
+    config = tiny.config(tmp_path, "none", tmp_path, f"model.decoder={tmp_path}", f"model.vision.path={tmp_path}")
+    step = trace(config, parts_of_config(config.model), model.mechanism, DOCUMENT)
+    assert step.parameters == sum(p.numel() for p in model.parameters())
+
+
 def made_step(**values: float) -> Step:
     return Step(**{name: values.get(name, 0) for name in Step.__dataclass_fields__})
 
 
 def test_most_bytes_and_documents():
     step = made_step(weights=1000, gradients=400, optimiser=800, copies=200, unit_copies=20, activations=10, kept=2,
-                     largest=3, logits=5, passing=4, gathered=420)  # fmt: skip
+                     largest=3, logits=5, passing=4, gathered=420, rest_copies=30)  # fmt: skip
     assert step.most_bytes(7) == 1800 + 2 * 400  # AdamW outweighs 200 + 7 x (10 + 5)
     assert step.most_bytes(100) == 1800 + 200 + 100 * (10 + 5)
     assert step.most_bytes(100, accumulate=2) == 1800 + 200 + 100 * (10 + 5) + 400
@@ -438,12 +451,10 @@ def test_most_bytes_and_documents():
     assert replace(step, passing=9).most_bytes(100) == 1800 + 200 + 100 * (10 + 9)
     assert step.most_bytes(100, gpus=4) == 1800 + 400 + 200 + 100 * (10 + 5)
     sharded = {"gpus": 4, "sharded": True}
-    assert step.most_bytes(100, **sharded) == 1800 / 4 + 420 + 200 + 100 * (10 + 5)
-    assert step.most_bytes(100, **sharded, accumulate=2) == 1800 / 4 + 420 + 200 + 100 * (10 + 5) + 400 / 4
-    assert step.most_bytes(100, **sharded, checkpointing=True) == 1800 / 4 + 420 + 20 + 100 * (3 + 4) + max(
-        400 / 4, 200
-    )
-    assert step.most_bytes(1, **sharded) == 1800 / 4 + 420 + 200 + 15
+    assert step.most_bytes(100, **sharded) == 1800 / 4 + 420 + 30 + 100 * (10 + 5)
+    assert step.most_bytes(100, **sharded, accumulate=2) == 1800 / 4 + 420 + 30 + 100 * (10 + 5) + 400 / 4
+    assert step.most_bytes(100, **sharded, checkpointing=True) == 1800 / 4 + 420 + 100 * (3 + 4) + max(400 / 4, 200)
+    assert step.most_bytes(1, **sharded) == 1800 / 4 + 420 + 400 / 4 + (3 + 4)  # as it ends
     assert step.most_bytes(100, gpus=1, sharded=True) == step.most_bytes(100)
     for limit in (2599, 2600, 2615, 3500, 1e6):
         fitting = [n for n in range(1, 70_000) if step.most_bytes(n) <= limit]
@@ -571,33 +582,13 @@ def test_mistakes(written, parts, capsys, options, expected):
 
 
 def test_an_encoder_of_ones_own(written, capsys):
-    class Cells(VisionEncoder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.transform, self.hidden_size = tiny.TRANSFORM, 48
-            self.linear = torch.nn.Linear(48, 48)
-
-        @classmethod
-        def from_path(cls, path, *, select_layer, policy):
-            return cls()
-
-        @classmethod
-        def from_config(cls, config):
-            return cls()
-
-        def to_config(self):
-            return {"transform": self.transform.to_dict()}
-
-        def forward(self, pixels):
-            return self.linear(
-                pixels.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4).permute(0, 2, 3, 1, 4).flatten(1, 2).flatten(2)
-            )
-
-    register_vision_encoder("cells")(Cells)
+    register_vision_encoder("patches")(tiny.Patches)
     try:
-        assert cli.main(["estimate", written, "model.vision.encoder=cells", "--only", "--json", "--visual", "40"]) == 0
+        assert (
+            cli.main(["estimate", written, "model.vision.encoder=patches", "--only", "--json", "--visual", "40"]) == 0
+        )
     finally:
-        del _ENCODERS["cells"]
+        del _ENCODERS["patches"]
     flops = json.loads(capsys.readouterr().out)["mechanisms"]["ee_mllm"]["flops"]
-    assert flops["encoder"] == 2 * 40 * 48 * 48  # 2.5 images
-    assert flops["connector"] == 2 * 40 * (48 * 32 + 32 * 32)
+    assert flops["encoder"] == 2 * 40 * 48 * 16  # 2.5 images
+    assert flops["connector"] == 2 * 40 * (16 * 32 + 32 * 32)

@@ -1,5 +1,7 @@
 """Faults: signals, NaN, dying and hanging workers, shards that rot under way, full disks. Nothing lost, nothing silent."""
 
+import contextlib
+import csv
 import json
 import math
 import multiprocessing
@@ -12,6 +14,7 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import shards_util
@@ -21,6 +24,7 @@ from test_training import assert_same, metrics
 
 from lit_eemllm.config import to_yaml
 from lit_eemllm.errors import CheckpointError, UserError
+from lit_eemllm.training import guard
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
 from lit_eemllm.training.fit import fit
 from lit_eemllm.training.guard import Stopped
@@ -28,26 +32,15 @@ from lit_eemllm.training.module import LitEEMLLM
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ("data.workers=2", "trainer.accumulate_grad_batches=2", "optim.max_steps=10", "data.val=null")
+TWO = ("trainer.devices=2", "trainer.strategy=ddp", "data.workers=1", "optim.max_steps=2000", "data.val=null")
 SECTIONS = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step")
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    tiny.write_parts(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.write_shards(tmp_path_factory.mktemp("data") / "a")
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, parts, data):
+def unbroken(tmp_path_factory, parts, shapes):
     """Ten steps of two packs, a checkpoint after each."""
     out = tmp_path_factory.mktemp("unbroken")
-    fit(tiny.config(parts, data, out, *OPTIONS, "optim.save_every=1", "optim.keep=10"))
+    fit(tiny.config(parts, shapes, out, *OPTIONS, "optim.save_every=1", "optim.keep=10"))
     return out
 
 
@@ -84,14 +77,14 @@ def at_pack(monkeypatch, number, do):
     ("number", "pack"), [(signal.SIGTERM, 6), (signal.SIGINT, 7)], ids=["first pack of a step", "last pack of a step"]
 )
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_equal(
-    tmp_path, parts, data, unbroken, monkeypatch, capsys, number, pack
+    tmp_path, parts, shapes, unbroken, monkeypatch, capsys, number, pack
 ):
     def ask(module, batch, loss):
         os.kill(os.getpid(), number)
         return loss
 
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    config = tiny.config(parts, data, tmp_path, *OPTIONS)
+    config = tiny.config(parts, shapes, tmp_path, *OPTIONS)
     with monkeypatch.context() as patch:
         seen = at_pack(patch, pack, ask)
         with pytest.raises(Stopped) as stopped:
@@ -107,11 +100,28 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bit_equal(
     assert_ends_as(unbroken, tmp_path)
 
 
-def start(tmp_path, config, **options):
+def start(tmp_path, config, before="", **options):
+    """`lit-eemllm fit` in a process of its own, and code that runs in it before."""
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "lit_eemllm", "fit", file]
+    code = f"{before}\nimport sys; from lit_eemllm.cli import main; sys.exit(main(['fit', {str(file)!r}]))"
+    command = [sys.executable, "-c", code]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
+
+
+@contextlib.contextmanager
+def two_ranks(tmp_path, config, before=""):
+    """`start`, as both of two ranks. Gloo on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    ranks = [start(tmp_path, config, before, env={**os.environ, **network, "LOCAL_RANK": rank}) for rank in "01"]
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 def after_step(process, step):
@@ -122,9 +132,9 @@ def after_step(process, step):
 
 
 @pytest.mark.slow
-def test_exit_status_when_the_whole_group_is_signalled(tmp_path, parts, data, unbroken):
+def test_exit_status_when_the_whole_group_is_signalled(tmp_path, parts, shapes, unbroken):
     """As a terminal does at Ctrl-C and a scheduler at pre-emption: the loader processes get it too. They must serve on."""
-    config = tiny.config(parts, data, tmp_path / "run", *OPTIONS, "optim.max_steps=2000")
+    config = tiny.config(parts, shapes, tmp_path / "run", *OPTIONS, "optim.max_steps=2000")
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start(tmp_path, config, start_new_session=True)
         after_step(process, 3 if number == signal.SIGINT else 30)
@@ -136,13 +146,11 @@ def test_exit_status_when_the_whole_group_is_signalled(tmp_path, parts, data, un
 
 
 @pytest.mark.slow
-def test_a_second_signal_stops_at_once(tmp_path, parts, data):
-    config = tiny.config(parts, data, tmp_path / "run", *OPTIONS, "optim.max_steps=2000")
+def test_a_second_signal_stops_at_once(tmp_path, parts, shapes):
+    config = tiny.config(parts, shapes, tmp_path / "run", *OPTIONS, "optim.max_steps=2000")
     slow = "import time, signal; from lit_eemllm.training.module import LitEEMLLM as L; right = L._loss\n"
-    slow += "L._loss = lambda s, b: (time.sleep(5 if s.global_step == 3 else 0), right(s, b))[1]\n"
-    (tmp_path / "run.yaml").write_text(to_yaml(config))
-    code = f"{slow}from lit_eemllm.cli import main; main(['fit', {str(tmp_path / 'run.yaml')!r}])"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    slow += "L._loss = lambda s, b: (time.sleep(5 if s.global_step == 3 else 0), right(s, b))[1]"
+    process = start(tmp_path, config, slow)
     after_step(process, 3)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
@@ -156,37 +164,62 @@ def test_a_second_signal_stops_at_once(tmp_path, parts, data):
 
 
 @pytest.mark.slow
-def test_two_ranks_stop_at_the_same_step_though_one_was_asked(tmp_path, parts, data):
-    """Gloo on loopback. Rank 1 is asked; rank 0 speaks for both, in its exit status and in words."""
-    options = ("trainer.devices=2", "trainer.strategy=ddp", "data.workers=1", "optim.max_steps=2000", "data.val=null")
-    config = tiny.config(parts, data, tmp_path / "run", *options)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [start(tmp_path, config, env={**os.environ, **network, "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
-    try:
+def test_two_ranks_stop_at_the_same_step_though_one_was_asked(tmp_path, parts, shapes):
+    """Rank 1 is asked; rank 0 speaks for both, in its exit status and in words."""
+    config = tiny.config(parts, shapes, tmp_path / "run", *TWO)
+    with two_ranks(tmp_path, config) as ranks:
         after_step(ranks[0], 5)
         ranks[1].send_signal(signal.SIGTERM)
         (out, err), _ = (process.communicate(timeout=100) for process in ranks)
-    finally:
-        for process in ranks:
-            process.kill()
     assert [process.returncode for process in ranks] == [143, 0], err
     (step,) = steps(tmp_path / "run")
     assert step > 5 and f"stopped by SIGTERM after step {step}, saved as" in out
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{step}.ckpt")["global_step"] == step
 
 
+def validation_losses(run):
+    """step -> loss, of all attempts."""
+    rows = []
+    for file in sorted(run.glob("logs/version_*/metrics.csv")):
+        with file.open() as lines:
+            rows += [(int(row["step"]), float(row["val_loss"])) for row in csv.DictReader(lines) if row.get("val_loss")]
+    assert len(dict(rows)) == len(rows), "each once"
+    return dict(rows)
+
+
+@pytest.mark.parametrize("saved", [10, 4], ids=["not saved yet", "saved before it"])
+def test_a_validation_is_broken_off_and_begins_anew(tmp_path, parts, shapes, unbroken, monkeypatch, capsys, saved):
+    options = ("optim.val_every=4", "optim.val_batches=5", f"optim.save_every={saved}", f"data.val={shapes}")
+    fit(tiny.config(parts, shapes, tmp_path / "whole", *OPTIONS, *options))
+    run, seen, right = tmp_path / "run", [], LitEEMLLM.validation_step
+
+    def ask(self, batch, batch_idx):
+        seen.append(batch_idx)
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        right(self, batch, batch_idx)
+
+    config = tiny.config(parts, shapes, run, *OPTIONS, *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(LitEEMLLM, "validation_step", ask)
+        with pytest.raises(Stopped):
+            fit(config)
+    assert seen == [0, 1] and steps(run) == [4] and not validation_losses(run)
+    assert "\nstopped by SIGTERM in the validation after step 4, saved as" in capsys.readouterr().out
+    fit(config)
+    assert_ends_as(unbroken, run)
+    assert validation_losses(run) == validation_losses(tmp_path / "whole") and len(validation_losses(run)) == 2
+
+
 # --- NaN
 
 
-def test_a_loss_that_is_nan_never_reaches_the_weights(tmp_path, parts, data, unbroken, monkeypatch):
+def test_a_loss_that_is_nan_never_reaches_the_weights(tmp_path, parts, shapes, unbroken, monkeypatch):
     seen = at_pack(monkeypatch, 7, lambda module, batch, loss: loss * math.nan)
     with pytest.raises(
         UserError, match=r"^step 4: the loss is nan in 1 of 2 packs; gradients .*projector \(4 tensors"
     ) as error:
-        fit(tiny.config(parts, data, tmp_path, *OPTIONS, "optim.save_every=3"))
+        fit(tiny.config(parts, shapes, tmp_path, *OPTIONS, "optim.save_every=3"))
     assert all(key in str(error.value) for key in seen[7][:20])
     assert not set(seen[6]) & {key for key in seen[6] if key in str(error.value)}, "only those of the bad pack"
     told = json.loads((tmp_path / "nan" / "step-4.json").read_text())
@@ -200,15 +233,17 @@ def test_a_loss_that_is_nan_never_reaches_the_weights(tmp_path, parts, data, unb
     assert_same(good["state_dict"], true["state_dict"])
     assert_same(good["optimizer_states"], true["optimizer_states"])
     monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"in the middle of a step.*Begin a new run from them \(init_from\)"):
+        fit(tiny.config(parts, shapes, tmp_path, *OPTIONS, f"resume={tmp_path}/nan/before-step-4.ckpt"))
     fit(
         tiny.config(
-            parts, data, tmp_path / "b", *OPTIONS, f"init_from={tmp_path}/nan/before-step-4.ckpt", "optim.max_steps=1"
+            parts, shapes, tmp_path / "b", *OPTIONS, f"init_from={tmp_path}/nan/before-step-4.ckpt", "optim.max_steps=1"
         )
     )
 
 
 @pytest.mark.parametrize("clip", ["1.0", "null"])
-def test_a_gradient_that_is_infinite_is_found_too(tmp_path, parts, data, monkeypatch, clip):
+def test_a_gradient_that_is_infinite_is_found_too(tmp_path, parts, shapes, monkeypatch, clip):
     def poison(module, batch, loss):
         weight = module.model.projector.linear_2.bias
         weight.register_hook(lambda gradient: gradient * math.inf)
@@ -219,8 +254,23 @@ def test_a_gradient_that_is_infinite_is_found_too(tmp_path, parts, data, monkeyp
         UserError,
         match=r"^step 2: the losses are finite, a gradient is not; .*finite: projector \(1 tensors, such as projector.linear_2.bias",
     ) as error:
-        fit(tiny.config(parts, data, tmp_path, *OPTIONS, f"optim.clip_grad_norm={clip}"))
+        fit(tiny.config(parts, shapes, tmp_path, *OPTIONS, f"optim.clip_grad_norm={clip}"))
     assert all(key in str(error.value) for key in seen[2] + seen[3]), "which pack did it is not known"
+
+
+@pytest.mark.parametrize(("scale", "right"), [(2.0**16, True), (2.0**-15, True), (2.0**-16, False), (None, False)])
+def test_in_float16_an_infinite_gradient_is_a_fault_only_where_no_smaller_scale_helps(monkeypatch, scale, right):
+    """Lightning has it on a GPU only. Its scaler halves the scale and skips the step. None: without a scaler."""
+    monkeypatch.setattr(guard, "_not_finite", lambda module, loss, norm: UserError(f"{loss} {norm}"))
+    plugin = SimpleNamespace(scaler=scale and torch.amp.GradScaler("cpu", init_scale=scale))
+    zero, one, inf = map(torch.tensor, (0.0, 1.0, math.inf))
+    module = SimpleNamespace(device="cpu", mean_loss=one, grad_norm=inf, stop_votes=zero,
+                             trainer=SimpleNamespace(precision_plugin=plugin))  # fmt: skip
+    if right:
+        assert guard.check_step(module) is False
+        module.mean_loss = inf  # of the loss there is one scale only
+    with pytest.raises(UserError, match="inf"):
+        guard.check_step(module)
 
 
 # --- data under way
@@ -273,7 +323,7 @@ def test_flipped_bits_inside_members_are_skipped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_that_dies_or_hangs_is_told_and_bounded(tmp_path, parts, data, monkeypatch, capfd, how):
+def test_a_worker_that_dies_or_hangs_is_told_and_bounded(tmp_path, parts, shapes, monkeypatch, capfd, how):
     """A stopped process stands for one whose read never returns."""
 
     def harm(module, batch, loss):
@@ -285,7 +335,7 @@ def test_a_worker_that_dies_or_hangs_is_told_and_bounded(tmp_path, parts, data, 
     begin = time.monotonic()
     words = "a loader process died" if how == signal.SIGKILL else r"no batch came within 3 s \(data\.timeout\)"
     with pytest.raises(UserError, match=f"^{words}.*Repeat the command"):
-        fit(tiny.config(parts, data, tmp_path, *OPTIONS, "data.timeout=3"))
+        fit(tiny.config(parts, shapes, tmp_path, *OPTIONS, "data.timeout=3"))
     assert time.monotonic() - begin < 60
     assert not multiprocessing.active_children()
 
@@ -304,11 +354,10 @@ def test_a_read_that_hangs_is_bounded(tmp_path, workers):
         "next(iter(loader))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    begin = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, timeout=90, env=environment
     )
-    assert result.returncode == 1 and time.monotonic() - begin < 60
+    assert result.returncode == 1
     assert "train-00000" in result.stdout and "Watchdog triggered" in result.stdout, "where it stood"
     assert ("data.timeout" if workers else "longer than 4 seconds") in result.stderr
 
@@ -317,14 +366,14 @@ def test_a_read_that_hangs_is_bounded(tmp_path, workers):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_names_the_file_and_keeps_the_previous_checkpoint(tmp_path, parts, data, unbroken, monkeypatch):
+def test_a_full_disk_names_the_file_and_keeps_the_previous_checkpoint(tmp_path, parts, shapes, unbroken, monkeypatch):
     """/dev/full: every write fails as on a full disk, through the real writer."""
 
     def fill(module, batch, loss):
         (tmp_path / "checkpoints" / ".step-4.ckpt.unfinished").symlink_to("/dev/full")
         return loss
 
-    config = tiny.config(parts, data, tmp_path, *OPTIONS, "optim.save_every=2")
+    config = tiny.config(parts, shapes, tmp_path, *OPTIONS, "optim.save_every=2")
     with monkeypatch.context() as patch:
         at_pack(patch, 7, fill)
         with pytest.raises(
@@ -337,22 +386,41 @@ def test_a_full_disk_names_the_file_and_keeps_the_previous_checkpoint(tmp_path, 
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_a_save(tmp_path, parts, data, unbroken):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_all_ranks_stop_and_say_why_where_rank_0_cannot_write(tmp_path, parts, shapes, strategy):
+    config = tiny.config(parts, shapes, tmp_path / "run", *TWO, f"trainer.strategy={strategy}", "optim.save_every=2")
+    full = (
+        "import errno, torch; right = torch.save\n"
+        "def save(value, file, **options):\n"
+        "    if isinstance(value, dict) and value['global_step'] == 4:\n"
+        "        raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "    right(value, file, **options)\n"
+        "torch.save = save"
+    )
+    with two_ranks(tmp_path, config, full) as ranks:
+        said = [process.communicate(timeout=100)[1] for process in ranks]
+    for process, error in zip(ranks, said, strict=True):
+        assert process.returncode == 2 and "Traceback" not in error, error
+        assert "step-4.ckpt could not be written: [Errno 28] No space left on device. Earlier checkpoints" in error
+    assert steps(tmp_path / "run") == [2]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_save(tmp_path, parts, shapes, unbroken):
     """Half of the file is on the disk. The run goes on from the previous one, and the half is removed."""
     run = tmp_path / "run"
-    config = tiny.config(parts, data, run, *OPTIONS, "optim.save_every=2")
-    (tmp_path / "run.yaml").write_text(to_yaml(config))
-    code = (
+    config = tiny.config(parts, shapes, run, *OPTIONS, "optim.save_every=2")
+    killed = (
         "import os, signal, torch; right = torch.save\n"
         "def save(value, file):\n"
         "    right(value, file)\n"
         "    if value['global_step'] == 6:\n"
         "        file.truncate(file.tell() // 2); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "torch.save = save\n"
-        f"from lit_eemllm.cli import main; main(['fit', {str(tmp_path / 'run.yaml')!r}])"
+        "torch.save = save"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
-    assert result.returncode == -signal.SIGKILL
+    process = start(tmp_path, config, killed)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert (
         left == [".step-6.ckpt.unfinished", "step-2.ckpt", "step-4.ckpt"]
@@ -363,10 +431,10 @@ def test_killed_in_the_middle_of_a_save(tmp_path, parts, data, unbroken):
     assert_ends_as(unbroken, run)
 
 
-def test_as_many_checkpoints_as_asked_for(tmp_path, parts, data):
-    fit(tiny.config(parts, data, tmp_path, *OPTIONS, "optim.save_every=1", "optim.keep=3"))
+def test_as_many_checkpoints_as_asked_for(tmp_path, parts, shapes):
+    fit(tiny.config(parts, shapes, tmp_path, *OPTIONS, "optim.save_every=1", "optim.keep=3"))
     assert steps(tmp_path) == [8, 9, 10]
-    fit(tiny.config(parts, data, tmp_path, *OPTIONS, "optim.save_every=2", "optim.keep=2", "optim.max_steps=12"))
+    fit(tiny.config(parts, shapes, tmp_path, *OPTIONS, "optim.save_every=2", "optim.keep=2", "optim.max_steps=12"))
     assert steps(tmp_path) == [10, 12]
 
 

@@ -8,7 +8,6 @@ import tiny
 import torch
 from test_attention import TRAINABLE
 from torch.nn.functional import cross_entropy
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Gated, Mechanism, build_mechanism
@@ -115,16 +114,10 @@ def plain(model, batch, prompt=None):
             if m.visual_source == "layerwise":
                 x = x.masked_scatter(is_visual[:, None], model.projector(Z, number))
             u = layer.input_layernorm(x)
-            q, k, v = (p(u).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-            if hasattr(attn, "q_norm"):
-                q, k = attn.q_norm(q), attn.k_norm(k)
-            q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))
-            groups = q.shape[1] // k.shape[1]
-            qr, kr = apply_rotary_pos_emb(q, k, cos, sin)
-            k, kr, v = (y.repeat_interleave(groups, 1)[0] for y in (k, kr, v))
-            scores = qr[0] @ kr.mT
+            q, k, qr, kr, v = tiny.projections(layer, u, cos, sin)
+            scores = qr @ kr.mT
             if m.visual_positions == "unrotated":
-                scores = torch.where(~is_visual[:, None] & is_visual[None], q[0] @ k.mT, scores)
+                scores = torch.where(~is_visual[:, None] & is_visual[None], q @ k.mT, scores)
             sees = i >= j
             if not m.sees_images(number):
                 sees = sees & ~(is_visual[None] & ~is_visual[:, None])
@@ -361,6 +354,11 @@ def test_contradictions_are_named_together():
         ("llava", {"visual_positions": "unrotated"}, "unrotated needs"),
         ("ee_mllm", {"visual_drop": [[1, 0.5]]}, "needs constant"),
         ("vica", {"cross_layers": "all", "visual_drop": [[2, 0.5], [1, 0.7]]}, "must ascend"),
+        (
+            "vica",
+            {"visual_positions": "unrotated", "visual_drop": [[1, 0.5]]},
+            "visual_drop: .*visual_positions is unrotated",
+        ),
         ("flamingo", {"cross_layers": "all"}, "gated: needs cross_layers none"),
         ("flamingo", {"gated": {"every": 0}}, "are 1 or more"),
         ("saisa", {"cross_layers": [0, 1]}, "cross_layers all"),

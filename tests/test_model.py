@@ -20,7 +20,7 @@ from transformers import (
 
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
-from lit_eemllm.model import EEMLLM, VisionEncoder, register_vision_encoder
+from lit_eemllm.model import EEMLLM, register_vision_encoder
 from lit_eemllm.model.decoder import check_decoder
 from lit_eemllm.model.vision import _ENCODERS, TransformersVision
 
@@ -372,35 +372,11 @@ def test_adapters_of_peft_act_and_merge(preset):
     assert tiny.max_error(text_logits(model, batch), acting) <= BOUND
 
 
-class Patches(VisionEncoder):
-    """An encoder of a user's own, which is no transformers model: one convolution."""
-
-    hidden_size, transform = 16, tiny.TRANSFORM
-
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 16, 4, 4)
-
-    @classmethod
-    def from_path(cls, path, *, select_layer, policy):
-        return cls()
-
-    @classmethod
-    def from_config(cls, config):
-        return cls()
-
-    def to_config(self):
-        return {}
-
-    def forward(self, pixels):
-        return self.conv(pixels).flatten(2).transpose(1, 2)
-
-
 def test_an_encoder_of_ones_own_keeps_its_weights(tmp_path):
-    register_vision_encoder("patches")(Patches)
+    register_vision_encoder("patches")(tiny.Patches)
     try:
         tiny.write_parts(tmp_path)
-        vision = Patches()
+        vision = tiny.Patches()
         weights = {k: v.clone() for k, v in vision.state_dict().items()}
         model = EEMLLM.from_parts(str(tmp_path / "decoder"), "patches", vision, PRESETS["ee_mllm"], 400)
         assert all(model.vision.state_dict()[k].equal(v) for k, v in weights.items())

@@ -20,6 +20,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lit_eemllm.config import Config, load_config
 from lit_eemllm.data import shards
@@ -27,7 +28,7 @@ from lit_eemllm.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import PRESETS, Mechanism
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
-from lit_eemllm.model.vision import TransformersVision
+from lit_eemllm.model.vision import TransformersVision, VisionEncoder
 
 VOCAB, TOKENS = 40, 16  # text vocabulary; visual tokens of an image
 COMMON = dict(
@@ -53,6 +54,30 @@ def vision(family: str = "clip") -> TransformersVision:
         return TransformersVision(CLIPVisionModel(CLIPVisionConfig(**common)), TRANSFORM, select_layer=-2)
     model = SiglipVisionModel(SiglipVisionConfig(**common, vision_use_head=False))
     return TransformersVision(model, TRANSFORM, select_layer=-1)
+
+
+class Patches(VisionEncoder):
+    """An encoder of a user's own, which is no transformers model: one convolution."""
+
+    hidden_size, transform = 16, TRANSFORM
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 16, 4, 4)
+
+    @classmethod
+    def from_path(cls, path, *, select_layer, policy):
+        return cls()
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+    def to_config(self):
+        return {"transform": self.transform.to_dict()}
+
+    def forward(self, pixels):
+        return self.conv(pixels).flatten(2).transpose(1, 2)
 
 
 def model(
@@ -107,6 +132,19 @@ def prompt(model, documents, seed=3):
         "attention_mask": torch.stack([(torch.arange(longest) >= longest - len(x)).long() for x in ids]),
         **({"pixel_values": torch.cat(pixels)} if pixels else {}),
     }
+
+
+def projections(layer, u_Lh, cos, sin):
+    """Of a document that has passed the layer's norm: queries and keys, the same rotated, and values, each [N, L, H]."""
+    attn = layer.self_attn
+    q, k, v = (p(u_Lh).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+    if hasattr(attn, "q_norm"):
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    turned_q, turned_k = apply_rotary_pos_emb(q, k, cos, sin)
+    k, turned_k, v = (x.repeat_interleave(groups, 1) for x in (k, turned_k, v))
+    return [x[0] for x in (q, k, turned_q, turned_k, v)]
 
 
 def max_error(found: torch.Tensor, true: torch.Tensor) -> float:

@@ -15,17 +15,13 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import date
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -39,7 +35,7 @@ from torch import Tensor
 from lit_eemllm.attention import AttentionBackend, registered_backends
 from lit_eemllm.attention.base import _BACKENDS, TOLERANCE, disagreement
 from lit_eemllm.console import console, progress, write_atomically
-from lit_eemllm.doctor import machine
+from lit_eemllm.doctor import environment, machine
 from lit_eemllm.layout import Run, SequenceLayout, Visibility
 
 PREFIX = 35  # text before the image, as in LLaVA's template
@@ -244,22 +240,15 @@ def bench_layer(args: argparse.Namespace, case: Row, working: dict, top: float) 
     return result
 
 
-def environment(args: argparse.Namespace, argv: Sequence[str]) -> Row:
+def setting(args: argparse.Namespace, argv: Sequence[str]) -> Row:
     """The machine, versions, commit and command that the numbers come from."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {"Python": platform.python_version()}
-    for name in ("lit_eemllm", "torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers"):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    cpuinfo = Path("/proc/cpuinfo")  # Linux alone names the processor there
-    names = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
-    if args.device.type == "cuda":
-        names = [torch.cuda.get_device_name(args.device)]
-    command = shlex.join(["python", "tools/bench_attention.py", *argv])
-    about = {"device": (names or [platform.machine()])[0], "date": date.today().isoformat(), "command": command}
-    about |= {"commit": commit or "unknown", "versions": versions, "threads": torch.get_num_threads()}
+    kernels = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
+    about = environment("lit_eemllm", "torch", *kernels)
     about |= {
+        "device": about["gpu"] if args.device.type == "cuda" else about["cpu"],
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "tools/bench_attention.py", *argv]),
+        "threads": torch.get_num_threads(),
         "dtype": str(args.dtype).removeprefix("torch."),
         "machine": {k: v for k, v in machine().items() if k != "system"},
     }
@@ -362,7 +351,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
-    about = environment(args, argv)
+    about = setting(args, argv)
     slug = re.sub("[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     out = args.out or Path("benchmarks") / f"{about['date']}-attention-{slug}"
     working, unavailable = available(args)

@@ -183,7 +183,7 @@ def report(result: dict[str, Any]) -> str:
             peak = f"{row['peak_gib']:.1f}" if "peak_gib" in row else ""
             cells += [f"{row['step_seconds']:.3f}", f"{row['tokens_per_second']:,.0f}", ratio, peak]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"- {result['provenance']}", f"- `{result['command']}`", ""])
+    return "\n".join([*lines, "", f"- {result['provenance']}", ""])
 
 
 def main(argv: list[str]) -> None:
@@ -204,10 +204,7 @@ def main(argv: list[str]) -> None:
     )
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"shape": args.shape, "text": args.text, "documents": args.documents, "rows": []}
-    result |= {
-        "provenance": provenance().rpartition("; lit-eemllm ")[0],
-        "command": shlex.join(["python", "tools/bench_training.py", *argv]),
-    }
+    result["provenance"] = provenance(shlex.join(["python", "tools/bench_training.py", *argv]))
     cases = [(c, m, a) for c in args.cases for a in (False, True) for m in args.mechanisms]
     with progress("cases", len(cases)) as advance:
         for case, mechanism, again in cases:

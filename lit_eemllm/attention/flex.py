@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from ..layout import SequenceLayout, Visibility, upload
+from ..layout import SequenceLayout, Visibility, upload, visual_flags
 from .base import AttentionBackend, register_backend
 
 BLOCK = 128
@@ -52,8 +52,7 @@ def block_mask(layout: SequenceLayout, visibility: Visibility) -> BlockMask:
     first_S = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     if visibility.window is not None:
         first_S = torch.maximum(first_S, row_S - visibility.window)
-    runs = [run for document in layout.documents for run in document]
-    visual_S = torch.repeat_interleave(torch.tensor([r.visual for r in runs]), torch.tensor([r.length for r in runs]))
+    visual_S = visual_flags([run for document in layout.documents for run in document])
     rows_Q = row_S if visibility.visual_queries else row_S[~visual_S]
     queries, keys = bucket(len(rows_Q)), bucket(len(row_S))
     # Padding sees nothing: its range is empty.

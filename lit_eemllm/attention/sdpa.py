@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..layout import SequenceLayout, Visibility, upload
+from ..layout import SequenceLayout, Visibility, upload, visual_flags
 from .base import AttentionBackend, fused_attention, register_backend
 
 PADDING = 1.25  # documents share a batch while the longest has at most so many times the rows of the shortest
@@ -44,11 +44,8 @@ class Sdpa(AttentionBackend):
         keys, queries, order = [], [], []  # per document: rows of the stream, rows among the queries, their order
         k_start = q_start = 0
         for document in layout.documents:
-            length = sum(run.length for run in document)
-            visual = torch.repeat_interleave(
-                torch.tensor([run.visual for run in document]), torch.tensor([run.length for run in document])
-            )
-            rows = torch.arange(length)
+            visual = visual_flags(document)
+            length, rows = len(visual), torch.arange(len(visual))
             order.append(rows if visibility.visual_queries else rows[~visual])
             queries.append(torch.arange(q_start, q_start + len(order[-1])))
             keys.append(rows + k_start)

@@ -81,8 +81,8 @@ class Mechanism:
         freeze_prefix: text before a document's first image takes no attention, only the feed-forward network (a fact of
             ViCA's code for 7B). It looks ahead: text cached before an image came in a later turn was not frozen.
         visual_drop: ``(layer, share)``: from that layer on, that share of each image's original tokens is no longer seen,
-            those that the prompt's last token attends to least there (ViCA with progressive dropping). Only when generating
-            with a cache: training and validation losses are those of the model without dropping.
+            those that the prompt's last token attends to least there (ViCA with progressive dropping), by keys at their
+            positions. Only when generating with a cache: training and validation losses are those of the model without dropping.
         gated: gated cross-attention, or None.
     """
 
@@ -151,6 +151,9 @@ class Mechanism:
                 text = (
                     "dropping needs constant visual states (dense_layers none, aligner off) and layers in cross_layers"
                 )
+                found.append(("visual_drop", text))
+            if self.visual_positions == "unrotated":
+                text = "dropping ranks visual tokens by their rotated keys, which text does not score if visual_positions is unrotated"
                 found.append(("visual_drop", text))
             if list(layers) != sorted(set(layers)) or min(shares) <= 0 or sum(shares) >= 1:
                 found.append(

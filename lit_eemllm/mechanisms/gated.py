@@ -81,6 +81,7 @@ class Resampler(nn.Module):
     def forward(self, features_Vd: Tensor, lengths: Sequence[int]) -> Tensor:
         """Features of all images in a row, with the length of each, to [images x latents, width]."""
         images, latents = len(lengths), len(self.latents)
+        features_Vd = features_Vd.to(self.latents.dtype)
         features_ILd = pad_sequence(list(features_Vd.split(list(lengths))) or [features_Vd], batch_first=True)[:images]
         x_IRd = self.latents.expand(images, -1, -1)
         real_IL = _lengths_mask(lengths, features_ILd.shape[1], features_Vd.device)
@@ -181,8 +182,8 @@ class GatedBlock(nn.Module):
     def forward(self, x_Th: Tensor, media: Media) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """Text rows, those with an image before them changed; and what `decode` needs later, if the media keep it."""
         k_MNH, v_MNH = self.attention.keys_values(media.tokens_Md)
-        x_nh = x_Th.index_select(0, media.rows_n).to(self.attention_gate.dtype)  # the decoder may be frozen in bfloat16
-        q_nNH = self.attention.queries(x_nh)
+        x_nh = x_Th.index_select(0, media.rows_n)
+        q_nNH = self.attention.queries(self._own(x_nh))
         groups, longest = media.shape
         q_GLNH = q_nNH.new_zeros(groups * longest, *q_nNH.shape[1:]).index_copy(0, media.slots_n, q_nNH)
         q_GNLH = q_GLNH.unflatten(0, media.shape).transpose(1, 2)
@@ -201,11 +202,14 @@ class GatedBlock(nn.Module):
             return x_Bh
         some_B1 = mask_BR.any(1, keepdim=True)
         sees_B11R = (mask_BR | ~some_B1)[:, None, None]  # a row that sees nothing would be not a number
-        wide_Bh = x_Bh.to(self.attention_gate.dtype)
-        q_BN1H = self.attention.queries(wide_Bh)[:, :, None]
+        q_BN1H = self.attention.queries(self._own(x_Bh))[:, :, None]
         mixed_Bw = scaled_dot_product_attention(q_BN1H, k_BNRH, v_BNRH, attn_mask=sees_B11R).flatten(1)
-        return torch.where(some_B1, self._update(wide_Bh, mixed_Bw).to(x_Bh.dtype), x_Bh)
+        return torch.where(some_B1, self._update(x_Bh, mixed_Bw).to(x_Bh.dtype), x_Bh)
 
     def _update(self, x_nh: Tensor, mixed_nw: Tensor) -> Tensor:
         x_nh = x_nh + self.attention_gate.tanh() * self.attention.o_proj(mixed_nw)
-        return x_nh + self.ffn_gate.tanh() * self.ffn(x_nh)
+        return x_nh + self.ffn_gate.tanh() * self.ffn(self._own(x_nh))
+
+    def _own(self, x_nh: Tensor) -> Tensor:
+        """In the type of the weights here: the decoder may be frozen in 16 bits, or these be gathered in them."""
+        return x_nh.to(self.attention_gate.dtype)

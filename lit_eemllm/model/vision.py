@@ -94,28 +94,36 @@ class TransformersVision(VisionEncoder):
             raise ConfigError(f"model.vision.select_layer: found {select_layer}, this encoder has {depth} layers")
 
     @classmethod
-    def from_path(cls, path: str, *, select_layer: int, policy: str) -> TransformersVision:
+    def read_config(cls, path: str) -> tuple[Any, dict[str, Any]]:
+        """transformers' config of the encoder in a folder and, if the folder is an EEMLLM's, what its `to_config` gave."""
         config = load_pretrained(AutoConfig, path, "model.vision.path")
-        if config.model_type == "eemllm":  # the encoder in an EEMLLM folder
-            parts = config.vision["config"]
-            config_class, model_class = cls.FAMILIES[parts["model"]["model_type"]]
-            options = {"config": config_class(**parts["model"]), "key_mapping": {r"^vision\.model\.": ""}}
-            model = load_weighted(model_class, path, "model.vision.path", **options)
-            return cls(model, replace(ImageTransform.from_dict(parts["transform"]), policy=policy), select_layer)
+        made = config.vision["config"] if config.model_type == "eemllm" else {}
+        if "model" in made:
+            config = cls.FAMILIES[made["model"]["model_type"]][0](**made["model"])
         config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP, image and text
         if config.model_type not in cls.FAMILIES:
             raise ConfigError(
                 f"model.vision.path: {path} is a {config.model_type!r}, expected one of {sorted(cls.FAMILIES)}; "
                 "register a class of your own for another encoder"
             )
-        try:
-            preprocessor = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model.vision.path: no readable preprocessor_config.json in {path!r}: {error}"
-            ) from error
-        model = load_weighted(cls.FAMILIES[config.model_type][1], path, "model.vision.path")
-        transform = ImageTransform.from_preprocessor_config(preprocessor, patch=config.patch_size)
+        return config, made
+
+    @classmethod
+    def from_path(cls, path: str, *, select_layer: int, policy: str) -> TransformersVision:
+        config, made = cls.read_config(path)
+        options: dict[str, Any] = {}
+        if made:
+            options = {"config": config, "key_mapping": {r"^vision\.model\.": ""}}
+            transform = ImageTransform.from_dict(made["transform"])
+        else:
+            try:
+                preprocessor = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"model.vision.path: no readable preprocessor_config.json in {path!r}: {error}"
+                ) from error
+            transform = ImageTransform.from_preprocessor_config(preprocessor, patch=config.patch_size)
+        model = load_weighted(cls.FAMILIES[config.model_type][1], path, "model.vision.path", **options)
         return cls(model, replace(transform, policy=policy), select_layer)
 
     @classmethod

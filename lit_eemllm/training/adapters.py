@@ -99,7 +99,6 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def save_adapter(decoder: nn.Module, base: str, section: LoraSection, folder: Path) -> None:
     """The decoder's adapter as a folder that plain peft loads on top of the base model `base`."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(decoder, adapter_name="default", save_embedding_layers=False)
     save_file(
         {f"base_model.model.{name}": x.contiguous() for name, x in state.items()}, folder / "adapter_model.safetensors"

@@ -1,9 +1,13 @@
-"""Checkpoint files: written atomically, read without executing anything, found again for `resume` and `init_from`."""
+"""Checkpoint files, and folders of models: written atomically, read without executing anything, found again for `resume` and
+`init_from`."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +17,14 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from rich.table import Table
 from safetensors.torch import load_file
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UserError
 from ..schema import LoraConfig
 from .adapters import MARK, merge_adapters
 from .tuning import adapt
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from ..model import EEMLLM
     from ..schema import Config
 
@@ -31,9 +37,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.unfinished")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -46,10 +52,38 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "is removed after the next is written) and repeat the command to continue from the newest."
             ) from error
         finally:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is wrong with the disk has been told
+                unfinished.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return read_checkpoint(Path(path))
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill; once it is complete, it gets its name. Raises UserError if that is taken."""
+    if out.exists():
+        raise UserError(f"{out} exists already: remove it, or name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir(mode=0o755)
+        yield folder
+        folder.rename(out)
+
+
+def save(trainer: Trainer, path: Path) -> None:
+    """`Trainer.save_checkpoint`. Where rank 0, which alone writes, cannot, all ranks raise its CheckpointError: none is left
+    waiting for the next step of the others."""
+    error = None
+    try:
+        trainer.save_checkpoint(path)
+    except CheckpointError as raised:
+        error = raised
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others are
+    told = trainer.strategy.broadcast(None if error is None else str(error))
+    if told is not None:
+        raise CheckpointError(told) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -83,6 +117,12 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
     May change: where it runs (``trainer.*`` but precision, and packs per step, which are accumulated by so many ranks), the
     attention backend, how long, how often it logs, saves and validates. The data module looks after its own keys.
     """
+    packs_seen = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    if packs_seen["processed"] < packs_seen["ready"]:
+        raise CheckpointError(
+            "the checkpoint was saved in the middle of a step, before one that went wrong: it holds good weights, but not the "
+            "gradients of the step so far. Begin a new run from them (init_from)."
+        )
     free = {"attention", "max_steps", "save_every", "val_every", "val_batches", "log_every", "keep"}
     was, now = checkpoint["lit_eemllm"]["config"], asdict(config)
     pairs: dict[str, Any] = {"trainer.precision": (was["trainer"].get("precision"), now["trainer"].get("precision"))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ..console import console, quiet_libraries
@@ -10,6 +9,7 @@ from ..errors import UserError
 from ..evaluation.run import load
 from ..schema import Config
 from .adapters import merge_adapters, save_adapter
+from .checkpoint import new_folder
 
 
 def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> None:
@@ -26,21 +26,17 @@ def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> N
         UserError: the folder exists, or there is no adapter.
     """
     quiet_libraries()
-    if out.exists():
-        raise UserError(f"{out} exists already; name a new folder")
     if adapter and config.optim.tuning.llm != "lora":
         raise UserError(
             f"{config.out} has no decoder adapter: its optim.tuning.llm is {config.optim.tuning.llm}, not lora"
         )
-    model, processor, source = load(config, checkpoint)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if adapter:
-        save_adapter(model.language_model, config.model.decoder, config.optim.lora, unfinished)
-        done = "adapter"
-    else:
-        done = f"model, {merge_adapters(model)} adapters folded in"
-        model.save_pretrained(unfinished)
-        processor.tokenizer.save_pretrained(unfinished)
-    unfinished.rename(out)
+    with new_folder(out) as folder:
+        model, processor, source = load(config, checkpoint)
+        if adapter:
+            save_adapter(model.language_model, config.model.decoder, config.optim.lora, folder)
+            done = "adapter"
+        else:
+            done = f"model, {merge_adapters(model)} adapters folded in"
+            model.save_pretrained(folder)
+            processor.tokenizer.save_pretrained(folder)
     console.print(f"{done}: {source} -> {out}")

@@ -14,7 +14,15 @@ from ..data.module import ShardDataModule
 from ..errors import CheckpointError, ConfigError
 from ..model.build import build
 from ..schema import Config
-from .checkpoint import FOLDER, AtomicCheckpointIO, load_weights, newest_checkpoint, read_checkpoint, refuse_changes
+from .checkpoint import (
+    FOLDER,
+    AtomicCheckpointIO,
+    load_weights,
+    newest_checkpoint,
+    read_checkpoint,
+    refuse_changes,
+    save,
+)
 from .fsdp2 import FSDP2
 from .guard import Checkpoints, guarded
 from .module import LitEEMLLM
@@ -54,7 +62,7 @@ def fit(config: Config) -> None:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     last = out / FOLDER / f"step-{trainer.global_step}.ckpt"
     if not trainer.strategy.broadcast(last.is_file()):  # all ranks save, or none
-        trainer.save_checkpoint(last)
+        save(trainer, last)
     if trainer.is_global_zero:
         console.print(f"done: {trainer.global_step} steps; run directory {out}")
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -14,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from ..model.projector import LayerwiseProjector
@@ -23,17 +25,30 @@ if TYPE_CHECKING:
     from ..model import EEMLLM
 
 
-def shard(model: EEMLLM, mesh: DeviceMesh) -> None:
-    """Shard in place: each decoder layer, projector and gated block by itself, the rest (encoder, embeddings, head) together.
+def shared_out(model: EEMLLM) -> list[nn.Module]:
+    """Parts that are sharded by themselves, and whole only while they are used: decoder layers, projectors, gated blocks."""
+    projectors = model.projector.layers if isinstance(model.projector, LayerwiseProjector) else [model.projector]
+    return [*model.language_model.model.layers, *projectors, *model.gated.values()]
+
+
+def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+    """Shard in place: each of `shared_out` by itself, the rest (encoder, embeddings, head) together.
 
     Every rank must then call the same modules in every pass, whether its pack has an image or not.
+
+    Args:
+        model: frozen and cast.
+        mesh: of all processes.
+        compute: what autocast computes in, None without it. In 16 bits, the weights of `shared_out` are gathered in them, so
+            that autocast makes no copies, which would stay whole until the backward pass; gradients are summed over ranks in
+            float32. Streams keep their type, and the rest its weights': a lookup is no product, and an encoder of one's own
+            may have buffers to match.
     """
     if isinstance(model, FSDPModule):
         return
-    projector = model.projector
-    projectors = projector.layers if isinstance(projector, LayerwiseProjector) else [projector]
-    for part in (*model.language_model.model.layers, *projectors, *model.gated.values()):
-        fully_shard(part, mesh=mesh)
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in shared_out(model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "packed_loss")
 

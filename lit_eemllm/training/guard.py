@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..console import console, write_atomically
 from ..data.loader import lost_worker
 from ..errors import UserError
-from .checkpoint import FOLDER, all_checkpoints
+from .checkpoint import FOLDER, all_checkpoints, save
 from .tuning import COMPONENTS, component
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from .module import LitEEMLLM
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SMALLEST_SCALE = 2.0**-16
+"""Of the loss in float16. It begins at 2^16 and is halved with every step that has infinite gradients and is skipped; sums
+over a pack's tokens may need one below 1, but none so small."""
 MOST_NAMED = 20
 """Sample keys in a message; the evidence has all of them."""
 
@@ -48,9 +51,10 @@ class Stopped(SystemExit):
 class Checkpoints(Checkpoint):
     """Saves every `optim.save_every` steps, keeps the newest `optim.keep`, and stops the run when a signal asks for it.
 
-    The first SIGTERM or SIGINT lets the optimiser step end on all ranks (`LitEEMLLM` tells them, see `check_step`), saves and
-    exits; a second one stops at once. Lightning's own SIGTERM handler, which would stop between micro-batches, is replaced;
-    SIGUSR1 and requeueing under Slurm stay Lightning's.
+    The first SIGTERM or SIGINT lets the optimiser step end on all ranks (`LitEEMLLM` tells them, see `check_step`), or a pack
+    of a validation, which may be long and begins anew when the run goes on; saves and exits. A second one stops at once.
+    Lightning's own SIGTERM handler, which would stop between micro-batches, is replaced; SIGUSR1 and requeueing under Slurm
+    stay Lightning's.
     """
 
     def __init__(self, config: Config) -> None:
@@ -70,10 +74,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for unfinished in self.folder.glob(".*.unfinished"):  # of a process that was killed while it saved
                 unfinished.unlink(missing_ok=True)
-        asked = torch.tensor(int(self.asked is not None or trainer.received_sigterm), device=pl_module.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if asked:
+        if self._somebody_was_asked(trainer):
             self._stop(trainer, "before this process trained anything")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LitEEMLLM, *_: Any) -> None:  # type: ignore[override]
@@ -84,14 +85,33 @@ class Checkpoints(Checkpoint):
         asked = pl_module.stop_agreed if trainer.world_size > 1 else self.asked is not None
         stop = asked and step < self.config.optim.max_steps
         if stop or step % self.config.optim.save_every == 0:
-            path = self.folder / f"step-{step}.ckpt"
-            trainer.save_checkpoint(path)
-            if trainer.is_global_zero:
-                for old in all_checkpoints(Path(self.config.out))[: -self.config.optim.keep]:
-                    if old != path:
-                        trainer.strategy.remove_checkpoint(old)
+            path = self._save(trainer)
         if stop:
             self._stop(trainer, f"after step {step}, saved as {path}")
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._somebody_was_asked(trainer):
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()
+            progress.increment_ready()  # begun, and no pack done: as Lightning finds a validation that it is to run
+            progress.increment_started()
+            path = self._save(trainer)
+            self._stop(trainer, f"in the validation after step {trainer.global_step}, saved as {path}")
+
+    def _save(self, trainer: Trainer) -> Path:
+        path = self.folder / f"step-{trainer.global_step}.ckpt"
+        save(trainer, path)
+        if trainer.is_global_zero:
+            for old in all_checkpoints(Path(self.config.out))[: -self.config.optim.keep]:
+                if old != path:
+                    trainer.strategy.remove_checkpoint(old)
+        return path
+
+    def _somebody_was_asked(self, trainer: Trainer) -> bool:
+        asked = torch.tensor(int(self.asked is not None or trainer.received_sigterm), device=self._module.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked)
 
     def _listen(self) -> None:
         if _may_listen():
@@ -125,6 +145,9 @@ def check_step(module: LitEEMLLM) -> bool:
     moments too; here the optimiser is not even called. After this wait only clipping and the optimiser are yet to be
     launched, so the device idles for a fraction of a millisecond.
 
+    In float16 gradients become infinite where the scaled loss is too large; its scaler skips that step and scales less. Only
+    where that has not helped for long is the gradient itself to blame.
+
     Returns:
         Whether some rank was asked to stop; the same on all.
 
@@ -139,8 +162,8 @@ def check_step(module: LitEEMLLM) -> bool:
             ]
         )
     ).tolist()
-    scaled = module.config.trainer.get("precision") == "16-mixed"  # its scaler meets infinite gradients, and skips them
-    if math.isfinite(loss) and (math.isfinite(norm) or scaled):
+    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+    if math.isfinite(loss) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() > SMALLEST_SCALE)):
         return stop > 0
     raise _not_finite(module, loss, norm)
 
@@ -173,7 +196,7 @@ def _not_finite(module: LitEEMLLM, loss: float, norm: float) -> UserError:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"step-{step}.json", json.dumps(evidence, indent=1))
     good = folder / f"before-step-{step}.ckpt"
-    trainer.save_checkpoint(good)
+    save(trainer, good)
     keys = [key for pack in bad or packs for key in pack["keys"]]
     named = ", ".join(keys[:MOST_NAMED]) + (f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else "")
     return UserError(

@@ -74,7 +74,8 @@ class LitEEMLLM(LightningModule):
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FSDP2):
             assert self._frozen_fingerprint  # of whole tensors
-            shard(self.model, init_device_mesh(self.trainer.strategy.root_device.type, (self.trainer.world_size,)))
+            mesh = init_device_mesh(self.trainer.strategy.root_device.type, (self.trainer.world_size,))
+            shard(self.model, mesh, compute_dtype(self.config))
 
     def on_fit_start(self) -> None:
         choice = self.model.set_attention(self.config.model.attention, compute_dtype(self.config))

@@ -10,7 +10,6 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +162,7 @@ def answer(
     temperature: float = 0.0,
 ) -> list[str]:
     """Generated answers; greedy when the temperature is 0."""
-    inputs = {name: tensor.to(model.device) for name, tensor in processor.prompts(conversations, images).items()}
+    inputs = processor.prompts(conversations, images, model.device)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
@@ -260,12 +259,12 @@ def with_moved_images(batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBa
     for batch in batches:
         if batch.pixel_values is None:
             continue
-        pixels = batch.pixel_values
+        pixels, images = batch.pixel_values, range(len(batch.pixel_values))
         most = max(sum(run.visual for run in document) for document in batch.layout.documents)
-        for turn in range(most, len(pixels) - most + 1):  # a shorter or longer one leaves an image in its document
-            moved = pixels.roll(turn, 0)
-            if (pixels != moved).flatten(1).any(1).all():
-                yield batch, replace(batch, pixel_values=moved)
+        for turn in range(most, len(images) - most + 1):  # a shorter or longer one leaves an image in its document
+            origin = [(i - turn) % len(images) for i in images]
+            if not any(pixels[i].equal(pixels[origin[i]]) for i in images):
+                yield batch, batch.with_images_moved(origin)
                 break
 
 

@@ -145,9 +145,9 @@ class Transform(ABC):
         """What the encoder gets of the pixels of several pictures."""
         return pixels
 
-    def order(self, sizes: Sequence[tuple[int, int]]) -> torch.Tensor | None:
+    def order(self, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int] | None:
         """Which row of the encoder's features each visual token is, of pictures of these sizes (width, height) one after the
-        other; the row after the last stands for a newline. None = each row is a token, in order."""
+        other, and how many rows there are; the row after the last stands for a newline. None = each row is a token."""
         return None
 
     def to_dict(self) -> dict[str, Any]:

@@ -196,21 +196,19 @@ class AnyresTransform(Transform):
     def views(self, pixels: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(pixels))
 
-    def order(self, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
-        side, parts, start = self.side, [], 0
-        newlines = []
+    def order(self, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int]:
+        side, start = self.side, 0
+        parts = [torch.zeros(0, dtype=torch.long)]
         for width, height in sizes:
             left, top, right, bottom = self.kept(width, height)
             rows, columns = self.grid(width, height)
             tile = torch.arange(rows * columns * side**2).view(rows, columns, side, side)
             patches = tile.transpose(1, 2).reshape(rows * side, columns * side)[top:bottom, left:right]
-            lines = torch.cat([patches + side**2, torch.full((bottom - top, 1), -1)], dim=1)
-            parts += [start + torch.arange(side**2), (lines + start).flatten()]
-            newlines += [torch.zeros(side**2, dtype=torch.bool), lines.flatten() < 0]
+            lines = torch.cat([patches + start + side**2, torch.full((bottom - top, 1), -1)], dim=1)
+            parts += [start + torch.arange(side**2), lines.flatten()]
             start += (1 + rows * columns) * side**2
-        if not parts:
-            return torch.zeros(0, dtype=torch.long)
-        return torch.cat(parts).masked_fill(torch.cat(newlines), start)
+        order = torch.cat(parts)
+        return order.masked_fill(order < 0, start), start
 
 
 def transform_from_dict(values: Mapping[str, Any]) -> Transform:

@@ -381,19 +381,17 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
         Without images no rows, but in the graph: no pack may leave a weight without gradient.
         """
-        order_V = self.vision.transform.order(sizes)
+        order = self.vision.transform.order(sizes)
         if pixels is None:
             features = next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
         else:
             features = self.image_features(pixels)
-        tokens, rows = len(features), len(features)
-        if order_V is not None:
-            tokens, rows = len(order_V), int(order_V.max()) if len(order_V) else 0
+        tokens, rows = (len(features), len(features)) if order is None else (len(order[0]), order[1])
         if tokens != layout.num_visual or rows != len(features):
             images = 0 if pixels is None else len(pixels)
             text = f"{images} images give {tokens} visual tokens, but the layout holds {layout.num_visual}"
             raise ValueError(text if rows == len(features) else f"{text}; image_sizes are of images of other shapes")
-        return features, None if order_V is None else upload(order_V, features.device)
+        return features, None if order is None else upload(order[0], features.device)
 
     def _media(
         self, features: tuple[Tensor, Tensor | None], layout: SequenceLayout, cached: CachedPass | None

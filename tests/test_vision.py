@@ -38,10 +38,7 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def make_model(encoder: str, mechanism: str = "ee_mllm", seed: int = 0) -> EEMLLM:
-    choice = PRESETS[mechanism].stretched(3)
-    if choice.gated is not None and encoder == "anyres":
-        choice = replace(choice, gated=replace(choice.gated, latents=0))
-    return tiny.model("llama-gqa", choice, encoder, seed)
+    return tiny.model("llama-gqa", mechanism, encoder, seed)
 
 
 def pack(model: EEMLLM, documents: list[list[int | tuple[int, int]]], seed: int = 0) -> PackedBatch:
@@ -221,7 +218,7 @@ def test_a_pack_of_many_sizes_is_one_image_at_a_time(encoder, preset):
     model.packed_loss(batch).backward()
     together = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert "vision.model.embeddings.position_embedding.weight" in together
-    assert ("projector.newline" in together) or encoder != "anyres" or preset == "saisa"
+    assert ("projector.newline" in together) or encoder != "anyres" or preset in ("saisa", "flamingo")
     model.zero_grad()
     logits = []
     for one in alone(batch):
@@ -299,9 +296,14 @@ def test_sizes_that_are_missing_or_wrong_are_told(encoder):
         model.packed_loss(replace(batch, pixel_values=[model.vision.transform(picture((20, 20)))]))
 
 
-def test_a_resampler_reads_no_newlines():
-    with pytest.raises(ConfigError, match="latents=0"):
-        tiny.model("llama-gqa", "flamingo", "anyres")
+def test_blocks_without_a_resampler_read_newlines():
+    flamingo = PRESETS["flamingo"].stretched(3)
+    model = tiny.model("llama-gqa", replace(flamingo, gated=replace(flamingo.gated, latents=0)), "anyres")
+    batch = pack(model, [[3, (40, 20), 4, (9, 30), 2], [2, (64, 17), 4]])
+    model.packed_loss(batch).backward()
+    assert model.projector.newline.grad.abs().max() > 0
+    logits = torch.cat([model.packed_logits(one) for one in alone(batch)])
+    assert tiny.max_error(model.packed_logits(batch), logits) < 2e-5
 
 
 # --- around the model

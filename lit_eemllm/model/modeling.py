@@ -137,11 +137,6 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         if self.mechanism.visual_source == "layerwise":
             self.projector = LayerwiseProjector(width, decoder.hidden_size, decoder.num_hidden_layers, newline)
         elif gated is not None and gated.latents:
-            if newline:
-                raise ConfigError(
-                    "model.vision.policy: anyres puts newlines between projected rows, but the resampler reads the encoder's "
-                    "own; set model.mechanism.gated.latents=0 (no resampler) or another policy"
-                )
             self.projector = Resampler(width, gated)
         self.gated = nn.ModuleDict()
         if gated is not None:
@@ -402,7 +397,10 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         cache = cached.cache if cached is not None else None
         lengths = layout.image_lengths
         if gated.latents:
-            tokens_Md, lengths = self.projector(features[0], lengths), [gated.latents] * len(lengths)
+            rows_Vd, order_V = features
+            if order_V is not None:  # it reads the encoder's rows, among which no newline is known: zeros
+                rows_Vd = pad(rows_Vd, (0, 0, 0, 1)).index_select(0, order_V)
+            tokens_Md, lengths = self.projector(rows_Vd, lengths), [gated.latents] * len(lengths)
         else:
             tokens_Md = self.projector(*features)
         return Media.of(layout, tokens_Md, lengths, gated.immediate, cache is not None)

@@ -27,7 +27,7 @@ from ..console import console
 from ..errors import CheckpointError
 from ..layout import PackedBatch, Run, SequenceLayout
 from ..model.build import fingerprint
-from .adapters import MARK
+from .adapters import MARK, WHOLE
 from .fsdp2 import FSDP2, shard
 from .guard import check_step
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
@@ -157,10 +157,11 @@ class LitEEMLLM(LightningModule):
     # --- checkpoints ---
 
     def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint holds of a state: components trained wholly, and adapters."""
+        """What a checkpoint holds of a state: components trained wholly, and adapters with what is trained beside them."""
         choices = asdict(self.config.optim.tuning)
         whole = tuple(f"model.{name}." for word in self.trained if choices[word] == "full" for name in COMPONENTS[word])
-        return {name: tensor for name, tensor in state.items() if name.startswith(whole) or MARK in name}
+        ends = (WHOLE,) if choices["projector"] == "lora" else ()
+        return {n: x for n, x in state.items() if n.startswith(whole) or MARK in n or n.endswith(ends)}
 
     @cached_property
     def _frozen_fingerprint(self) -> str:

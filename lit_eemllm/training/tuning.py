@@ -104,7 +104,8 @@ def _by_depth(vision: VisionEncoder, lr: float, decay: float) -> dict[str, tuple
     inside = {p for block in blocks for p in block.parameters()}
     parts = {"vision, below": [p for p in vision.parameters() if p not in inside]}
     parts |= {f"vision, layer {i}": list(block.parameters()) for i, block in enumerate(blocks)}
-    return {name: (part, lr * decay ** (len(blocks) - i)) for i, (name, part) in enumerate(parts.items())}
+    rates = [(name, (part, lr * decay ** (len(blocks) - i))) for i, (name, part) in enumerate(parts.items())]
+    return dict(reversed(rates))  # the rate of the first group is what logs show
 
 
 def schedule(config: OptimConfig) -> Callable[[int], float]:

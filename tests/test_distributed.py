@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "recomputed lora": ("llava", (*LORA, "optim.activation_checkpointing=true")),
     "projector": ("llava", ("optim.tuning.llm=frozen",)),
     "many sizes": ("ee_mllm", ("optim.tuning.vision=full", "optim.vision_layer_decay=0.5")),
-    "tiles": ("saisa", ("optim.tuning.vision=lora", "optim.lora.r=4", "optim.lora.dropout=0")),
+    "tiles": ("saisa", ("optim.tuning.vision=lora", *LORA[1:])),
 }
 ENCODERS = {"many sizes": "siglip2", "tiles": "anyres"}
 SIZES = [(40, 20), (9, 30), (5, 5), (64, 17)]

@@ -292,7 +292,7 @@ def build_parser() -> ArgumentParser:
     example += "\n  lit-eemllm convert runs/llava --out my-llava-hf --to-llava"
     text = "Write a trained model under another mechanism; read and write LLaVA checkpoints."
     made = takes_imports(verb(verbs, "convert", _convert, text, example))
-    text = "a run directory (its newest checkpoint), a folder of an EEMLLM (save_pretrained) or of a LLaVA-1.5 in "
+    text = "a run directory (its newest checkpoint), a folder of an EEMLLM (save_pretrained) or of a LLaVA-1.5, 1.6 in "
     text += "transformers' format; then overrides: model.mechanism.*, which without a preset change the source's own "
     text += "mechanism, and seed, of modules that are fresh"
     made.add_argument("inputs", nargs="*", metavar="SOURCE|key=value", help=text)

@@ -52,11 +52,11 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
     """Write the source's model under another mechanism.
 
     Args:
-        source: folder of a LLaVA-1.5 (transformers' format) or of an EEMLLM (`save_pretrained`), or a run directory, of
+        source: folder of a LLaVA-1.5, 1.6 (transformers' format) or of an EEMLLM (`save_pretrained`), or a run directory, of
             which the newest checkpoint is taken.
         out: folder to create; appears only when it is complete.
         overrides: ``model.mechanism.*`` and ``seed``; without a preset they change the source's own mechanism.
-        to_llava: write transformers' LlavaForConditionalGeneration instead of an EEMLLM.
+        to_llava: write transformers' LlavaForConditionalGeneration, or LlavaNext..., instead of an EEMLLM.
 
     Raises:
         UserError: the source, the mechanism or `out` cannot be used; nothing has been written.

@@ -149,7 +149,7 @@ def estimate(
         config: parts, tuning, types and precision.
         shape: a name of `weightless.SHAPES`, instead of the parts of the configuration.
         text: text tokens of a document.
-        visual: its visual tokens; None = as many as the encoder makes of an image.
+        visual: its visual tokens; None = as many as the encoder makes of an image, at most.
         targets: its supervised tokens; None = all its text.
         documents: in a pack, and sequences in a cache; None = as many as fill ``data.pack_tokens``.
         gpus: how many there are.
@@ -160,14 +160,15 @@ def estimate(
     Raises:
         UserError: an option or a part cannot be used.
     """
+    from .resolutions import transform_from_dict
     from .trace import Document, trace
     from .weightless import parts_of_config, parts_of_shape
 
     quiet_libraries()
     parts = parts_of_config(config.model) if shape is None else parts_of_shape(shape)
     if visual is None:
-        side = parts.vision["transform"]
-        visual = (side["height"] // side["patch"]) * (side["width"] // side["patch"])
+        transform = transform_from_dict(parts.vision["transform"])
+        visual = transform.num_tokens(*transform.largest)
     if documents is None:
         documents = min(
             config.data.pack_tokens // max(1, text + visual), config.data.pack_samples or config.data.pack_tokens

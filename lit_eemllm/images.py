@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lit_eemllm.errors import ConfigError, SampleError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 POLICIES = ("pad", "resize", "crop")
@@ -42,9 +46,15 @@ def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
 
 
 def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
-    """Width and height by the header alone; refuses what `open_image` would refuse without decoding. Raises SampleError."""
+    """Upright width and height by the header alone; refuses what `open_image` would refuse without decoding.
+
+    An orientation that a PNG states behind its pixels is not seen. Raises SampleError.
+    """
     with _opened(data, name, max_pixels) as image:
-        return image.size
+        width, height = image.size
+        # `Image.getexif` itself, since that of PNG files decodes them; a TIFF's size is upright already
+        turned = image.format != "TIFF" and Image.Image.getexif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
 
 
 @contextmanager
@@ -83,14 +93,99 @@ def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def within_max_side(image: Image.Image) -> Image.Image:
+    """The picture, reduced if it is longer than MAX_SIDE."""
+    return image.reduce(math.ceil(max(image.size) / MAX_SIDE)) if max(image.size) > MAX_SIDE else image
+
+
+def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Float32 [3, height, width]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+    return (pixels - _channels(mean)) / _channels(std)
+
+
+def unnormalised(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    values = pixels.float().cpu() * _channels(std) + _channels(mean)
+    return Image.fromarray((values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def _channels(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+
+
+class Transform(ABC):
+    """RGB picture -> normalised pixels, and how many visual tokens they become. A frozen dataclass of plain values.
+
+    Attributes:
+        fixed: every picture becomes pixels of one shape [3, height, width].
+        policy: its word in ``model.vision.policy``.
+    """
+
+    fixed: ClassVar[bool] = False
+    policy: str
+
+    @abstractmethod
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Pixels, float32, of an RGB picture."""
+
+    @abstractmethod
+    def num_tokens(self, width: int, height: int) -> int:
+        """Visual tokens of a picture of width x height pixels."""
+
+    @property
+    @abstractmethod
+    def largest(self) -> tuple[int, int]:
+        """Width and height of a picture that becomes as many tokens as any."""
+
+    @abstractmethod
+    def unnormalize(self, pixels: torch.Tensor) -> Image.Image:
+        """The picture that the model sees, from its pixels."""
+
+    def views(self, pixels: Any) -> Any:
+        """What the encoder gets of the pixels of several pictures."""
+        return pixels
+
+    def order(self, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int] | None:
+        """Which row of the encoder's features each visual token is, of pictures of these sizes (width, height) one after the
+        other, and how many rows there are; the row after the last stands for a newline. None = each row is a token."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values from which `from_dict` makes the same transform."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+        return plain(asdict(self))  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises ConfigError on unknown or missing keys."""
+        if wrong := set(values) ^ {field.name for field in fields(cls)}:  # type: ignore[arg-type]
+            raise ConfigError(f"image transform: unknown or missing keys {', '.join(sorted(wrong))}")
+        return cls(**values)
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float], resample: str) -> None:
+    """Raises ConfigError."""
+    if resample not in RESAMPLING:
+        raise ConfigError(f"unknown image resampling {resample!r}; known: {', '.join(RESAMPLING)}")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ConfigError(f"image mean and std need 3 values, std above 0; found {mean} and {std}")
+
+
 @dataclass(frozen=True)
-class ImageTransform:
-    """RGB picture -> normalised pixels of a fixed size.
+class ImageTransform(Transform):
+    """RGB picture -> normalised pixels of a fixed size, [3, height, width].
 
     Policies: ``pad`` puts the picture in the middle of a square of the mean colour and resizes that, as LLaVA-1.5 does
     (height must equal width); ``resize`` stretches it; ``crop`` resizes its shortest side to `shortest` and cuts out
     the centre, as CLIP does.
     """
+
+    fixed: ClassVar[bool] = True
 
     height: int  # pixels of the result
     width: int
@@ -104,9 +199,9 @@ class ImageTransform:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
-        for name, value, known in (("policy", self.policy, POLICIES), ("resampling", self.resample, RESAMPLING)):
-            if value not in known:
-                raise ConfigError(f"unknown image {name} {value!r}; known: {', '.join(known)}")
+        if self.policy not in POLICIES:
+            raise ConfigError(f"unknown image policy {self.policy!r}; known: {', '.join(POLICIES)}")
+        check_normalisation(self.mean, self.std, self.resample)
         size = f"{self.height} x {self.width} pixels"
         if not 1 <= self.patch <= min(self.height, self.width):
             raise ConfigError(f"a patch of {self.patch} pixels does not fit into images of {size}")
@@ -114,13 +209,9 @@ class ImageTransform:
             raise ConfigError(f"image policy 'pad' makes squares, but images are to have {size}")
         if self.policy == "crop" and self.shortest and self.shortest < max(self.height, self.width):
             raise ConfigError(f"images resized to a shortest side of {self.shortest} cannot be cropped to {size}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ConfigError(f"image mean and std need 3 values, std above 0; found {self.mean} and {self.std}")
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Pixels, float32 [3, height, width], of an RGB picture."""
-        if max(image.size) > MAX_SIDE:
-            image = image.reduce(math.ceil(max(image.size) / MAX_SIDE))
+        image = within_max_side(image)
         size = (self.width, self.height)
         if self.policy == "pad":
             side = max(image.size)
@@ -133,32 +224,18 @@ class ImageTransform:
             shortest, before = self.shortest or max(size), min(image.size)
             size = (image.width * shortest // before, image.height * shortest // before)
         image = _centre(image.resize(size, RESAMPLING[self.resample]), self.width, self.height)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
-        return (pixels - self._channels(self.mean)) / self._channels(self.std)
+        return normalised(image, self.mean, self.std)
 
     def num_tokens(self, width: int, height: int) -> int:
         """Visual tokens of a picture of width x height pixels: the same for all, as the result has a fixed size."""
         return (self.height // self.patch) * (self.width // self.patch)
 
+    @property
+    def largest(self) -> tuple[int, int]:
+        return self.width, self.height
+
     def unnormalize(self, pixels: torch.Tensor) -> Image.Image:
-        """The picture that the model sees, from its pixels [3, height, width]."""
-        values = pixels.float().cpu() * self._channels(self.std) + self._channels(self.mean)
-        return Image.fromarray((values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-
-    @staticmethod
-    def _channels(values: tuple[float, float, float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values from which `from_dict` makes the same transform."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ImageTransform:
-        """Raises ConfigError on unknown or missing keys."""
-        if wrong := set(values) ^ {field.name for field in fields(cls)}:
-            raise ConfigError(f"image transform: unknown or missing keys {', '.join(sorted(wrong))}")
-        return cls(**values)
+        return unnormalised(pixels, self.mean, self.std)
 
     @classmethod
     def from_preprocessor_config(cls, config: Mapping[str, Any], patch: int) -> ImageTransform:

@@ -10,8 +10,8 @@ Legend of shape suffixes, used all over the package:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,23 @@ from torch import Tensor
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A small tensor made on the CPU, sent without making the CPU wait for the device."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+Pixels = Tensor | list[Tensor]
+"""Of several images: one tensor where all have one shape, else a tensor each."""
+
+
+def join_images(pixels: Sequence[Tensor]) -> Pixels:
+    """One image at least."""
+    return torch.stack(list(pixels)) if len({image.shape for image in pixels}) == 1 else list(pixels)
+
+
+def map_images(pixels: Pixels, function: Callable[[Tensor], Tensor]) -> Pixels:
+    return function(pixels) if isinstance(pixels, Tensor) else [function(image) for image in pixels]
+
+
+def take_images(pixels: Pixels, indices: Sequence[int]) -> Pixels:
+    return pixels[list(indices)] if isinstance(pixels, Tensor) else [pixels[i] for i in indices]
 
 
 class Run(NamedTuple):
@@ -177,21 +194,41 @@ class PackedBatch:
         input_ids: [S] token ids; 0 in visual rows, where they are not read.
         target_rows: [n] text rows (0..T-1) that predict a supervised token.
         targets: [n] the token ids they should predict.
-        pixel_values: [I, 3, height, width], or None when the pack has no image.
+        pixel_values: [I, 3, height, width], or a tensor each where images differ in shape; None without images.
         layout: documents, runs, positions.
         keys: keys of the samples, in pack order.
+        image_sizes: width and height of each picture as it was; not read where the encoder takes images of one size.
     """
 
     input_ids: Tensor
     target_rows: Tensor
     targets: Tensor
-    pixel_values: Tensor | None
+    pixel_values: Pixels | None
     layout: SequenceLayout
     keys: list[str]
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_targets(self) -> int:
         return len(self.targets)
+
+    def with_images_moved(self, origin: Sequence[int]) -> PackedBatch:
+        """The same text, but where image i stood, image `origin[i]` stands, with as many tokens as it has."""
+        assert self.pixel_values is not None
+        lengths = self.layout.image_lengths
+        moved = iter([lengths[i] for i in origin])
+        documents = [
+            [Run(True, next(moved)) if run.visual else run for run in document] for document in self.layout.documents
+        ]
+        layout = SequenceLayout.of(documents).to(self.input_ids.device)
+        text = self.input_ids[self.layout.text_index]
+        return replace(
+            self,
+            input_ids=layout.merge(text, text.new_zeros(layout.num_visual)),
+            pixel_values=take_images(self.pixel_values, origin),
+            image_sizes=[self.image_sizes[i] for i in origin] if self.image_sizes else [],
+            layout=layout,
+        )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         return self._map_tensors(
@@ -203,4 +240,7 @@ class PackedBatch:
 
     def _map_tensors(self, function: Any) -> PackedBatch:
         movable = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in movable.items() if isinstance(v, Tensor | SequenceLayout)})
+        made = {k: function(v) for k, v in movable.items() if isinstance(v, Tensor | SequenceLayout)}
+        if isinstance(self.pixel_values, list):
+            made["pixel_values"] = map_images(self.pixel_values, function)
+        return replace(self, **made)

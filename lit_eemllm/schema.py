@@ -18,13 +18,15 @@ from lit_eemllm.errors import ConfigError
 @dataclass
 class VisionConfig:
     encoder: str = "transformers"
-    """Vision encoder: "transformers" (the vision tower of CLIP or SigLIP) or a name that your own file registers."""
+    """Vision encoder: "transformers" (vision tower of CLIP, SigLIP, SigLIP 2, Idefics2) or a name that your file registers."""
     path: str | None = None
     """Folder or hub id of the pretrained encoder; required by "transformers"."""
     select_layer: int = -2
     """Hidden states that the projector reads, without class token: 0 the embeddings, -1 the last layer, -2 as LLaVA."""
     policy: str = "pad"
-    """How an image is brought to the encoder's size: "pad" to a square, "resize" (changes the aspect ratio), "crop"."""
+    """Image to pixels: "pad" to a square, "resize" (new aspect), "crop", "anyres" (tiles) or, for encoders of any size, "native"."""
+    max_tokens: int | None = None
+    """With policy native, most visual tokens of an image; null = as the encoder's preprocessor_config.json says."""
 
 
 @dataclass
@@ -161,6 +163,8 @@ class OptimConfig:
     """Peak learning rate of the projector; null = lr."""
     vision_lr: float | None = None
     """Peak learning rate of the vision encoder; null = lr."""
+    vision_layer_decay: float | None = None
+    """Each layer of the vision encoder learns at this share of the rate of the layer above it; null = all at one rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
@@ -236,7 +240,7 @@ _NULLABLE = ("model.mechanism.visual_source", "model.mechanism.visual_positions"
 _WORDS = {
     "model.mechanism.visual_source": ("stream", "layerwise"),
     "model.mechanism.visual_positions": ("sequence", "shared", "unrotated", "none"),
-    "model.vision.policy": ("pad", "resize", "crop"),
+    "model.vision.policy": ("pad", "resize", "crop", "anyres", "native"),
     "model.dtype": ("float32", "bfloat16"),
     "model.quantization": ("nf4", "int8"),
     "data.truncation": ("drop", "truncate", "error"),
@@ -256,6 +260,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("0 or more", lambda v: 0 <= v < math.inf, "optim.weight_decay"),
     ("0 to 1", lambda v: 0 <= v <= 1, "optim.warmup_ratio"),
+    ("more than 0, to 1", lambda v: 0 < v <= 1, "optim.vision_layer_decay"),
     ("0 to below 1", lambda v: 0 <= v < 1, "optim.lora.dropout"),
     (
         "more than 0",
@@ -269,7 +274,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "data.pack_tokens data.pack_samples data.max_length data.packing_buffer data.max_image_pixels "
         "data.max_bad_in_a_row optim.max_steps optim.save_every optim.val_every optim.val_batches optim.log_every "
         "optim.keep optim.lora.r eval.batch_size eval.max_new_tokens model.mechanism.gated.every model.mechanism.gated.heads "
-        "model.mechanism.gated.head_size model.mechanism.gated.depth",
+        "model.mechanism.gated.head_size model.mechanism.gated.depth model.vision.max_tokens",
     ),
     ("text that is not empty", lambda v: bool(v.strip()), "out resume model.decoder data.train"),
 )
@@ -335,8 +340,13 @@ def check(config: Config) -> list[Mistake]:
     if config.model.mechanism.preset == "flamingo" and tuning["projector"] == "lora":
         text = "gated cross-attention begins at nothing and learns only as a whole: set full"
         mistakes.append((("optim.tuning.projector", "model.mechanism.preset"), text))
-    for part in ("projector", "vision"):
-        key = f"optim.{part}_lr"
+    if config.model.vision.max_tokens is not None and config.model.vision.policy != "native":
+        text = (
+            f"has no effect with policy {config.model.vision.policy}: set model.vision.policy=native or max_tokens=null"
+        )
+        mistakes.append((("model.vision.max_tokens", "model.vision.policy"), text))
+    for key in ("optim.projector_lr", "optim.vision_lr", "optim.vision_layer_decay"):
+        part = "projector" if "projector" in key else "vision"
         if tuning[part] == "frozen" and value(key) is not None:
             text = f"has no effect: optim.tuning.{part} is frozen; set {key}=null or optim.tuning.{part}=full"
             mistakes.append(((key, f"optim.tuning.{part}"), text))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -141,16 +142,17 @@ def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document
     """Take a document through a step with the tuning, the types and the precision of `config`."""
     model, mode = build_weightless(config, parts, mechanism)
     transform, dtype = model.vision.transform, compute_dtype(config)
-    images = document.visual / transform.num_tokens(transform.width, transform.height)
+    images = document.visual / transform.num_tokens(*transform.largest)
+    shape = transform(Image.new("RGB", transform.largest)).shape
     with mode:
-        pixels = torch.empty(1, 3, transform.height, transform.width)
+        pixels = torch.empty(1, *shape)
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
     with autocast, recording(model) as encoder:
         features = model.image_features(pixels)
     encoder_backward = backward(features) if features.requires_grad else 0
     # As many as the document has, whatever the encoder gives.
     features = features.new_empty(document.visual, features.shape[-1], requires_grad=features.requires_grad)
-    model.image_features = lambda pixels: features  # type: ignore[method-assign]
+    model._features = lambda pixels, sizes, layout: (features, None)  # type: ignore[method-assign]
     with autocast, recording(model) as rest:
         logits = model.packed_logits(pack(document, pixels))
 

@@ -12,12 +12,13 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from .attention import AttentionBackend
 from .errors import ConfigError
-from .images import ImageTransform
+from .images import ImageTransform, Transform
 from .layout import SequenceLayout, Visibility
 from .mechanisms import Mechanism
 from .model import EEMLLM, EEMLLMConfig
 from .model.modeling import load_decoder_config
 from .model.vision import TransformersVision, get_vision_encoder
+from .resolutions import NativeTransform, with_policy
 from .training.tuning import apply_tuning, set_modes
 
 if TYPE_CHECKING:
@@ -70,13 +71,21 @@ def parts_of_config(config: ModelConfig) -> Parts:
         made = encoder.from_path(given.path or "", select_layer=given.select_layer, policy=given.policy)
         return Parts(decoder, given.encoder, made.to_config())
     vision, _ = TransformersVision.read_config(given.path or "")
-    return Parts(decoder, given.encoder, _vision(vision, given.select_layer))
+    return Parts(decoder, given.encoder, _vision(vision, given.select_layer, given.policy, given.max_tokens))
 
 
-def _vision(vision: Any, select_layer: int) -> dict[str, Any]:
+def _vision(vision: Any, select_layer: int, policy: str = "pad", max_tokens: int | None = None) -> dict[str, Any]:
     """As `TransformersVision.to_config`; of the transform only the sizes are used here, and they are the encoder's."""
-    half = (0.5, 0.5, 0.5)
-    transform = ImageTransform(vision.image_size, vision.image_size, vision.patch_size, half, half)
+    half, patch = (0.5, 0.5, 0.5), vision.patch_size
+    transform: Transform
+    if vision.model_type == "siglip2_vision_model":
+        transform = NativeTransform(patch, half, half, most=max_tokens or vision.num_patches)
+    elif vision.model_type == "idefics2_vision":
+        transform = NativeTransform(patch, half, half, edges=(patch, vision.image_size))
+        transform = transform if max_tokens is None else transform.within(max_tokens)
+    else:
+        transform = ImageTransform(vision.image_size, vision.image_size, patch, half, half)
+    transform = with_policy(transform, policy)
     model = {**vision.to_diff_dict(), "model_type": vision.model_type}
     return {"model": model, "transform": transform.to_dict(), "select_layer": select_layer}
 

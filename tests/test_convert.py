@@ -238,7 +238,7 @@ def alter(folder, file="config.json", **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llava_next"}, r"'llava_next' cuts an image into several crops"),
+        ({"model_type": "llava_next_video"}, r"'llava_next_video' has tokens for videos"),
         ({"model_type": "llava_onevision"}, r"anyres"),
         ({"model_type": "vipllava"}, r"several layers of the encoder"),
         ({"mm_vision_tower": "openai/clip"}, r"format of the authors' own code"),

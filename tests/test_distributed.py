@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import shards_util
+import test_vision
 import tiny
 import torch
 from lightning import Trainer
@@ -31,6 +32,8 @@ from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.data import module as data_module
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.evaluation.run import load
+from lit_eemllm.layout import PackedBatch
+from lit_eemllm.model import EEMLLM
 from lit_eemllm.schema import Config
 from lit_eemllm.training import fit as fit_module
 from lit_eemllm.training.checkpoint import read_checkpoint, refuse_changes
@@ -54,8 +57,12 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "lora": ("ee_mllm", (*LORA, "optim.tuning.vision=lora")),
     "recomputed lora": ("llava", (*LORA, "optim.activation_checkpointing=true")),
     "projector": ("llava", ("optim.tuning.llm=frozen",)),
+    "many sizes": ("ee_mllm", ("optim.tuning.vision=full", "optim.vision_layer_decay=0.5")),
+    "tiles": ("saisa", ("optim.tuning.vision=lora", *LORA[1:])),
 }
-ADAMW = ("ee_mllm", "saisa", "flamingo", "llava", "vision", "recomputed lora")
+ENCODERS = {"many sizes": "siglip2", "tiles": "anyres"}
+SIZES = [(40, 20), (9, 30), (5, 5), (64, 17)]
+ADAMW = ("ee_mllm", "saisa", "flamingo", "llava", "vision", "recomputed lora", "many sizes", "tiles")
 MIXED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "lora")
 # Packs of every step, [micro-batch][rank], as documents of run lengths (0 an image). They are uneven, ranks lack images in
 # turn, and once all do.
@@ -105,6 +112,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def packed(model: EEMLLM, documents: list[list[int]], seed: int) -> PackedBatch:
+    if model.vision.transform.fixed:
+        return tiny.pack(documents, seed)
+    sizes = iter(SIZES[seed % 4 :] + SIZES)
+    return test_vision.pack(model, [[run or next(sizes) for run in document] for document in documents], seed)
+
+
 def train(
     folder: Path, case: str, rank: int | None = None, strategy: Any = "auto", sgd: bool = True, mixed: bool = False
 ) -> dict[str, Any]:
@@ -113,11 +127,12 @@ def train(
     preset, more = CASES[case]
     if mixed:
         more = (*more, "trainer.precision=bf16-mixed", "model.dtype=bfloat16")
-    steps = [[[tiny.pack(docs, 7 * s + 3 * m + r) for r, docs in enumerate(ranks)] for m, ranks in enumerate(micros)]
+    model = tiny.model(mechanism=preset, encoder=ENCODERS.get(case, "clip"))
+    steps = [[[packed(model, docs, 7 * s + 3 * m + r) for r, docs in enumerate(ranks)] for m, ranks in enumerate(micros)]
              for s, micros in enumerate(STEPS)]  # fmt: skip
     packs = [pack for step in steps for ranks in step for r, pack in enumerate(ranks) if rank in (None, r)]
     config = tiny.config(folder, "unused", folder, "optim.max_steps=5", "optim.clip_grad_norm=null", *more)
-    module = Probe(tiny.model(mechanism=preset), config, sgd=sgd)
+    module = Probe(model, config, sgd=sgd)
     for parameter in [p for part in shared_out(module.model) for p in part.parameters() if mixed]:
         parameter.data = parameter.data.bfloat16().to(parameter.dtype)
     trainer = Trainer(

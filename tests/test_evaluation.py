@@ -25,7 +25,7 @@ from lit_eemllm.errors import CheckpointError, ConfigError, SampleError, UserErr
 from lit_eemllm.evaluation import run, sets
 from lit_eemllm.evaluation.asking import Answers, in_batches, start_ranks
 from lit_eemllm.evaluation.gallery import extremes, write_gallery
-from lit_eemllm.evaluation.loss import losses, turned, with_moved_images
+from lit_eemllm.evaluation.loss import losses, with_moved_images
 from lit_eemllm.evaluation.metrics import Truth
 from lit_eemllm.evaluation.pictures import draw_samples
 from lit_eemllm.evaluation.questions import Picture, Question, shuffle_images
@@ -131,17 +131,6 @@ def test_moved_images_leave_their_document():
     origin = [next(i for i, own in enumerate(batch.pixel_values) if own.equal(image)) for image in moved.pixel_values]
     assert sorted(origin) == [0, 1, 2, 3]
     assert all(owner[i] != document for i, document in zip(origin, owner, strict=True))
-
-
-def test_images_move_among_those_of_their_size():
-    assert turned([9, 4, 9, 4, 9], 1) == [4, 3, 0, 1, 2]
-    assert turned([9, 4, 9], 2) == [0, 1, 2]
-    batch = tiny.pack([[2, 0]] * 4)
-    small = replace(batch, layout=SimpleNamespace(image_lengths=[16, 4, 16, 4], documents=batch.layout.documents))
-    ((_, moved),) = with_moved_images([small])
-    assert moved.pixel_values.equal(batch.pixel_values[[2, 3, 0, 1]])
-    lonely = replace(batch, layout=SimpleNamespace(image_lengths=[16, 4, 16, 9], documents=batch.layout.documents))
-    assert not list(with_moved_images([lonely]))
 
 
 # --- where questions come from

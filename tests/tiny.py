@@ -17,9 +17,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lit_eemllm.config import Config, load_config
@@ -29,6 +33,7 @@ from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import PRESETS, Mechanism
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
 from lit_eemllm.model.vision import TransformersVision, VisionEncoder
+from lit_eemllm.resolutions import AnyresTransform, NativeTransform
 
 VOCAB, TOKENS = 40, 16  # text vocabulary; visual tokens of an image
 COMMON = dict(
@@ -44,14 +49,28 @@ DECODERS = {
     "qwen3": Qwen3Config(**COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=12),
 }
 TRANSFORM = ImageTransform(height=16, width=16, patch=4, mean=(0.5,) * 3, std=(0.5,) * 3)
+TRANSFORMS = {
+    "clip": TRANSFORM,
+    "anyres": AnyresTransform(TRANSFORM),
+    "siglip2": NativeTransform(4, (0.5,) * 3, (0.5,) * 3, most=20),
+    "idefics2": NativeTransform(4, (0.5,) * 3, (0.5,) * 3, edges=(8, 20)),
+}
 
 
 def vision(family: str = "clip") -> TransformersVision:
+    """An encoder of fixed images (clip, siglip), of tiles (anyres: CLIP's) or of images of many sizes (siglip2, idefics2)."""
     common = dict(
         hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
     )
-    if family == "clip":
-        return TransformersVision(CLIPVisionModel(CLIPVisionConfig(**common)), TRANSFORM, select_layer=-2)
+    if family in ("clip", "anyres"):
+        return TransformersVision(CLIPVisionModel(CLIPVisionConfig(**common)), TRANSFORMS[family], select_layer=-2)
+    if family == "siglip2":
+        common["num_patches"] = (common.pop("image_size") // 4) ** 2
+        model = Siglip2VisionModel(Siglip2VisionConfig(**common, vision_use_head=False))
+        return TransformersVision(model, TRANSFORMS[family], select_layer=-2)
+    if family == "idefics2":
+        config = Idefics2VisionConfig(**common, initializer_range=0.2)
+        return TransformersVision(Idefics2VisionTransformer(config), TRANSFORMS[family], select_layer=-1)
     model = SiglipVisionModel(SiglipVisionConfig(**common, vision_use_head=False))
     return TransformersVision(model, TRANSFORM, select_layer=-1)
 

@@ -28,7 +28,7 @@ from lit_eemllm.layout import PackedBatch
 
 if TYPE_CHECKING:
     from lit_eemllm.chat import ChatTemplate
-    from lit_eemllm.images import ImageTransform
+    from lit_eemllm.images import Transform
     from lit_eemllm.schema import DataConfig
 
 _SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples", "max_length", "truncation")
@@ -61,7 +61,7 @@ class ShardDataModule(LightningDataModule):
         self._shape: dict[str, Any] = {}  # of the loader
         self._done = self._in_hand = self._final = Position([], 0)
 
-    def connect(self, template: ChatTemplate, transform: ImageTransform) -> None:
+    def connect(self, template: ChatTemplate, transform: Transform) -> None:
         """Tell how text and images become tokens, which is known once the model is. Call before the trainer starts."""
         c = self.config
         self._encoder = SampleEncoder(template, transform, c.max_length, c.truncation, c.max_image_pixels)

@@ -9,7 +9,7 @@ import torch
 
 from lit_eemllm.chat import IMAGE_SLOT
 from lit_eemllm.data.samples import EncodedSample, TokenSample
-from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
+from lit_eemllm.layout import PackedBatch, Run, SequenceLayout, join_images
 
 
 def plan_packs(lengths: Sequence[int], budget: int, most: int | None = None) -> list[list[int]]:
@@ -69,9 +69,10 @@ def collate(samples: Sequence[EncodedSample]) -> PackedBatch:
         input_ids=torch.tensor(ids),
         target_rows=torch.tensor(target_rows),
         targets=torch.tensor(targets),
-        pixel_values=torch.stack(pixels) if pixels else None,
+        pixel_values=join_images(pixels) if pixels else None,
         layout=SequenceLayout.of([document_runs(sample.tokens) for sample in samples]),
         keys=[sample.tokens.key for sample in samples],
+        image_sizes=[size for sample in samples for size in sample.sizes],
     )
 
 

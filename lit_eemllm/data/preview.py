@@ -21,7 +21,7 @@ from lit_eemllm.layout import PackedBatch
 
 if TYPE_CHECKING:
     from lit_eemllm.chat import ChatTemplate
-    from lit_eemllm.images import ImageTransform
+    from lit_eemllm.images import Transform
     from lit_eemllm.schema import DataConfig
 
 TEXT, TARGET, VISUAL = "#dfe3ea", "#f6b26b", "#8fb8de"
@@ -53,7 +53,7 @@ class Document:
 def inspect(
     config: DataConfig,
     template: ChatTemplate,
-    transform: ImageTransform,
+    transform: Transform,
     out: Path,
     *,
     split: str = "train",
@@ -84,12 +84,12 @@ def inspect(
     return paths
 
 
-def read_pack(batch: PackedBatch, tokenizer: Any, transform: ImageTransform) -> list[Document]:
+def read_pack(batch: PackedBatch, tokenizer: Any, transform: Transform) -> list[Document]:
     """Take a pack apart into documents of readable pieces."""
     text_rows = batch.layout.text_index.tolist()
     targets = {text_rows[row + 1] for row in batch.target_rows.tolist()}
     ids = batch.input_ids.tolist()
-    pictures = iter(() if batch.pixel_values is None else batch.pixel_values.unbind())
+    pictures = iter(() if batch.pixel_values is None else batch.pixel_values)
     documents, row = [], 0
     for key, runs in zip(batch.keys, batch.layout.documents, strict=True):
         document = Document(key, [])

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from lit_eemllm.chat import IMAGE_SLOT, ChatTemplate, Conversation, parse_conversation
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.images import ImageTransform, image_size, open_image
+from lit_eemllm.images import Transform, image_size, open_image
 
 MAX_JSON_BYTES = 4 * 2**20
 TRUNCATION = ("drop", "truncate", "error")
@@ -58,10 +58,11 @@ class TokenSample:
 
 @dataclass
 class EncodedSample:
-    """A `TokenSample` with decoded images: `pixels[i]` is [3, height, width]."""
+    """A `TokenSample` with decoded images: `pixels[i]` is what the transform makes of one, `sizes[i]` its width and height."""
 
     tokens: TokenSample
     pixels: list[Tensor]
+    sizes: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class SampleEncoder:
     """
 
     template: ChatTemplate
-    transform: ImageTransform
+    transform: Transform
     max_length: int
     truncation: str
     max_image_pixels: int
@@ -111,7 +112,11 @@ class SampleEncoder:
         opened = [
             open_image(data, name, self.max_image_pixels) for data, name in zip(sample.images, names, strict=True)
         ]
-        return EncodedSample(sample, [self.transform(image) for image in opened])
+        for name, image, counted in zip(names, opened, sample.image_tokens, strict=True):
+            if (tokens := self.transform.num_tokens(*image.size)) != counted:  # the pack has no room for others
+                found = f"image {name!r}: its header promises {counted} visual tokens, its content gives {tokens}"
+                raise SampleError("bad_image", found)
+        return EncodedSample(sample, [self.transform(image) for image in opened], [image.size for image in opened])
 
     def _shorten(self, sample: TokenSample) -> TokenSample:
         found = f"{sample.key}: {sample.length} tokens with {len(sample.images)} images, at most {self.max_length} are allowed"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..estimate import prefill_flops
-from ..images import open_image
+from ..images import image_size, open_image
 from .questions import Question
 
 if TYPE_CHECKING:
@@ -27,19 +27,17 @@ def costs(model: EEMLLM, processor: Processor, questions: Sequence[Question], co
     Args:
         questions: all of them for the FLOPs (every n-th of many); the first 32 that can be opened are measured.
     """
-    transform, decoder = model.vision.transform, model.config.text_config
-    tokens = transform.num_tokens(transform.width, transform.height)
+    transform, decoder, most = model.vision.transform, model.config.text_config, config.data.max_image_pixels
     lengths = []
     for question in questions[:: max(1, len(questions) // 500)]:
         ids = processor.template.encode(question.conversation, generation=True).ids
-        images = question.conversation.num_images
-        lengths.append((len(ids) - images, images * tokens))
+        sizes = [image_size(x, question.conversation.key, most) for x in question.images]
+        lengths.append((len(ids) - len(sizes), sum(transform.num_tokens(*size) for size in sizes)))
     flops = [prefill_flops(model.mechanism, decoder, *each, vision_width=model.vision.hidden_size) for each in lengths]
 
     some = questions[:PROMPTS]
-    opened = [[open_image(x, q.conversation.key, config.data.max_image_pixels) for x in q.images] for q in some]
-    inputs = processor.prompts([question.conversation for question in some], opened)
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    opened = [[open_image(x, q.conversation.key, most) for x in q.images] for q in some]
+    inputs = processor.prompts([question.conversation for question in some], opened, model.device)
     cache, seconds = model.image_cache, []
     model.image_cache = None  # the first time an image is seen
     try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -45,28 +44,16 @@ def losses(model: EEMLLM, packs: Iterable[PackedBatch], most: int) -> dict[str, 
 def with_moved_images(batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, PackedBatch]]:
     """Packs, each beside itself with all images moved on until every one stands in another document for another picture.
 
-    An image moves among those of as many tokens. Packs in which no such move exists are left out.
+    Packs in which no such move exists are left out.
     """
     for batch in batches:
         if batch.pixel_values is None:
             continue
-        pixels, lengths = batch.pixel_values, batch.layout.image_lengths
+        pixels, images = batch.pixel_values, range(len(batch.pixel_values))
         owners = [i for i, document in enumerate(batch.layout.documents) for run in document if run.visual]
-        for turn in range(1, len(lengths)):
-            order = turned(lengths, turn)
-            away = all(owners[i] != owners[j] for i, j in enumerate(order))
-            if away and (pixels != pixels[order]).flatten(1).any(1).all():
-                yield batch, replace(batch, pixel_values=pixels[order])
+        for turn in images[1:]:
+            origin = [(i - turn) % len(images) for i in images]
+            away = all(owners[i] != owners[origin[i]] for i in images)
+            if away and not any(pixels[i].equal(pixels[origin[i]]) for i in images):
+                yield batch, batch.with_images_moved(origin)
                 break
-
-
-def turned(kinds: Sequence[int], turn: int) -> list[int]:
-    """For every place the one that lies so many places before it in the circle of its kind."""
-    circles: dict[int, list[int]] = defaultdict(list)
-    for i, kind in enumerate(kinds):
-        circles[kind].append(i)
-    order = list(range(len(kinds)))
-    for circle in circles.values():
-        for k, i in enumerate(circle):
-            order[i] = circle[(k - turn) % len(circle)]
-    return order

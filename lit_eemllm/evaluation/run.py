@@ -179,7 +179,7 @@ def answer(
     temperature: float = 0.0,
 ) -> list[str]:
     """Generated answers; greedy when the temperature is 0."""
-    inputs = {name: tensor.to(model.device) for name, tensor in processor.prompts(conversations, images).items()}
+    inputs = processor.prompts(conversations, images, model.device)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )

@@ -28,6 +28,7 @@ def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
         config.vision.path or "",  # an encoder of one's own may need none
         select_layer=config.vision.select_layer,
         policy=config.vision.policy,
+        **({} if config.vision.max_tokens is None else {"max_tokens": config.vision.max_tokens}),
     )
     tokenizer = load_pretrained(AutoTokenizer, config.tokenizer or config.decoder, "model.tokenizer")
     tokenizer.add_tokens([AddedToken(IMAGE, special=True)])  # no effect if it has one

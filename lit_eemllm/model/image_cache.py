@@ -6,12 +6,12 @@ Keys are kept before rotation, so they serve other prompts, later turns and othe
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from hashlib import sha256
 
 import torch
-from torch import Tensor
 
+from ..layout import Pixels, take_images
 from .decoder import VisualKeys
 
 
@@ -35,26 +35,34 @@ class ImageCache:
     def num_bytes(self) -> int:
         return sum(x.nbytes for keys in self._images.values() for pair in keys if pair is not None for x in pair)
 
-    def keys(self, pixels: Tensor, compute: Callable[[Tensor], list[VisualKeys]], stamp: Hashable) -> VisualKeys:
+    def keys(
+        self,
+        pixels: Pixels,
+        compute: Callable[[Pixels, Sequence[tuple[int, int]]], list[VisualKeys]],
+        stamp: Hashable,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> VisualKeys:
         """Per layer the keys and values of all images in a row; computes only what is new.
 
         Args:
-            pixels: [I, 3, height, width].
-            compute: images to the keys of each (`EEMLLM.image_keys`).
+            pixels: of the images.
+            compute: images, with their sizes, to the keys of each (`EEMLLM.image_keys`).
             stamp: of weights, device and precision; what was kept under another one is forgotten.
+            sizes: width and height of each picture as it was, where that matters.
         """
         if stamp != self._stamp:
             self.clear()
             self._stamp = stamp
-        kind = f"{tuple(pixels.shape[1:])}{pixels.dtype}".encode()
-        names = [
-            sha256(kind + image.contiguous().view(torch.uint8).cpu().numpy().tobytes()).digest() for image in pixels
-        ]
+        names = []
+        for i, image in enumerate(pixels):
+            kind = f"{tuple(image.shape)}{image.dtype}{sizes[i] if sizes else ''}".encode()
+            names.append(sha256(kind + image.contiguous().view(torch.uint8).cpu().numpy().tobytes()).digest())
         new = {name: i for i, name in enumerate(names) if name not in self._images}
         self.misses += len(new)
         self.hits += len(names) - len(new)
         if new:
-            made = compute(pixels[list(new.values())])
+            some = list(new.values())
+            made = compute(take_images(pixels, some), [sizes[i] for i in some] if sizes else sizes)
             self._images |= zip(new, made, strict=True)
         for name in names:
             self._images.move_to_end(name)

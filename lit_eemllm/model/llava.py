@@ -1,8 +1,9 @@
-"""LLaVA-1.5 checkpoints in transformers' format (`LlavaForConditionalGeneration`), read as an EEMLLM and written again.
+"""LLaVA-1.5 and LLaVA-1.6 in transformers' formats (`LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration`),
+read as an EEMLLM and written again.
 
 transformers itself reads the files, so every layout of theirs is understood: one file or shards, and the names of tensors
 before version 4.52 (``language_model.model.layers...``, ``vision_tower.vision_model...``) or since
-(``model.language_model.layers...``). What LLaVA-1.5 is and an EEMLLM is not, or the other way round, is refused.
+(``model.language_model.layers...``). What a LLaVA is and an EEMLLM is not, or the other way round, is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
@@ -24,39 +26,47 @@ from transformers import (
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PreTrainedTokenizerBase,
 )
 
 from ..chat import IMAGE
 from ..errors import CheckpointError, ConfigError
-from ..images import RESAMPLING, ImageTransform
+from ..images import RESAMPLING, ImageTransform, Transform
 from ..mechanisms import PRESETS, Mechanism
+from ..resolutions import AnyresTransform
 from .decoder import check_decoder
 from .modeling import EEMLLM, EEMLLMConfig
 from .pretrained import load_pretrained
 from .vision import TransformersVision
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "llava": (LlavaConfig, LlavaForConditionalGeneration),
+    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
+}
+"""Model types, LLaVA-1.5 and LLaVA-1.6, with transformers' classes."""
 
 STRATEGIES = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """Encoder -> the ``vision_feature_select_strategy`` that keeps exactly its patches: CLIP has a class token, SigLIP none."""
 
 NAMES = {
     "vision.model.": "model.vision_tower.",
+    "projector.newline": "model.image_newline",
     "projector.": "model.multi_modal_projector.",
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
 }
-"""Prefixes of our tensors -> those of transformers' LLaVA."""
+"""Prefixes of our tensors -> those of transformers' LLaVA; the first that fits."""
 
-ANYRES = "cuts an image into several crops of its own resolution (anyres), here every image has one size"
 RELATIVES = {
-    "llava_next": ANYRES,
-    "llava_next_video": ANYRES,
-    "llava_onevision": ANYRES,
+    "llava_next_video": "has tokens for videos too",
+    "llava_onevision": "shrinks the features of images in many tiles (anyres_max) and has tokens for videos too",
     "vipllava": "feeds its projector from several layers of the encoder",
     "video_llava": "has a second encoder, for videos",
     "llava_llama": "is in the format of the authors' own code; take the same model in transformers' format (..-hf)",
 }
-"""Model types that are not LLaVA-1.5 though they sound like it -> why an EEMLLM cannot hold them."""
+"""Model types that are no such LLaVA though they sound like it -> why an EEMLLM cannot hold them."""
 
 FORWARD_UP_TO = 1_000_000_000
 """Parameters up to which `check_llava` also compares logits: more would take minutes on a CPU and tens of gigabytes."""
@@ -116,10 +126,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_llava(folder: Path) -> tuple[EEMLLM, PreTrainedTokenizerBase]:
-    """A LLaVA-1.5 as an EEMLLM with mechanism ``llava``, bit for bit the same weights, and its tokenizer.
+    """A LLaVA as an EEMLLM with mechanism ``llava``, bit for bit the same weights, and its tokenizer.
 
     Raises:
-        ConfigError: it is no LLaVA-1.5, or one that cannot be represented; lists every reason.
+        ConfigError: it is no LLaVA-1.5 or 1.6, or one that cannot be represented; lists every reason.
         CheckpointError: files are missing or broken.
     """
     config = _read_config(folder)
@@ -129,8 +139,8 @@ def load_llava(folder: Path) -> tuple[EEMLLM, PreTrainedTokenizerBase]:
             f"{folder}: image_token_index is {config.image_token_index}, but the tokenizer has {IMAGE} as "
             f"{tokenizer.convert_tokens_to_ids(IMAGE)}; expected the tokenizer's {IMAGE} to stand for an image"
         )
-    transform = _read_transform(folder, config.vision_config.patch_size)
-    llava = load_whole(LlavaForConditionalGeneration, folder)
+    transform = _read_transform(folder, config)
+    llava = load_whole(KINDS[config.model_type][1], folder)
 
     text_config = llava.config.text_config
     text_config.tie_word_embeddings = llava.config.tie_word_embeddings
@@ -145,20 +155,23 @@ def load_llava(folder: Path) -> tuple[EEMLLM, PreTrainedTokenizerBase]:
         image_token_id=config.image_token_index,
     )
     model = EEMLLM(ours, decoder, vision)
-    model.projector.to(llava.dtype).load_state_dict(llava.model.multi_modal_projector.state_dict())
+    newline = {} if transform.fixed else {"newline": llava.model.image_newline}
+    model.projector.to(llava.dtype).load_state_dict({**llava.model.multi_modal_projector.state_dict(), **newline})
     model.generation_config = llava.generation_config
     return model.eval(), tokenizer
 
 
-def _read_config(folder: Path) -> LlavaConfig:
+def _read_config(folder: Path) -> LlavaConfig | LlavaNextConfig:
     """Raises ConfigError listing everything in it that an EEMLLM cannot represent."""
     raw = read_json(folder / "config.json")
     kind = "llava_llama" if "mm_vision_tower" in raw else raw.get("model_type")
     if kind in RELATIVES:
-        raise ConfigError(f"{folder}: a {kind!r} {RELATIVES[kind]}; expected a LLaVA-1.5 (model_type 'llava')")
-    if kind != "llava":
-        raise ConfigError(f"{folder}: its model_type is {kind!r}, expected 'llava'")
-    config = load_pretrained(LlavaConfig, str(folder), str(folder))
+        raise ConfigError(
+            f"{folder}: a {kind!r} {RELATIVES[kind]}; expected a LLaVA-1.5 or 1.6 ('llava' or 'llava_next')"
+        )
+    if kind not in KINDS:
+        raise ConfigError(f"{folder}: its model_type is {kind!r}, expected 'llava' or 'llava_next'")
+    config = load_pretrained(KINDS[str(kind)][0], str(folder), str(folder))
     found = []
     if raw.get("quantization_config"):
         found.append("quantization_config: quantised weights; take the unquantised model")
@@ -181,7 +194,7 @@ def _read_config(folder: Path) -> LlavaConfig:
     return config
 
 
-def _read_transform(folder: Path, patch: int) -> ImageTransform:
+def _read_transform(folder: Path, config: LlavaConfig | LlavaNextConfig) -> Transform:
     """From preprocessor_config.json or, since transformers 5, a section of processor_config.json."""
     file = folder / "preprocessor_config.json"
     if file.is_file():
@@ -191,7 +204,9 @@ def _read_transform(folder: Path, patch: int) -> ImageTransform:
         values = read_json(file).get("image_processor") or {}
     padded = bool(values.pop("do_pad", False)) and "Llava" in str(values.get("image_processor_type"))
     try:
-        transform = ImageTransform.from_preprocessor_config(values, patch)
+        transform = ImageTransform.from_preprocessor_config(values, config.vision_config.patch_size)
+        if isinstance(config, LlavaNextConfig):
+            return _tiles(transform, config, values.get("image_grid_pinpoints"))
         if not padded:
             return transform
         if (transform.policy, transform.shortest) != ("crop", transform.height):
@@ -199,6 +214,20 @@ def _read_transform(folder: Path, patch: int) -> ImageTransform:
         return replace(transform, policy="pad", shortest=None)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+
+
+def _tiles(view: ImageTransform, config: LlavaNextConfig, pinpoints: list[list[int]] | None) -> AnyresTransform:
+    """Raises ConfigError where the encoder, its preprocessor and the grids do not fit each other."""
+    side, grids = config.vision_config.image_size, config.image_grid_pinpoints or []
+    if (view.height, view.width, view.shortest or side) != (side, side, side):
+        raise ConfigError(
+            f"its images have {view.height} x {view.width} pixels, expected the encoder's {side} x {side}"
+        )
+    if pinpoints is not None and pinpoints != grids:
+        raise ConfigError(f"image_grid_pinpoints: found {pinpoints}, but config.json has {grids}")
+    if any(length % side for grid in grids for length in grid):
+        raise ConfigError(f"image_grid_pinpoints: found {grids}, expected multiples of {side}, the encoder's size")
+    return AnyresTransform(view, tuple((height // side, width // side) for height, width in grids))
 
 
 # --- writing
@@ -212,7 +241,7 @@ def is_llava(mechanism: Mechanism, num_layers: int) -> bool:
 
 
 def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that transformers' LlavaForConditionalGeneration and AutoProcessor load.
+    """Write a folder that transformers' LlavaForConditionalGeneration, or LlavaNext..., and AutoProcessor load.
 
     An image token past the decoder's vocabulary gets rows of zeros in embeddings and head, since transformers embeds it;
     `generate` there is told never to say it.
@@ -223,8 +252,9 @@ def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path) 
         folder: exists.
     """
     vision, old = model.vision, model.config.text_config
-    if not isinstance(vision, TransformersVision):
-        raise ConfigError(f"the vision encoder is a {type(vision).__name__}; LLaVA's format holds CLIP and SigLIP only")
+    family = vision.model.config.model_type if isinstance(vision, TransformersVision) else type(vision).__name__
+    if not isinstance(vision, TransformersVision) or family not in STRATEGIES:
+        raise ConfigError(f"the vision encoder is a {family}; LLaVA's format holds CLIP and SigLIP only")
     if tokenizer.convert_tokens_to_ids(IMAGE) != model.config.image_token_id:
         raise ConfigError(
             f"the tokenizer has {IMAGE} as {tokenizer.convert_tokens_to_ids(IMAGE)}, the model as "
@@ -232,19 +262,26 @@ def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path) 
         )
     text_config = deepcopy(old)
     text_config.vocab_size = model.config.vocab_size
-    strategy = STRATEGIES[str(vision.model.config.model_type)]
-    transform = vision.transform
-    config = LlavaConfig(
+    strategy, transform, kind, tiles = STRATEGIES[str(family)], vision.transform, "llava", {}
+    if isinstance(transform, AnyresTransform):
+        kind, view = "llava_next", transform.view
+        tiles = {"image_grid_pinpoints": [[rows * view.height, cols * view.width] for rows, cols in transform.grids]}
+    else:
+        assert isinstance(transform, ImageTransform)
+        view = transform
+    config_class, model_class = KINDS[kind]
+    config = config_class(
         vision_config=deepcopy(vision.model.config),
         text_config=text_config,
         image_token_index=model.config.image_token_id,
-        image_seq_length=transform.num_tokens(transform.width, transform.height),
+        image_seq_length=view.num_tokens(view.width, view.height),
         vision_feature_layer=vision.select_layer,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=old.tie_word_embeddings,
+        **tiles,
     )
     with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
+        llava = model_class(config)
     added = range(old.vocab_size, text_config.vocab_size)
     llava.load_state_dict(
         {theirs: _with_rows(tensor, theirs, len(added)) for theirs, tensor in _tensors(model).items()}, assign=True
@@ -255,14 +292,19 @@ def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     llava.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     values = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaNextProcessor" if tiles else "LlavaProcessor",
         "image_token": IMAGE,
-        "patch_size": transform.patch,
+        "patch_size": view.patch,
         "vision_feature_select_strategy": strategy,
         "num_additional_image_tokens": int(strategy == "default"),  # CLIP's class token
     }
     (folder / "processor_config.json").write_text(json.dumps(values, indent=2))
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(transform), indent=2))
+    if tiles:  # of which the view's resizing is the whole of "crop"
+        preprocessor = {**preprocessor_config(replace(view, policy="crop")), **tiles, "do_pad": True}
+        preprocessor["image_processor_type"] = "LlavaNextImageProcessor"
+    else:
+        preprocessor = {**preprocessor_config(view)}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
 
 
 def _tensors(model: EEMLLM) -> dict[str, Tensor]:
@@ -306,7 +348,8 @@ def check_llava(model: EEMLLM, folder: Path) -> str:
     Raises:
         CheckpointError: they differ: a mistake of this program, or transformers has changed.
     """
-    llava = load_whole(LlavaForConditionalGeneration, folder).eval()
+    transform = model.vision.transform
+    llava = load_whole(KINDS["llava" if transform.fixed else "llava_next"][1], folder).eval()
     theirs = llava.state_dict()
     rows = model.config.vocab_size - model.config.text_config.vocab_size
     different = [
@@ -320,15 +363,16 @@ def check_llava(model: EEMLLM, folder: Path) -> str:
     image, known = model.config.image_token_id, model.config.text_config.vocab_size
     spoken = torch.tensor([token for token in range(known) if token != image])
     text = spoken[torch.randint(len(spoken), (12,), generator=generator)]
-    transform = model.vision.transform
-    slots = text.new_full((transform.num_tokens(transform.width, transform.height),), image)
+    width, height = transform.largest
+    slots = text.new_full((transform.num_tokens(width, height),), image)
     ids = torch.cat([text[:5], slots, text[5:]])[None]
-    pixels = torch.randn(1, 3, transform.height, transform.width, generator=generator)
+    pixels = torch.randn(1, *transform(Image.new("RGB", (width, height))).shape, generator=generator)
     model.float().eval()
     model.set_attention("sdpa", training=False)
     is_text = ids[0] != image
-    found = llava.float()(input_ids=ids, pixel_values=pixels).logits[0, is_text][:, spoken]
-    ours = model(ids, pixel_values=pixels).logits[0, is_text][:, spoken]
+    sizes = {} if transform.fixed else {"image_sizes": torch.tensor([[height, width]])}
+    found = llava.float()(input_ids=ids, pixel_values=pixels, **sizes).logits[0, is_text][:, spoken]
+    ours = model(ids, pixel_values=pixels, image_sizes=[(width, height)]).logits[0, is_text][:, spoken]
     error = ((found - ours).abs().max() / ours.abs().max()).item()
     if not error <= 1e-4:
         raise CheckpointError(f"{folder}: transformers' logits differ from ours by {error:.1e} of the largest")

@@ -5,7 +5,7 @@ The decoder is an ordinary causal LM of transformers under its own weight names;
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from copy import copy
 from importlib.util import find_spec
 from typing import Any
@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..attention import AttentionBackend, Choice, resolve_backend
 from ..errors import ConfigError
-from ..layout import PackedBatch, Run, SequenceLayout, upload
+from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, take_images, upload
 from ..mechanisms import Mechanism
 from ..mechanisms.gated import GatedBlock, Media, Resampler
 from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
@@ -132,9 +132,10 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
     def _connect(self) -> None:
         """Make the modules that the mechanism puts between encoder and decoder."""
         width, decoder, gated = self.vision.hidden_size, self.config.text_config, self.mechanism.gated
-        self.projector: nn.Module = Projector(width, decoder.hidden_size)
+        newline = self.vision.transform.order([]) is not None
+        self.projector: nn.Module = Projector(width, decoder.hidden_size, newline)
         if self.mechanism.visual_source == "layerwise":
-            self.projector = LayerwiseProjector(width, decoder.hidden_size, decoder.num_hidden_layers)
+            self.projector = LayerwiseProjector(width, decoder.hidden_size, decoder.num_hidden_layers, newline)
         elif gated is not None and gated.latents:
             self.projector = Resampler(width, gated)
         self.gated = nn.ModuleDict()
@@ -151,6 +152,8 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             for part in module.modules():
                 if isinstance(part, nn.Linear | nn.LayerNorm):
                     part.reset_parameters()
+        if isinstance(module, Projector):
+            module.reset_newline()
         if isinstance(module, Resampler):
             nn.init.normal_(module.latents)
         if isinstance(module, GatedBlock):
@@ -259,14 +262,20 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
 
     # --- the packed stream ---
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """[I, 3, height, width] to the encoder's features of all images in a row, [V, vision width]."""
+    def image_features(self, pixels: Pixels) -> Tensor:
+        """The encoder's features of all images in a row, [V, vision width]; of images in tiles, those of all tiles."""
+        dtype = next(self.vision.parameters()).dtype
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
-            features = self.vision(pixels.to(next(self.vision.parameters()).dtype))
-        return features.to(next(self.projector.parameters()).dtype).flatten(0, 1)
+            features = self.vision(map_images(self.vision.transform.views(pixels), lambda x: x.to(dtype)))
+        return features.to(next(self.projector.parameters()).dtype).flatten(0, -2)
 
     def _text_states(
-        self, input_ids: Tensor, pixels: Tensor | None, layout: SequenceLayout, cached: CachedPass | None = None
+        self,
+        input_ids: Tensor,
+        pixels: Pixels | None,
+        layout: SequenceLayout,
+        cached: CachedPass | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
         """Ids [S] (not read in visual rows) to the normalised last states of the text rows, [T, h]."""
         decoder, mechanism = self.language_model.model, self.mechanism
@@ -279,17 +288,17 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         x_Rh = decoder.embed_tokens(input_ids[layout.text_index])
         context = self._context(x_Rh, layout, cached)
         if pixels is not None and self.image_cache is not None and self._images_are_independent:
-            context.keys = self.image_cache.keys(pixels, self.image_keys, self._stamp())
+            context.keys = self.image_cache.keys(pixels, self.image_keys, self._stamp(), sizes)
             return self._run_layers(x_Rh, context)
-        features_Vd = self._features(pixels, layout)
+        features = self._features(pixels, sizes, layout)
         media = None
         if mechanism.gated is not None:
-            media = self._media(features_Vd, layout, cached)
+            media = self._media(features, layout, cached)
         elif mechanism.visual_source == "layerwise" and not layout.num_visual:
-            nothing = [self.projector(features_Vd, layer) for layer in range(len(decoder.layers))]
+            nothing = [self.projector(features[0], layer, features[1]) for layer in range(len(decoder.layers))]
             x_Rh = torch.cat([x_Rh, *(rows.to(x_Rh.dtype) for rows in nothing)])
         else:
-            x_Rh = self._with_images(x_Rh, features_Vd, context)
+            x_Rh = self._with_images(x_Rh, features, context)
         return self._run_layers(x_Rh, context, media)
 
     def _context(self, x_Rh: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> StreamContext:
@@ -297,12 +306,12 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         rotary = (cos_1SH[0, :, None], sin_1SH[0, :, None])
         return StreamContext(layout, rotary, self.backend, self.mechanism.constant, cached)
 
-    def _with_images(self, text_Th: Tensor, features_Vd: Tensor, context: StreamContext) -> Tensor:
+    def _with_images(self, text_Th: Tensor, features: tuple[Tensor, Tensor | None], context: StreamContext) -> Tensor:
         """The stream that enters the first layer; what of the images is no part of it goes into the context."""
         if self.mechanism.visual_source == "layerwise":
-            context.states = lambda layer: self.projector(features_Vd, layer).to(text_Th.dtype)
+            context.states = lambda layer: self.projector(features[0], layer, features[1]).to(text_Th.dtype)
             return text_Th
-        visual_Vh = self.projector(features_Vd).to(text_Th.dtype)
+        visual_Vh = self.projector(*features).to(text_Th.dtype)
         if context.text_stream and context.layout.num_visual:
             context.states = lambda layer: visual_Vh
             return text_Th
@@ -331,50 +340,69 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return autocast, tuple((p.data_ptr(), p._version, p.dtype, str(p.device)) for p in self.parameters())
 
-    def _tokens_of(self, pixels: Tensor) -> int:
-        return self.vision.transform.num_tokens(pixels.shape[-1], pixels.shape[-2])
+    def _image_lengths(self, pixels: Pixels, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Visual tokens of each image."""
+        transform = self.vision.transform
+        if transform.fixed:
+            return [transform.num_tokens(pixels[0].shape[-1], pixels[0].shape[-2])] * len(pixels)
+        if len(sizes) != len(pixels):
+            raise ValueError(
+                f"image_sizes: found {len(sizes)} for {len(pixels)} images, expected (width, height) of each"
+            )
+        return [transform.num_tokens(*size) for size in sizes]
 
-    def image_keys(self, pixels: Tensor) -> list[VisualKeys]:
+    def image_keys(self, pixels: Pixels, sizes: Sequence[tuple[int, int]] = ()) -> list[VisualKeys]:
         """Keys, before rotation, and values of each image by itself in every layer in which text sees it.
 
         Only for mechanisms in which visual states do not depend on the text (`Mechanism.independent`).
         """
-        features_Vd, tokens = self.image_features(pixels), self._tokens_of(pixels)
-        layout = SequenceLayout.of([[Run(True, tokens)]] * len(pixels)).to(features_Vd.device)
+        lengths = self._image_lengths(pixels, sizes)
+        layout = SequenceLayout.of([[Run(True, tokens)] for tokens in lengths]).to(pixels[0].device)
         text_0h = self.get_input_embeddings()(layout.text_index)
         context = self._context(text_0h, layout)
         context.recorded = []
-        self._run_layers(self._with_images(text_0h, features_Vd, context), context)
-        images: list[VisualKeys] = [[] for _ in pixels]
+        self._run_layers(self._with_images(text_0h, self._features(pixels, sizes, layout), context), context)
+        images: list[VisualKeys] = [[] for _ in lengths]
         for pair in context.recorded:
-            for i, image in enumerate(images):  # copies: a view would keep the others' alive
-                rows = slice(i * tokens, (i + 1) * tokens)
-                image.append(None if pair is None else (pair[0][rows].clone(), pair[1][rows].clone()))
+            parts = None if pair is None else zip(*(x.split(lengths) for x in pair), strict=True)
+            for image in images:  # copies: a view would keep the others' alive
+                image.append(None if parts is None else tuple(x.clone() for x in next(parts)))
         return images
 
-    def _features(self, pixels: Tensor | None, layout: SequenceLayout) -> Tensor:
-        """Features of the images; no rows, but in the graph, if there are none: no pack may leave a weight without
-        gradient."""
-        if pixels is None:
-            return next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
-        features_Vd = self.image_features(pixels)
-        if len(features_Vd) != layout.num_visual:
-            text = (
-                f"{len(pixels)} images give {len(features_Vd)} visual tokens, but the layout holds {layout.num_visual}"
-            )
-            raise ValueError(text)
-        return features_Vd
+    def _features(
+        self, pixels: Pixels | None, sizes: Sequence[tuple[int, int]], layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a projector reads: features of the images, and which of them are visual tokens where not each is one.
 
-    def _media(self, features_Vd: Tensor, layout: SequenceLayout, cached: CachedPass | None) -> Media:
+        Without images no rows, but in the graph: no pack may leave a weight without gradient.
+        """
+        order = self.vision.transform.order(sizes)
+        if pixels is None:
+            features = next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
+        else:
+            features = self.image_features(pixels)
+        tokens, rows = (len(features), len(features)) if order is None else (len(order[0]), order[1])
+        if tokens != layout.num_visual or rows != len(features):
+            images = 0 if pixels is None else len(pixels)
+            text = f"{images} images give {tokens} visual tokens, but the layout holds {layout.num_visual}"
+            raise ValueError(text if rows == len(features) else f"{text}; image_sizes are of images of other shapes")
+        return features, None if order is None else upload(order[0], features.device)
+
+    def _media(
+        self, features: tuple[Tensor, Tensor | None], layout: SequenceLayout, cached: CachedPass | None
+    ) -> Media:
         """What gated cross-attention reads."""
         gated = self.mechanism.gated
         assert gated is not None
         cache = cached.cache if cached is not None else None
         lengths = layout.image_lengths
         if gated.latents:
-            tokens_Md, lengths = self.projector(features_Vd, lengths), [gated.latents] * len(lengths)
+            rows_Vd, order_V = features
+            if order_V is not None:  # it reads the encoder's rows, among which no newline is known: zeros
+                rows_Vd = pad(rows_Vd, (0, 0, 0, 1)).index_select(0, order_V)
+            tokens_Md, lengths = self.projector(rows_Vd, lengths), [gated.latents] * len(lengths)
         else:
-            tokens_Md = self.projector(features_Vd)
+            tokens_Md = self.projector(*features)
         return Media.of(layout, tokens_Md, lengths, gated.immediate, cache is not None)
 
     def _cross(self, layer: int, x_Th: Tensor, media: Media, cached: CachedPass | None) -> Tensor:
@@ -391,15 +419,18 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             cache.media[layer] = kept
         return x_Th
 
+    def _packed_states(self, batch: PackedBatch) -> Tensor:
+        return self._text_states(batch.input_ids, batch.pixel_values, batch.layout, sizes=batch.image_sizes)
+
     def packed_logits(self, batch: PackedBatch) -> Tensor:
         """Logits at the supervised positions only, [n, vocabulary]."""
-        text_Th = self._text_states(batch.input_ids, batch.pixel_values, batch.layout)
+        text_Th = self._packed_states(batch)
         return self.language_model.lm_head(text_Th[batch.target_rows])
 
     def packed_loss(self, batch: PackedBatch) -> Tensor:
         """Cross-entropy summed over the supervised tokens of the pack, a float32 scalar."""
         if self._fused_loss is not None:
-            text_Th = self._text_states(batch.input_ids, batch.pixel_values, batch.layout)
+            text_Th = self._packed_states(batch)
             return self._fused_loss(self.language_model.lm_head.weight, text_Th[batch.target_rows], batch.targets)
         return cross_entropy(self.packed_logits(batch).float(), batch.targets, reduction="sum")
 
@@ -409,20 +440,23 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Pixels | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        image_sizes: Sequence[tuple[int, int]] = (),
     ) -> CausalLMOutputWithPast:
         """Logits for left-padded ids in which every image is its `image_token_id`, repeated once per visual token.
 
         Args:
             input_ids: [B, L], the new ids.
             attention_mask: [B, past + L], 0 at padding.
-            pixel_values: [I, 3, height, width], the images of the new ids in order.
+            pixel_values: [I, 3, height, width], the images of the new ids in order; a tensor each where they differ in shape.
             past_key_values: cache of the earlier ids, as this method returned it; appended to.
             logits_to_keep: only the last so many columns; 0 keeps all.
+            image_sizes: width and height of each picture as it was (transformers' own have the height first); needed where
+                images have many sizes.
 
         Returns:
             logits [B, kept, vocab_size], zero at padding and at image tokens: nothing is predicted from an image row.
@@ -441,11 +475,14 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             raise ValueError("visual_drop is decided once, for a prompt whose keys are kept: use_cache=True")
         new_BL = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask[:, past:]
         one_each = past > 0 and input_ids.shape[1] == 1 and pixel_values is None
-        lengths = [] if pixel_values is None else [self._tokens_of(pixel_values)] * len(pixel_values)
+        lengths = [] if pixel_values is None else self._image_lengths(pixel_values, image_sizes)
         layout = layout_of_padded(input_ids, new_BL, self.config.image_token_id, lengths, one_each)
         cached = CachedPass(past_key_values, new_BL)
         grid = cached.grid("all", [])
-        text_Th = self._text_states(input_ids.flatten()[grid.slots_R], pixel_values, layout, cached)
+        ids_S = input_ids.flatten()[grid.slots_R]
+        text_Th = self._text_states(
+            ids_S, pixel_values, layout, cached, image_sizes if pixel_values is not None else ()
+        )
         states_BLh = grid.pad(text_Th[:, None], layout.text_index)[:, 0]
         real_BL1 = grid.pad(torch.ones_like(text_Th[:, None, :1]), layout.text_index)[:, 0]
         kept = slice(-logits_to_keep if logits_to_keep else None, None)
@@ -459,7 +496,8 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         *args: Any,
         is_first_iteration: bool = False,
-        pixel_values: Tensor | None = None,
+        pixel_values: Pixels | None = None,
+        image_sizes: Sequence[tuple[int, int]] = (),
         **kwargs: Any,
     ) -> dict[str, Any]:
         if is_first_iteration and (input_ids[:, -1] == self.config.image_token_id).any():
@@ -467,18 +505,22 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
-        return {
-            **inputs,
-            "pixel_values": pixel_values if is_first_iteration or not kwargs.get("use_cache", True) else None,
-        }
+        again = is_first_iteration or not kwargs.get("use_cache", True)
+        return {**inputs, "pixel_values": pixel_values if again else None, "image_sizes": image_sizes}
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Beams and several samples per prompt: images go with their prompt, not one by one."""
-        pixels = kwargs.pop("pixel_values", None)
+        pixels, sizes = kwargs.pop("pixel_values", None), kwargs.pop("image_sizes", ())
         if pixels is not None and expand_size > 1 and input_ids is not None:
-            counts = (input_ids.eq(self.config.image_token_id).sum(-1) // self._tokens_of(pixels)).tolist()
-            pixels = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in pixels.split(counts)])
+            lengths, chosen, image = self._image_lengths(pixels, sizes), [], 0
+            for tokens in input_ids.eq(self.config.image_token_id).sum(-1).tolist():
+                first = image
+                while tokens > 0 and image < len(lengths):
+                    tokens, image = tokens - lengths[image], image + 1
+                chosen += [*range(first, image)] * expand_size
+            pixels, sizes = take_images(pixels, chosen), [sizes[i] for i in chosen] if sizes else sizes
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}
+        images = {} if pixels is None else {"pixel_values": pixels, "image_sizes": sizes}
+        return input_ids, {**kwargs, **images}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -12,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..chat import IMAGE_SLOT, ChatTemplate, Conversation, get_template
-from ..images import ImageTransform
+from ..images import Transform
+from ..layout import join_images, map_images
 
 
 class Processor:
@@ -26,7 +28,7 @@ class Processor:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, transform: ImageTransform, image_token_id: int
+        self, tokenizer: PreTrainedTokenizerBase, template: str, transform: Transform, image_token_id: int
     ) -> None:
         self.tokenizer, self.transform, self.image_token_id = tokenizer, transform, image_token_id
         self.template: ChatTemplate = get_template(template, tokenizer)
@@ -35,12 +37,19 @@ class Processor:
         """16 hexadecimal digits of the vocabulary: do the same ids mean the same text?"""
         return sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
-    def prompts(self, conversations: Sequence[Conversation], images: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
-        """Left-padded prompts up to where the model speaks: input_ids, attention_mask, and pixel_values if any image.
+    def prompts(
+        self,
+        conversations: Sequence[Conversation],
+        images: Sequence[Sequence[Image]],
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Any]:
+        """Left-padded prompts up to where the model speaks: input_ids, attention_mask and, if there is any image,
+        pixel_values, with image_sizes where images have many.
 
         Args:
             conversations: a trailing answer, if any, is left out.
             images: those of each conversation, in order.
+            device: where the tensors go.
         """
         rows: list[list[int]] = []
         pixels: list[Tensor] = []
@@ -52,11 +61,17 @@ class Processor:
             rows.append(ids)
             pixels.extend(self.transform(picture) for picture in pictures)
         longest = max(map(len, rows))
-        inputs = {
-            "input_ids": torch.tensor([[0] * (longest - len(ids)) + ids for ids in rows]),
-            "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows]),
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([[0] * (longest - len(ids)) + ids for ids in rows], device=device),
+            "attention_mask": torch.tensor(
+                [[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device
+            ),
         }
-        return {**inputs, "pixel_values": torch.stack(pixels)} if pixels else inputs
+        if pixels:
+            inputs["pixel_values"] = map_images(join_images(pixels), lambda x: x.to(device))
+            if not self.transform.fixed:
+                inputs["image_sizes"] = [picture.size for pictures in images for picture in pictures]
+        return inputs
 
     def answers(self, ids_BL: Tensor, prompt_length: int) -> list[str]:
         """Text of the generated ids behind the prompt, up to the first id that ends a turn."""

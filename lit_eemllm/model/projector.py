@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """Two linear layers with a GELU between them, from the encoder's width to the decoder's (LLaVA-1.5's connector)."""
+    """Two linear layers with a GELU between them, from the encoder's width to the decoder's (LLaVA-1.5's connector).
 
-    def __init__(self, vision_width: int, hidden: int) -> None:
+    Args:
+        vision_width: of the features.
+        hidden: the decoder's width.
+        newline: with the learned row that LLaVA-1.6 puts after each row of an image cut into tiles.
+    """
+
+    def __init__(self, vision_width: int, hidden: int, newline: bool = False) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(vision_width, hidden)
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(hidden, hidden)
+        self.newline = nn.Parameter(torch.empty(hidden)) if newline else None
+        self.reset_newline()
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear_2(self.act(self.linear_1(features)))
+    def reset_newline(self) -> None:
+        if self.newline is not None:
+            nn.init.normal_(self.newline, std=len(self.newline) ** -0.5)
+
+    def forward(self, features: Tensor, order_V: Tensor | None = None) -> Tensor:
+        """Features to as many visual tokens or, with a newline, those that `order_V` names, as `Transform.order` does."""
+        rows = self.linear_2(self.act(self.linear_1(features)))
+        if self.newline is None or order_V is None:
+            return rows
+        return torch.cat([rows, self.newline[None].to(rows.dtype)]).index_select(0, order_V)
 
 
 class LayerwiseProjector(nn.Module):
     """A projector of its own for each decoder layer (SAISA)."""
 
-    def __init__(self, vision_width: int, hidden: int, num_layers: int) -> None:
+    def __init__(self, vision_width: int, hidden: int, num_layers: int, newline: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Projector(vision_width, hidden) for _ in range(num_layers))
+        self.layers = nn.ModuleList(Projector(vision_width, hidden, newline) for _ in range(num_layers))
 
-    def forward(self, features: Tensor, layer: int) -> Tensor:
-        return self.layers[layer](features)
+    def forward(self, features: Tensor, layer: int, order_V: Tensor | None = None) -> Tensor:
+        return self.layers[layer](features, order_V)

@@ -1,20 +1,34 @@
-"""Vision encoders: transformers' CLIP and SigLIP, and a registry through which a user's own encoder enters."""
+"""Vision encoders: CLIP, SigLIP and their relatives of transformers, and a registry for a user's own encoder."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.utils import cached_file
 
 from ..errors import ConfigError
-from ..images import ImageTransform
+from ..images import ImageTransform, Transform
+from ..layout import Pixels
+from ..resolutions import NativeTransform, transform_from_dict, with_policy
 from .pretrained import load_pretrained, load_weighted
 
 
@@ -27,12 +41,12 @@ class VisionEncoder(nn.Module, ABC):
     """
 
     hidden_size: int
-    transform: ImageTransform
+    transform: Transform
 
     @classmethod
     @abstractmethod
     def from_path(cls, path: str, *, select_layer: int, policy: str) -> VisionEncoder:
-        """With pretrained weights; the arguments are the keys of ``model.vision``."""
+        """With pretrained weights; the arguments are the keys of ``model.vision``, ``max_tokens`` among them if it is set."""
 
     @classmethod
     @abstractmethod
@@ -44,8 +58,13 @@ class VisionEncoder(nn.Module, ABC):
         """Plain types that describe the architecture, stored in the model's config.json."""
 
     @abstractmethod
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[I, 3, height, width] to [I, tokens, d]."""
+    def forward(self, pixels: Any) -> Tensor:
+        """[I, 3, height, width] to [I, tokens, d]; if images differ in shape, a list of [3, height, width] to [V, d], the
+        tokens of all images in order."""
+
+    def blocks(self) -> list[nn.Module]:
+        """Its layers from input to output, for learning rates by depth; none if it has no order."""
+        return []
 
     def unused(self) -> list[nn.Module]:
         """Parts whose output is never read, such as layers above the chosen one: they are never trained."""
@@ -77,16 +96,26 @@ def get_vision_encoder(name: str) -> type[VisionEncoder]:
     return _ENCODERS[name]
 
 
+NATIVE = {"siglip2_vision_model", "idefics2_vision"}
+"""Families whose images keep their aspect ratio and differ in shape."""
+
+
 @register_vision_encoder("transformers")
 class TransformersVision(VisionEncoder):
-    """CLIP and SigLIP from transformers: hidden states of one layer, class token dropped, as LLaVA takes them."""
+    """Encoders of transformers: hidden states of one layer, class token dropped, as LLaVA takes them.
+
+    Images of one size: CLIP and SigLIP. Of many: SigLIP 2 NaFlex, and Idefics2's SigLIP with positions by the place in the
+    picture. These compute images of like size together, and no padding leaves them.
+    """
 
     FAMILIES = {
         "clip_vision_model": (CLIPVisionConfig, CLIPVisionModel),
         "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel),
+        "siglip2_vision_model": (Siglip2VisionConfig, Siglip2VisionModel),
+        "idefics2_vision": (Idefics2VisionConfig, Idefics2VisionTransformer),
     }
 
-    def __init__(self, model: nn.Module, transform: ImageTransform, select_layer: int) -> None:
+    def __init__(self, model: nn.Module, transform: Transform, select_layer: int) -> None:
         super().__init__()
         self.model, self.transform, self.select_layer = model, transform, select_layer
         self.hidden_size, depth = int(model.config.hidden_size), int(model.config.num_hidden_layers)
@@ -100,7 +129,7 @@ class TransformersVision(VisionEncoder):
         made = config.vision["config"] if config.model_type == "eemllm" else {}
         if "model" in made:
             config = cls.FAMILIES[made["model"]["model_type"]][0](**made["model"])
-        config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP, image and text
+        config = getattr(config, "vision_config", config)  # in a whole model, image and text
         if config.model_type not in cls.FAMILIES:
             raise ConfigError(
                 f"model.vision.path: {path} is a {config.model_type!r}, expected one of {sorted(cls.FAMILIES)}; "
@@ -109,12 +138,12 @@ class TransformersVision(VisionEncoder):
         return config, made
 
     @classmethod
-    def from_path(cls, path: str, *, select_layer: int, policy: str) -> TransformersVision:
+    def from_path(
+        cls, path: str, *, select_layer: int, policy: str, max_tokens: int | None = None
+    ) -> TransformersVision:
         config, made = cls.read_config(path)
-        options: dict[str, Any] = {}
         if made:
-            options = {"config": config, "key_mapping": {r"^vision\.model\.": ""}}
-            transform = ImageTransform.from_dict(made["transform"])
+            mapping, transform = {r"^vision\.model\.": ""}, transform_from_dict(made["transform"])
         else:
             try:
                 preprocessor = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
@@ -122,28 +151,81 @@ class TransformersVision(VisionEncoder):
                 raise ConfigError(
                     f"model.vision.path: no readable preprocessor_config.json in {path!r}: {error}"
                 ) from error
-            transform = ImageTransform.from_preprocessor_config(preprocessor, patch=config.patch_size)
+            kind = NativeTransform if config.model_type in NATIVE else ImageTransform
+            transform = kind.from_preprocessor_config(preprocessor, patch=config.patch_size)
+            # in a whole Idefics2, beside the decoder
+            mapping = {r"^model\.vision_model\.": ""} if config.model_type == "idefics2_vision" else {}
+        options: dict[str, Any] = {"config": config, **({"key_mapping": mapping} if mapping else {})}
         model = load_weighted(cls.FAMILIES[config.model_type][1], path, "model.vision.path", **options)
-        return cls(model, replace(transform, policy=policy), select_layer)
+        transform = with_policy(transform, policy)
+        if max_tokens is not None and isinstance(transform, NativeTransform):
+            transform = transform.within(max_tokens)
+        return cls(model, transform, select_layer)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TransformersVision:
         config_class, model_class = cls.FAMILIES[config["model"]["model_type"]]
         model = model_class(config_class(**config["model"]))
-        return cls(model, ImageTransform.from_dict(config["transform"]), config["select_layer"])
+        return cls(model, transform_from_dict(config["transform"]), config["select_layer"])
 
     def to_config(self) -> dict[str, Any]:
         model = {**self.model.config.to_diff_dict(), "model_type": self.model.config.model_type}
         return {"model": model, "transform": self.transform.to_dict(), "select_layer": self.select_layer}
 
-    def unused(self) -> list[nn.Module]:
+    def _layers(self) -> nn.ModuleList:
         depth = self.model.config.num_hidden_layers
-        layers = next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-        rest = [m for name, m in self.model.named_modules() if name.rpartition(".")[2] in ("post_layernorm", "head")]
-        return [*layers[self.select_layer % (depth + 1) :], *rest]
+        return next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        states = self.model(pixels, output_hidden_states=True).hidden_states[self.select_layer]
-        return states[
-            :, -self.transform.num_tokens(pixels.shape[-1], pixels.shape[-2]) :
-        ]  # CLIP's class token is first
+    def blocks(self) -> list[nn.Module]:
+        return list(self._layers()[: self.select_layer % (len(self._layers()) + 1)])
+
+    def unused(self) -> list[nn.Module]:
+        rest = [m for name, m in self.model.named_modules() if name.rpartition(".")[2] in ("post_layernorm", "head")]
+        return [*self._layers()[len(self.blocks()) :], *rest]
+
+    def forward(self, pixels: Pixels) -> Tensor:
+        if isinstance(self.transform, NativeTransform):
+            return self._native(list(pixels), self.transform.patch)
+        assert isinstance(pixels, Tensor)
+        tokens = (pixels.shape[-2] // self.model.config.patch_size) * (pixels.shape[-1] // self.model.config.patch_size)
+        return self._states(pixels)[:, -tokens:]  # CLIP's class token is first
+
+    def _states(self, *args: Any, **options: Any) -> Tensor:
+        return self.model(*args, output_hidden_states=True, **options).hidden_states[self.select_layer]
+
+    def _native(self, images: list[Tensor], patch: int) -> Tensor:
+        """Images [3, height, width] of many sizes to the rows of all in order, [V, d]."""
+        grids = [(image.shape[-2] // patch, image.shape[-1] // patch) for image in images]
+        rows: dict[int, Tensor] = {}
+        if self.model.config.model_type == "idefics2_vision":  # pads in two dimensions: only equal shapes go together
+            shapes = defaultdict(list)
+            for i, grid in enumerate(grids):
+                shapes[grid].append(i)
+            for alike in shapes.values():
+                rows |= zip(alike, self._states(torch.stack([images[i] for i in alike])), strict=True)
+        else:
+            for alike in alike_lengths([height * width for height, width in grids]):
+                patches = [patches_of(images[i], patch) for i in alike]
+                lengths = torch.tensor([len(x) for x in patches])
+                real_IL = torch.arange(int(lengths.max())) < lengths[:, None]
+                mask = None if real_IL.all() else real_IL.long().to(images[0].device)
+                shapes_I2 = torch.tensor([grids[i] for i in alike])  # read on the CPU
+                states = self._states(pad_sequence(patches, batch_first=True), mask, shapes_I2)
+                rows |= {i: x[: len(own)] for i, x, own in zip(alike, states, patches, strict=True)}
+        return torch.cat([rows[i] for i in range(len(images))])
+
+
+def patches_of(image: Tensor, patch: int) -> Tensor:
+    """[3, height, width] to [patches, patch x patch x 3], row by row, colour last, as SigLIP 2 reads them."""
+    return image.unfold(1, patch, patch).unfold(2, patch, patch).permute(1, 2, 3, 4, 0).flatten(0, 1).flatten(1)
+
+
+def alike_lengths(lengths: list[int]) -> list[list[int]]:
+    """Indices in groups, the longest first; in a group none is shorter than three quarters of the longest."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and 4 * lengths[i] >= 3 * lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

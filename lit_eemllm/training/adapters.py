@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MARK = "lora_"
 """In the name of every tensor that belongs to an adapter."""
+WHOLE = ".newline"
+"""Ends the names of tensors that no adapter reaches and that are trained whole beside adapters."""
 
 
 def linear_layers(part: nn.Module) -> list[str]:
@@ -31,7 +33,8 @@ def linear_layers(part: nn.Module) -> list[str]:
 
 
 def add_adapters(part: nn.Module, section: LoraSection, key: str) -> None:
-    """Put adapters beside the linear layers of a component, in place. They are float32, and at first change nothing.
+    """Put adapters beside the linear layers of a component, in place. They are float32, and at first change nothing. A newline
+    is trained as it is.
 
     Raises:
         ConfigError: a target that the component has not.
@@ -45,8 +48,9 @@ def add_adapters(part: nn.Module, section: LoraSection, key: str) -> None:
         )
     inject_adapter_in_model(_peft_config(section, [name for name in layers if _last(name) in targets]), part)
     for name, parameter in part.named_parameters():
-        if MARK in name:
+        if MARK in name or f".{name}".endswith(WHOLE):
             parameter.data = parameter.data.float()
+            parameter.requires_grad_()
 
 
 def _last(name: str) -> str:

@@ -137,12 +137,17 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
             f"{section}.{key}": (was[section].get(key), now[section][key]) for key in now[section] if key not in free
         }
     pairs["seed"] = was["seed"], now["seed"]
-    changed = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
+    changed = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if _stated(old) != _stated(new)]
     if changed:
         raise CheckpointError(
             f"the run cannot continue as something else: {'; '.join(changed)}. "
             "Set it back, or begin a new run (another `out`), from these weights if you like (init_from)."
         )
+
+
+def _stated(value: Any) -> Any:
+    """Without keys that are null: an earlier version may not have had them."""
+    return {k: _stated(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def load_weights(model: EEMLLM, path: Path) -> Table:

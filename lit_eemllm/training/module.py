@@ -15,6 +15,7 @@ import torch.distributed as dist
 import transformers
 from lightning import seed_everything
 from lightning.pytorch import LightningModule
+from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -26,13 +27,13 @@ from ..console import console
 from ..errors import CheckpointError
 from ..layout import PackedBatch, Run, SequenceLayout
 from ..model.build import fingerprint
-from .adapters import MARK
+from .adapters import MARK, WHOLE
 from .fsdp2 import FSDP2, shard
 from .guard import check_step
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
 
 if TYPE_CHECKING:
-    from ..images import ImageTransform
+    from ..images import Transform
     from ..model import EEMLLM
     from ..schema import Config
 
@@ -157,10 +158,11 @@ class LitEEMLLM(LightningModule):
     # --- checkpoints ---
 
     def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint holds of a state: components trained wholly, and adapters."""
+        """What a checkpoint holds of a state: components trained wholly, and adapters with what is trained beside them."""
         choices = asdict(self.config.optim.tuning)
         whole = tuple(f"model.{name}." for word in self.trained if choices[word] == "full" for name in COMPONENTS[word])
-        return {name: tensor for name, tensor in state.items() if name.startswith(whole) or MARK in name}
+        ends = (WHOLE,) if choices["projector"] == "lora" else ()
+        return {n: x for n, x in state.items() if n.startswith(whole) or MARK in n or n.endswith(ends)}
 
     @cached_property
     def _frozen_fingerprint(self) -> str:
@@ -232,13 +234,14 @@ class LitEEMLLM(LightningModule):
             seed_everything((self.config.seed + self.global_step + self.global_rank) % 2**32, verbose=False)
 
 
-def with_blank_image(batch: PackedBatch, size: ImageTransform) -> PackedBatch:
+def with_blank_image(batch: PackedBatch, transform: Transform) -> PackedBatch:
     """The pack and one more document: a word, which sees itself, and after it the image, which no word sees."""
-    document = (Run(False, 1), Run(True, size.num_tokens(size.width, size.height)))
+    picture = Image.new("RGB", (1, 1))
+    document = (Run(False, 1), Run(True, transform.num_tokens(*picture.size)))
     layout = SequenceLayout.of([*batch.layout.documents, document]).to(batch.input_ids.device)
     ids = torch.cat([batch.input_ids, batch.input_ids.new_zeros(layout.num_tokens - len(batch.input_ids))])
-    pixels = torch.zeros(1, 3, size.height, size.width, device=ids.device)
-    return replace(batch, input_ids=ids, pixel_values=pixels, layout=layout)
+    pixels = torch.zeros_like(transform(picture)[None], device=ids.device)
+    return replace(batch, input_ids=ids, pixel_values=pixels, layout=layout, image_sizes=[picture.size])
 
 
 def count_in_packs_of(checkpoint: dict[str, Any], ranks: int) -> None:

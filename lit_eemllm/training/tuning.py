@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from .adapters import add_adapters
 
 if TYPE_CHECKING:
     from ..model import EEMLLM
+    from ..model.vision import VisionEncoder
     from ..schema import LoraConfig, OptimConfig
 
 COMPONENTS = {"vision": ("vision",), "projector": ("projector", "gated"), "llm": ("language_model",)}
@@ -72,20 +74,38 @@ def parameter_groups(model: EEMLLM, config: OptimConfig) -> list[dict[str, Any]]
     rates = {"vision": config.vision_lr, "projector": config.projector_lr}
     groups: list[dict[str, Any]] = []
     for word in COMPONENTS:
-        parameters = [p for p in component(model, word).parameters() if p.requires_grad]
-        for decays in (True, False):
-            members = [p for p in parameters if (p.ndim > 1) == decays]
-            if members:
-                rate = rates.get(word)
-                groups.append(
-                    {
-                        "name": word if decays else f"{word}, no decay",
-                        "params": members,
-                        "lr": config.lr if rate is None else rate,
-                        "weight_decay": config.weight_decay if decays else 0.0,
-                    }
-                )
+        rate = rates.get(word)
+        parts = {word: (list(component(model, word).parameters()), config.lr if rate is None else rate)}
+        if word == "vision" and config.vision_layer_decay is not None:
+            parts = _by_depth(model.vision, parts[word][1], config.vision_layer_decay)
+        for name, (parameters, lr) in parts.items():
+            for decays in (True, False):
+                members = [p for p in parameters if p.requires_grad and (p.ndim > 1) == decays]
+                if members:
+                    groups.append(
+                        {
+                            "name": name if decays else f"{name}, no decay",
+                            "params": members,
+                            "lr": lr,
+                            "weight_decay": config.weight_decay if decays else 0.0,
+                        }
+                    )
     return groups
+
+
+def _by_depth(vision: VisionEncoder, lr: float, decay: float) -> dict[str, tuple[list[nn.Parameter], float]]:
+    """The encoder's parameters by layer with their rates: the highest layer that is read learns at `lr`, each below at `decay`
+    times the rate of the one above, and what comes before the first layer, embeddings, as a layer below it."""
+    blocks = vision.blocks()
+    if not blocks:
+        raise ConfigError(
+            "optim.vision_layer_decay: this vision encoder does not tell the order of its layers; set null"
+        )
+    inside = {p for block in blocks for p in block.parameters()}
+    parts = {"vision, below": [p for p in vision.parameters() if p not in inside]}
+    parts |= {f"vision, layer {i}": list(block.parameters()) for i, block in enumerate(blocks)}
+    rates = [(name, (part, lr * decay ** (len(blocks) - i))) for i, (name, part) in enumerate(parts.items())]
+    return dict(reversed(rates))  # the rate of the first group is what logs show
 
 
 def schedule(config: OptimConfig) -> Callable[[int], float]:

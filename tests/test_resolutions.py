@@ -1,0 +1,179 @@
+"""Images of many sizes: pixels, sizes and token counts against transformers' own image processors, and counts from headers."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.modeling_llava_next import unpad_image
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+from lit_eemllm.errors import ConfigError
+from lit_eemllm.images import MAX_SIDE, ImageTransform, image_size, open_image
+from lit_eemllm.model.vision import patches_of
+from lit_eemllm.resolutions import AnyresTransform, NativeTransform, transform_from_dict, with_policy
+
+HALF = (0.5, 0.5, 0.5)
+SIZES = [
+    (1, 1),
+    (1, 300),
+    (300, 1),
+    (2, 3),
+    (48, 48),
+    (49, 47),
+    (900, 40),
+    (33, 700),
+    (640, 480),
+    (481, 641),
+    (1300, 1100),
+]
+LONG = [(3 * MAX_SIDE, 2), (1, 3 * MAX_SIDE), (MAX_SIDE + 1, 300)]
+
+
+def picture(width: int, height: int) -> Image.Image:
+    generator = np.random.default_rng(width * 10_000 + height)
+    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def naflex(most: int = 64, patch: int = 8) -> NativeTransform:
+    return NativeTransform(patch, HALF, HALF, most=most)
+
+
+def tiled(side: int = 24, patch: int = 4) -> AnyresTransform:
+    return AnyresTransform(ImageTransform(side, side, patch, HALF, HALF))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("patch", "most"), [(16, 256), (8, 50), (14, 7)])
+def test_naflex_as_siglip2(patch, most):
+    processor = Siglip2ImageProcessorPil(patch_size=patch, max_num_patches=most)
+    transform = NativeTransform.from_preprocessor_config(json.loads(processor.to_json_string()), patch)
+    for size in SIZES:
+        image = picture(*size)
+        expected = processor(image, return_tensors="pt")
+        height, width = expected["spatial_shapes"][0].tolist()
+        pixels = transform(image)
+        assert pixels.shape == (3, height * patch, width * patch)
+        assert transform.num_tokens(*size) == height * width == expected["pixel_attention_mask"].sum() <= most
+        found = patches_of(pixels, patch)
+        torch.testing.assert_close(found, expected["pixel_values"][0, : len(found)], rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("edges", [(378, 980), (28, 100)])
+def test_native_as_idefics2(edges):
+    processor = Idefics2ImageProcessorPil(size={"shortest_edge": edges[0], "longest_edge": edges[1]})
+    transform = NativeTransform.from_preprocessor_config(json.loads(processor.to_json_string()), 14)
+    for size in SIZES:
+        image = picture(*size)
+        expected = processor([[image]], return_tensors="pt")["pixel_values"][0, 0]
+        rows, columns = (side // 14 for side in expected.shape[-2:])
+        pixels = transform(image)
+        assert transform.num_tokens(*size) == rows * columns and pixels.shape == (3, rows * 14, columns * 14)
+        torch.testing.assert_close(pixels, expected[:, : rows * 14, : columns * 14], rtol=0, atol=1e-5)
+    assert NativeTransform(14, HALF, HALF, edges=(378, 980)).num_tokens(5000, 5000) == 4900  # the EE-MLLM paper's most
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pinpoints", [None, [[48, 24], [24, 96], [24, 24]]])
+def test_anyres_as_llava_next(pinpoints):
+    side, patch = 24, 4
+    pinpoints = pinpoints or [[side * rows, side * columns] for rows, columns in AnyresTransform(tiled().view).grids]
+    options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    processor = LlavaNextImageProcessorPil(**options, image_grid_pinpoints=pinpoints)
+    view = ImageTransform(side, side, patch, tuple(processor.image_mean), tuple(processor.image_std))
+    transform = AnyresTransform(view, tuple((height // side, width // side) for height, width in pinpoints))
+    for size in SIZES:
+        image = picture(*size)
+        expected = processor(image, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(transform(image), expected, rtol=0, atol=1e-5)
+        # which features, against transformers' own cutting of a grid
+        rows, columns = transform.grid(*size)
+        n = side // patch
+        tiles = torch.arange(n * n, n * n * (1 + rows * columns)).view(rows, columns, n, n)
+        whole = tiles.permute(0, 2, 1, 3).reshape(1, rows * n, columns * n)
+        kept = unpad_image(whole, (size[1], size[0]))[0]
+        newline = n * n * (1 + rows * columns)
+        lines = torch.cat([kept, torch.full((len(kept), 1), newline)], dim=1)
+        order, features = transform.order([size])
+        assert features == newline and order.tolist() == [*range(n * n), *lines.flatten().tolist()]
+        assert len(order) == transform.num_tokens(*size)
+
+
+@pytest.mark.parametrize("transform", [naflex(), NativeTransform(14, HALF, HALF, edges=(28, 98)), tiled()])
+@pytest.mark.parametrize("size", SIZES + LONG)
+def test_a_count_is_what_the_pixels_give(transform, size):
+    pixels, tokens = transform(Image.new("RGB", size)), transform.num_tokens(*size)
+    assert tokens <= transform.num_tokens(*transform.largest)
+    if isinstance(transform, AnyresTransform):
+        order, features = transform.order([size])
+        assert len(order) == tokens and features == 36 * len(pixels)
+    else:
+        assert pixels.shape[1] * pixels.shape[2] == tokens * transform.patch**2
+    assert transform.unnormalize(pixels).mode == "RGB"
+
+
+def test_order_of_several_pictures():
+    transform = tiled()
+    (first, features), (both, last) = transform.order([(40, 20)]), transform.order([(40, 20), (20, 70)])
+    assert (features, last - features) == tuple(36 * len(transform(picture(*size))) for size in ((40, 20), (20, 70)))
+    assert both[: len(first)].masked_fill(both[: len(first)] == last, features).equal(first)
+    patches = both[both < last].tolist()
+    assert patches != sorted(patches) and len(patches) == len(set(patches)) and (both == last).any()
+    assert transform.order([])[0].tolist() == [] and transform.order([])[1] == 0
+
+
+def test_kinds_of_transforms_are_stored_and_changed():
+    for transform in (naflex(), NativeTransform(14, HALF, HALF, edges=(28, 98)), tiled(), tiled().view):
+        stored = json.loads(json.dumps(transform.to_dict()))
+        assert transform_from_dict(stored) == transform == with_policy(transform, transform.policy)
+        hash(transform)
+        with pytest.raises(ConfigError, match="sise"):
+            transform_from_dict({**stored, "sise": 3})
+    assert with_policy(tiled(), "pad").policy == "pad" and with_policy(tiled().view, "anyres") == tiled()
+    with pytest.raises(ConfigError, match="one size"):
+        with_policy(tiled(), "native")
+    with pytest.raises(ConfigError, match="set native, not pad"):
+        with_policy(naflex(), "pad")
+    smaller = NativeTransform(14, HALF, HALF, edges=(378, 980)).within(100)
+    assert smaller.edges == (140, 140) and naflex().within(9).num_tokens(500, 500) == 9
+    assert max(smaller.num_tokens(*size) for size in SIZES) <= 100
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NativeTransform(14, HALF, HALF), "either patches or edges"),
+        (lambda: NativeTransform(14, HALF, HALF, most=0), "a patch at least"),
+        (lambda: NativeTransform(14, HALF, HALF, edges=(9, 20)), r"\(9, 20\)"),
+        (lambda: NativeTransform(14, HALF, HALF, edges=(50, 20)), r"\(50, 20\)"),
+        (lambda: NativeTransform(14, HALF, (0, 1, 1), most=4), "std above 0"),
+        (lambda: NativeTransform.from_preprocessor_config({"size": {"height": 9, "width": 9}}, 3), "max_num_patches"),
+        (lambda: AnyresTransform(ImageTransform(20, 24, 4, HALF, HALF)), "square"),
+        (lambda: AnyresTransform(tiled().view, ()), "1 x 1"),
+        (lambda: AnyresTransform(tiled().view, ((0, 1),)), "1 x 1"),
+    ],
+)
+def test_impossible_transforms_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
+def test_headers_tell_the_upright_size(kind, orientation):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    file = io.BytesIO()
+    picture(40, 20).save(file, kind, **({} if kind == "GIF" else {"exif": exif}))
+    data = file.getvalue()
+    assert image_size(data, "x", 10_000) == open_image(data, "x", 10_000).size
+    if kind == "JPEG":
+        assert image_size(data, "x", 10_000) == ((20, 40) if orientation in (5, 6, 8) else (40, 20))

@@ -1,0 +1,351 @@
+"""Encoders of images of many sizes and tiles: against transformers' own models, in packs, in generation, in training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import (
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    Siglip2Config,
+    Siglip2Model,
+)
+
+from lit_eemllm.errors import ConfigError
+from lit_eemllm.evaluation.loss import with_moved_images
+from lit_eemllm.layout import PackedBatch, Run, SequenceLayout, join_images
+from lit_eemllm.mechanisms import PRESETS
+from lit_eemllm.model import EEMLLM
+from lit_eemllm.model.image_cache import ImageCache
+from lit_eemllm.model.vision import TransformersVision, alike_lengths
+from lit_eemllm.training.module import with_blank_image
+
+MANY = ["siglip2", "idefics2", "anyres"]
+PICTURES = [(40, 20), (9, 30), (5, 5), (40, 20), (64, 17)]
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    generator = np.random.default_rng(seed)
+    return Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def make_model(encoder: str, mechanism: str = "ee_mllm", seed: int = 0) -> EEMLLM:
+    return tiny.model("llama-gqa", mechanism, encoder, seed)
+
+
+def pack(model: EEMLLM, documents: list[list[int | tuple[int, int]]], seed: int = 0) -> PackedBatch:
+    """Of documents: a number is that much text, a pair the picture of this size, random by its place in the pack."""
+    transform, generator = model.vision.transform, torch.Generator().manual_seed(seed)
+    sizes = [item for document in documents for item in document if isinstance(item, tuple)]
+    layout = SequenceLayout.of(
+        [
+            [Run(True, transform.num_tokens(*x)) if isinstance(x, tuple) else Run(False, x) for x in document]
+            for document in documents
+        ]
+    )
+    ids = torch.randint(3, tiny.VOCAB, (layout.num_tokens,), generator=generator)
+    rows = [t for t, s in enumerate(layout.text_index.tolist()[:-1]) if layout.text_index[t + 1] == s + 1]
+    rows = [t for t in rows if layout.positions[layout.text_index[t + 1]] > 0]
+    pixels = [transform(picture(size, seed + i)) for i, size in enumerate(sizes)]
+    return PackedBatch(
+        input_ids=ids.index_fill(0, layout.visual_index, 0),
+        target_rows=torch.tensor(rows),
+        targets=ids[layout.text_index][torch.tensor(rows) + 1],
+        pixel_values=join_images(pixels) if pixels else None,
+        layout=layout,
+        keys=[str(i) for i in range(len(documents))],
+        image_sizes=sizes,
+    )
+
+
+def alone(batch: PackedBatch) -> list[PackedBatch]:
+    """Each document as a pack of its own."""
+    packs, row, text, image = [], 0, 0, 0
+    for document in batch.layout.documents:
+        layout = SequenceLayout.of([document])
+        images = slice(image, image + len(layout.image_lengths))
+        mine = (batch.target_rows >= text) & (batch.target_rows < text + layout.num_text)
+        pixels = list(batch.pixel_values[images]) if batch.pixel_values is not None else []
+        packs.append(
+            replace(
+                batch,
+                input_ids=batch.input_ids[row : row + layout.num_tokens],
+                target_rows=batch.target_rows[mine] - text,
+                targets=batch.targets[mine],
+                pixel_values=join_images(pixels) if pixels else None,
+                layout=layout,
+                image_sizes=batch.image_sizes[images],
+            )
+        )
+        row, text, image = row + layout.num_tokens, text + layout.num_text, images.stop
+    return packs
+
+
+# --- encoders alone
+
+
+def test_siglip2_as_transformers_computes_it_with_padding():
+    encoder = tiny.vision("siglip2").eval()
+    pixels = [encoder.transform(picture(size, i)) for i, size in enumerate(PICTURES)]
+    grids = [(x.shape[1] // 4, x.shape[2] // 4) for x in pixels]
+    patches = torch.zeros(len(pixels), 20, 48)
+    for row, image, (height, width) in zip(patches, pixels, grids, strict=True):
+        for i in range(height * width):
+            y, x = divmod(i, width)
+            row[i] = image[:, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].permute(1, 2, 0).flatten()
+    lengths = [height * width for height, width in grids]
+    mask = torch.arange(20) < torch.tensor(lengths)[:, None]
+    states = encoder.model(patches, mask.long(), torch.tensor(grids), output_hidden_states=True).hidden_states[-2]
+    assert len(set(lengths)) > 2
+    torch.testing.assert_close(encoder(pixels), states[mask], rtol=0, atol=2e-6)
+    assert not encoder(pixels)[:5].allclose(encoder(pixels[1:])[:5])
+
+
+def test_idefics2_as_transformers_computes_it_with_padding():
+    encoder = tiny.vision("idefics2").eval()
+    pixels = [encoder.transform(picture(size, i)) for i, size in enumerate(PICTURES)]
+    whole = torch.zeros(len(pixels), 3, 20, 20)
+    mask = torch.zeros(len(pixels), 5, 5, dtype=torch.bool)
+    for i, image in enumerate(pixels):
+        whole[i, :, : image.shape[1], : image.shape[2]] = image
+        mask[i, : image.shape[1] // 4, : image.shape[2] // 4] = True
+    states = encoder.model(whole, mask, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(encoder(pixels), states[mask.flatten(1)], rtol=0, atol=1e-5)
+    assert len({x.shape for x in pixels}) > 2
+
+
+def test_images_go_together_with_little_padding():
+    lengths = [100, 3, 80, 75, 74, 4, 100]
+    groups = alike_lengths(lengths)
+    assert groups == [[0, 6, 2, 3], [4], [5, 1]] and alike_lengths([]) == []
+
+
+def test_encoders_in_the_folders_of_whole_models(tmp_path):
+    common = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(common, vocab_size=30, max_position_embeddings=8)
+    siglip2 = Siglip2Model(
+        Siglip2Config(vision_config={**common, "num_patches": 16, "patch_size": 4}, text_config=text)
+    )
+    siglip2.save_pretrained(tmp_path / "siglip2")
+    naflex = {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 20, "patch_size": 4, "resample": 2}
+    (tmp_path / "siglip2" / "preprocessor_config.json").write_text(json.dumps(naflex))
+    options = {"select_layer": -1, "policy": "native"}
+    found = TransformersVision.from_path(str(tmp_path / "siglip2"), **options)
+    for name, tensor in siglip2.vision_model.state_dict().items():
+        assert found.model.state_dict()[name].equal(tensor), name
+    assert found.transform == tiny.TRANSFORMS["siglip2"]
+    assert TransformersVision.from_path(str(tmp_path / "siglip2"), **options, max_tokens=9).transform.most == 9
+
+    decoder = {**tiny.COMMON, "num_attention_heads": 4, "num_key_value_heads": 4, "model_type": "llama"}
+    config = Idefics2Config(
+        vision_config={**common, "image_size": 20, "patch_size": 4}, text_config=decoder, image_token_id=3,
+        perceiver_config={"resampler_n_heads": 2, "resampler_head_dim": 8, "num_key_value_heads": 2, "hidden_size": 32},
+    )  # fmt: skip
+    idefics2 = Idefics2ForConditionalGeneration(config)
+    idefics2.save_pretrained(tmp_path / "idefics2")
+    edges = {"size": {"shortest_edge": 8, "longest_edge": 20}, "resample": 2, "do_image_splitting": True}
+    edges |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "idefics2" / "preprocessor_config.json").write_text(json.dumps(edges))
+    found = TransformersVision.from_path(str(tmp_path / "idefics2"), **options)
+    for name, tensor in idefics2.model.vision_model.state_dict().items():
+        assert found.model.state_dict()[name].equal(tensor), name
+    assert found.transform == tiny.TRANSFORMS["idefics2"]
+    with pytest.raises(ConfigError, match="set native, not pad"):
+        TransformersVision.from_path(str(tmp_path / "idefics2"), select_layer=-1, policy="pad")
+
+
+@pytest.mark.parametrize("encoder", MANY)
+def test_saved_and_loaded(tmp_path, encoder):
+    model = make_model(encoder, "saisa")
+    model.save_pretrained(tmp_path)
+    again = EEMLLM.from_pretrained(tmp_path).eval()
+    again.set_attention("reference")
+    batch = pack(model, [[2, (40, 20), 4]])
+    assert again.packed_logits(batch).equal(model.packed_logits(batch))
+    vision = TransformersVision.from_path(str(tmp_path), select_layer=-1, policy=model.vision.transform.policy)
+    assert vision.transform == model.vision.transform
+    assert all(x.equal(model.vision.state_dict()[name]) for name, x in vision.state_dict().items())
+
+
+# --- in the model
+
+
+def test_llava_next_of_transformers():
+    """LLaVA-1.6: the same logits from the same weights and pixels, for pictures of many sizes in one batch."""
+    model = make_model("anyres", "llava")
+    decoder = model.config.text_config
+    config = LlavaNextConfig(
+        vision_config=model.vision.model.config, text_config=decoder.to_dict() | {"vocab_size": tiny.VOCAB + 1},
+        image_token_index=tiny.VOCAB, image_grid_pinpoints=[[16 * r, 16 * c] for r, c in model.vision.transform.grids],
+    )  # fmt: skip
+    twin = LlavaNextForConditionalGeneration(config).eval()
+    names = {
+        "vision.model.": "model.vision_tower.", "projector.newline": "model.image_newline",
+        "projector.": "model.multi_modal_projector.", "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+    }  # fmt: skip
+    state = {}
+    for name, tensor in model.state_dict().items():
+        old = next(old for old in names if name.startswith(old))
+        if tensor.shape[:1] == (tiny.VOCAB,):
+            tensor = torch.cat([tensor, torch.zeros(1, *tensor.shape[1:])])
+        state[names[old] + name.removeprefix(old)] = tensor
+    twin.load_state_dict(state)
+    for i, size in enumerate([*PICTURES, (1000, 3), (3, 1000)]):
+        batch = pack(model, [[3, size, 5]], seed=i)
+        ids = batch.input_ids.index_fill(0, batch.layout.visual_index, tiny.VOCAB)[None]
+        ours = model(ids, pixel_values=batch.pixel_values, image_sizes=[size]).logits
+        sizes = torch.tensor([[size[1], size[0]]])
+        theirs = twin(input_ids=ids, pixel_values=torch.stack(list(batch.pixel_values)), image_sizes=sizes).logits
+        text = ids[0] != tiny.VOCAB
+        assert tiny.max_error(ours[0, text][:, : tiny.VOCAB], theirs[0, text][:, : tiny.VOCAB]) < 1e-5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("encoder", MANY)
+def test_a_pack_of_many_sizes_is_one_image_at_a_time(encoder, preset):
+    model = make_model(encoder, preset)
+    batch = pack(model, [[3, (40, 20), 4, (9, 30), 2], [5], [(5, 5), 3], [2, (64, 17), (40, 20), 4]])
+    assert len(set(batch.layout.image_lengths)) > 1
+    model.packed_loss(batch).backward()
+    together = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert "vision.model.embeddings.position_embedding.weight" in together
+    assert ("projector.newline" in together) or encoder != "anyres" or preset in ("saisa", "flamingo")
+    model.zero_grad()
+    logits = []
+    for one in alone(batch):
+        model.packed_loss(one).backward()
+        logits.append(model.packed_logits(one))
+    assert tiny.max_error(model.packed_logits(batch), torch.cat(logits)) < 2e-5
+    for name, gradient in together.items():
+        other = model.get_parameter(name).grad
+        torch.testing.assert_close(gradient, other, rtol=2e-3, atol=2e-5 * gradient.abs().max().item() + 1e-6)
+
+
+def prompts(model, documents, seed=0):
+    """Left-padded ids of documents, with their images."""
+    packs = [pack(model, [document], seed + 10 * i) for i, document in enumerate(documents)]
+    ids = [b.input_ids.index_fill(0, b.layout.visual_index, tiny.VOCAB) for b in packs]
+    longest = max(map(len, ids))
+    return {
+        "input_ids": torch.stack([torch.nn.functional.pad(x, (longest - len(x), 0)) for x in ids]),
+        "attention_mask": torch.stack([(torch.arange(longest) >= longest - len(x)).long() for x in ids]),
+        "pixel_values": [image for b in packs if b.pixel_values is not None for image in b.pixel_values],
+        "image_sizes": [size for b in packs for size in b.image_sizes],
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("encoder", MANY)
+def test_generation_of_many_sizes(encoder, preset):
+    """A batch gives what each prompt gives alone, with the cache what is recomputed, with remembered images the same."""
+    model = make_model(encoder, preset)
+    documents = [[3, (40, 20), 4], [2, (9, 30), (64, 17), 3], [6], [(5, 5), 2]]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    found = model.generate(**prompts(model, documents), **options)
+    assert found.equal(model.generate(**prompts(model, documents), **options, use_cache=False))
+    for i, document in enumerate(documents):
+        batch = pack(model, [document], 10 * i)
+        ids = batch.input_ids.index_fill(0, batch.layout.visual_index, tiny.VOCAB)[None]
+        images = (
+            {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values, "image_sizes": batch.image_sizes}
+        )
+        one = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **options)
+        assert one[0, -5:].equal(found[i, -5:])
+    beams = model.generate(**prompts(model, documents), **options, num_beams=2)
+    assert beams.shape == found.shape
+    sampled = prompts(model, documents[:2])
+    torch.manual_seed(1)
+    several = model.generate(**sampled, **{**options, "do_sample": True}, num_return_sequences=2, top_k=1)
+    assert several[::2].equal(several[1::2])
+    if model.mechanism.independent and model.mechanism.gated is None:
+        model.image_cache = ImageCache(10**9)
+        for _ in range(2):
+            assert model.generate(**prompts(model, documents), **options).equal(found)
+        assert (model.image_cache.hits, model.image_cache.misses) == (4, 4)
+
+
+def test_the_image_cache_tells_pictures_apart_by_size():
+    """Tiles of two pictures may be the same pixels, but not all of them are kept."""
+    model = make_model("anyres", "ee_mllm")
+    model.image_cache = ImageCache(10**9)
+    white = [(32, 16), (31, 15)]
+    pixels = [model.vision.transform(Image.new("RGB", size)) for size in white]
+    assert pixels[0].equal(pixels[1])
+    with torch.no_grad():
+        model.image_cache.keys(pixels, model.image_keys, 0, white)
+    assert model.image_cache.misses == 2
+
+
+@pytest.mark.parametrize("encoder", MANY)
+def test_sizes_that_are_missing_or_wrong_are_told(encoder):
+    model = make_model(encoder)
+    given = prompts(model, [[3, (40, 20), 4]])
+    with pytest.raises(ValueError, match="image_sizes: found 0 for 1 images"):
+        model(given["input_ids"], pixel_values=given["pixel_values"])
+    batch = pack(model, [[3, (40, 20), 4]])
+    with pytest.raises(ValueError, match="the layout holds"):
+        model.packed_loss(replace(batch, pixel_values=[model.vision.transform(picture((20, 20)))]))
+
+
+def test_blocks_without_a_resampler_read_newlines():
+    flamingo = PRESETS["flamingo"].stretched(3)
+    model = tiny.model("llama-gqa", replace(flamingo, gated=replace(flamingo.gated, latents=0)), "anyres")
+    batch = pack(model, [[3, (40, 20), 4, (9, 30), 2], [2, (64, 17), 4]])
+    model.packed_loss(batch).backward()
+    assert model.projector.newline.grad.abs().max() > 0
+    logits = torch.cat([model.packed_logits(one) for one in alone(batch)])
+    assert tiny.max_error(model.packed_logits(batch), logits) < 2e-5
+
+
+# --- around the model
+
+
+@pytest.mark.parametrize("encoder", [*MANY, "clip"])
+def test_images_move_with_their_tokens(encoder):
+    model = make_model(encoder)
+    batch = pack(model, [[3, (40, 20), 4], [2, (9, 30), 2], [5], [(64, 17), 3]])
+    ((same, moved),) = with_moved_images([batch])
+    assert same is batch
+    origin = [next(i for i, own in enumerate(batch.pixel_values) if own.equal(image)) for image in moved.pixel_values]
+    assert sorted(origin) == [0, 1, 2] and all(i != j for i, j in enumerate(origin))
+    assert moved.image_sizes == [batch.image_sizes[i] for i in origin]
+    assert moved.layout.image_lengths == [batch.layout.image_lengths[i] for i in origin]
+    assert moved.input_ids[moved.layout.text_index].equal(batch.input_ids[batch.layout.text_index])
+    assert moved.layout.text_lengths == batch.layout.text_lengths and len(moved.input_ids) == len(batch.input_ids)
+    model.packed_loss(moved)
+
+
+@pytest.mark.parametrize("encoder", MANY)
+def test_a_blank_image_changes_no_gradient_but_gives_one_to_every_weight(encoder):
+    model = make_model(encoder, "llava")
+    batch = pack(model, [[5], [4]])
+    model.packed_loss(batch).backward()
+    without = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = model.packed_loss(with_blank_image(batch, model.vision.transform))
+    loss.backward()
+    assert loss.item() == pytest.approx(model.packed_loss(batch).item(), rel=1e-6)
+    unused = {id(p) for part in model.vision.unused() for p in part.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in unused:
+            assert parameter.grad is not None, name
+            torch.testing.assert_close(
+                parameter.grad, without.get(name, torch.zeros_like(parameter)), rtol=1e-3, atol=2e-5
+            )
+
+
+def test_a_batch_moves_and_pins_images_of_many_sizes(monkeypatch):
+    batch = pack(make_model("siglip2"), [[3, (40, 20), 4, (9, 30), 2]])
+    assert isinstance(batch.pixel_values, list) and len(batch.pixel_values) == 2
+    assert all(x.device.type == "meta" for x in batch.to("meta").pixel_values)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x + 1)
+    assert batch.pin_memory().pixel_values[1].equal(batch.pixel_values[1] + 1)

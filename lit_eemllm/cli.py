@@ -152,7 +152,7 @@ def _shards_make(args: Namespace) -> None:
     if args.root is not None:
         raise UserError(f"shards make: --root is the folder of a published --source, one of {', '.join(SOURCES)}")
     from lit_eemllm.data.shards import make
-    from lit_eemllm.plugins import run_file
+    from lit_eemllm.data.sources import run_recipe
 
     with tempfile.TemporaryDirectory() as folder:
         rows, images = {split: Path(path) for split, _, path in args.rows}, args.images
@@ -160,7 +160,7 @@ def _shards_make(args: Namespace) -> None:
             raise UserError("shards make: a split is given twice; join its JSON files first")
         if args.source is not None:
             file, _, function = _SOURCES[args.source].partition(":")
-            write = getattr(run_file(Path(__file__).resolve().parents[1] / "data_recipes" / file), function)
+            write = getattr(run_recipe(file), function)
             counts = {"train": args.train, "val": args.val}
             rows = {split: write(Path(folder), split, count) for split, count in counts.items() if count}
             images = Path(folder) / "images"

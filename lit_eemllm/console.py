@@ -33,10 +33,10 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: bar.advance(task, steps)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the whole text or what it held before."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The file holds the whole content or what it held before; a text is UTF-8 in any locale."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(unfinished, path)
 
 

@@ -187,11 +187,11 @@ def environment(*packages: str) -> dict[str, Any]:
     for name in packages:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown (not a git checkout)"
+    root, commit = Path(__file__).parents[1], "unknown (not a git checkout)"
+    if (root / ".git").exists():  # else git finds the repository of others that an installation may lie in
+        with suppress(OSError, subprocess.CalledProcessError):
+            git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "cpu": (names or [platform.processor() or platform.machine()])[0],
         "cores": os.cpu_count(),

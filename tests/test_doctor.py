@@ -214,6 +214,16 @@ def test_devices_are_named_with_memory_and_capability(monkeypatch):
     assert found["no_cuda_because"] is None
 
 
+def test_the_commit_is_ours_or_unknown(monkeypatch, tmp_path):
+    """Git looks for a repository upwards; that of a user who has us installed below it is not ours."""
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: SimpleNamespace(stdout="1a2b3c4\n"))
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "site-packages" / "lit_eemllm" / "doctor.py"))
+    (tmp_path / ".git").mkdir()
+    assert doctor.environment()["commit"] == "unknown (not a git checkout)"
+    (tmp_path / "site-packages" / ".git").mkdir(parents=True)
+    assert doctor.environment()["commit"] == "1a2b3c4"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

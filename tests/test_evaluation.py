@@ -1,9 +1,11 @@
 """Evaluation: sources, scores and controls against a model whose answers are known, kills, ranks, and the whole journey."""
 
 import hashlib
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from lit_eemllm.chat import Conversation, Turn
 from lit_eemllm.config import load_config
 from lit_eemllm.data import shards
 from lit_eemllm.errors import CheckpointError, ConfigError, SampleError, UserError
-from lit_eemllm.evaluation import run, sets
+from lit_eemllm.evaluation import cost, run, sets
 from lit_eemllm.evaluation.asking import Answers, in_batches, start_ranks
 from lit_eemllm.evaluation.gallery import extremes, write_gallery
 from lit_eemllm.evaluation.loss import losses, with_moved_images
@@ -363,6 +365,13 @@ def test_gallery_escapes_and_bounds_what_it_shows(files, tmp_path):
     assert len(page) < 60_000 and not re.search(r"https?:|url\(|<link|<iframe", page)
 
 
+def test_small_files_are_utf_8_in_any_locale(tmp_path):
+    code = "import pathlib, sys; from lit_eemllm import console; console.write_atomically(pathlib.Path(sys.argv[1]), '\\xe9')"
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], env=ascii_only, check=True)
+    assert (tmp_path / "x").read_bytes() == "é".encode() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_gallery_shows_the_worst_and_the_best_once():
     scores = [1, 0, 0.5, 1, 0, 0.25, 1, 0]
     some = [Answered("s", question(str(i), None, []), "x", [], score) for i, score in enumerate(scores)]
@@ -477,6 +486,25 @@ def test_control_is_the_mean_of_its_passes_and_pairs_stay_apart():
     assert [one.score for one in answered] == [1, 1] and answered[0].others == ["yes", "no"]
 
 
+def test_the_best_constant_is_not_always_the_most_common():
+    """POPE counts only yes: of two truths that are as common, and of a rare yes, F1 by hand."""
+    for truths, best in ((["no", "yes"], 2 / 3), (["no", "no", "yes"], 1 / 2)):
+        asked = [question(str(i), "a", [], truth, "pope", i) for i, truth in enumerate(truths)]
+        row = score([Answered("s", one, "no") for one in asked], {"s": []}, suite=False)["types"]["a"]
+        assert (row["score"], row["constant"], row["constant_answer"]) == (0, pytest.approx(best), "yes")
+
+
+def test_costs_open_only_the_images_that_are_measured(trained, monkeypatch):
+    questions = read(of_shards(trained))[0]
+    model, processor, _ = run.load(trained, None)
+    tokens = [model.vision.transform.num_tokens(*Image.open(io.BytesIO(x)).size) for q in questions for x in q.images]
+    opened, real = [], Picture.read
+    monkeypatch.setattr(Picture, "read", lambda picture: opened.append(picture) or real(picture))
+    found = run.costs(model, processor, questions, trained)
+    assert found["prompt_visual_tokens"] == pytest.approx(sum(tokens) / len(questions))
+    assert len(opened) == sum(len(q.pictures) for q in questions[: cost.PROMPTS]) < len(tokens)
+
+
 def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeypatch, tmp_path):
     """A broken image and a control token among good questions; constant answers are counted as scores are, normalised."""
     good = [question(str(i), "a", [], truth, number=i) for i, truth in enumerate(["Red.", "red", "blue"])]
@@ -501,9 +529,12 @@ def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeyp
     assert [json.loads(line)["key"] for line in lines] == ["0", "1", "2"]
 
     monkeypatch.setattr(run, "read_questions", lambda *_: ([broken], SimpleNamespace(bad=Counter())))
+    shutil.copytree(tmp_path / "out" / "eval", tmp_path / "bad" / "eval")  # of an earlier validation
+    (tmp_path / "bad" / "eval" / "gallery.html").touch()
     run.validate(replace(trained, out="bad"), str(run.newest_checkpoint(run.Path(trained.out))))
     results = json.loads((tmp_path / "bad" / "eval" / "results.json").read_text())
     assert results["skipped"] == {"bad_image": 1} and "types" not in results and results["loss"] > 0
+    assert [path.name for path in (tmp_path / "bad" / "eval").iterdir()] == ["results.json"]
 
 
 # --- batches, kills, ranks
@@ -632,6 +663,14 @@ def test_files_of_more_ranks_are_read_or_removed(tmp_path):
     assert not other.replies and [path.name for path in other.files()] == ["answers-0.jsonl"]
     other.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_no_rank_removes_a_file_that_another_may_still_read(tmp_path, monkeypatch):
+    Answers(tmp_path, {"a": 1}, 2).add("s", 0, [("x", None)])
+    there = []
+    monkeypatch.setattr(Answers, "share", lambda self: there.append((tmp_path / "answers-2.jsonl").exists()))
+    Answers(tmp_path, {"a": 2}, 0, 2)
+    assert there == [True] and not (tmp_path / "answers-2.jsonl").exists()
 
 
 def test_ranks_are_those_that_are_there(monkeypatch, capsys):

@@ -492,6 +492,17 @@ def test_options(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
 
 
+def test_an_installed_package_has_no_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sources, "RECIPES", tmp_path / "gone")
+    for wanted in (["chartqa", "--root", str(tmp_path)], ["shapes", "--train", "1"]):
+        assert cli.main(["shards", "make", "--out", str(tmp_path / "x"), "--source", *wanted]) == 2
+        assert (
+            f"data_recipes/{wanted[0]}.py is not in the installed package; it needs a clone" in capsys.readouterr().err
+        )
+
+
 def test_holdout_parts_by_image(tmp_path: Path) -> None:
     names = [f"images/{i:05d}/{i}.jpg" for i in range(40)]
     pictures(tmp_path / "root", *names)
@@ -598,11 +609,13 @@ def test_files_that_are_no_lists(tmp_path: Path) -> None:
         ("[" * 100_000, "not valid JSON at element 0"),
         ('{"data": {"a": 1}}', "expected a list, or a list 'rows' near the beginning"),
         (b"[\"\xff\"]", "not UTF-8"),
+        ('[{"a": 1}]\n[{"a": 2}]', r"found '\[{\"a\": 2}\]' after its list"),
+        ("[1, 2]" + " " * 2**20 + "]", r"found '\]' after its list"),
     ):  # fmt: skip
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(UserError, match=message):
             list(read_json(path, "rows"))
-    path.write_text("﻿[1, 2]", encoding="utf-8")
+    path.write_text("﻿[1, 2]\n \n", encoding="utf-8")
     assert list(read_json(path)) == [1, 2]
     path.write_text('{"a": 1}\n\n{broken\n{"a": 2}', encoding="utf-8")
     assert list(read_json(path)) == [{"a": 1}, "{broken\n", {"a": 2}]

@@ -19,9 +19,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from os.path import isfile  # which takes any name, even one that no file can have
 from pathlib import Path
 from string import ascii_uppercase
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lit_eemllm.chat import IMAGE
@@ -102,7 +104,8 @@ def convert(
         turns: most questions about an image in one conversation of the train split. Other splits ask one each.
         format_prompts: append `Question.format` to the first question of a conversation, as in LLaVA-1.5's mixture.
         holdout: share of the train split, 0 to 1, that becomes the val split of a release without one, by a hash of the
-            image (rows without: of the id), so that the splits share no image.
+            image (rows without: of the id), so that the splits share none. Several images of a row are hashed together:
+            one of them may be in both.
         options: of `shards.make_from`.
 
     Returns:
@@ -112,11 +115,10 @@ def convert(
         UserError: wrong arguments, or the release is not there as expected.
     """
     from lit_eemllm.data.shards import make_from
-    from lit_eemllm.plugins import run_file
 
     if name not in SOURCES:
         raise UserError(f"source {name!r} is not known; there are: {', '.join(SOURCES)}")
-    source = run_file(RECIPES / f"{name}.py")
+    source = run_recipe(f"{name}.py")
     wanted = tuple(splits or source.SPLITS)
     if unknown := [split for split in wanted if split not in source.SPLITS]:
         raise UserError(f"{name}: no split {unknown[0]!r}; the release has {', '.join(source.SPLITS)}.")
@@ -144,6 +146,15 @@ def convert(
     about = {"source": name, "turns": turns, "format_prompts": format_prompts, "holdout": holdout}
     readers = {split: (lambda split=split: rows(split)) for split in (("train", "val") if holdout else wanted)}
     return make_from(readers, root, out, about, **options)
+
+
+def run_recipe(file: str) -> ModuleType:
+    """A file of ``data_recipes/``. Raises UserError where the package was installed without the repository."""
+    from lit_eemllm.plugins import run_file
+
+    if not RECIPES.is_dir():
+        raise UserError(f"data_recipes/{file} is not in the installed package; it needs a clone of the repository")
+    return run_file(RECIPES / file)
 
 
 def held_out(row: Any, share: float) -> bool:
@@ -280,6 +291,7 @@ def read_json(path: Path, key: str | None = None) -> Iterator[Any]:
         try:
             head = file.read(_BUFFER)
             match = re.match(r"\s*\[", head)
+            whole = match is not None
             if match is None and key is not None:
                 match = re.search(rf'"{re.escape(key)}"\s*:\s*\[', head)
                 if match is None:
@@ -290,17 +302,20 @@ def read_json(path: Path, key: str | None = None) -> Iterator[Any]:
                 file.seek(0)
                 yield from (_json_or_text(line) for line in file if line.strip())
             else:
-                yield from _elements(path, head[match.end() :], lambda: file.read(_BUFFER))
+                yield from _elements(path, head[match.end() :], lambda: file.read(_BUFFER), whole)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8: {error}") from None
 
 
-def _elements(path: Path, text: str, read: Callable[[], str]) -> Iterator[Any]:
-    """Of a list that begins in `text`; `read` gives what follows, in the end nothing."""
+def _elements(path: Path, text: str, read: Callable[[], str], whole: bool) -> Iterator[Any]:
+    """Of a list that begins in `text`; `read` gives what follows, in the end nothing. It may be the `whole` file."""
     decode, at, number = json.JSONDecoder().raw_decode, 0, 0
     while True:
         at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
         if text.startswith("]", at):
+            after = filter(None, map(str.strip, chain([text[at + 1 :]], iter(read, ""))))
+            if whole and (more := next(after, "")):
+                raise UserError(f"{path}: found {more[:80]!a} after its list; expected one list, or JSON lines")
             return
         problem: Exception | str = "no comma and no end of the list follows it"
         try:

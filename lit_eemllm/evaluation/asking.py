@@ -113,6 +113,7 @@ class Answers:
     def __init__(self, folder: Path, identity: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
         self.folder, self.rank, self.ranks = folder, rank, ranks
         self.replies: dict[tuple[str, int], list[Reply]] = {}
+        self.obsolete: list[Path] = []
         head = json.dumps(identity)
         own, kept = folder / f"answers-{rank}.jsonl", 0  # bytes of it that stay
         for path in self.files():
@@ -123,6 +124,8 @@ class Answers:
             console.print(f"{count:,} answers were there before and are kept: {folder / 'answers-*.jsonl'}")
         self.unshared = dict(self.replies)
         self.share()
+        for path in self.obsolete:  # not before all ranks have read it
+            path.unlink(missing_ok=True)
         with own.open("ab") as file:
             file.truncate(kept)
         self.file = own.open("a", encoding="utf-8")
@@ -149,11 +152,11 @@ class Answers:
         return length
 
     def discard(self, path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-        """Say what differs; a file that no process of now will overwrite is removed."""
+        """Say what differs; a file that no process of now will overwrite is to be removed."""
         other = ", ".join(key for key in {**was, **now} if was.get(key) != now.get(key))
         console.print(f"{path} holds answers of another evaluation ({other}): all questions are asked anew")
         if self.rank == 0 and int(path.stem.partition("-")[2]) >= self.ranks:
-            path.unlink(missing_ok=True)
+            self.obsolete.append(path)
 
     def write(self, line: str) -> None:
         self.file.write(line + "\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..estimate import prefill_flops
-from ..images import image_size, open_image
+from ..images import open_image
 from .questions import Question
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def costs(model: EEMLLM, processor: Processor, questions: Sequence[Question], co
     lengths = []
     for question in questions[:: max(1, len(questions) // 500)]:
         ids = processor.template.encode(question.conversation, generation=True).ids
-        sizes = [image_size(x, question.conversation.key, most) for x in question.images]
-        lengths.append((len(ids) - len(sizes), sum(transform.num_tokens(*size) for size in sizes)))
+        visual = sum(transform.num_tokens(*picture.size) for picture in question.pictures)
+        lengths.append((len(ids) - len(question.pictures), visual))
     flops = [prefill_flops(model.mechanism, decoder, *each, vision_width=model.vision.hidden_size) for each in lengths]
 
     some = questions[:PROMPTS]

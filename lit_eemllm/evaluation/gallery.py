@@ -35,7 +35,7 @@ def write_gallery(answered: Sequence[Answered], title: str, max_pixels: int, pat
         note = f"{len(mine):,} questions, {escape(mine[0].question.metric or '')}, mean score of an answer {mean:.3f}"
         sections.append(f'<section><h2>{escape(name)}</h2><p class="note">{note}</p>{"".join(parts)}</section>')
     page = _PAGE.format(title=escape(title), body="\n".join(sections))
-    write_atomically(path, page.encode("ascii", "xmlcharrefreplace").decode())  # reads the same in any encoding
+    write_atomically(path, page.encode("ascii", "xmlcharrefreplace"))  # UTF-8 has no lone surrogates, an answer may
 
 
 def extremes(answered: Sequence[Answered], each: int) -> tuple[list[Answered], list[Answered]]:

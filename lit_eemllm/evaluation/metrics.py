@@ -74,7 +74,7 @@ class AnswerMetric(Metric):
         return None
 
     def forms(self, truth: Truth) -> list[str]:
-        """Its answers such that equal ones are equal texts: the most common one is the constant to compare with."""
+        """Its answers such that equal ones are equal texts: a common one becomes the constant to compare with."""
         return [normalise(answer) for answer in truth.answers]
 
     def update(self, answers: Sequence[str], truths: Sequence[Truth]) -> None:

@@ -11,6 +11,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from ..chat import IMAGE, SURROGATE, Conversation, Turn, parse_conversation
+from ..data.sources import lettered
 from ..errors import SampleError
 from .metrics import Truth
 
@@ -117,8 +118,7 @@ def question_text(row: Mapping[str, Any], choices: Sequence[str], images: int, k
     text = first(row, "question", "text")
     if not isinstance(text, str) or not text.strip():
         raise SampleError("bad_question", f"sample {key!r}: it has no 'conversations', and no text as 'question'")
-    lines = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
-    return f"{IMAGE}\n" * (images - text.count(IMAGE)) + "\n".join([text, *lines])
+    return f"{IMAGE}\n" * (images - text.count(IMAGE)) + "\n".join(filter(None, [text, lettered(choices)]))
 
 
 def short_answer(row: Mapping[str, Any], choices: Sequence[str], key: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """`validate` and `generate`: a run's model asked about images it has not seen, and again with the images shuffled.
 
 The control answers what a score owes to looking: the same model and questions, each with the images of another question
-of the same type. Beside it stands the most common truth of the type, as if it were every answer.
+of the same type. Beside it stands the better of the type's two most common truths, as if it were every answer.
 """
 
 from __future__ import annotations
@@ -102,6 +102,9 @@ def validate(config: Config, checkpoint: str | None) -> None:
         print_scores(results)
         draw_samples(pick(answered), config.data.max_image_pixels, folder / "samples.png")
         write_gallery(answered, f"{config.out}: {on}", config.data.max_image_pixels, folder / "gallery.html")
+    else:
+        for name in ("predictions.jsonl", "samples.png", "gallery.html"):  # of an earlier validation
+            (folder / name).unlink(missing_ok=True)
     kept.remove()
     console.print(f"results: {folder / 'results.json'}")
 

@@ -95,10 +95,12 @@ def entry(answered: Sequence[Answered], passes: Sequence[Round]) -> dict[str, An
     for one, own in zip(answered, metric.each(), strict=True):
         one.score = own
     controls = [computed(name, pairs).compute().item() for pairs in passes if pairs]
-    constant = Counter(form for one in answered for form in metric.forms(one.question.truth)).most_common(1)[0][0]
+    common = Counter(form for one in answered for form in metric.forms(one.question.truth)).most_common(2)
+    tried = {form: computed(name, [(one.question, form) for one in answered]).compute().item() for form, _ in common}
+    constant = max(tried, key=tried.__getitem__)  # F1 counts only yes: the most common truth may score 0
     return values(metric, answered) | {
         "control": fmean(controls) if controls else None,
-        "constant": computed(name, [(one.question, constant) for one in answered]).compute().item(),
+        "constant": tried[constant],
         "constant_answer": constant,
     }
 

@@ -136,6 +136,10 @@ class Answerer:
         return Conversation(question.key, turns, len(images)), images
 
 
+def refusal(name: str, found: str) -> UserError:
+    return UserError(f"{name}: it shows {found}; lit_eemllm takes text and images. Leave it out.")
+
+
 def open_picture(picture: Image.Image | Path, name: str, max_pixels: int) -> Image.Image:
     """Upright, in RGB, transparent pixels on white: as `open_image` makes it of a file. Raises SampleError."""
     if isinstance(picture, Path):

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ...console import progress
 from ...errors import UserError
-from .answerer import Answerer, Part, Question
+from .answerer import Answerer, Part, Question, refusal
 
 MAX_NEW_TOKENS = 1024  # where a task does not say; so has lmms-eval's LLaVA
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -174,7 +174,7 @@ def _part(content: Mapping[str, Any], name: str) -> Part:
         return content["text"]
     if content["type"] == "image":
         return _image(content["url"], name)
-    raise _refusal(name, content["type"])
+    raise refusal(name, content["type"])
 
 
 def _image(visual: Any, name: str) -> Image.Image | Path:
@@ -182,11 +182,7 @@ def _image(visual: Any, name: str) -> Image.Image | Path:
         return visual
     if isinstance(visual, str | Path) and str(visual).lower().endswith(IMAGE_SUFFIXES):
         return Path(visual)
-    raise _refusal(name, f"video or sound, {str(visual)[:80]!r}")
-
-
-def _refusal(name: str, found: str) -> UserError:
-    return UserError(f"{name}: it shows {found}; lit_eemllm takes text and images. Leave this task out.")
+    raise refusal(name, f"video or sound, {str(visual)[:80]!r}")
 
 
 def _chunks(things: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -10,7 +10,7 @@ from vlmeval.vlm.base import BaseModel
 from vlmeval.vlm.llava import LLaVA
 
 from ...errors import UserError
-from .answerer import Answerer, Part, Question
+from .answerer import Answerer, Part, Question, refusal
 
 MAX_NEW_TOKENS = 2048  # so has VLMEvalKit's LLaVA
 PROMPTS = ("dataset", "llava")
@@ -68,4 +68,4 @@ def _part(content: Mapping[str, str], name: str) -> Part:
         return content["value"]
     if content["type"] == "image":
         return Path(content["value"])
-    raise UserError(f"{name}: it shows {content['type']}; lit_eemllm takes text and images. Leave this data set out.")
+    raise refusal(name, content["type"])

@@ -296,7 +296,7 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts):
     logger = SimpleNamespace(log_metrics=lambda values, step: logged.append((step, values)))
     trainer = SimpleNamespace(
         global_step=0, world_size=1, loggers=[logger], is_global_zero=True, callback_metrics={}, sanity_checking=False,
-        datamodule=SimpleNamespace(skipped={"bad_image": 2}),
+        datamodule=SimpleNamespace(skipped={"bad_image": 2}, drawn={}),
     )  # fmt: skip
     module = SimpleNamespace(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0), step_lr=0.5, batch_end=0.0)
     batch = tiny.pack([[3, 0, 4], [5]])  # 28 tokens, 2 + 3 + 4 = 9 targets

@@ -168,7 +168,7 @@ class Position:
     Attributes:
         counters, next_worker: with workers: batches delivered by each, and whose turn it is.
         snapshot, offset: without workers: an earlier state, and the batches since.
-        batches, skipped, truncated: totals since the run began.
+        batches, skipped, truncated, samples, tokens: totals since the run began; the last two by source.
     """
 
     counters: list[int]
@@ -178,6 +178,8 @@ class Position:
     batches: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
+    samples: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
 
 
 class PositionLoader(SavableDataLoader):
@@ -308,7 +310,8 @@ def _positioned(loader: PositionLoader, last: Position) -> Iterator[tuple[Positi
         if not workers and time.monotonic() - snapshot_time > SNAPSHOT_SECONDS:
             snapshot, offset, snapshot_time = loader.save_state_rank(), 0, time.monotonic()
         skipped, truncated = last.skipped + packed.skipped, last.truncated + packed.truncated
-        last = Position(*loader.counters(), snapshot, offset, last.batches + 1, skipped, truncated)
+        drawn = last.samples + packed.samples, last.tokens + packed.tokens
+        last = Position(*loader.counters(), snapshot, offset, last.batches + 1, skipped, truncated, *drawn)
         yield last, packed.batch
 
 

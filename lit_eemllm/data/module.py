@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples", "max_length", "truncation")
 _TOTALS = ("offset", "batches", "skipped", "truncated")
+_COUNTS = ("skipped", "samples", "tokens")  # Counters
 _SIZES = ("ranks", "data.workers")
 
 
@@ -60,6 +61,7 @@ class ShardDataModule(LightningDataModule):
         self._saved: dict[str, Any] = {}  # where to start from, or where the last fit ended
         self._shape: dict[str, Any] = {}  # of the loader
         self._done = self._in_hand = self._final = Position([], 0)
+        self._asked: dict[str, float] = {}  # `Recipe.shares`
 
     def connect(self, template: ChatTemplate, transform: Transform) -> None:
         """Tell how text and images become tokens, which is known once the model is. Call before the trainer starts."""
@@ -90,18 +92,27 @@ class ShardDataModule(LightningDataModule):
         """Training conversations that were shortened; as `skipped`."""
         return self._handed_out().truncated
 
+    @property
+    def drawn(self) -> dict[str, tuple[float, float, float]]:
+        """By source of the blend: the share of samples that the recipe asks for, and those of samples and of tokens trained on,
+        since the run began, on this rank. A sample that is skipped does not count."""
+        position = self._trained_on()
+        samples, tokens = max(1, position.samples.total()), max(1, position.tokens.total())
+        counts = {name: (position.samples[name] / samples, position.tokens[name] / tokens) for name in self._asked}
+        return {name: (share, *counts[name]) for name, share in self._asked.items()}
+
     def train_dataloader(self) -> Iterable[PackedBatch]:
         c, workers, recipe = self.config, worker_config(self.config.workers, self.seed), self.recipe("train")
-        dataset = train_dataset(recipe, self.task(), workers, c.shuffle_buffer, c.packing_buffer)
-        loader = PositionLoader(dataset, c.timeout)
+        dataset = train_dataset(recipe, self.task(recipe.names), workers, c.shuffle_buffer, c.packing_buffer)
+        loader, self._asked = PositionLoader(dataset, c.timeout), recipe.shares
         start = Position(*loader.counters())
         self._shape = self._describe()
         if self._saved:
             self._refuse_changes(self._shape)
             mine = self._saved["ranks"][workers.rank]
             loader.restore(loader_state.loads(mine["loader"]))
-            start = Position(*loader.counters(), **{key: mine[key] for key in _TOTALS})
-            start.skipped = Counter(start.skipped)
+            counts = {key: Counter(mine.get(key, {})) for key in _COUNTS}  # earlier versions: of skipped only
+            start = Position(*loader.counters(), **{**{key: mine[key] for key in _TOTALS}, **counts})
         self._loader = EndlessLoader(loader, start, trained=self.trainer is not None)
         self._done = self._in_hand = self._loader.last
         return self._loader
@@ -134,7 +145,7 @@ class ShardDataModule(LightningDataModule):
             raise UserError("The data loader has failed, its position is lost; continue from an earlier checkpoint.")
         position = self._trained_on()
         mine = {"loader": loader_state.dumps(self._loader.loader.state_at(position))}
-        mine |= {key: getattr(position, key) for key in _TOTALS} | {"skipped": dict(position.skipped)}
+        mine |= {key: getattr(position, key) for key in _TOTALS} | {key: dict(getattr(position, key)) for key in _COUNTS}
         ranks: list[Any] = [mine]
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * dist.get_world_size()
@@ -188,12 +199,13 @@ class ShardDataModule(LightningDataModule):
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return self._in_hand if progress.processed >= progress.ready else self._done
 
-    def task(self) -> PackTask:
+    def task(self, names: Mapping[str, str] | None = None) -> PackTask:
         if self._encoder is None:
             raise RuntimeError("ShardDataModule.connect(template, transform) must be called before a loader is made")
         # a warning of every forked worker otherwise; a worker has one core to itself anyway
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return PackTask(self._encoder, self.config.pack_tokens, self.config.pack_samples, self.config.max_bad_in_a_row)
+        c = self.config
+        return PackTask(self._encoder, c.pack_tokens, c.pack_samples, c.max_bad_in_a_row, names or {})
 
     def _describe(self) -> dict[str, Any]:
         """Everything that decides which samples make up batch n."""
@@ -247,8 +259,8 @@ def _deal(saved: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
         workers = [worker for state in states for worker in state.worker_states]
         each = len(workers) // ranks
         shares = [replace(states[0], worker_states=workers[r * each : (r + 1) * each]) for r in range(ranks)]
-    skipped: Counter[str] = sum((Counter(rank["skipped"]) for rank in saved), Counter())
-    none = {"offset": 0, "skipped": {}, "truncated": 0}
+    counts = {key: dict(sum((Counter(rank.get(key, {})) for rank in saved), Counter())) for key in _COUNTS}
+    none = {"offset": 0, "truncated": 0, **{key: {} for key in _COUNTS}}
     dealt = [{**none, "loader": loader_state.dumps(share)} for share in shares]
-    dealt[0] |= {"skipped": dict(skipped), "truncated": sum(rank["truncated"] for rank in saved)}
+    dealt[0] |= {**counts, "truncated": sum(rank["truncated"] for rank in saved)}
     return [{**rank, "batches": saved[0]["batches"] * len(saved) // ranks} for rank in dealt]

@@ -27,6 +27,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import normpath
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -83,6 +84,26 @@ class Recipe:
     @property
     def num_samples(self) -> int:
         return sum(source.num_samples for source in self.sources)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Folder -> name for people: that of the folder, numbered where another has the same."""
+        names: dict[str, str] = {}
+        for folder in dict.fromkeys(normpath(source.folder) for source in self.sources):
+            name = Path(folder).name
+            alike = sum(Path(other).name == name for other in names)
+            names[folder] = f"{name} ({alike + 1})" if alike else name
+        return names
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Name -> share of all samples that the recipe asks for, endlessly many drawn."""
+        names = self.names
+        asked: dict[str, float] = dict.fromkeys(names.values(), 0.0)
+        for source in self.sources:
+            many = source.share if self.blend == "weight" else source.share * source.num_samples
+            asked[names[normpath(source.folder)]] += many
+        return {name: many / sum(asked.values()) for name, many in asked.items()}
 
     def fingerprint(self) -> list[str]:
         """What must not change between a run and its continuation: shares and shards of each source, not where they lie."""

@@ -36,6 +36,7 @@ class TokenSample:
         image_tokens: visual tokens of each image, in order of appearance.
         images: the image files.
         truncated: whether text was cut off its end.
+        source: name of the blend's source that it was drawn from.
     """
 
     key: str
@@ -44,6 +45,7 @@ class TokenSample:
     image_tokens: list[int]
     images: list[bytes]
     truncated: bool = False
+    source: str = ""
     __restore_key__: tuple = ()  # Energon's address of the sample: its buffers are saved as addresses
 
     @property

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from megatron.energon import Cooker, CrudeSample, SkipSample, TaskEncoder, WorkerConfig, stateless
@@ -35,6 +35,7 @@ class RawSample:
 
     key: str
     origin: str
+    folder: str
     members: dict[str, bytes]
     __restore_key__: tuple
 
@@ -49,6 +50,8 @@ class Packed:
     batch: PackedBatch
     skipped: Counter[str]
     truncated: int
+    samples: Counter[str] = field(default_factory=Counter)  # in the batch, by source
+    tokens: Counter[str] = field(default_factory=Counter)  # of those samples, visual tokens counted
 
     def pin_memory(self) -> Packed:
         return replace(self, batch=self.batch.pin_memory())
@@ -103,14 +106,21 @@ class PackTask(TaskEncoder):
         pack_tokens: budget of a pack, visual tokens counted.
         pack_samples: most conversations in a pack; None = as many as fit.
         max_bad_in_a_row: consecutive unusable samples, per worker, that stop the run.
+        names: of sources by folder, under which samples are counted (`Recipe.names`).
     """
 
     decoder = None
 
     def __init__(
-        self, encoder: SampleEncoder, pack_tokens: int, pack_samples: int | None, max_bad_in_a_row: int
+        self,
+        encoder: SampleEncoder,
+        pack_tokens: int,
+        pack_samples: int | None,
+        max_bad_in_a_row: int,
+        names: Mapping[str, str],
     ) -> None:
         self.encoder = encoder
+        self.names = names
         self.pack_tokens = pack_tokens
         self.pack_samples = pack_samples
         self.skipped: Counter[str] = Counter()
@@ -122,7 +132,7 @@ class PackTask(TaskEncoder):
     @stateless
     def preencode_sample(self, sample: RawSample) -> TokenSample:
         tokens = self._reading.attempt(sample.origin, lambda: self.encoder.tokenize(sample.key, sample.members))
-        return replace(tokens, __restore_key__=sample.__restore_key__)
+        return replace(tokens, source=self.names.get(sample.folder, sample.folder), __restore_key__=sample.__restore_key__)
 
     def select_samples_to_pack(self, samples: list[TokenSample]) -> list[list[TokenSample]]:
         packs = plan_packs([sample.length for sample in samples], self.pack_tokens, self.pack_samples)
@@ -139,6 +149,9 @@ class PackTask(TaskEncoder):
         if not samples:
             raise SkipSample  # all of them turned out to be bad, and are counted
         packed = Packed(collate(samples), Counter(self.skipped), self.truncated)
+        for tokens in (sample.tokens for sample in samples):
+            packed.samples[tokens.source] += 1
+            packed.tokens[tokens.source] += tokens.length
         self.skipped.clear()
         self.truncated = 0
         return packed
@@ -190,6 +203,7 @@ def _cook(sample: CrudeSample) -> RawSample:
     return RawSample(
         key=sample["__key__"],
         origin=f"{source.dataset_path.name}/{source.shard_name}",
+        folder=str(source.dataset_path),
         members={name: data for name, data in sample.items() if not name.startswith("__")},
         __restore_key__=sample["__restore_key__"],
     )

@@ -121,6 +121,18 @@ class RunLog(Callback):
             self._validation_end - pl_module.batch_end
         )  # is no training time, nor is starting its loader
 
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and (drawn := self._drawn(trainer)):
+            table = Table("source", "asked for", "of samples", "of tokens", title="realised blend", title_justify="left")
+            for source, shares in drawn.items():
+                table.add_row(source, *(f"{share:.1%}" for share in shares))
+            self._bar.console.print(table)
+
+    def _drawn(self, trainer: Trainer) -> dict[str, tuple[float, float, float]]:
+        """`ShardDataModule.drawn` of a blend; empty for a single source."""
+        drawn = trainer.datamodule.drawn if trainer.datamodule is not None else {}  # type: ignore[attr-defined]
+        return drawn if len(drawn) > 1 else {}
+
     def _log(self, trainer: Trainer, module: LitEEMLLM, step: int) -> None:
         seconds = time.perf_counter() - self._window_start
         world = trainer.world_size
@@ -138,6 +150,8 @@ class RunLog(Callback):
         }
         skipped = sum(trainer.datamodule.skipped.values()) if trainer.datamodule is not None else 0  # type: ignore[attr-defined]
         metrics["skipped"] = skipped
+        for source, (_, samples, tokens) in self._drawn(trainer).items():
+            metrics |= {f"share_of_samples/{source}": samples, f"share_of_tokens/{source}": tokens}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
         if trainer.is_global_zero:

@@ -1,0 +1,156 @@
+"""The switch that shrinks a preset: stand-ins for its decoder and encoder, data, and a file of overrides that goes last.
+
+    python tools/shrink.py tiny configs/presets/ee_mllm_7b_pretrain.yaml
+    lit-eemllm fit configs/presets/ee_mllm_7b_pretrain.yaml tiny/shrink.yaml        # two steps on a CPU, in seconds
+
+The parts have random weights and the families of the real ones. What a preset says stays as it is: mechanism and its layer
+numbers (the decoder keeps its depth), template, policy of images, tuning, LoRA, rates, schedule, precision, recomputing,
+`init_from`. What becomes small: widths, heads, vocabulary, encoder, images; packs, packs a step, steps, devices, workers.
+
+With ``--published`` it writes the config files of the parts in their published size, and nothing else: for `lit-eemllm
+estimate`, which reads no weights, where the model hub is out of reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
+from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
+
+from lit_eemllm.config import load_config
+from lit_eemllm.data import shards
+from lit_eemllm.errors import ConfigError, UserError
+from lit_eemllm.model.vision import NATIVE, TransformersVision
+from lit_eemllm.plugins import run_file
+from lit_eemllm.schema import Config
+from lit_eemllm.weightless import CLIP_L, SHAPES
+
+RECIPES = Path(__file__).resolve().parents[1] / "data_recipes"
+TOKENIZER = RECIPES / "parts" / "decoder"
+TEXTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14}
+PUBLISHED = {  # the parts that presets name, from their config.json
+    "lmsys/vicuna-7b-v1.5": LlamaConfig(**SHAPES["vicuna-7b"], vocab_size=32000),
+    "lmsys/vicuna-13b-v1.5": LlamaConfig(**SHAPES["vicuna-13b"], vocab_size=32000),
+    "mtgv/MobileLLaMA-2.7B-Base": LlamaConfig(
+        hidden_size=2560, intermediate_size=6912, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, tie_word_embeddings=True,
+    ),
+    "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "openai/clip-vit-large-patch14-336": CLIPVisionConfig(**CLIP_L),
+    "HuggingFaceM4/idefics2-8b": Idefics2VisionConfig(**SO400M, image_size=980),
+    "google/siglip-base-patch16-224": SiglipVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16
+    ),
+    "google/siglip-so400m-patch14-384": SiglipVisionConfig(**SO400M, image_size=384),
+}  # fmt: skip
+OVERRIDES = """\
+data: {workers: 0, pack_tokens: 1024, max_length: 512, shuffle_buffer: 16, packing_buffer: 16}
+optim: {max_steps: 2, log_every: 1}
+trainer: {accelerator: cpu, strategy: auto, devices: 1, num_nodes: 1, accumulate_grad_batches: 2}
+"""
+
+
+def shrunk(config: Any) -> Any:
+    """The same family, narrow. A decoder keeps its depth and how many query heads share a key head."""
+    small = type(config)(**config.to_diff_dict())
+    if isinstance(config, LlamaConfig | Qwen2Config):
+        heads, keys = config.num_attention_heads, config.num_key_value_heads
+        group = math.gcd(heads, keys) // (1 + (heads == keys))  # two heads at least
+        small.num_attention_heads, small.num_key_value_heads = heads // group, keys // group
+        small.hidden_size, small.head_dim = 16 * small.num_attention_heads, 16
+        small.vocab_size = 832  # of the 821 tokens of data_recipes/parts, and a few that tokenizers of other families add
+        small.bos_token_id, small.eos_token_id, small.pad_token_id = 1, 2, 0
+    else:
+        small.hidden_size, small.num_attention_heads, small.num_hidden_layers = 16, 2, 3
+        small.image_size = 4 * config.patch_size
+    small.intermediate_size = 2 * small.hidden_size
+    return small
+
+
+def preprocessor(config: Any) -> dict[str, Any]:
+    """What ``preprocessor_config.json`` says to an encoder of these sizes."""
+    side, half = config.image_size, [0.5, 0.5, 0.5]
+    common = {"resample": 3, "image_mean": half, "image_std": half}
+    if config.model_type in NATIVE:  # as Idefics2's 378 and 980
+        patches = round(0.386 * side / config.patch_size)
+        return {**common, "size": {"shortest_edge": patches * config.patch_size, "longest_edge": side}}
+    if config.model_type == "clip_vision_model":
+        square = {"height": side, "width": side}
+        return {**common, "size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+    return {**common, "size": {"height": side, "width": side}}
+
+
+def write_part(name: str, folder: Path, published: bool) -> None:
+    """A decoder with its tokenizer, or an encoder, in transformers' format. Raises ConfigError for an unknown part."""
+    if name not in PUBLISHED:
+        raise ConfigError(f"{name}: no published size is known here; known: {', '.join(PUBLISHED)}")
+    config = PUBLISHED[name] if published else shrunk(PUBLISHED[name])
+    decoder = isinstance(config, LlamaConfig | Qwen2Config)
+    if published:
+        config.save_pretrained(folder)
+    elif decoder:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        for text in TEXTS:
+            shutil.copy(TOKENIZER / text, folder)
+    else:
+        TransformersVision.FAMILIES[config.model_type][1](config).save_pretrained(folder)
+    if not decoder:
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(config)))
+
+
+def shrink(config: Config, out: Path, published: bool = False) -> Path:
+    """Write below `out` what is not there yet, and the file of overrides, whose path is returned."""
+    torch.manual_seed(0)
+    overrides = {} if published else yaml.safe_load(OVERRIDES)
+    parts = {name: out / name.replace("/", "--") for name in (config.model.decoder, config.model.vision.path or "")}
+    for name, folder in parts.items():
+        if not folder.exists():
+            write_part(name, folder, published)
+    decoder, encoder = (str(folder.absolute()) for folder in parts.values())
+    overrides["model"] = {"decoder": decoder, "vision": {"path": encoder}}
+    if not published:
+        data = out / "data"
+        if not data.exists():
+            rows = run_file(RECIPES / "shapes.py").write(out / "raw", "train", 64)
+            asked_once = [row for row in json.loads(rows.read_text()) if len(row["conversations"]) == 2]
+            rows.write_text(json.dumps(asked_once))  # the template of stage 1 takes no more
+            shards.make({"train": rows}, out / "raw" / "images", data, shard_size=32)
+        overrides["data"]["train"] = str(data.absolute())
+    (out / "shrink.yaml").write_text(yaml.safe_dump(overrides))
+    return out / "shrink.yaml"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for the parts, the data and shrink.yaml")
+    parser.add_argument("inputs", nargs="+", metavar="CONFIG|key=value", help="as for lit-eemllm fit")
+    parser.add_argument("--published", action="store_true", help="config files in published size only")
+    args = parser.parse_args(arguments)
+    files = [text for text in args.inputs if "=" not in text]
+    try:
+        print(shrink(load_config(files, [text for text in args.inputs if "=" in text]), args.out, args.published))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -295,7 +295,7 @@ def commands(markdown: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/backends.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/backends.md", "docs/cluster.md"])
 def test_the_commands_in_the_documentation_exist(page):
     targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     checked = 0

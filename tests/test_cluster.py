@@ -27,7 +27,9 @@ PAGE = (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_every_command_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("configs", "data_recipes", "tools"):
         Path(folder).symlink_to(REPOSITORY / folder)

@@ -72,7 +72,11 @@ def test_published_numbers() -> None:
     """Of A3, D2, E1 in the papers: rates, global batches in samples, published layers; and rows / batch = steps."""
     batch = {"pretrain": 256, "finetune": 128, "lora": 128}
     rate = {"pretrain": 1e-3, "finetune": 2e-5, "lora": 2e-4}
-    layers = {"3b": [0, 1, 14, 15, 18, 19, 21, 22, 23], "7b": [0, 1, 7, 8, 9, 10, 11, 14], "13b": [0, 6, 8, 9, 10, 13, 14, 16]}
+    layers = {
+        "3b": [0, 1, 14, 15, 18, 19, 21, 22, 23],
+        "7b": [0, 1, 7, 8, 9, 10, 11, 14],
+        "13b": [0, 6, 8, 9, 10, 13, 14, 16],
+    }
     for preset in PRESETS:
         config, stage = load_config([preset]), preset.stem.rpartition("_")[2]
         stage = stage if stage in batch else "finetune"

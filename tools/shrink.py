@@ -38,7 +38,13 @@ RECIPES = Path(__file__).resolve().parents[1] / "data_recipes"
 TOKENIZER = RECIPES / "parts" / "decoder"
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14}
+SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
 PUBLISHED = {  # the parts that presets name, from their config.json
     "lmsys/vicuna-7b-v1.5": LlamaConfig(**SHAPES["vicuna-7b"], vocab_size=32000),
     "lmsys/vicuna-13b-v1.5": LlamaConfig(**SHAPES["vicuna-13b"], vocab_size=32000),
@@ -75,7 +81,9 @@ def shrunk(config: Any) -> Any:
         group = math.gcd(heads, keys) // (1 + (heads == keys))  # two heads at least
         small.num_attention_heads, small.num_key_value_heads = heads // group, keys // group
         small.hidden_size, small.head_dim = 16 * small.num_attention_heads, 16
-        small.vocab_size = 832  # of the 821 tokens of data_recipes/parts, and a few that tokenizers of other families add
+        small.vocab_size = (
+            832  # of the 821 tokens of data_recipes/parts, and a few that tokenizers of other families add
+        )
         small.bos_token_id, small.eos_token_id, small.pad_token_id = 1, 2, 0
     else:
         small.hidden_size, small.num_attention_heads, small.num_hidden_layers = 16, 2, 3

@@ -145,7 +145,9 @@ class ShardDataModule(LightningDataModule):
             raise UserError("The data loader has failed, its position is lost; continue from an earlier checkpoint.")
         position = self._trained_on()
         mine = {"loader": loader_state.dumps(self._loader.loader.state_at(position))}
-        mine |= {key: getattr(position, key) for key in _TOTALS} | {key: dict(getattr(position, key)) for key in _COUNTS}
+        mine |= {key: getattr(position, key) for key in _TOTALS} | {
+            key: dict(getattr(position, key)) for key in _COUNTS
+        }
         ranks: list[Any] = [mine]
         if dist.is_available() and dist.is_initialized():
             ranks = [None] * dist.get_world_size()

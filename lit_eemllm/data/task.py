@@ -132,7 +132,9 @@ class PackTask(TaskEncoder):
     @stateless
     def preencode_sample(self, sample: RawSample) -> TokenSample:
         tokens = self._reading.attempt(sample.origin, lambda: self.encoder.tokenize(sample.key, sample.members))
-        return replace(tokens, source=self.names.get(sample.folder, sample.folder), __restore_key__=sample.__restore_key__)
+        return replace(
+            tokens, source=self.names.get(sample.folder, sample.folder), __restore_key__=sample.__restore_key__
+        )
 
     def select_samples_to_pack(self, samples: list[TokenSample]) -> list[list[TokenSample]]:
         packs = plan_packs([sample.length for sample in samples], self.pack_tokens, self.pack_samples)

@@ -123,7 +123,9 @@ class RunLog(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and (drawn := self._drawn(trainer)):
-            table = Table("source", "asked for", "of samples", "of tokens", title="realised blend", title_justify="left")
+            table = Table(
+                "source", "asked for", "of samples", "of tokens", title="realised blend", title_justify="left"
+            )
             for source, shares in drawn.items():
                 table.add_row(source, *(f"{share:.1%}" for share in shares))
             self._bar.console.print(table)

@@ -402,6 +402,14 @@ def to_yaml(config: Config, comments: bool = False) -> str:
     return "\n".join(lines(config, "")) + "\n"
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested sections."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def config_hash(config: Config) -> str:
     """16 hexadecimal digits that are the same for equal configurations, on every machine."""
     text = json.dumps(asdict(config), sort_keys=True, separators=(",", ":"))

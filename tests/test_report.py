@@ -105,7 +105,7 @@ def test_table_by_hand(tmp_path):
     assert cells(runs) == {
         "": ["ee_mllm (2 seeds)", "best constant answer"],
         "colour": ["0.600 ± 0.141 [0.250]", "0.300"],
-        "average over types": ["0.600 ± 0.141", "0.300"],
+        "average": ["0.600 ± 0.141", "0.300"],
         "questions": ["10", ""],
         "average before training": ["0.125", ""],
         "validation loss": ["1.5000 ± 0.3536", ""],
@@ -178,7 +178,7 @@ def test_what_is_not_a_number_is_shown_as_such(tmp_path):
     ]
     assert cells(runs)["validation loss"][0] == "nan ± nan" and cells(runs[:2])["validation loss"][0] == "inf ± nan"
     report(runs, tmp_path / "report")
-    assert "| average over types | 0.500 ± 0.000 | 0.300 |" in (tmp_path / "report" / "report.md").read_text()
+    assert "| average | 0.500 ± 0.000 | 0.300 |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_few_rows_are_columns_and_many_are_lines(tmp_path, capsys):
@@ -187,7 +187,7 @@ def test_a_few_rows_are_columns_and_many_are_lines(tmp_path, capsys):
     runs = [write_run(tmp_path / name, f"model.mechanism.preset={name}") for name in presets]
     assert [len(tables(compare(runs[:n]))) for n in (1, 4, 5)] == [1, 1, 2]
     scores, costs = tables(compare(runs))
-    assert scores[0] == ["", "colour", "average over types"] and scores[1] == [
+    assert scores[0] == ["", "colour", "average"] and scores[1] == [
         "llava (1 seed)",
         "0.500 [0.200]",
         "0.500",
@@ -249,7 +249,7 @@ def test_difference_paired_by_seed(tmp_path):
     ]
     table = cells([*ours, *theirs], "llava")
     assert table["difference of the average"] == ["+0.117 (-0.073 to +0.306)", "baseline", ""]
-    assert table["average over types"][0] == "0.700 ± 0.100" and table[""][0] == "ee_mllm (3 seeds)"
+    assert table["average"][0] == "0.700 ± 0.100" and table[""][0] == "ee_mllm (3 seeds)"
     compared = compare([*ours, *theirs], str(theirs[1]))
     found = difference(compared.rows[0], compared.rows[1], "colour")
     assert (found.over, found.count) == ("seeds", 3)
@@ -289,6 +289,8 @@ def test_difference_of_a_suite_weighs_sets_alike(tmp_path):
         path = run / "eval" / "results.json"
         results = json.loads(path.read_text())
         score = {name: kind["score"] for name, kind in results["types"].items()}
+        for name, constant in {"s/a": 0.2, "s/b": 0.4, "t": 0.8}.items():  # (0.3 + 0.8) / 2
+            results["types"][name]["constant"] = constant
         path.write_text(json.dumps({**results, "average": (score["s/a"] + score["s/b"]) / 4 + score["t"] / 2}))
         lines = [json.loads(line) for line in (run / "eval" / "predictions.jsonl").read_text().splitlines()]
         for line in lines:  # a set without types of its own is named by its set alone
@@ -297,6 +299,10 @@ def test_difference_of_a_suite_weighs_sets_alike(tmp_path):
     # differences 1 0 0, 1 1 -1, 0 1 0: variances of the mean 1/9, 4/9, 1/9
     half = 1.959964 * ((1 / 9 + 4 / 9) / 16 + 1 / 9 / 4) ** 0.5
     assert difference(*compare(runs).rows) == Difference(pytest.approx(1 / 3), pytest.approx(half), "questions", 9)
+    assert cells(runs)["average"] == ["0.500", "0.167", "0.550"]
+    text = runs[0] / "eval" / "results.json"
+    text.write_text(text.read_text().replace('"average": 0.5', '"average": 0.6'))
+    assert cells(runs)["average"][-1] == "", "not known how it weighs"
 
 
 def test_no_difference_without_common_ground(tmp_path, undrawn):
@@ -333,6 +339,9 @@ def test_no_interval_where_questions_do_not_explain_the_score(tmp_path, undrawn)
         runs = two(tmp_path / name)
         spoil(runs[0])
         assert difference(*compare(runs).rows, "colour").half is None, name
+    runs = two(tmp_path / "twice")
+    again = write_run(tmp_path / "twice" / "again", answers=OTHER)
+    assert difference(*compare([runs[0], again, runs[1]]).rows) == Difference(0.125, None, "questions", 6)
     runs = two(tmp_path / "one", {"colour": [1]}, {"colour": [0]})
     assert difference(*compare(runs).rows) == Difference(1, None, "questions", 1)
     report(runs, tmp_path / "report", "llava")
@@ -421,6 +430,17 @@ def test_rows_by_what_a_run_starts_from(tmp_path, kind):
     assert [row.label for row in rows] == [f"ee_mllm init_from={first[i]}" for i in (0, 2)]
 
 
+def test_rows_are_the_same_from_any_directory(tmp_path, monkeypatch):
+    """What runs start from stands in their configurations as it was named where they were made."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        write_run(Path(f"first/{i}"), f"seed={i}")
+        write_run(Path(f"second/{i}"), f"seed={i}", f"init_from=first/{i}")
+    assert labels(Path("second/0"), Path("second/1")) == ["ee_mllm"]
+    monkeypatch.chdir(tmp_path / "second")
+    assert labels(Path("0"), Path("1")) == labels(tmp_path / "second" / "0", Path("1")) == ["ee_mllm"]
+
+
 def test_runs_that_start_from_each_other_end(tmp_path):
     paths = [tmp_path / name for name in "ab"]
     for path, other in zip(paths, reversed(paths), strict=True):
@@ -488,7 +508,7 @@ def test_report_of_a_sweep(sweep, capsys):
     scores = [line for line in lines if line.startswith("|")][:6]
     # none: 0.1 and 0.11, deviation 0.0070711, half 12.7062 * 0.0070711 / sqrt(2); O+FFN: 0.2 in every seed says no more
     assert scores == [
-        "|  | V | O | FFN | colour | average over types | difference of the average |",
+        "|  | V | O | FFN | colour | average | difference of the average |",
         "|---|---|---|---|---|---|---|",
         "| llava (3 seeds) | – | – | – | 0.510 ± 0.010 [0.200] | 0.510 ± 0.010 | baseline |",
         "| none (2 of 3 seeds) |  |  |  | 0.610 ± 0.014 [0.200] | 0.610 ± 0.014 | +0.105 (+0.041 to +0.169) |",
@@ -669,7 +689,7 @@ def test_the_page_is_whole_in_itself(sweep):
 
 def test_names_cannot_become_markup(tmp_path):
     """Names of rows, types, runs, titles, reasons and searched values are text wherever they come."""
-    evil = '"><script>alert(1)</script><b onclick="x'
+    evil = '![i](https://a.b/c.png)"><script>alert(1)</script><b onclick="x'
     types = {evil: {**TYPES["colour"], "metric": evil}}
     folder = tmp_path / "javascript:alert(1)"
     run = write_run(folder / 'a&b" onclick="c\'<i>#%41', results={**RESULTS, "types": types})
@@ -684,7 +704,8 @@ def test_names_cannot_become_markup(tmp_path):
     assert not {"i", "u", "s"} & {tag for tag, _ in found.tags} and not any("onclick" in each for _, each in found.tags)
     (link,) = found.all("a")
     assert ":" not in link["href"] and (folder / "report" / unquote(link["href"])).resolve().is_file()
-    assert "<script" not in (folder / "report" / "report.md").read_text()
+    text = (folder / "report" / "report.md").read_text()
+    assert "<script" not in text and text.count("](") == 1, "our picture"
 
 
 # --- the picture
@@ -744,6 +765,18 @@ def test_score_by_type_by_hand(tmp_path, monkeypatch):
     assert [tick.get_text() for tick in panels["colour"].get_yticklabels()] == [
         name.replace(" ", "\n") if len(name) > 26 else name for name in names[:3]
     ]
+
+
+def test_a_picture_of_any_size_can_be_drawn(tmp_path, monkeypatch):
+    """4,000 lines of text, 960 inches: more pixels than Agg has at the usual resolution."""
+    from matplotlib.figure import Figure
+
+    sizes = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: sizes.append(max(figure.bbox.size)))
+    compared = compare([write_run(tmp_path / "a", results=of_score(0.5, prefill_flops=None))])
+    compared.rows[0].label = "many words " * 9000
+    plots.draw(compared.rows)
+    assert 50_000 < sizes[0] < 65_536
 
 
 def test_axes_fit_what_there_is(tmp_path, monkeypatch):

@@ -8,9 +8,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -23,6 +25,7 @@ from lit_eemllm import cli
 from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.errors import ConfigError, UserError
 from lit_eemllm.sweep import sweep
+from lit_eemllm.sweep.execute import Job, try_lock, visible_devices
 from lit_eemllm.sweep.plan import make_plan
 from lit_eemllm.sweep.spec import SLURM as SLURM_KEYS
 from lit_eemllm.sweep.spec import read_sweep
@@ -157,7 +160,6 @@ def test_cells_times_seeds_then_the_report_and_nothing_the_second_time(reports, 
 
 def test_all_configurations_are_frozen_before_anything_runs(reports):
     wish(fail=["v-o/seed0"])
-    seconds = [path.stat().st_mtime for path in Path("out").rglob("config.yaml")]
     run()
     first = min(call["start"] for call in calls())
     seconds = [path.stat().st_mtime for path in Path("out").rglob("config.yaml")]
@@ -285,6 +287,14 @@ def test_overrides_of_the_command_line_win_over_everything(reports):
         ("v-o/seed5", 7e-3, "other/v-o/seed5"),
         ("all/seed5", 7e-3, "other/all/seed5"),
     ]
+
+
+@pytest.mark.parametrize("more", ["grid: {optim.lr: [1, 2]}\n", SEARCH])
+@pytest.mark.parametrize("override", ["optim.lr=7e-3", "optim={lr: 7e-3}"])
+def test_what_the_sweep_varies_cannot_be_set_for_all(more, override):
+    with pytest.raises(ConfigError, match=r"command line: optim(\.lr)?: the sweep varies optim\.lr"):
+        read_sweep(write(SWEEP.replace("baseline: V+O", "") + more), [override])
+    assert read_sweep(write(SWEEP.replace("baseline: V+O", "") + more), ["optim.eps=1e-7"]).last == ("optim.eps=1e-7",)
 
 
 def test_dry_run_shows_and_touches_nothing(reports, capsys, folder, monkeypatch):
@@ -561,6 +571,35 @@ def test_what_a_killed_sweep_left_running_is_asked_to_save_and_then_continued(re
     assert "which an earlier call has left, to save and end" in log and log.count("$ lit-eemllm fit") == 2
 
 
+def test_a_process_of_another_machine_is_waited_for_but_not_signalled():
+    """Its number may be that of any process here."""
+    process = subprocess.Popen(["sleep", "60"])
+    with Path(".lock").open("w") as lock:
+        assert try_lock(lock)
+        print("elsewhere", process.pid, file=lock, flush=True)
+        job = Job(SimpleNamespace(commands=list, folder=Path()), FAKE, [], {})
+        thread = threading.Thread(target=job)
+        thread.start()
+        log = Path("log.txt")
+        until(lambda: log.is_file() and f"waiting for process {process.pid} on elsewhere" in log.read_text())
+        time.sleep(0.1)
+        waits, status = thread.is_alive(), process.poll()
+    thread.join(20)
+    process.kill()
+    process.wait()
+    assert waits and status is None and not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [("4,GPU-7", ["4", "GPU-7"]), ("-1", []), ("", []), ("1,-1,2", ["1"]), ("NoDevFiles", []), ("3,,2", ["3"])],
+)
+def test_devices_end_at_the_first_that_is_none(named, expected, monkeypatch):
+    """As CUDA reads the list."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_devices() == expected
+
+
 def test_jobs_at_once_each_with_its_devices_or_threads(reports, monkeypatch):
     wish(seconds=0.5)
     monkeypatch.setattr("lit_eemllm.sweep.execute.cores", lambda: 8)
@@ -647,6 +686,23 @@ def test_slurm_jobs_by_submitit_on_this_machine(reports, local_cluster):
     wish()
     assert run(text, "data.train=only/there", **local_cluster) == 0
     assert ran()[-2:] == [("fit", "all/seed0"), ("validate", "all/seed0")]
+
+
+def test_jobs_of_an_earlier_call_go_on(monkeypatch):
+    """Also those that become ready while others run, and those of calls before that one."""
+    slurm = pytest.importorskip("lit_eemllm.sweep.slurm")
+    monkeypatch.setattr(pytest.importorskip("submitit"), "LocalJob", lambda folder, number: SimpleNamespace(
+        job_id=number, done=lambda force_check: False
+    ))  # fmt: skip
+    spec = read_sweep(write(SWEEP))
+    file, tasks = Path("out/slurm/jobs.json"), list(make_plan(spec).tasks.values())
+    slurm.Cluster(spec, None, ("false",), [], "local").start([])
+    known = {"v-o/seed0": "11", "all/seed0": "12_3"}
+    file.write_text(json.dumps(known))
+    place = slurm.Cluster(spec, None, ("false",), [], "local")
+    for ready in ([], tasks[:1], tasks[1:2]):
+        assert place.start(ready) == ready and json.loads(file.read_text()) == known
+    assert place.start([]) == []
 
 
 @pytest.mark.slow
@@ -765,7 +821,7 @@ def test_a_real_sweep_killed_in_the_middle_ends_as_runs_that_were_not(parts, sha
     until(middle.is_file, process, 300)
     process.kill()
     process.wait()
-    os.kill(int(Path("cut/dense/seed0/.lock").read_text()), signal.SIGKILL)
+    os.kill(int(Path("cut/dense/seed0/.lock").read_text().split()[1]), signal.SIGKILL)
     assert not finished("cut")
     done = subprocess.run(program, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

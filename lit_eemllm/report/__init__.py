@@ -5,7 +5,6 @@ Every number comes from a run directory that is named beside it: below the table
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -44,9 +43,7 @@ def report(runs: Sequence[Path], out: Path | None = None, baseline: str | None =
     write_atomically(out / "report.csv", report_csv(compared))
     write_atomically(out / "numbers.csv", numbers_csv(compared.rows))
     write_atomically(out / "report.html", page(compared, picture, [*notes, *made], out))
-    unfinished = out / ".report.png.unfinished"
-    unfinished.write_bytes(picture)
-    os.replace(unfinished, out / "report.png")
+    write_atomically(out / "report.png", picture)
     for note in [*warnings, *notes, *failed]:
         console.print(note)
     console.print(f"report: {out / 'report.md'}, {out / 'report.html'}, {out / 'report.png'}")
@@ -71,5 +68,5 @@ def markdown(compared: Comparison, warnings: Sequence[str], notes: Sequence[str]
 
 
 def plain(text: str) -> str:
-    """One line without HTML."""
-    return " ".join(text.split()).replace("<", "&lt;")
+    """One line without HTML, links and pictures."""
+    return " ".join(text.split()).replace("<", "&lt;").replace("](", "]\\(")

@@ -69,10 +69,11 @@ def difference(row: Row, baseline: Row, name: str | None = None) -> Difference |
     if len(gaps) > 1:
         half = t95(len(gaps) - 1) * deviation(gaps) / sqrt(len(gaps))
         return Difference(mean(gaps), half if half > NO_WIDTH else None, "seeds", len(gaps))
-    a, b = next(pair for pair in pairs if pair[0].config.seed == seeds[0])
+    (a, b), *more = (pair for pair in pairs if pair[0].config.seed == seeds[0])
     weights = weights_of_average((a, b)) if name is None else {name: 1.0}
     questions = sum(a.result("types", each, "questions") or 0 for each in weights)
-    return Difference(gaps[0], over_questions(a, b, weights), "questions", int(questions))
+    interval = None if more else over_questions(a, b, weights)
+    return Difference(gaps[0], interval, "questions", int(questions))
 
 
 def comparable(a: Run, b: Run) -> bool:

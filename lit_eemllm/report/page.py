@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from .difference import difference
 from .runs import Comparison, Row, Run
-from .tables import Column, Quantity, costs, of_type, score_columns
+from .tables import Column, Quantity, columns_of, of_type
 from .words import caption, incomparable, search_heading, searches
 
 
@@ -27,8 +27,8 @@ def page(compared: Comparison, picture: bytes, notes: Sequence[str], out: Path) 
         notes: lines for its foot.
         out: the folder that the page will lie in; links to runs are relative to it.
     """
-    columns = [*score_columns(compared), *(Column(each.title, each.text, each) for each in costs(compared.rows))]
-    columns = [column for column in columns if any(map(column.cell, compared.rows))]
+    scores, others = columns_of(compared)
+    columns = [*scores, *others]
     heads = "".join(f"<th><button>{escape(title)}</button></th>" for title in ("row", *(c.title for c in columns)))
     lines = "\n".join(table_line(compared, row, columns, out) for row in compared.rows)
     foot = "".join(f"<td>{escape(column.constant)}</td>" for column in columns)

@@ -55,7 +55,9 @@ def draw(rows: Sequence[Row]) -> bytes:
     handles = legend_handles(styled, types)
     columns = max(1, (150 if types else 90) // (max(len(handle.get_label()) for handle in handles) + 6))
     width, legend = 13 if types else 8, 0.25 * ceil(len(handles) / columns)
-    figure = plt.figure(figsize=(width, sum(heights) + legend), layout="constrained")
+    size = width, sum(heights) + legend
+    dpi = min(110, 60_000 / max(size))  # Agg draws less than 65,536 pixels
+    figure = plt.figure(figsize=size, dpi=dpi, layout="constrained")
     ratios = [heights[0] + legend, *heights[1:]]
     top, *below = figure.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
     top.legend(handles=handles, frameon=False, loc="outside upper center", ncols=min(columns, len(handles)))
@@ -74,7 +76,7 @@ def draw(rows: Sequence[Row]) -> bytes:
     for axis in left:  # last: labels find their places in the finished layout
         draw_prices(axis, styled)
     file = io.BytesIO()
-    figure.savefig(file, dpi=110, format="png")
+    figure.savefig(file, format="png")
     plt.close(figure)
     return file.getvalue()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..config import config_hash, load_config
+from ..config import config_hash, flat, load_config
 from ..console import progress
 from ..errors import UserError
 from ..schema import Config
@@ -310,38 +310,35 @@ def group(runs: Sequence[Run]) -> list[Row]:
     """One row per configuration, in the order of the runs; a directory that is named twice counts once."""
     by_hash: dict[str, list[Run]] = defaultdict(list)
     for run in {run.path.resolve(): run for run in runs}.values():
-        by_hash[config_hash(anonymous(run.config))].append(run)
+        by_hash[config_hash(anonymous(run.config, run.path))].append(run)
     rows = [Row(same, same[0].label) for same in by_hash.values()]
     for label in {row.label for row in rows}:
         tell_apart([row for row in rows if row.label == label])
     return rows
 
 
-def anonymous(config: Config, below: tuple[Path, ...] = ()) -> Config:
+def anonymous(config: Config, path: Path, below: tuple[Path, ...] = ()) -> Config:
     """Without seed and directory: equal for runs of one row. In `init_from` a run directory becomes the hash of such a run.
 
     Args:
         config: of a run.
+        path: of the run.
         below: the runs that led here, each starting from the next.
     """
     start = config.init_from
-    if start is not None and (Path(start) / "config.yaml").is_file() and Path(start).resolve() not in below:
-        origin = load_config([Path(start) / "config.yaml"])
-        start = config_hash(anonymous(origin, (*below, Path(start).resolve())))
+    if start is not None:
+        # named where the run was made, like `out`: from there the way is the same wherever the report is made
+        for origin in (path / os.path.relpath(start, config.out), Path(start)):
+            if (origin / "config.yaml").is_file() and origin.resolve() not in below:
+                found = load_config([origin / "config.yaml"])
+                start = config_hash(anonymous(found, origin, (*below, origin.resolve())))
+                break
     return replace(config, seed=0, out="", resume="auto", init_from=start)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested sections."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def tell_apart(rows: Sequence[Row], most: int = 3) -> None:
     """Add to equal labels the keys in which the rows differ, those with the most different values first."""
-    configs = [flat(asdict(anonymous(row.runs[0].config))) for row in rows]
+    configs = [flat(asdict(anonymous(row.runs[0].config, row.runs[0].path))) for row in rows]
     values = {key: {str(config.get(key)) for config in configs} for config in configs for key in config}
     keys = sorted((key for key in values if len(values[key]) > 1), key=lambda key: -len(values[key]))[:most]
     for row in rows:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from ..console import console
-from .difference import deviation, difference
+from .difference import deviation, difference, weights_of_average
 from .runs import Comparison, Row, Run
 
 FEW = 4  # rows that stand side by side
@@ -70,7 +70,7 @@ def of_type(name: str, what: str) -> Quantity:
     return Quantity(f"types.{name}.{what}", name, lambda run: run.result("types", name, what))
 
 
-AVERAGE = Quantity("average", "average over types", lambda run: run.result("average"))
+AVERAGE = Quantity("average", "average", lambda run: run.result("average"))
 
 
 def costs(rows: Sequence[Row]) -> list[Quantity]:
@@ -137,9 +137,10 @@ def score_columns(compared: Comparison) -> list[Column]:
 
     parts = {"value": "V", "output": "O", "ffn": "FFN"} if compared.shape == "aligner" else {}
     names = types_of(compared.rows)
-    constants = [constant_of(compared.rows, name) for name in names]
-    known = [constant for constant in constants if constant is not None]
-    constant = f"{mean(known):.3f}" if known and len(known) == len(names) else ""
+    scored = [run for row in compared.rows for run in row.runs if run.types]
+    weights = weights_of_average(scored) if scored else {}
+    known = [w * c for name, w in weights.items() if (c := constant_of(compared.rows, name)) is not None]
+    constant = f"{sum(known):.3f}" if known and len(known) == len(names) else ""
     return [
         *(Column(title, mark(part)) for part, title in parts.items()),
         *map(score, names),
@@ -166,9 +167,18 @@ def gap(compared: Comparison, row: Row) -> str:
     return found.text() if found else ""
 
 
+def columns_of(compared: Comparison) -> tuple[list[Column], list[Column]]:
+    """Scores, and costs, without columns of which nothing is known."""
+
+    def known(columns: Iterable[Column]) -> list[Column]:
+        return [column for column in columns if any(map(column.cell, compared.rows))]
+
+    others = (Column(quantity.title, quantity.text, quantity) for quantity in costs(compared.rows))
+    return known(score_columns(compared)), known(others)
+
+
 def lines_of(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
-    """A line a row, without columns of which nothing is known."""
-    columns = [column for column in columns if any(map(column.cell, rows))]
+    """A line a row."""
     lines = [["", *(column.title for column in columns)]]
     lines += [[row.title, *(column.cell(row) for column in columns)] for row in rows]
     if any(column.constant for column in columns):
@@ -178,12 +188,10 @@ def lines_of(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
 
 def tables(compared: Comparison) -> list[Lines]:
     """What Markdown and the terminal show."""
-    scores = score_columns(compared)
-    others = [Column(quantity.title, quantity.text, quantity) for quantity in costs(compared.rows)]
+    scores, others = columns_of(compared)
     if compared.shape is None and len(compared.rows) <= FEW:
         return [list(zip(*lines_of(compared.rows, [*scores, *others]), strict=True))]
-    both = [lines_of(compared.rows, columns) for columns in (scores, others)]
-    return [lines for lines in both if len(lines[0]) > 1]
+    return [lines_of(compared.rows, columns) for columns in (scores, others) if columns]
 
 
 def print_table(lines: Lines, title: str) -> None:
@@ -211,9 +219,10 @@ def print_table(lines: Lines, title: str) -> None:
 def numbers_csv(rows: Sequence[Row]) -> str:
     """Every number of every run, unscaled, with the run directory that it comes from."""
     lines: list[Sequence[object]] = [("row", "seed", "quantity", "value", "run")]
+    quantities = every(rows)
     for row in rows:
         for run in row.runs:
-            for quantity in every(rows):
+            for quantity in quantities:
                 if (value := quantity.value(run)) is not None:
                     lines.append((row.label, run.config.seed, quantity.key, value, run.path))
     return text_of(lines)
@@ -238,8 +247,9 @@ def report_csv(compared: Comparison) -> str:
         "pairs",
     )
     lines: list[Sequence[object]] = [heading]
+    quantities = every(compared.rows)
     for row in compared.rows:
-        for quantity in every(compared.rows):
+        for quantity in quantities:
             found = list(row.by_seed(quantity.value).values())
             if not found:
                 continue

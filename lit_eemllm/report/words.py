@@ -19,6 +19,8 @@ def caption(compared: Comparison) -> list[str]:
         controlled = any(run.result("types", name, "control") is not None for run in runs for name in types)
         brackets = "; in brackets the same model with images shuffled among the questions of the type"
         sentences.append(f"{metrics(rows)} per question type{brackets if controlled else ''}.")
+    if len(types) > 1:
+        sentences.append("The average weighs sets alike, and in each its question types.")
     if any(len(row.runs) > 1 for row in rows):
         sentences.append("± is the standard deviation over seeds.")
     if compared.baseline is not None:
@@ -70,12 +72,13 @@ def about_differences(rows: list[Row], baseline: Row) -> list[str]:
         who = ", ".join(row.label for row, _ in pairs)
         sentences.append(
             f"Difference of {who} to {baseline.label}: one seed in common, paired by question, and in brackets the 95 % "
-            f"interval of the normal approximation. It covers the choice of questions, not what another seed would give."
+            f"interval of the normal approximation. It covers the choice of questions, not what another seed would give; "
+            f"questions about one image count as independent, so it may be too narrow."
         )
     if unknown := [row.label for pairs in found.values() for row, to in pairs if to.half is None]:
         sentences.append(
-            f"No interval for {', '.join(unknown)}: all pairs differ alike, or scores by question are not saved or do "
-            f"not have the score as their mean."
+            f"No interval for {', '.join(unknown)}: all pairs differ alike, or a seed was run twice, or scores by "
+            f"question are not saved or do not have the score as their mean."
         )
     if len(found["seeds"] + found["questions"]) > 1:
         sentences.append("Each interval holds for itself: among many, some miss by chance.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Protocol
@@ -59,7 +61,7 @@ class Job:
                     env={**os.environ, **self.environment}, start_new_session=True, pass_fds=[lock.fileno()],
                 )  # fmt: skip
                 lock.truncate(0)
-                print(process.pid, file=lock, flush=True)
+                print(os.uname().nodename, process.pid, file=lock, flush=True)
                 try:
                     if self.stopped:  # meanwhile
                         process.terminate()
@@ -77,9 +79,9 @@ class Job:
         if try_lock(lock):
             return
         lock.seek(0)
-        pid = lock.read().strip()
-        log.write(f"waiting for process {pid}, which an earlier call has left, to save and end\n".encode())
-        if pid:
+        host, _, pid = lock.read().strip().partition(" ")
+        log.write(f"waiting for process {pid} on {host}, which an earlier call has left, to save and end\n".encode())
+        if pid and host == os.uname().nodename:  # elsewhere, on a shared file system, it cannot be asked
             with suppress(ProcessLookupError):  # its loader processes are about to end
                 os.kill(int(pid), signal.SIGTERM)
         while not try_lock(lock) and not self.stopped:
@@ -217,7 +219,7 @@ def devices(config: Config) -> int:
 def visible_devices() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [name for name in named.split(",") if name.strip()]
+        return list(takewhile(re.compile(r"\s*(\d|GPU-|MIG-)").match, named.split(",")))  # CUDA reads no further
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]

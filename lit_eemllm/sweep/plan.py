@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..config import config_hash, load_config, to_yaml
+from ..config import config_hash, flat, load_config, to_yaml
 from ..console import write_atomically
 from ..errors import ConfigError
 from ..schema import Config, Mistake, check_names
@@ -339,18 +339,10 @@ def changed(task: Task, starts_from_another: bool) -> str | None:
     if not file.is_file() or file.read_text(encoding="utf-8") == task.frozen:
         return None
     try:
-        old, new = (_flat(asdict(config)) for config in (load_config([file]), task.config))
+        old, new = (flat(asdict(config)) for config in (load_config([file]), task.config))
     except ConfigError as error:
         return f"{task.folder} has a configuration that cannot be read: {error}"
     same = {"out", "init_from"} if starts_from_another else {"out"}
     keys = [key for key in {**old, **new} if key not in same and old.get(key) != new.get(key)]
     listed = "; ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in keys)
     return f"{task.folder} was made with other settings: {listed}. {_HOW}" if keys else None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested sections."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found

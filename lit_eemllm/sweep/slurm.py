@@ -60,20 +60,21 @@ class Cluster:
         self._earlier = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
         self.jobs, self.command, self.imports = jobs, (*WITHOUT_USR2, *command), imports
         self._running: dict[str, tuple[Task, Any]] = {}
+        self.file = self.folder / "jobs.json"
+        known = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self._known = {name: number for name, number in known.items() if re.fullmatch(r"\d+(_\d+)?", str(number))}
         self._over: dict[str, float] = {}  # jobs that have ended -> when that was seen
         self._looked = 0.0
 
     def start(self, tasks: Sequence[Task]) -> list[Task]:
         tasks = tasks if self.jobs is None else tasks[: max(0, self.jobs - len(self._running))]
-        file = self.folder / "jobs.json"
-        known = json.loads(file.read_text()) if file.is_file() and not self._running else {}
-        known = {name: number for name, number in known.items() if re.fullmatch(r"\d+(_\d+)?", str(number))}
         new = []
         for task in tasks:
-            job: Any = self._earlier(self.folder, known[task.name]) if task.name in known else None
+            number = self._known.pop(task.name, None)
+            job: Any = self._earlier(self.folder, number) if number is not None else None
             if job is not None and not job.done(force_check=True):
                 console.print(
-                    f"{task.name}: job {job.job_id} of an earlier call goes on (remove {file} if that is wrong)"
+                    f"{task.name}: job {job.job_id} of an earlier call goes on (remove {self.file} if that is wrong)"
                 )
                 self._running[task.name] = task, job
             else:
@@ -89,9 +90,9 @@ class Cluster:
         return list(tasks)
 
     def _note(self) -> None:
-        write_atomically(
-            self.folder / "jobs.json", json.dumps({name: job.job_id for name, (_, job) in self._running.items()})
-        )
+        running = {name: job.job_id for name, (_, job) in self._running.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.file, json.dumps({**self._known, **running}))
 
     def ended(self) -> list[tuple[Task, str]]:
         now = time.monotonic()

@@ -158,9 +158,16 @@ class _Reader:
                 self.config_key("command line", key)
         top = self.section(document, "", _TOP, required=("out", "seeds"))
         stages = self.stages(top.get("stages", []))
-        cells = self.cells(top.get("cells", {}), self.grid(top.get("grid", {}), "grid"))
+        grid = self.grid(top.get("grid", {}), "grid")
+        cells = self.cells(top.get("cells", {}), grid)
         self.folders(cells, stages)
         seeds = self.seeds(top.get("seeds", [0]))
+        search = self.search(top["search"], seeds[0]) if "search" in top else None
+        for _, values in (*grid[:1], *(search.points[:1] if search else ())):
+            for varied, _ in pairs(values):
+                for key in (text.partition("=")[0] for text in last):
+                    if f"{varied}.".startswith(f"{key}."):
+                        self.fail(f"command line: {key}", f"the sweep varies {varied}; change it in the file's grid")
         names = [cell.name for cell in cells]
         if not names:
             self.fail("cells", "required, or `grid`: the rows of the sweep")
@@ -181,7 +188,7 @@ class _Reader:
             shape=None if shape == "none" else shape,
             cells=cells,
             stages=stages,
-            search=self.search(top["search"], seeds[0]) if "search" in top else None,
+            search=search,
             slurm=self.slurm(top.get("slurm", {})),
         )
 

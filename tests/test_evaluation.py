@@ -525,6 +525,7 @@ def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeyp
         "questions": 3, "metric": "exact_match", "score": pytest.approx(2 / 3), "control": None,
         "constant": pytest.approx(2 / 3), "constant_answer": "red",
     }  # fmt: skip
+    assert results["average_constant"] == pytest.approx(2 / 3) and results["average_control"] is None
     lines = (tmp_path / "out" / "eval" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["0", "1", "2"]
 

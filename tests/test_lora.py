@@ -11,6 +11,7 @@ from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM
 
 from lit_eemllm import cli
+from lit_eemllm.config import load_config
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.mechanisms import PRESETS
@@ -95,6 +96,8 @@ def test_merge_gives_a_whole_model_with_equal_logits_and_init_from_takes_a_run(t
     assert cli.main(["merge", str(run.out), "--to", str(tmp_path / "merged")]) == 0
     assert "adapters folded in" in capsys.readouterr().out
     assert tiny.max_error(packed_logits(EEMLLM.from_pretrained(tmp_path / "merged")), true) <= 1e-5
+    merged = load_config([tmp_path / "merged" / "config.yaml"])
+    assert tiny.max_error(packed_logits(load(merged, None)[0]), true) <= 1e-5  # as the command line opens it
     model = load(tiny.config(parts, shapes, tmp_path / "new", "optim.tuning.llm=full"), "none")[0]
     load_weights(model, type(tmp_path)(run.out))
     assert tiny.max_error(packed_logits(model), true) <= 1e-5

@@ -241,5 +241,6 @@ def validation_loss(model: EEMLLM, processor: Processor, config: Config) -> dict
     data.connect(processor.template, model.vision.transform)
     found = losses(model, validation_packs(data), config.optim.val_batches)
     if found["loss_shuffled_images"] is not None:
-        console.print(f"loss {found['loss']:.4f} a token; images shuffled {found['loss_shuffled_images']:.4f}")
+        shuffled = found["loss_shuffled_images"]
+        console.print(f"{config.data.val}: loss {found['loss']:.4f} a token; images shuffled {shuffled:.4f}")
     return found

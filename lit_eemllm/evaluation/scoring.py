@@ -39,6 +39,9 @@ Round = Sequence[tuple[Question, str]]
 """Questions with the images of others, and the answers."""
 
 
+COLUMNS = ("score", "control", "constant")
+
+
 def score(answered: Sequence[Answered], rounds: dict[str, list[Round]], suite: bool) -> dict[str, Any]:
     """Scores of every set, and of every type in it, beside the shuffled-image control and the best constant answer.
 
@@ -49,7 +52,7 @@ def score(answered: Sequence[Answered], rounds: dict[str, list[Round]], suite: b
     """
     types: dict[str, dict[str, Any]] = {}
     sets: dict[str, dict[str, Any]] = {}
-    averages = []
+    groups = []
     for name, mine in by(answered, lambda one: one.set).items():
         of_type = by(mine, lambda one: one.question.type)
         labels = {kind: f"{name}/{kind}" if suite else kind for kind in sorted(of_type)}
@@ -59,14 +62,21 @@ def score(answered: Sequence[Answered], rounds: dict[str, list[Round]], suite: b
             passes = [[pair for pair in each if pair[0].type == kind] for each in rounds[name]]
             types[label] = entry(of_type[kind], passes)
         own = [types[label] for label in labels.values()]
-        averages.append(fmean(row["score"] for row in own))
+        groups.append(own)
         metrics = {row["metric"] for row in own}
         if len(metrics) == 1:
             sets[name] = values(computed(metrics.pop(), [(one.question, one.answer) for one in mine]), mine)
         by_number = {one.question.number: one for one in mine}
         for question, text in (pair for each in rounds[name] for pair in each):
             by_number[question.number].others.append(text)
-    return {"types": types, "average": fmean(averages), "sets": sets}
+    averages = {"average" if key == "score" else f"average_{key}": average(groups, key) for key in COLUMNS}
+    return {"types": types, **averages, "sets": sets}
+
+
+def average(groups: Sequence[Sequence[dict[str, Any]]], key: str) -> float | None:
+    """Mean over sets of the mean over types; None if a type has no such value."""
+    found = [[row[key] for row in own] for own in groups]
+    return None if any(None in own for own in found) else fmean(map(fmean, found))
 
 
 def by(answered: Sequence[Answered], key: Any) -> dict[str, list[Answered]]:
@@ -133,8 +143,9 @@ def print_scores(results: dict[str, Any]) -> None:
     for heading in ("type", "questions", "metric", "score", "images shuffled", "best constant"):
         table.add_column(heading, no_wrap=True)
     for name, row in results["types"].items():
-        control = "" if row["control"] is None else f"{row['control']:.3f}"
-        constant = f"{row['constant']:.3f} ({row['constant_answer'][:20]!r})"
-        table.add_row(name, f"{row['questions']:,}", row["metric"], f"{row['score']:.3f}", control, constant)
-    table.add_row("average", "", "", f"{results['average']:.3f}")
+        score, control, constant = ("" if row[key] is None else f"{row[key]:.3f}" for key in COLUMNS)
+        constant += f" ({row['constant_answer'][:20]!r})"
+        table.add_row(name, f"{row['questions']:,}", row["metric"], score, control, constant)
+    found = (results["average"], results["average_control"], results["average_constant"])
+    table.add_row("average", "", "", *("" if value is None else f"{value:.3f}" for value in found))
     console.print(table)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from ..console import console, quiet_libraries
+from ..config import to_yaml
+from ..console import console, quiet_libraries, write_atomically
 from ..errors import UserError
 from ..evaluation.run import load
 from ..schema import Config
@@ -39,4 +41,7 @@ def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> N
             done = f"model, {merge_adapters(model)} adapters folded in"
             model.save_pretrained(folder)
             processor.tokenizer.save_pretrained(folder)
+            whole = replace(config, init_from=str(out), out=str(out), resume="auto")
+            whole.model = replace(config.model, quantization=None)
+            write_atomically(folder / "config.yaml", to_yaml(whole, comments=True))
     console.print(f"{done}: {source} -> {out}")

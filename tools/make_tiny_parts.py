@@ -203,7 +203,8 @@ def make_tokenizer(out: Path, subject: Subject) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(
-        (t for _, *texts in told_rows(subject, "train", 8000, subject.source.TYPES) for t in texts), trainer
+        (t for _, *texts in told_rows(subject, "train", 8000, tuple(dict.fromkeys(subject.told))) for t in texts),
+        trainer,
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -357,22 +357,22 @@ def _in_step(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
 def tidy_errors(loader: Any, timeout: float) -> Iterator[Packed]:
     """A `UserError` from a worker arrives wrapped in the worker's traceback; people get the message alone.
 
-    When there is no batch for so many seconds, the workers are killed, which ends the waiting wherever it is. (PyTorch's own
-    time-out does not see a worker that is stopped after it has announced a batch and before it has handed it over.)
+    When there is no batch for so many seconds, the workers are killed, or without workers the read is interrupted, which ends
+    the waiting wherever it is. (PyTorch's own time-out does not see a worker that is stopped after it has announced a batch
+    and before it has handed it over.)
     """
     silent = threading.Event()
 
     def end_silence() -> None:
         silent.set()
-        for worker in loader._iterator._workers:
+        if not loader.num_workers:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        for worker in loader._iterator._workers if loader.num_workers else ():
             worker.kill()
 
-    if not loader.num_workers:
-        yield from loader
-        return
-    watchdog = Watchdog(timeout, callback=end_silence, dump_stacks=False, enabled=False)
+    watchdog = Watchdog(timeout, callback=end_silence, dump_stacks=not loader.num_workers, enabled=False)
     try:
-        yield from watchdog.watch_iter(loader)
+        yield from watchdog.watch_iter(loader if loader.num_workers else _interruptible(loader, timeout))
     except UserError as error:
         raise UserError(str(error).rpartition(_USER_ERROR)[2].rstrip()) from None
     except (RuntimeError, OSError, EOFError) as error:
@@ -381,6 +381,24 @@ def tidy_errors(loader: Any, timeout: float) -> Iterator[Packed]:
         raise lost_worker(error) or error from None
     finally:
         watchdog.finish()
+
+
+def _interruptible(loader: Any, timeout: float) -> Iterator[Packed]:
+    """SIGALRM ends the waiting for a batch; in between it belongs to others."""
+
+    def end(number: int, frame: Any) -> None:
+        raise TimeoutError(f"no answer for {timeout:g} s (data.timeout)")
+
+    batches = iter(loader)
+    while True:
+        before = signal.signal(signal.SIGALRM, end)
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        yield batch
 
 
 def lost_worker(error: BaseException) -> UserError | None:
@@ -406,8 +424,9 @@ def stop(loader: SavableDataLoader | BasicDataLoader) -> None:
 
 
 def _watchdog(timeout: float, workers: int) -> dict[str, Any]:
-    """A batch that takes longer: a worker prints where it stands, before it is killed; without workers the process ends."""
-    return {"watchdog_timeout_seconds": 0.75 * timeout if workers else timeout, "fail_on_timeout": workers == 0}
+    """A batch that takes longer: a worker prints where it stands, before it is killed; without workers, where the system does
+    not interrupt a read, the process ends."""
+    return {"watchdog_timeout_seconds": 0.75 * timeout if workers else 2 * timeout, "fail_on_timeout": workers == 0}
 
 
 def _prepare(loader: SavableDataLoader | BasicDataLoader) -> None:

@@ -28,7 +28,6 @@ Use it from Python (``rows``), or write LLaVA-style JSON files and a folder of i
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import random
@@ -418,14 +417,6 @@ def _slots(kind: str, rng: random.Random) -> dict[str, str]:
 # ---------------------------------------------------------------- rows
 
 
-@functools.lru_cache(maxsize=256)
-def _block(kind: str, seed: str, block: int) -> list[tuple[int, str]]:
-    """All pairs of wording and answer of a type, in the random order of the `block`-th time through them."""
-    pairs = [(wording, answer) for wording in range(len(TEMPLATES[kind])) for answer in ANSWERS[kind]]
-    random.Random(f"{seed}:{kind}:{block}").shuffle(pairs)
-    return pairs
-
-
 def _further_turns(kind: str, scene: Scene, slots: dict[str, str], rng: random.Random) -> list[tuple[str, str]]:
     """Questions of the same type about other things of the scene, with their answers."""
     turns: list[tuple[str, str]] = []
@@ -448,8 +439,7 @@ def describe(scene: Scene) -> str:
 
 def _row(kind: str, index: int, nth: int, split: str, seed: int) -> tuple[dict[str, Any], list[Scene]]:
     """The `nth` question of its type: a LLaVA-style row and its scenes."""
-    block, place = divmod(nth, len(TEMPLATES[kind]) * len(ANSWERS[kind]))
-    wording, answer = _block(kind, f"{seed}:{split}", block)[place]
+    wording, answer = easy.nth_pair(kind, len(TEMPLATES[kind]), ANSWERS[kind], f"{seed}:{split}", nth)
     rng = random.Random(f"{seed}:{split}:{index}")
     slots, sparse = _slots(kind, rng), split == "train" and rng.random() < 0.5
     while True:
@@ -461,19 +451,12 @@ def _row(kind: str, index: int, nth: int, split: str, seed: int) -> tuple[dict[s
             shown = _objects(kind, answer, slots, rng, sparse)
         if solve(kind, shown, slots) == answer and all(split_of(scene) == split for scene in shown):
             break
-    row: dict[str, Any] = {"id": f"{split}-{index:06d}", "type": kind}
-    row["image"] = f"{row['id']}.png" if len(shown) == 1 else [f"{row['id']}-{n}.png" for n in range(len(shown))]
     turns = [("<image>\n" * len(shown) + TEMPLATES[kind][wording].format(**slots), answer)]
     if split == "train" and kind in FURTHER:
         turns += _further_turns(kind, shown[0], slots, rng)
     if split == "train":
         turns.append((DESCRIBE, " and ".join(map(describe, shown))))
-    row["conversations"] = [
-        {"from": speaker, "value": value}
-        for turn in turns
-        for speaker, value in zip(("human", "gpt"), turn, strict=True)
-    ]
-    return row, shown
+    return easy.llava_row(f"{split}-{index:06d}", kind, len(shown), turns), shown
 
 
 def rows_and_scenes(

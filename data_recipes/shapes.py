@@ -334,11 +334,30 @@ def scenes(
 
 
 @functools.lru_cache(maxsize=256)
-def _block(kind: str, seed: str, block: int) -> list[tuple[int, str]]:
+def _block(kind: str, wordings: int, answers: tuple[str, ...], seed: str, block: int) -> list[tuple[int, str]]:
     """All pairs of wording and answer of a type, in the random order of the `block`-th time through them."""
-    pairs = [(wording, answer) for wording in range(len(TEMPLATES[kind])) for answer in ANSWERS[kind]]
+    pairs = [(wording, answer) for wording in range(wordings) for answer in answers]
     random.Random(f"{seed}:{kind}:{block}").shuffle(pairs)
     return pairs
+
+
+def nth_pair(kind: str, wordings: int, answers: tuple[str, ...], seed: str, nth: int) -> tuple[int, str]:
+    """Number of the wording, and the answer, of the `nth` question of a type: each pair once before any comes again."""
+    block, place = divmod(nth, wordings * len(answers))
+    return _block(kind, wordings, answers, seed, block)[place]
+
+
+def llava_row(name: str, kind: str, pictures: int, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """A row in LLaVA's form; its turns are pairs of question and answer."""
+    row: dict[str, Any] = {"id": name, "type": kind}
+    if pictures:
+        row["image"] = f"{name}.png" if pictures == 1 else [f"{name}-{number}.png" for number in range(pictures)]
+    row["conversations"] = [
+        {"from": speaker, "value": value}
+        for turn in turns
+        for speaker, value in zip(("human", "gpt"), turn, strict=True)
+    ]
+    return row
 
 
 def _further_turns(scene: Scene, slots: dict[str, str], answer: str, rng: random.Random) -> list[tuple[str, str]]:
@@ -355,8 +374,7 @@ def _further_turns(scene: Scene, slots: dict[str, str], answer: str, rng: random
 
 def _row(kind: str, index: int, nth: int, split: str, seed: int) -> tuple[dict[str, Any], list[Scene]]:
     """The `nth` question of its type: a LLaVA-style row and its scenes."""
-    block, place = divmod(nth, len(TEMPLATES[kind]) * len(ANSWERS[kind]))
-    wording, answer = _block(kind, f"{seed}:{split}", block)[place]
+    wording, answer = nth_pair(kind, len(TEMPLATES[kind]), ANSWERS[kind], f"{seed}:{split}", nth)
     rng = random.Random(f"{seed}:{split}:{index}")
     slots = {"colour": rng.choice(tuple(COLOURS)), "shape": rng.choice(SHAPES)}
     if kind == "text":
@@ -366,21 +384,11 @@ def _row(kind: str, index: int, nth: int, split: str, seed: int) -> tuple[dict[s
         shown = scenes(kind, wording, answer, slots, rng, sparse=split == "train")
         if all(is_val(scene) == (split == "val") for scene in shown):
             break
-    row: dict[str, Any] = {"id": f"{split}-{index:06d}", "type": kind}
-    if len(shown) == 1:
-        row["image"] = f"{row['id']}.png"
-    elif shown:
-        row["image"] = [f"{row['id']}-{number}.png" for number in range(len(shown))]
     question = "<image>\n" * len(shown) + TEMPLATES[kind][wording].format(**slots)
     turns = [(question, answer)]
     if split == "train" and kind in ("colour", "shape", "position"):
         turns += _further_turns(shown[0], slots, answer, rng)
-    row["conversations"] = [
-        {"from": speaker, "value": value}
-        for turn in turns
-        for speaker, value in zip(("human", "gpt"), turn, strict=True)
-    ]
-    return row, shown
+    return llava_row(f"{split}-{index:06d}", kind, len(shown), turns), shown
 
 
 def rows_and_scenes(

@@ -91,7 +91,7 @@ def _estimate(args: Namespace) -> None:
 
 def _merge(args: Namespace) -> None:
     config = _config(args)
-    from lit_eemllm.training.export import merge
+    from lit_eemllm.merge import merge
 
     merge(config, args.checkpoint, args.to, args.adapter)
 

@@ -32,7 +32,7 @@ from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.evaluation import run
 from lit_eemllm.evaluation.harnesses.answerer import Answerer, Question, open_picture, read_config, write
 from lit_eemllm.images import open_image
-from lit_eemllm.training.export import merge
+from lit_eemllm.merge import merge
 from lit_eemllm.training.fit import fit
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230)}
@@ -189,6 +189,8 @@ def test_a_merged_folder_and_overrides(place, stand_in, tmp_path):
     """The folder alone: neither the run nor the parts that it was made from."""
     merge(place.config, None, tmp_path / "merged", adapter=False)
     module = stand_in(LMMS_EVAL, "lmms_eval")
+    assert lmms_model(module, place, run=tmp_path / "merged").generate_until(requests(place.rows)) == place.answers
+    (tmp_path / "merged" / "config.yaml").unlink()  # as `save_pretrained` writes it
     options = {"batch_size": 16, "model.attention": "reference", "eval.image_cache": 0, "model.vision.policy": "resize"}
     with pytest.raises(UserError, match=r"merged does not say .* add model\.template="):
         lmms_model(module, place, run=tmp_path / "merged")

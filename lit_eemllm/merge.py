@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import to_yaml
-from ..console import console, quiet_libraries, write_atomically
-from ..errors import UserError
-from ..evaluation.run import load
-from ..schema import Config
-from .adapters import merge_adapters, save_adapter
-from .checkpoint import new_folder
+from .config import to_yaml
+from .console import console, quiet_libraries, write_atomically
+from .errors import UserError
+from .evaluation.run import load
+from .schema import Config
+from .training.adapters import merge_adapters, save_adapter
+from .training.checkpoint import new_folder
 
 
 def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> None:

@@ -19,10 +19,10 @@ from lit_eemllm.images import (
     ImageTransform,
     Transform,
     check_normalisation,
-    normalised,
-    unnormalised,
+    resized,
     within_max_side,
 )
+from lit_eemllm.layout import Pixels
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """Rows and columns of tiles that LLaVA-1.6 chooses from: 336 x 672, 672 x 336, 672 x 672, 1008 x 336 and 336 x 1008 pixels."""
@@ -83,12 +83,8 @@ class NativeTransform(Transform):
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         size = self.resized(*image.size)
-        image = within_max_side(image).resize(size, RESAMPLING[self.resample])
         width, height = (side // self.patch * self.patch for side in size)
-        return normalised(image.crop((0, 0, width, height)), self.mean, self.std)
-
-    def unnormalize(self, pixels: torch.Tensor) -> Image.Image:
-        return unnormalised(pixels, self.mean, self.std)
+        return resized(within_max_side(image), *size, self.resample)[:, :height, :width]
 
     def within(self, most: int) -> NativeTransform:
         """The same with at most so many tokens."""
@@ -141,6 +137,14 @@ class AnyresTransform(Transform):
             raise ConfigError(f"image policy 'anyres' needs grids of 1 x 1 tile at least, found {self.grids}")
 
     @property
+    def mean(self) -> tuple[float, float, float]:  # type: ignore[override]
+        return self.view.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:  # type: ignore[override]
+        return self.view.std
+
+    @property
     def side(self) -> int:
         """Patches of a view in a row."""
         return self.view.width // self.view.patch
@@ -182,19 +186,18 @@ class AnyresTransform(Transform):
         width, height = columns * pixels, rows * pixels
         scale = min(width / size[0], height / size[1])
         fitted = (min(math.ceil(size[0] * scale), width), min(math.ceil(size[1] * scale), height))
-        canvas = Image.new("RGB", (width, height))
-        corner = ((width - fitted[0]) // 2, (height - fitted[1]) // 2)
-        canvas.paste(image.resize(fitted, RESAMPLING[self.view.resample]), corner)
-        corners = [(x, y) for y in range(0, height, pixels) for x in range(0, width, pixels)]
-        tiles = [canvas.crop((x, y, x + pixels, y + pixels)) for x, y in corners]
-        return torch.stack([self.view(each) for each in (image, *tiles)])
+        canvas = torch.zeros(3, height, width, dtype=torch.uint8)
+        left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
+        canvas[:, top : top + fitted[1], left : left + fitted[0]] = resized(image, *fitted, self.view.resample)
+        tiles = canvas.unflatten(1, (rows, pixels)).unflatten(3, (columns, pixels)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+        return torch.cat([self.view(image)[None], tiles])
 
-    def unnormalize(self, pixels: torch.Tensor) -> Image.Image:
+    def picture(self, pixels: torch.Tensor) -> Image.Image:
         """The view and the tiles side by side."""
-        return self.view.unnormalize(torch.cat(list(pixels), dim=-1))
+        return self.view.picture(torch.cat(list(pixels), dim=-1))
 
-    def views(self, pixels: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(list(pixels))
+    def views(self, pixels: Pixels) -> Pixels:
+        return self.view.views(torch.cat(list(pixels)))
 
     def order(self, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int]:
         side, start = self.side, 0

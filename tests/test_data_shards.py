@@ -416,7 +416,7 @@ def test_inspect_shows_what_is_trained(tmp_path: Path) -> None:
     assert "it is" not in page.rest and len(page.images) == 0 + 1 + 2 + 0 + 1
     # the picture on the page is what the model sees
     shown = Image.open(io.BytesIO(base64.b64decode(page.images[0].partition(",")[2])))
-    seen = TRANSFORM.unnormalize(TRANSFORM(open_image(picture(1), "", 1000)))
+    seen = TRANSFORM.picture(TRANSFORM(open_image(picture(1), "", 1000)))
     assert shown.size == (8, 8) and shown.tobytes() == seen.tobytes()
     png = Image.open(paths[1])
     assert png.width == 1200 and png.height > 400 and png.getcolors(2**20) is not None

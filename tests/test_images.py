@@ -11,9 +11,12 @@ import zlib
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
+from lit_eemllm import images
 from lit_eemllm.errors import ConfigError, SampleError
 from lit_eemllm.images import MAX_SIDE, ImageTransform, image_size, open_image
 
@@ -191,7 +194,7 @@ def make_processor(family: str, options: dict):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("family", "options"), PROCESSORS)
 def test_same_pixels_as_transformers(family, options) -> None:
-    """The same resize of the same uint8 picture: equal up to float32 rounding of the normalisation."""
+    """Of Pillow's resize a level of 255 away at times, otherwise equal up to float32 rounding."""
     processor = make_processor(family, options)
     from_file = json.loads(processor.to_json_string())
     transform = ImageTransform.from_preprocessor_config(from_file, patch=14)
@@ -199,9 +202,8 @@ def test_same_pixels_as_transformers(family, options) -> None:
         image = picture(width, height)
         expected = processor(image, return_tensors="pt")["pixel_values"][0]
         pixels = transform(image)
-        assert pixels.dtype == torch.float32
-        assert pixels.is_contiguous()
-        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
+        assert pixels.dtype == torch.uint8
+        tiny.assert_same_picture(transform.views(pixels[None])[0], expected, transform.std)
 
 
 def test_old_preprocessor_config_with_numbers() -> None:
@@ -244,22 +246,23 @@ def test_pad_is_a_square_of_the_mean_colour(width, height) -> None:
     top, left = (side - height) // 2, (side - width) // 2
     expected[top : top + height, left : left + width] = np.asarray(image)
     seen = ImageTransform(side, side, 10, MEAN, STD, "pad")
-    assert np.array_equal(np.asarray(seen.unnormalize(seen(image))), expected)
+    assert np.array_equal(np.asarray(seen.picture(seen(image))), expected)
     smaller = ImageTransform(24, 24, 8, MEAN, STD, "pad")
     resized = Image.fromarray(expected).resize((24, 24), Image.Resampling.BICUBIC)
-    assert np.array_equal(np.asarray(smaller.unnormalize(smaller(image))), np.asarray(resized))
+    assert np.abs(np.asarray(smaller.picture(smaller(image))).astype(int) - np.asarray(resized)).max() <= 2
 
 
 @pytest.mark.parametrize("policy", ["pad", "resize", "crop"])
 @pytest.mark.parametrize(("width", "height"), [(3 * MAX_SIDE, 1), (1, 3 * MAX_SIDE), (MAX_SIDE + 1, 300)])
 def test_extreme_sides_stay_within_bounds(policy, width, height, monkeypatch) -> None:
     calls = []
-    resize = Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda i, s, *a: calls.append((i.size, s)) or resize(i, s, *a))
+    monkeypatch.setattr(
+        images, "interpolate", lambda x, s, **k: calls.append((x.shape[2:], s)) or interpolate(x, s, **k)
+    )
     transform = ImageTransform(28, 28, 14, MEAN, STD, policy)
     pixels = transform(Image.new("RGB", (width, height), "white"))
     assert pixels.shape == (3, 28, 28)
-    assert pixel(transform.unnormalize(pixels), 14, 14)[0] > 100
+    assert pixel(transform.picture(pixels), 14, 14)[0] > 100
     assert max(calls[-1][0]) <= MAX_SIDE
     assert calls[-1][1][0] * calls[-1][1][1] <= 17 * 28 * 28
 
@@ -273,7 +276,7 @@ def test_tokens_dict_and_resampling() -> None:
     assert hash(ImageTransform.from_dict(stored)) == hash(transform)
     image = picture(50, 40)
     nearest = ImageTransform(40, 50, 10, MEAN, STD, "resize", "nearest")
-    assert np.array_equal(np.asarray(nearest.unnormalize(nearest(image))), np.asarray(image))
+    assert np.array_equal(np.asarray(nearest.picture(nearest(image))), np.asarray(image))
     assert not torch.equal(transform(image), ImageTransform(384, 384, 14, MEAN, STD)(image))
     for broken in ({**stored, "sise": 3}, {key: stored[key] for key in stored if key != "mean"}):
         with pytest.raises(ConfigError, match=r"sise|mean"):

@@ -115,10 +115,10 @@ def test_idefics2_as_transformers_computes_it_with_padding():
     whole = torch.zeros(len(pixels), 3, 20, 20)
     mask = torch.zeros(len(pixels), 5, 5, dtype=torch.bool)
     for i, image in enumerate(pixels):
-        whole[i, :, : image.shape[1], : image.shape[2]] = image
+        whole[i, :, : image.shape[1], : image.shape[2]] = encoder.transform.views([image])[0]
         mask[i, : image.shape[1] // 4, : image.shape[2] // 4] = True
     states = encoder.model(whole, mask, output_hidden_states=True).hidden_states[-1]
-    torch.testing.assert_close(encoder(pixels), states[mask.flatten(1)], rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoder(encoder.transform.views(pixels)), states[mask.flatten(1)], rtol=0, atol=1e-5)
     assert len({x.shape for x in pixels}) > 2
 
 
@@ -204,7 +204,8 @@ def test_llava_next_of_transformers():
         ids = batch.input_ids.index_fill(0, batch.layout.visual_index, tiny.VOCAB)[None]
         ours = model(ids, pixel_values=batch.pixel_values, image_sizes=[size]).logits
         sizes = torch.tensor([[size[1], size[0]]])
-        theirs = twin(input_ids=ids, pixel_values=torch.stack(list(batch.pixel_values)), image_sizes=sizes).logits
+        pixels = model.vision.transform.views(batch.pixel_values)[None]
+        theirs = twin(input_ids=ids, pixel_values=pixels, image_sizes=sizes).logits
         text = ids[0] != tiny.VOCAB
         assert tiny.max_error(ours[0, text][:, : tiny.VOCAB], theirs[0, text][:, : tiny.VOCAB]) < 1e-5
 
@@ -227,7 +228,8 @@ def test_a_pack_of_many_sizes_is_one_image_at_a_time(encoder, preset):
     assert tiny.max_error(model.packed_logits(batch), torch.cat(logits)) < 2e-5
     for name, gradient in together.items():
         other = model.get_parameter(name).grad
-        torch.testing.assert_close(gradient, other, rtol=2e-3, atol=2e-5 * gradient.abs().max().item() + 1e-6)
+        rounding = 2e-6  # all there is of the gradient of a key's bias, which has no effect
+        torch.testing.assert_close(gradient, other, rtol=2e-3, atol=2e-5 * gradient.abs().max().item() + rounding)
 
 
 def prompts(model, documents, seed=0):

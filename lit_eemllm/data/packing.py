@@ -50,27 +50,26 @@ def collate(samples: Sequence[EncodedSample]) -> PackedBatch:
     A text row predicts the entry after it if that is supervised text of the same document. Rows before an image, image rows
     and the last row of a document predict nothing.
     """
-    ids: list[int] = []
+    text: list[int] = []
     target_rows: list[int] = []
     targets: list[int] = []
-    text_rows = 0
     for sample in samples:
-        tokens = sample.tokens
+        ids, supervised = sample.tokens.ids, sample.tokens.targets()
         text_row_of_entry: list[int] = []
-        images = iter(tokens.image_tokens)
-        for entry in tokens.ids:
-            text_row_of_entry.append(text_rows)
-            ids += [0] * next(images) if entry == IMAGE_SLOT else [entry]
-            text_rows += entry != IMAGE_SLOT
-        target_rows += [text_row_of_entry[target - 1] for target in tokens.targets()]
-        targets += [tokens.ids[target] for target in tokens.targets()]
+        for entry in ids:
+            text_row_of_entry.append(len(text))
+            if entry != IMAGE_SLOT:
+                text.append(entry)
+        target_rows += [text_row_of_entry[target - 1] for target in supervised]
+        targets += [ids[target] for target in supervised]
     pixels = [image for sample in samples for image in sample.pixels]
+    layout = SequenceLayout.of([document_runs(sample.tokens) for sample in samples])
     return PackedBatch(
-        input_ids=torch.tensor(ids),
+        input_ids=layout.merge(torch.tensor(text), torch.zeros(layout.num_visual, dtype=torch.long)),
         target_rows=torch.tensor(target_rows),
         targets=torch.tensor(targets),
         pixel_values=join_images(pixels) if pixels else None,
-        layout=SequenceLayout.of([document_runs(sample.tokens) for sample in samples]),
+        layout=layout,
         keys=[sample.tokens.key for sample in samples],
         image_sizes=[size for sample in samples for size in sample.sizes],
     )

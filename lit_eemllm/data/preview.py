@@ -96,7 +96,7 @@ def read_pack(batch: PackedBatch, tokenizer: Any, transform: Transform) -> list[
         for run in runs:
             rows = range(row, row + run.length)
             if run.visual:
-                document.pieces.append(Piece(transform.unnormalize(next(pictures)), [], run.length))
+                document.pieces.append(Piece(transform.picture(next(pictures)), [], run.length))
             else:
                 texts = token_texts(tokenizer, [ids[i] for i in rows])
                 tokens = [(text, i in targets) for text, i in zip(texts, rows, strict=True)]

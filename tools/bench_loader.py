@@ -1,0 +1,200 @@
+"""Benchmark the loader against the bare cost of decoding pictures and tokenising text, measured in turns in the same run.
+
+    python tools/bench_loader.py --data BLEND.yaml --tokenizer FOLDER [--workers 1 2]
+
+For each number of workers as many processes do, over and over, the least that any loader must do for samples drawn as the
+recipe asks, held in memory: `decode`: open every picture as RGB and tokenise the conversation's text once. `pixels`: also bring
+every picture to the encoder's size. Then the loader with as many workers is emptied as fast as it fills, by a process that
+trains nothing. Writes result.json and report.md, by default into benchmarks/DATE-loader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from lit_eemllm.chat import ChatTemplate, get_template
+from lit_eemllm.console import console, progress, write_atomically
+from lit_eemllm.data.module import ShardDataModule
+from lit_eemllm.data.recipe import read_recipe
+from lit_eemllm.data.samples import read_members
+from lit_eemllm.data.shards import read_shard
+from lit_eemllm.errors import SampleError
+from lit_eemllm.images import ImageTransform, Transform
+from lit_eemllm.report import provenance
+from lit_eemllm.schema import DataConfig
+
+HELD = 512  # samples in memory for the bare costs
+WARM_UP = 1.0  # seconds
+
+Held = list[tuple[str, list[bytes]]]
+"""Text of a conversation as the template writes it, and its image files."""
+
+
+def held_samples(path: Path, template: ChatTemplate) -> Held:
+    """Good samples of each source, as many as its share of the recipe asks for."""
+    recipe, held = read_recipe(path, "train"), list[tuple[str, list[bytes]]]()
+    for source in recipe.sources:
+        share = recipe.shares[recipe.names[os.path.normpath(source.folder)]]
+        held += islice(_texts(source.folder, source.shards, template), round(HELD * share))
+    return held
+
+
+def _texts(folder: Path, shards: Any, template: ChatTemplate) -> Iterator[tuple[str, list[bytes]]]:
+    for name, _ in shards:
+        for key, members in read_shard(folder / name):
+            try:
+                conversation, images = read_members(key, members)
+                yield "".join(span.text for span in template.render(conversation)), images
+            except SampleError:
+                continue
+
+
+def bare(tokenizer: Any, held: Held, transform: Transform | None, seconds: float, rates: Any) -> None:
+    """Work for so many seconds and put the samples per second into the queue."""
+    torch.set_num_threads(1)
+    done, start = 0, time.perf_counter() + WARM_UP
+    while (now := time.perf_counter()) < start + seconds:
+        text, images = held[done % len(held)]
+        tokenizer(text, add_special_tokens=False)
+        for data in images:
+            picture = Image.open(io.BytesIO(data)).convert("RGB")
+            if transform is not None:
+                transform(picture)
+        done = 0 if now < start else done + 1
+    rates.put(done / (time.perf_counter() - start))
+
+
+def bare_rate(workers: int, *task: Any) -> float:
+    """Samples per second of so many processes."""
+    context = multiprocessing.get_context("fork")  # shares the samples in memory, as the loader's workers share theirs
+    rates = context.Queue()
+    processes = [context.Process(target=bare, args=(*task, rates)) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    total = sum(rates.get(timeout=600) for _ in processes)
+    for process in processes:
+        process.join()
+    return total
+
+
+def loader_rate(config: DataConfig, template: ChatTemplate, transform: Transform, seconds: float) -> dict[str, float]:
+    """Samples and tokens per second, packing efficiency and memory of a worker, after its buffers have filled."""
+    data = ShardDataModule(config, seed=0)
+    data.connect(template, transform)
+    loader: Any = data.train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    stop = time.perf_counter() + WARM_UP
+    while time.perf_counter() < stop:
+        next(batches)
+    samples = tokens = packs = 0
+    start = time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds:
+        batch = next(batches)
+        samples, tokens, packs = samples + len(batch.keys), tokens + batch.layout.num_tokens, packs + 1
+    workers = [worker.pid for worker in loader.loader._iterator._workers]
+    result = {
+        "samples_per_second": samples / passed,
+        "tokens_per_second": tokens / passed,
+        "packing": tokens / packs / config.pack_tokens,
+        "mib_per_worker": max(map(own_mib, workers)),
+    }
+    loader.close()
+    return result
+
+
+def own_mib(pid: int) -> float:
+    """Memory of a process, what it shares with others counted by its part."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def report(result: dict[str, Any]) -> str:
+    lines = [
+        "# Loader",
+        "",
+        f"`{result['data']}`, packs of {result['pack_tokens']} tokens, pictures of {result['image_size']} x "
+        f"{result['image_size']} pixels. Medians of {result['rounds']} rounds of {result['seconds']:g} s, taken in turns. *decode*: open the",
+        "pictures and tokenise the text, nothing else; *pixels*: also bring the pictures to the encoder's size.",
+        "",
+        "| workers | decode (samples/s) | pixels (samples/s) | loader (samples/s) | loader (tokens/s) | of decode | of pixels "
+        "| packing | MiB a worker |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['workers']} | {row['decode']:.0f} | {row['pixels']:.0f} | {row['samples_per_second']:.0f} "
+            f"| {row['tokens_per_second']:,.0f} | {row['of_decode']:.2f} | {row['of_pixels']:.2f} | {row['packing']:.3f} "
+            f"| {row['mib_per_worker']:.0f} |"
+        )
+    return "\n".join([*lines, "", f"- {result['provenance']}", ""])
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="recipe or folder of prepared shards")
+    parser.add_argument("--tokenizer", required=True, help="folder or name of a tokenizer")
+    parser.add_argument("--template", default="vicuna_v1")
+    parser.add_argument("--image-size", type=int, default=336)
+    parser.add_argument("--patch", type=int, default=14)
+    parser.add_argument("--policy", default="pad")
+    parser.add_argument("--pack-tokens", type=int, default=4096)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks") / f"{date.today()}-loader")
+    args = parser.parse_args(argv)
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    template = get_template(args.template, tokenizer)
+    size = args.image_size
+    transform = ImageTransform(size, size, args.patch, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), args.policy)
+    held = held_samples(args.data, template)
+    rows: list[dict[str, float]] = []
+    with progress("rounds", len(args.workers) * args.rounds) as advance:
+        for workers in args.workers:
+            config = DataConfig(train=str(args.data), pack_tokens=args.pack_tokens, workers=workers)
+            rounds = []
+            for _ in range(args.rounds):
+                measured = {
+                    "decode": bare_rate(workers, tokenizer, held, None, args.seconds),
+                    "pixels": bare_rate(workers, tokenizer, held, transform, args.seconds),
+                    **loader_rate(config, template, transform, args.seconds),
+                }
+                for name in ("decode", "pixels"):
+                    measured[f"of_{name}"] = measured["samples_per_second"] / measured[name]
+                rounds.append(measured)
+                advance(1)
+            rows.append({"workers": workers} | {key: median(one[key] for one in rounds) for key in rounds[0]})
+    result = {
+        **{key: getattr(args, key) for key in ("pack_tokens", "image_size", "rounds", "seconds")},
+        "data": args.data.name,
+        "rows": rows,
+        "provenance": provenance(shlex.join(["python", "tools/bench_loader.py", *argv])),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out / "result.json", json.dumps(result, indent=2))
+    write_atomically(args.out / "report.md", report(result))
+    console.print(report(result))
+    console.print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

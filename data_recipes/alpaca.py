@@ -11,7 +11,8 @@ The human turn is the instruction, an empty line, and the input. Alpaca's own pr
 to the chat template.
 """
 
-from lit_eemllm.data.sources import Question, each, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.sources import Question, each
 
 SPLITS = ("train",)
 

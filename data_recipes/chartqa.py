@@ -13,7 +13,8 @@ Below --root, the folder "ChartQA Dataset"::
 `type` is human or augmented, which the benchmark scores apart and averages. The metric is relaxed accuracy.
 """
 
-from lit_eemllm.data.sources import SHORT, Question, each, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.sources import SHORT, Question, each
 
 SPLITS = ("train", "val", "test")
 

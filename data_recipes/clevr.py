@@ -12,7 +12,8 @@ Below --root, the folder CLEVR_v1.0 of the archive::
 `type` is the last function of a question's program: count, exist, query_color ...
 """
 
-from lit_eemllm.data.sources import SHORT, Question, each, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.sources import SHORT, Question, each
 
 SPLITS = ("train", "val")
 

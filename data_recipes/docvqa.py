@@ -13,7 +13,8 @@ Below --root, the archives unpacked::
 The first answer is trained; all are in the row's "answers". The metric is ANLS.
 """
 
-from lit_eemllm.data.sources import SHORT, Question, each, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.sources import SHORT, Question, each
 
 SPLITS = ("train", "val")
 

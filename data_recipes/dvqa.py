@@ -13,7 +13,8 @@ The validation split is both: `type` is easy or hard, then structure, data or re
 "question_type"; the files have template_id.)
 """
 
-from lit_eemllm.data.sources import SHORT, Question, each, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.sources import SHORT, Question, each
 
 SPLITS = ("train", "val")
 PARTS = {"train": ("train",), "val": ("val_easy", "val_hard")}

@@ -12,7 +12,8 @@ Below --root, the folder easy_vqa/data of the package::
 The release's test set is the val split here.
 """
 
-from lit_eemllm.data.sources import SHORT, Question, each, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.sources import SHORT, Question, each
 
 SPLITS = ("train", "val")
 

@@ -13,7 +13,8 @@ Below --root, the folder iconqa_data of the archive::
 here choices are lettered as in LLaVA-1.5's multiple choice questions, images among them.
 """
 
-from lit_eemllm.data.sources import IMAGE, LETTER, SHORT, Question, each, letter, lettered, read_object
+from lit_eemllm.console import read_object
+from lit_eemllm.data.sources import IMAGE, LETTER, SHORT, Question, each, letter, lettered
 
 SPLITS = ("train", "val", "test")
 KINDS = ("choose_txt", "choose_img", "fill_in_blank")

@@ -18,7 +18,8 @@ Below --root, then::
 A link whose image is gone is a dropped row. The captions have no question; all rows ask the same (`DESCRIBE`), our choice.
 """
 
-from lit_eemllm.data.sources import DESCRIBE, Question, each, read_object
+from lit_eemllm.console import read_object
+from lit_eemllm.data.sources import DESCRIBE, Question, each
 from lit_eemllm.errors import SampleError
 
 SPLITS = ("train",)

@@ -16,7 +16,8 @@ of images are ours; the names in them are those that other readers of these file
 a row each. The narratives answer no question; all rows ask the same (`DESCRIBE`), our choice.
 """
 
-from lit_eemllm.data.sources import DESCRIBE, Question, each, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.sources import DESCRIBE, Question, each
 
 SPLITS = ("train", "val", "test")
 FILES = {

@@ -1,6 +1,9 @@
 """NLVR: is a sentence true of a drawn picture of three boxes? True or false.
 
-From: Suhr et al. 2017, github.com/lil-lab/nlvr, rows in LLaVA's form; with one picture (nlvr) or cut into three (nlvr_boxes).
+From: Suhr et al. 2017, github.com/lil-lab/nlvr. There, ``train/train.json`` has a JSON object a line (sentence, label, identifier,
+directory) and ``train/images/DIRECTORY/train-IDENTIFIER-0.png`` to ``-5.png`` are its pictures, the boxes in six orders; ``dev`` and
+``test`` likewise. Read here is a copy in LLaVA's form, of which there are two: with one picture (nlvr), or cut into its three boxes
+(nlvr_boxes).
 Licence: CC BY 4.0.
 
 Below --root::

@@ -13,7 +13,8 @@ The release's page calls the file a list; other readers of it find the list unde
 of plot. Answers are texts or numbers; the metric is relaxed accuracy.
 """
 
-from lit_eemllm.data.sources import SHORT, Question, each, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.sources import SHORT, Question, each
 
 SPLITS = ("train", "val", "test")
 

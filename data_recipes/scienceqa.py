@@ -13,7 +13,8 @@ The hint comes first, then the question and the choices as LLaVA-1.5 writes them
 are not used. `type` is the subject. (The copies in parquet on the hub are not read.)
 """
 
-from lit_eemllm.data.sources import LETTER, Question, each, letter, lettered, read_object
+from lit_eemllm.console import read_object
+from lit_eemllm.data.sources import LETTER, Question, each, letter, lettered
 
 SPLITS = ("train", "val", "test")
 

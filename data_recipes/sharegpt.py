@@ -13,7 +13,8 @@ is not made into text (FastChat's clean_sharegpt does), and long conversations a
 training. A first answer to nothing and a last question without answer are dropped, as FastChat does.
 """
 
-from lit_eemllm.data.sources import each, mended, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.sources import each, mended
 
 SPLITS = ("train",)
 ROLES = dict.fromkeys(("human", "user"), "human") | {"system": "system"}

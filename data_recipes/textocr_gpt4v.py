@@ -13,7 +13,8 @@ Below --root::
 what is trained. The captions have no question; all rows ask the same (`DESCRIBE`). Both are our choice.
 """
 
-from lit_eemllm.data.sources import DESCRIBE, Question, each, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.sources import DESCRIBE, Question, each
 
 SPLITS = ("train",)
 

@@ -85,8 +85,13 @@ class EncodedText:
     supervised: list[bool]
 
 
+def leading_answer(turns: Sequence[Any]) -> bool:
+    """Whether a row's turns begin with an answer, to nothing, and go on. `parse_conversation` drops it, as LLaVA's code does."""
+    return len(turns) > 1 and isinstance(turns[0], Mapping) and turns[0].get("from") == "gpt"
+
+
 def parse_conversation(row: Mapping[str, Any], num_images: int, key: str) -> Conversation:
-    """Check a row in LLaVA's JSON form and return its conversation.
+    """Check a row in LLaVA's JSON form and return its conversation, without a `leading_answer`.
 
     Args:
         row: ``{"conversations": [{"from": "human"|"gpt"|"system", "value": str}, ...], "type": str (optional)}``.
@@ -106,6 +111,7 @@ def parse_conversation(row: Mapping[str, Any], num_images: int, key: str) -> Con
         if not isinstance(role, str) or not isinstance(value, str) or SURROGATE.search(value):
             raise SampleError("bad_conversation", f"{expected}, one turn is {str(entry)[:80]!a}")
         turns.append(Turn(role, value))
+    turns = turns[leading_answer(entries) :]
     kind = row.get("type")
     if kind is not None and not isinstance(kind, str):
         raise SampleError("bad_conversation", f"sample {key!r}: 'type' must be a string, found {str(kind)[:80]!r}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_eemllm import __version__
 from lit_eemllm.data.sources import SOURCES
-from lit_eemllm.errors import ConfigError, UserError
+from lit_eemllm.errors import ConfigError, UserError, not_one_of
 
 if TYPE_CHECKING:
     from lit_eemllm.model import Processor
@@ -133,6 +133,9 @@ def _config_check(args: Namespace) -> None:
             print(f"{file}: good")
         except ConfigError as error:
             problems.append(f"{file}: {error}")
+            if all(": required" in line for line in str(error).splitlines()[1:]):
+                text = "it seems to be an overlay, to be merged onto another file; to check them together"
+                problems[-1] += f"\n  {text}: lit-eemllm config show OTHER.yaml {file}"
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -165,6 +168,13 @@ def _shards_make(args: Namespace) -> None:
             rows = {split: write(Path(folder), split, count) for split, count in counts.items() if count}
             images = Path(folder) / "images"
         print(make(rows, images, args.out, **options))
+
+
+def _source(name: str) -> str:
+    known = sorted({*_SOURCES, *SOURCES})
+    if name not in known:
+        raise argparse.ArgumentTypeError(not_one_of(name, known))
+    return name
 
 
 def _shards_prepare(args: Namespace) -> None:
@@ -367,7 +377,7 @@ def build_parser() -> ArgumentParser:
         "--rows", type=lambda text: text.partition("="), action="append", default=[], metavar="SPLIT=JSON", help=text
     )
     text = "instead of files, a procedural set, or a published one as it was released, found in --root"
-    what.add_argument("--source", choices=sorted({*_SOURCES, *SOURCES}), metavar="NAME", help=text)
+    what.add_argument("--source", type=_source, metavar="NAME", help=text)
     made.add_argument("--root", type=Path, metavar="DIR", help="with --source: the folder of the release")
     text = "with --root: those to convert, such as train,val; default: all that the release has"
     made.add_argument("--splits", type=lambda text: text.split(","), metavar="SPLIT,...", help=text)

@@ -13,7 +13,6 @@ reported at once, in one `ConfigError`.
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import inspect
 import json
@@ -37,7 +36,7 @@ from omegaconf.errors import (
 from yaml.composer import ComposerError
 
 from lit_eemllm import schema
-from lit_eemllm.errors import ConfigError
+from lit_eemllm.errors import ConfigError, did_you_mean
 from lit_eemllm.schema import Config, Mistake, check
 
 MAX_FILES = 64  # files that one configuration may be built from
@@ -119,17 +118,15 @@ def _expected(kind: Any) -> str:
     )
 
 
-def _nearest(key: str) -> str:
-    """Names the valid key most like `key`, else the keys of the section it stands in."""
+def is_key(key: str) -> bool:
+    """Whether a configuration can have it; which arguments lightning.Trainer has is not known here."""
+    return key in _KINDS or key.startswith("trainer.")
 
-    def likeness(valid: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, valid).ratio()
-        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], valid.rpartition(".")[2]).ratio()
-        return max(whole, last - 0.01)
 
-    best = max(_KINDS, key=likeness)
-    if likeness(best) > 0.7:
-        return f"did you mean {best}?"
+def nearest_key(key: str, others: Iterable[str] = ()) -> str:
+    """Names the key, or one of the others, most like `key`, else the keys of the section it stands in."""
+    if hint := did_you_mean(key, [*_KINDS, *others]):
+        return hint
     section = key.rpartition(".")[0]
     while section and section not in _KINDS:
         section = section.rpartition(".")[0]
@@ -234,7 +231,7 @@ class _Merge:
         kind = Config if key == "" else Any if free else _KINDS.get(key)
         section = is_dataclass(kind) or key == "trainer"
         if kind is None:
-            self.fail(where, key, f"unknown key; {_nearest(key)}")
+            self.fail(where, key, f"unknown key; {nearest_key(key)}")
         elif isinstance(node, yaml.MappingNode) and (section or (free and node.value)):
             for name, value in self.items(key, node, source):
                 self.node(f"{key}.{name}" if key else name, value, source)
@@ -315,7 +312,7 @@ class _Merge:
             known = [*_KINDS, *self.origin]
             names = [n for n in _REFERENCE.findall(str(raw)) if not any(f"{k}.".startswith(f"{n}.") for k in known)]
             if names:
-                self.fail(where, key, f"{raw} refers to {names[0]}, which is not a key; {_nearest(names[0])}")
+                self.fail(where, key, f"{raw} refers to {names[0]}, which is not a key; {nearest_key(names[0])}")
             else:
                 self.wrong.add(key)  # the key referred to cannot be resolved and has the message
         elif isinstance(error, InterpolationValidationError):

@@ -1,7 +1,8 @@
-"""How the program speaks on the terminal and writes small files: one console, one kind of progress bar."""
+"""How the program speaks on the terminal, and reads and writes small files: one console, one kind of progress bar."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -9,9 +10,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .errors import UserError
 
 WIDTH = None if sys.stdout.isatty() else 120  # columns; a file has no width of its own
 console = Console(highlight=False, soft_wrap=True, markup=False, width=WIDTH)
@@ -38,6 +42,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(unfinished, path)
+
+
+def read_object(path: Path, error: type[UserError] = UserError) -> dict[str, Any]:
+    """A JSON object. Raises `error`, which names the file, where it is anything else; OSError where it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not valid JSON: {problem}") from None
+    if not isinstance(found, dict):
+        raise error(f"{path}: found a {type(found).__name__}, expected an object")
+    return found
 
 
 def quiet_libraries() -> None:

@@ -1,5 +1,12 @@
 """Errors written for people: the command line prints their message without a traceback and exits with status 2."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
 
 class UserError(Exception):
     """Something the user can mend. The message says what was found, what was expected and how to fix it."""
@@ -28,3 +35,36 @@ class SampleError(UserError):
 
     def __reduce__(self) -> tuple:  # crosses process borders of loader workers
         return type(self), (self.reason, self.message)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names the known name most like `name`; empty if none is like it.
+
+    What stands after the last dot counts most. It is like the end of a dotted name (``lora_rank``, ``optim.lora.r``), a name
+    that has its words (``steps``, ``optim.max_steps``), its initials or the name that they stand for (``learning_rate``,
+    ``optim.lr``).
+    """
+    last = name.rpartition(".")[2].lower()
+
+    def likeness(valid: str) -> tuple[float, float]:
+        parts = valid.lower().split(".")
+        ends = ["_".join(parts[i:]) for i in range(len(parts))]
+        alike = [SequenceMatcher(None, last, end).ratio() - abs(len(last) - len(end)) / 500 for end in ends]
+        words, its_words = (re.findall("[^_-]+", text) for text in (last, parts[-1]))
+        contained = set() < set(words) <= set(its_words)
+        initials = _stands_for(last, its_words) or _stands_for(parts[-1], words)
+        whole = SequenceMatcher(None, name, valid).ratio()
+        return max(*alike, 0.8 * contained, 0.75 * initials, whole - 0.2), whole
+
+    best = max(known, key=likeness, default="")
+    return f"did you mean {best}?" if best and likeness(best)[0] > 0.665 else ""  # two of three letters are enough
+
+
+def not_one_of(found: Any, known: Collection[str]) -> str:
+    """What is said of a value that is none of those that are known."""
+    hint = did_you_mean(str(found), known)
+    return f"found {found!r}, expected {' or '.join(known)}" + (f"; {hint}" if hint else "")
+
+
+def _stands_for(short: str, words: Sequence[str]) -> bool:
+    return len(words) > 1 and short == "".join(word[0] for word in words)

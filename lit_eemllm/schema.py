@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from lit_eemllm.errors import ConfigError
+from lit_eemllm.errors import ConfigError, did_you_mean, not_one_of
 
 
 @dataclass
@@ -304,7 +303,7 @@ def check(config: Config) -> list[Mistake]:
 
     for key, words in _WORDS.items():
         if value(key) not in words and not (value(key) is None and key in _NULLABLE):
-            mistakes.append(((key,), f"found {value(key)!r}, expected {' or '.join(words)}"))
+            mistakes.append(((key,), not_one_of(value(key), words)))
     for expected, holds, keys in _RANGES:
         for key in keys.split():
             if value(key) is not None and not holds(value(key)):
@@ -383,7 +382,7 @@ def check_names(config: Config) -> Iterator[Mistake]:
     ):
         if found not in known:
             own = "; one of your own needs --import FILE" if key in ("model.attention", "eval.metric") else ""
-            yield (key,), f"found {found!r}, expected {' or '.join(sorted(filter(None, known)))}{own}"
+            yield (key,), not_one_of(found, sorted(filter(None, known))) + own
     try:
         get_vision_encoder(config.model.vision.encoder)
     except ConfigError as error:
@@ -391,6 +390,5 @@ def check_names(config: Config) -> Iterator[Mistake]:
     arguments = list(inspect.signature(Trainer.__init__).parameters)[1:]
     for name in config.trainer:
         if name not in arguments:
-            nearest = difflib.get_close_matches(name, arguments, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            yield (f"trainer.{name}",), f"lightning.Trainer has no such argument{hint}"
+            hint = did_you_mean(name, arguments)
+            yield (f"trainer.{name}",), "lightning.Trainer has no such argument" + (f"; {hint}" if hint else "")

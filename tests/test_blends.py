@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -12,8 +15,10 @@ import pytest
 import tiny
 from shards_util import blend, module, row, write_shards
 
+from lit_eemllm.config import to_yaml
 from lit_eemllm.data.recipe import read_recipe, read_yaml
 from lit_eemllm.data.sources import SOURCES
+from lit_eemllm.training.checkpoint import read_checkpoint
 from lit_eemllm.training.fit import fit
 
 BLENDS = sorted((Path(__file__).parents[1] / "data_recipes" / "blends").glob("*.yaml"))
@@ -53,7 +58,7 @@ def test_what_was_drawn_is_what_was_asked_for_also_after_a_resume(folder: Path, 
             source = 0 if any(run.visual for run in runs) else 1
             samples[source] += 1
             tokens[source] += sum(run.length for run in runs)
-    drawn = data.drawn
+    drawn = data.drawn()
     assert sum(samples) > 800
     for source, name in enumerate(("a", "a (2)")):
         asked, of_samples, of_tokens = drawn[name]
@@ -63,19 +68,22 @@ def test_what_was_drawn_is_what_was_asked_for_also_after_a_resume(folder: Path, 
     again = module(recipe, workers=workers)
     again.load_state_dict(json.loads(json.dumps(saved)))
     list(islice(again.train_dataloader(), 100))
-    assert again.drawn == drawn
+    assert again.drawn() == drawn
+
+
+OWN = ("optim.max_steps=6", "optim.save_every=3", "data.val=null", "data.max_length=250", "data.pack_tokens=600")
+
+
+def shares(out: Path) -> dict[str, str]:
+    """The last row of metrics.csv."""
+    rows = [list(csv.DictReader(path.open())) for path in sorted(out.glob("logs/version_*/metrics.csv"))]
+    return {name: value for name, value in rows[-1][-1].items() if name.startswith("share_of")}
 
 
 def test_training_logs_the_realised_shares(folder: Path, parts: Path, tmp_path: Path, capsys) -> None:
     """In the log as text and in metrics.csv; a run that goes on counts on."""
     recipe = blend(folder, {"a": 1, "x/a": 3})
-    own = ["optim.max_steps=6", "optim.save_every=3", "data.val=null", "data.max_length=250", "data.pack_tokens=600"]
-
-    def shares(out: Path) -> dict[str, str]:
-        rows = [list(csv.DictReader(path.open())) for path in sorted(out.glob("logs/version_*/metrics.csv"))]
-        return {name: value for name, value in rows[-1][-1].items() if name.startswith("share_of")}
-
-    fit(tiny.config(parts, recipe, tmp_path / "whole", *own))
+    fit(tiny.config(parts, recipe, tmp_path / "whole", *OWN))
     shown = capsys.readouterr().out
     assert "realised blend" in shown and "75.0%" in shown
     whole = shares(tmp_path / "whole")
@@ -84,8 +92,31 @@ def test_training_logs_the_realised_shares(folder: Path, parts: Path, tmp_path: 
     cut = tmp_path / "cut" / "checkpoints"
     cut.mkdir(parents=True)
     (tmp_path / "whole" / "checkpoints" / "step-3.ckpt").rename(cut / "step-3.ckpt")
-    fit(tiny.config(parts, recipe, tmp_path / "cut", *own))
+    fit(tiny.config(parts, recipe, tmp_path / "cut", *OWN))
     assert shares(tmp_path / "cut") == whole
+
+
+@pytest.mark.slow
+def test_the_shares_are_those_of_all_ranks(folder: Path, parts: Path, tmp_path: Path) -> None:
+    """The checkpoint holds what each of two ranks has counted for itself."""
+    recipe = blend(folder, {"a": 1, "x/a": 3})
+    file, out = tmp_path / "two.yaml", tmp_path / "two"
+    two = ("trainer.devices=2", "trainer.strategy=ddp")
+    file.write_text(to_yaml(tiny.config(parts, recipe, out, *OWN, *two)))
+    command = [sys.executable, "-m", "lit_eemllm", "fit", str(file)]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("realised blend") == 1, "one rank speaks"
+    ranks = read_checkpoint(out / "checkpoints" / "step-6.ckpt")["ShardDataModule"]["ranks"]
+    for what in ("samples", "tokens"):
+        counted = [{name: rank[what].get(name, 0) for name in ("a", "a (2)")} for rank in ranks]
+        assert len(counted) == 2 and counted[0] != counted[1], "or one rank's shares could not be told from both's"
+        total = sum(sum(mine.values()) for mine in counted)
+        for name in counted[0]:
+            share = sum(mine[name] for mine in counted) / total
+            assert float(shares(out)[f"share_of_{what}/{name}"]) == pytest.approx(share)
 
 
 # --- the recipes of the repository

@@ -500,7 +500,9 @@ def test_a_good_row() -> None:
     ("bad", "images", "reason", "message"),
     [
         (row(("human", "q"), ("human", "r"), ("gpt", "a")), 0, "bad_conversation", "alternate"),
-        (row(("gpt", "a"), ("human", "q")), 0, "bad_conversation", "alternate"),
+        (row(("gpt", "a")), 0, "bad_conversation", "alternate"),
+        (row(("gpt", "a"), ("gpt", "b"), ("human", "q"), ("gpt", "c")), 0, "bad_conversation", "alternate"),
+        (row(("gpt", "a"), ("human", "q")), 0, "no_target", "answer"),
         (row(("human", "q"), ("gpt", "a"), ("system", "s")), 0, "bad_conversation", "alternate"),
         (row(("user", "q"), ("assistant", "a")), 0, "bad_conversation", "user"),
         (row(("system", "s")), 0, "bad_conversation", "alternate"),

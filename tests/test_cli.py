@@ -192,7 +192,8 @@ def test_mistakes_are_told_without_a_traceback(folder, calls, capsys, line, expe
         ("validate good.yaml --check a.ckpt", "unknown arguments: --check"),
         ("report runs/a --out b c=d", "lit-eemllm report: error: unknown arguments: c=d"),
         ("generate good.yaml", "the following arguments are required: --prompt"),
-        ("shards make --source cubes --out x", "invalid choice: 'cubes'"),
+        ("shards make --source cubes --out x", "argument --source: found 'cubes', expected alpaca or "),
+        ("shards make --source chartq --out x", "or textocr_gpt4v; did you mean chartqa?"),
         ("shards make --out x", "one of the arguments --rows --source is required"),
         ("shards make --source shapes --rows train=x --out x", "not allowed with argument --source"),
     ],
@@ -246,6 +247,14 @@ def test_config_show_and_check(folder, calls, capsys):
     assert cli.main(["config", "check", "good.yaml", "bad.yaml"]) == 2
     assert capsys.readouterr().out == "good.yaml: good\n"
     assert cli.main(["config", "check", "good.yaml"]) == 0
+    (folder / "overlay.yaml").write_text("seed: 3\n", encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(["config", "check", "overlay.yaml", "bad.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("seems to be an overlay") == 1  # bad.yaml has a mistake of its own
+    assert err.partition("check them together: ")[2].startswith(
+        "lit-eemllm config show OTHER.yaml overlay.yaml\nbad.yaml"
+    )
 
 
 def test_user_code_enters_by_import_and_by_entry_point_only(folder, calls, capsys, monkeypatch):

@@ -122,6 +122,49 @@ def test_values(write, override, key, value):
     assert asdict(load_config(["a.yaml", path])) == asdict(load_config(["a.yaml"], [override]))
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("learning_rate", "optim.lr"),
+        ("optim.learning_rate", "optim.lr"),
+        ("optim.wd", "optim.weight_decay"),
+        ("lora_rank", "optim.lora.r"),
+        ("num_workers", "data.workers"),
+        ("data.batch", "eval.batch_size"),
+        ("steps", "optim.max_steps"),
+        ("model.preset", "model.mechanism.preset"),
+        ("mechanism.preset", "model.mechanism.preset"),
+        ("optim.tuning.vison", "optim.tuning.vision"),  # not model.vision
+        ("gradient_checkpointing", "optim.activation_checkpointing"),
+        ("modle.vision.path", "model.vision.path"),
+        ("Seed", "seed"),
+    ],
+)
+def test_the_key_that_was_meant(write, key, meant):
+    assert only(write(a=GOOD), [f"{key}=1"]) == f"command line: {key}: unknown key; did you mean {meant}?"
+
+
+@pytest.mark.parametrize("key", ["epochs", "devices", "data.foo", "model.lm_head", "x.y", "_"])
+def test_no_key_is_guessed_that_is_not_like_it(write, key):
+    section = {"data.foo": "data has: train,", "model.lm_head": "model has: decoder,"}.get(key, "the top level has: ")
+    assert f"{key}: unknown key; {section}" in only(write(a=GOOD), [f"{key}=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.mechanism.preset=ee_mlm", "saisa or shortv or vica; did you mean ee_mllm?"),
+        ("model.attention=spda", "did you mean sdpa?; one of your own needs --import FILE"),
+        ("model.template=vicuna", "found 'vicuna', expected jinja or plain or vicuna_v1; did you mean vicuna_v1?"),
+        ("model.dtype=bfloat", "found 'bfloat', expected float32 or bfloat16; did you mean bfloat16?"),
+        ("optim.schedule=step", "found 'step', expected cosine or linear or constant"),
+        ("trainer.device=1", "lightning.Trainer has no such argument; did you mean devices?"),
+    ],
+)
+def test_the_value_that_was_meant(write, override, expected):
+    assert only(write(a=GOOD), [override], checks=[check_names]).endswith(expected)
+
+
 def test_every_mistake_at_once_with_file_line_and_nearest_name(write):
     files = write(
         a="""\

@@ -120,8 +120,9 @@ def packed(model: EEMLLM, documents: list[list[int]], seed: int) -> PackedBatch:
 
 
 def train(
-    folder: Path, case: str, rank: int | None = None, strategy: Any = "auto", sgd: bool = True, mixed: bool = False
-) -> dict[str, Any]:
+    folder: Path, case: str, rank: int | None = None, strategy: Any = "auto", sgd: bool = True, mixed: bool = False,
+    accelerator: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
     """Five steps on STEPS: as one of two ranks, or alone on the packs of both. `mixed` with bfloat16: frozen parts are in it,
     and what FSDP2 would gather in it begins with values that it holds."""
     preset, more = CASES[case]
@@ -136,7 +137,7 @@ def train(
     for parameter in [p for part in shared_out(module.model) for p in part.parameters() if mixed]:
         parameter.data = parameter.data.bfloat16().to(parameter.dtype)
     trainer = Trainer(
-        max_steps=5, accumulate_grad_batches=len(packs) // 5, accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_steps=5, accumulate_grad_batches=len(packs) // 5, accelerator=accelerator, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         devices=1 if rank is None else 2, strategy=strategy, precision="bf16-mixed" if mixed else None,
     )  # fmt: skip
@@ -174,6 +175,7 @@ def main(verb: str, *arguments: str) -> None:
         for case in ADAMW:
             result[f"{case}, adamw"] = train(folder, case, rank, "ddp", sgd=False)
             result[f"{case}, fsdp2"] = train(folder, case, rank, FSDP2(), sgd=False)
+        result["ee_mllm, offloaded"] = train(folder, "ee_mllm", rank, FSDP2(offload=True), sgd=False)
         for case in MIXED:
             result[f"{case}, mixed"] = train(folder, case, rank, FSDP2(), sgd=False, mixed=True)
         torch.save(result, folder / f"{rank}.pt")
@@ -245,6 +247,26 @@ def test_fsdp2_trains_as_ddp_and_as_one_process(trained: list[dict[str, Any]], t
                 assert (found["gradients"][name] - gradient).abs().max() <= 1e-5 * max(1.0, largest), name
 
 
+def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a["losses"] == b["losses"] and all(x.equal(b["weights"][name]) for name, x in a["weights"].items())
+
+
+def test_offloaded_shares_are_trained_as_others(trained: list[dict[str, Any]]) -> None:
+    for results in trained:
+        assert same_bits(results["ee_mllm, offloaded"], results["ee_mllm, fsdp2"])
+
+
+@pytest.mark.gpu
+def test_offloaded_shares_leave_the_gpu(tmp_path: Path) -> None:
+    """One process: weights and optimiser are in main memory after a step, and the losses are those of the others."""
+    found = {}
+    for offload in (False, True):
+        found[offload] = train(tmp_path, "ee_mllm", None, FSDP2(offload), sgd=False, accelerator="gpu")
+        found[offload]["devices"] = {x.device.type for x in found[offload]["weights"].values()}
+    assert found[False]["devices"] == {"cuda"} and found[True]["devices"] == {"cpu"}
+    assert found[True]["losses"] == pytest.approx(found[False]["losses"], rel=1e-4)
+
+
 @pytest.mark.parametrize("case", MIXED)
 def test_fsdp2_in_16_bits_computes_as_autocast(trained: list[dict[str, Any]], tmp_path: Path, case: str) -> None:
     """Layers' weights come in bfloat16, so nothing copies them, and at first, when they hold all of it, matrices have the very
@@ -271,13 +293,16 @@ def test_fsdp2_in_16_bits_computes_as_autocast(trained: list[dict[str, Any]], tm
 
 
 def test_strategies_that_cannot_weigh_tokens_alike_are_refused(tmp_path: Path) -> None:
-    for name in ("deepspeed", "deepspeed_stage_2", "fsdp"):
+    for name in ("deepspeed", "deepspeed_stage_2", "fsdp", "fsdp_cpu_offload"):
         config = tiny.config(tmp_path, "unused", tmp_path, f"trainer.strategy={name}")
-        with pytest.raises(ConfigError, match=f"'{name}', expected ddp or fsdp2"):
+        with pytest.raises(ConfigError, match=f"'{name}', expected ddp, fsdp2 or fsdp2_offload"):
             make_trainer(config, RunLog(config))
     config = tiny.config(tmp_path, "unused", tmp_path, "trainer.strategy=fsdp2", "trainer.devices=2")
     trainer = make_trainer(config, RunLog(config))
-    assert isinstance(trainer.strategy, FSDP2) and trainer.world_size == 2
+    assert isinstance(trainer.strategy, FSDP2) and trainer.world_size == 2 and not trainer.strategy.offload
+    config = tiny.config(tmp_path, "unused", tmp_path, "trainer.strategy=fsdp2_offload", "trainer.devices=2")
+    strategy = make_trainer(config, RunLog(config)).strategy
+    assert isinstance(strategy, FSDP2) and strategy.offload
 
 
 # --- data: ranks x workers ---

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -505,7 +506,19 @@ def test_costs_open_only_the_images_that_are_measured(trained, monkeypatch):
     assert len(opened) == sum(len(q.pictures) for q in questions[: cost.PROMPTS]) < len(tokens)
 
 
-def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeypatch, tmp_path):
+def test_the_python_example_of_the_documentation_answers_as_generate_does(trained, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(trained.out)
+    Image.effect_noise((40, 30), 90).convert("RGB").save("cat.jpg")
+    exec(page.partition("```python\n")[2].partition("```")[0], {})  # noqa: S102 - of this repository
+    shown = capsys.readouterr().out
+    run.generate(trained, None, [Path("cat.jpg")], "What is it?", 32, 0.0)
+    assert capsys.readouterr().out == shown and shown.strip()
+
+
+def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeypatch, tmp_path, capsys):
     """A broken image and a control token among good questions; constant answers are counted as scores are, normalised."""
     good = [question(str(i), "a", [], truth, number=i) for i, truth in enumerate(["Red.", "red", "blue"])]
     broken = question("broken", "b", [b"no image"], number=3)
@@ -532,7 +545,11 @@ def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeyp
     monkeypatch.setattr(run, "read_questions", lambda *_: ([broken], SimpleNamespace(bad=Counter())))
     shutil.copytree(tmp_path / "out" / "eval", tmp_path / "bad" / "eval")  # of an earlier validation
     (tmp_path / "bad" / "eval" / "gallery.html").touch()
+    assert "earlier evaluation" not in capsys.readouterr().out
     run.validate(replace(trained, out="bad"), str(run.newest_checkpoint(run.Path(trained.out))))
+    assert (
+        f"{Path('bad', 'eval')} holds the results of an earlier evaluation, which this one" in capsys.readouterr().out
+    )
     results = json.loads((tmp_path / "bad" / "eval" / "results.json").read_text())
     assert results["skipped"] == {"bad_image": 1} and "types" not in results and results["loss"] > 0
     assert [path.name for path in (tmp_path / "bad" / "eval").iterdir()] == ["results.json"]

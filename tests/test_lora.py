@@ -1,5 +1,6 @@
 """LoRA: LLaVA's targets, slim checkpoints, exact resume, merging to equal logits, plain peft."""
 
+import os
 import shutil
 
 import pytest
@@ -93,8 +94,15 @@ def test_a_checkpoint_holds_adapters_and_projector_and_resumes_exactly(tmp_path,
 
 def test_merge_gives_a_whole_model_with_equal_logits_and_init_from_takes_a_run(tmp_path, run, parts, shapes, capsys):
     true = packed_logits(load(run, None)[0])
-    assert cli.main(["merge", str(run.out), "--to", str(tmp_path / "merged")]) == 0
+    before = os.umask(0o027)
+    try:
+        assert cli.main(["merge", str(run.out), "--to", str(tmp_path / "merged")]) == 0
+    finally:
+        os.umask(before)
     assert "adapters folded in" in capsys.readouterr().out
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()}
+    assert modes["model.safetensors"] == 0o640 and set(modes.values()) == {0o640}, "as the umask says"
+    assert (tmp_path / "merged").stat().st_mode & 0o777 == 0o750
     assert tiny.max_error(packed_logits(EEMLLM.from_pretrained(tmp_path / "merged")), true) <= 1e-5
     merged = load_config([tmp_path / "merged" / "config.yaml"])
     assert tiny.max_error(packed_logits(load(merged, None)[0]), true) <= 1e-5  # as the command line opens it

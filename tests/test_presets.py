@@ -9,9 +9,13 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
@@ -23,7 +27,8 @@ import shrink  # noqa: E402
 PRESETS = [
     path for path in sorted((REPOSITORY / "configs" / "presets").glob("*.yaml")) if not path.stem.startswith("base_")
 ]
-OF_RUN = {load_config([path]).out: path for path in PRESETS}
+ASKED = {path: load_config([path]) for path in PRESETS}
+OF_RUN = {config.out: path for path, config in ASKED.items()}
 each_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 
 
@@ -33,7 +38,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path],
     folder = tmp_path_factory.mktemp("presets")
 
     def run(preset: Path) -> Path:
-        config = load_config([preset])
+        config = ASKED[preset]
         if Path(config.out).exists():
             return Path(config.out)
         if config.init_from in OF_RUN:
@@ -54,18 +59,18 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path],
 
 @each_preset
 def test_two_steps(preset: Path, train: Callable[[Path], Path]) -> None:
-    out, asked = train(preset), load_config([preset])
+    out, asked = train(preset), asdict(ASKED[preset])
     rows = [row for row in csv.DictReader((out / "logs" / "version_0" / "metrics.csv").open()) if row["loss"]]
     assert [row["step"] for row in rows] == ["1", "2"]
     assert all(math.isfinite(float(row["loss"])) and float(row["grad_norm"]) > 0 for row in rows)
     assert (out / "checkpoints" / "step-2.ckpt").is_file()
-    did = load_config([out / "config.yaml"])
-    for part in ("mechanism", "template", "dtype", "attention"):
-        assert getattr(did.model, part) == getattr(asked.model, part)
-    asked.model.vision.path, asked.optim.max_steps, asked.optim.log_every = did.model.vision.path, 2, 1
-    assert did.model.vision == asked.model.vision and did.optim == asked.optim, "nothing else is shrunk"
-    depth = json.loads((Path(did.model.decoder) / "config.json").read_text())["num_hidden_layers"]
-    assert depth == shrink.PUBLISHED[asked.model.decoder].num_hidden_layers
+    did = yaml.safe_load((out / "config.yaml").read_text())
+    decoder, encoder = did["model"]["decoder"], did["model"]["vision"]["path"]
+    depth = json.loads((Path(decoder) / "config.json").read_text())["num_hidden_layers"]
+    assert depth == shrink.PUBLISHED[asked["model"]["decoder"]].num_hidden_layers
+    asked["model"]["decoder"], asked["model"]["vision"]["path"] = decoder, encoder
+    asked["optim"] |= {"max_steps": 2, "log_every": 1}
+    assert did["model"] == asked["model"] and did["optim"] == asked["optim"], "nothing else is shrunk"
 
 
 def test_published_numbers() -> None:
@@ -77,17 +82,35 @@ def test_published_numbers() -> None:
         "7b": [0, 1, 7, 8, 9, 10, 11, 14],
         "13b": [0, 6, 8, 9, 10, 13, 14, 16],
     }
-    for preset in PRESETS:
-        config, stage = load_config([preset]), preset.stem.rpartition("_")[2]
+    for preset, config in ASKED.items():
+        stage = preset.stem.rpartition("_")[2]
         stage = stage if stage in batch else "finetune"
         rows = {"pretrain_558k": 558_128, "llava_v1_5": 665_298, "ee_mllm_sft": 3_000_000}[Path(config.data.train).stem]
         assert abs(config.optim.max_steps - rows / batch[stage]) < 1, preset.stem
         assert (config.optim.lr, config.optim.warmup_ratio) == (rate[stage], 0.03)
         assert (REPOSITORY / "data_recipes" / "blends" / Path(config.data.train).name).is_file()
+        if "_672_" in preset.stem:
+            assert config.model.vision.max_tokens == (672 // 14) ** 2
         if preset.stem.startswith("vica"):
             assert config.model.mechanism.cross_layers == layers[preset.stem.split("_")[1]]
         else:
             assert config.model.mechanism.cross_layers is None
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [
+        ("lmsys/vicuna-7b-v1.5", 13.48),
+        ("mtgv/MobileLLaMA-2.7B-Base", 5.40),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 0.269),
+        ("Qwen/Qwen2.5-0.5B-Instruct", 0.988),
+    ],
+)
+def test_published_sizes_are_those_of_the_published_files(name: str, gigabytes: float) -> None:
+    """As the model hub lists them; 2 bytes a weight."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shrink.PUBLISHED[name])
+    assert 2e-9 * sum(weight.numel() for weight in model.parameters()) == pytest.approx(gigabytes, rel=2e-3)
 
 
 def described(preset: Path) -> tuple[float, list[str]]:
@@ -112,7 +135,7 @@ def test_the_memory_that_a_preset_states(preset: Path, tmp_path: Path, capsys: p
 
 def estimated(preset: Path, options: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> float:
     """GiB a GPU of `lit-eemllm estimate` with the published sizes."""
-    config = load_config([preset])
+    config = ASKED[preset]
     sizes = str(shrink.shrink(config, folder, published=True))
     gpus = config.trainer["devices"] * config.trainer.get("num_nodes", 1)
     capsys.readouterr()

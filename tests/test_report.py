@@ -181,7 +181,7 @@ def test_what_is_not_a_number_is_shown_as_such(tmp_path):
     assert "| average | 0.500 ± 0.000 | 0.300 |" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_a_few_rows_are_columns_and_many_are_lines(tmp_path, capsys):
+def test_a_few_rows_are_columns_and_many_are_lines(tmp_path, capsys, monkeypatch, undrawn):
     """Eight mechanisms: scores and costs are two tables of a line a row, in parts that fit; no cell is cut."""
     presets = ("llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo")
     runs = [write_run(tmp_path / name, f"model.mechanism.preset={name}") for name in presets]
@@ -198,10 +198,14 @@ def test_a_few_rows_are_columns_and_many_are_lines(tmp_path, capsys):
         "10",
         "1.2500",
     ]
-    report(runs, tmp_path / "report")
-    out = capsys.readouterr().out.partition(str(tmp_path))[0]
-    assert out.count("0.500 [0.200]") == 8 and "…" not in out and all(f"{name} (1 seed)" in out for name in presets)
-    assert max(map(len, out.splitlines())) <= 120
+    for width in (120, 60):  # parts below each other are one table under one title
+        monkeypatch.setattr("lit_eemllm.console.console.width", width)
+        report(runs, tmp_path / "report")
+        out = capsys.readouterr().out.partition(str(tmp_path))[0].partition("ee_mllm (1 seed): ")[0]
+        assert out.count("0.500 [0.200]") == 8 and "…" not in out and all(f"{name} (1 seed)" in out for name in presets)
+        assert out.count("Comparison") == 1 and out.count("┏") == 1 and out.count("validation loss") == 1
+        lengths = {len(line) for line in out.splitlines() if line[:1] in "┏┃┡│├└"}
+        assert len(lengths) == 1 and max(lengths) <= width
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| vica (1 seed) | 0.500 [0.200] | 0.500 |\n" in text and len(text) < 5000
 
@@ -559,7 +563,7 @@ def test_a_sweep_is_read_with_care(sweep, tmp_path):
     (sweep / "none-0" / "eval" / "results.json").write_text('{"average": ')
     compared = compare([sweep])
     assert [row.title for row in compared.rows] == ["llava (3 seeds)", "none (1 of 3 seeds)", "O+FFN (3 seeds)"]
-    assert "not JSON" in compared.failed[str(sweep / "none-0")]
+    assert "not valid JSON" in compared.failed[str(sweep / "none-0")]
     plan = json.loads((sweep / "sweep.json").read_text())
     for change, message in {
         '{"rows": [{"name": "a", "runs": ["../../etc"]}]}': "expected a path inside of",

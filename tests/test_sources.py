@@ -15,10 +15,11 @@ from shards_util import picture
 
 from lit_eemllm import cli
 from lit_eemllm.chat import parse_conversation
-from lit_eemllm.data import sources
+from lit_eemllm.data import json_rows, sources
 from lit_eemllm.data.check import check
-from lit_eemllm.data.shards import read_shard
-from lit_eemllm.data.sources import SHORT, SOURCES, Question, conversations, convert, held_out, mended, read_json
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.shards import make, read_shard
+from lit_eemllm.data.sources import SHORT, SOURCES, Question, conversations, convert, held_out, mended
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.evaluation.metrics import METRICS
 
@@ -45,6 +46,12 @@ def write(path: Path, content: Any) -> None:
 
 def turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def read(row: dict[str, Any]) -> list[str]:
+    """What training reads of a row."""
+    images = row.get("image") or []
+    return [turn.text for turn in parse_conversation(row, 1 if isinstance(images, str) else len(images), "x").turns]
 
 
 def said(row: dict[str, Any]) -> list[str]:
@@ -446,10 +453,7 @@ def test_a_release_becomes_shards(name: str, tmp_path: Path) -> None:
     assert manifest["source"] == name and {s: p["samples"] for s, p in manifest["splits"].items()} == expected["good"]
     for split, told in expected["said"].items():
         made = rows_of(tmp_path / "out", split)
-        assert [said(row) for row in made[: len(told)]] == told
-        for row in made:
-            images = row.get("image") or []
-            parse_conversation(row, 1 if isinstance(images, str) else len(images), name)
+        assert [read(row) for row in made][: len(told)] == told
     if "row" in expected:
         last = list(expected["said"])[1]
         first = rows_of(tmp_path / "out", last)[0]
@@ -473,7 +477,7 @@ def test_options(tmp_path: Path) -> None:
     assert report.good == {"train": 12}
     assert said(rows_of(tmp_path / "bare", "train")[3])[0].endswith("in each group?")
     for wrong, message in (
-        ({"name": "dqva"}, "not known; there are: alpaca, "),
+        ({"name": "dqva"}, "found 'dqva', expected alpaca or .*; did you mean dvqa"),
         ({"splits": ["test"]}, "no split 'test'; the release has train, val"),
         ({"root": tmp_path / "gone"}, "no such folder"),
         ({"turns": 0}, "turns is 0"),
@@ -487,7 +491,7 @@ def test_options(tmp_path: Path) -> None:
     scienceqa(tmp_path / "sqa")
     for pids in ({}, {"train": 3, "val": [], "test": []}, []):
         write(tmp_path / "sqa" / "pid_splits.json", pids)
-        with pytest.raises(UserError, match=r"not as expected: .*(?s:.*)Below --root|found list, expected an object"):
+        with pytest.raises(UserError, match=r"not as expected: .*(?s:.*)Below --root|found a list, expected an object"):
             convert("scienceqa", tmp_path / "sqa", tmp_path / "x")
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
 
@@ -573,6 +577,27 @@ def test_placeholders_go_where_llava_puts_them(values: list[str], expected: list
     assert said(row) == expected and row.get("mended", []) == changes and row["image"] == "x.jpg"
 
 
+@pytest.mark.parametrize("way", ["rows", "source"])
+def test_an_answer_to_nothing_is_not_read_whichever_way_a_row_came(way: str, tmp_path: Path) -> None:
+    """LLaVA's and FastChat's training code skips a first turn that is not the human's."""
+    answer = {"from": "gpt", "value": "As I said"}
+    rows = [
+        {"id": "1", "conversations": [answer, *turns("Go on", "Well")]},
+        {"id": "2", "conversations": turns("Hi", "Hello")},
+        {"id": "3", "conversations": [answer]},
+        {"id": "4", "conversations": [answer, answer, *turns("Go on", "Well")]},
+    ]
+    write(tmp_path / "root" / "lvis_instruct4v_220k.json", rows)
+    if way == "source":
+        report = convert("lvis_instruct4v", tmp_path / "root", tmp_path / "out")
+    else:
+        report = make({"train": tmp_path / "root" / "lvis_instruct4v_220k.json"}, None, tmp_path / "out")
+    assert report.good == {"train": 2} and report.bad == {"bad_conversation": 2}
+    assert report.mended == {"leading_answer": 1} and "leading_answer" in str(report)
+    assert [read(row) for row in rows_of(tmp_path / "out", "train")] == [["Go on", "Well"], ["Hi", "Hello"]]
+    assert check(tmp_path / "out").good == {"out": 2}
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
@@ -595,7 +620,7 @@ def test_a_list_is_read_piece_by_piece(
     path.write_text(json.dumps(document, indent=indent, ensure_ascii=False), encoding="utf-8", errors="surrogatepass")
     whole = json.loads(path.read_text())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_BUFFER", 60 + size if under else size)  # the key must be in the first piece
+        patch.setattr(json_rows, "_BUFFER", 60 + size if under else size)  # the key must be in the first piece
         assert list(read_json(path, "rows" if under else None)) == (whole["rows"] if under else whole)
 
 

@@ -383,6 +383,21 @@ def test_mistakes_of_the_file(change, expected):
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seds=[0]", "did you mean seeds?"),
+        ("learning_rate=1", "did you mean optim.lr?"),
+        ("quality=1", "the top level has: seed, out,"),
+    ],
+)
+def test_an_unknown_key_of_the_command_line_is_told_once_and_may_be_of_the_sweep_or_its_runs(override, expected):
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(write(SWEEP), [override])
+    assert str(caught.value).splitlines()[1:] == [line for line in str(caught.value).splitlines() if expected in line]
+    assert f"command line: {override.partition('=')[0]}: unknown key; {expected}" in str(caught.value)
+
+
 def test_any_value_anywhere_is_taken_or_refused_in_words():
     values = [
         None,
@@ -862,12 +877,24 @@ def test_the_example_of_the_documentation(monkeypatch, tmp_path):
     assert all(f"`{name}`" in text for name in SLURM_KEYS)
 
 
+PARTS = {
+    "real.yaml": [
+        "model.decoder=llm",
+        "model.vision.encoder=transformers",
+        "model.vision.path=clip",
+        "data.train=photos",
+        "data.val=photos",
+    ]
+}
+"""What a sweep leaves to the command line (and to --import)."""
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "configs" / "sweeps").glob("*.yaml")))
 def test_the_sweeps_of_the_repository_make_a_plan(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     file = Path("configs/sweeps") / name
     assert read_sweep(file).seeds == (0, 1, 2)
-    plan = make_plan(read_sweep(file, ["seeds=[0]"]))
+    plan = make_plan(read_sweep(file, ["seeds=[0]", *PARTS.get(name, [])]))
     assert all(len(runs) == 1 for runs in plan.rows.values())
     if name.startswith("aligner"):
         parts = {

@@ -3,11 +3,13 @@
 import csv
 import math
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +23,7 @@ from lit_eemllm.errors import CheckpointError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.model.build import build
 from lit_eemllm.training import runlog
-from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
+from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint, refuse_changes
 from lit_eemllm.training.fit import fit
 from lit_eemllm.training.module import LitEEMLLM
 from lit_eemllm.training.runlog import RunLog
@@ -270,6 +272,9 @@ def test_only_what_is_tuned_changes_and_all_of_it(tmp_path, parts, blend, traine
     trainer = Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False)  # fmt: skip
     trainer.fit(module, DataLoader([tiny.pack([[3, 0, 4], [5]]), tiny.pack([[2, 0, 1, 0, 3]])], batch_size=None))
+    rates = {part: 1e-2 if part == "projector" else config.optim.lr for part in trained}
+    assert module.step_rates == pytest.approx({part: rate * schedule(config.optim)(1) for part, rate in rates.items()})
+    assert module.step_lr == module.step_rates[trained[-1]], "the rate of what is nearest to the output"
     changed = {n for n, p in module.model.named_parameters() if not p.equal(before[n])}
     ids_seen = {n for n in expected if n.endswith("lm_head.weight")}
     assert changed <= set(expected) and set(expected) - ids_seen <= changed
@@ -287,7 +292,7 @@ def test_schedule_by_hand():
     assert {schedule(optim)(step) for step in (0, 50, 500)} == {1.0}
 
 
-def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts):
+def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
     """Two steps of two packs: waits of 1 s, work of 3 s; validation (100 s) and a checkpoint (50 s) do not count."""
     now = [0.0]
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
@@ -296,9 +301,10 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts):
     logger = SimpleNamespace(log_metrics=lambda values, step: logged.append((step, values)))
     trainer = SimpleNamespace(
         global_step=0, world_size=1, loggers=[logger], is_global_zero=True, callback_metrics={}, sanity_checking=False,
-        datamodule=SimpleNamespace(skipped={"bad_image": 2}, drawn={}),
+        datamodule=SimpleNamespace(skipped={"bad_image": 2}, drawn=dict),
     )  # fmt: skip
     module = SimpleNamespace(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0), step_lr=0.5, batch_end=0.0)
+    module.step_rates = {"llm": 0.5, "projector": 0.25, "vision": 0.5}
     batch = tiny.pack([[3, 0, 4], [5]])  # 28 tokens, 2 + 3 + 4 = 9 targets
     log.on_train_start(trainer, module)
     for micro in range(4):
@@ -319,6 +325,9 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts):
     assert values["tokens_per_second"] == 4 * 28 / 16 and values["samples_per_second"] == 8 / 16
     assert values["step_seconds"] == 8 and values["data_wait_percent"] == 25 and values["targets_per_step"] == 18
     assert values["skipped"] == 2
+    first, line = capsys.readouterr().out.splitlines()
+    assert first == "step      1  loss 1.0000  after 8.0 s; then a line every 2 steps"
+    assert "  lr 5.00e-01 (projector 2.50e-01)  grad 2.00  7 tokens/s  " in line
 
 
 def test_a_run_goes_on_as_what_it_was(tmp_path, parts, blend):
@@ -342,6 +351,33 @@ def test_a_run_goes_on_as_what_it_was(tmp_path, parts, blend):
     }
     fit(tiny.config(parts, blend, tmp_path, "optim.max_steps=4", "model.attention=reference", "optim.save_every=1"))
     assert newest_checkpoint(tmp_path).name == "step-4.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("workers", "ranks", "expected"),
+    [
+        (1, 2, "With 2 ranks it goes on with trainer.accumulate_grad_batches=4 data.workers=2. "),
+        (1, 1, "With 1 rank it goes on with trainer.accumulate_grad_batches=8 data.workers=4. "),
+        (1, 3, "It goes on with 1 or 2 or 4 ranks. "),
+        (1, 8, "It goes on with 1 or 2 or 4 ranks. "),  # less than one worker each
+        (2, 8, "With 8 ranks it goes on with trainer.accumulate_grad_batches=1 data.workers=1. "),
+        (3, 2, "It goes on with 4 ranks. "),  # the steps do not take as many packs of each worker
+        (0, 2, "It goes on with 4 ranks. "),
+    ],
+)
+def test_a_refused_number_of_ranks_comes_with_what_would_work(tmp_path, workers, ranks, expected):
+    """Saved by 4 ranks that accumulate 2 packs: 8 packs a step."""
+    saved = tiny.config(tmp_path, "unused", tmp_path, "trainer.accumulate_grad_batches=2", f"data.workers={workers}")
+    progress = {"epoch_loop.batch_progress": {"current": {"processed": 8, "ready": 8}}}
+    checkpoint = {"loops": {"fit_loop": progress}, "lit_eemllm": {"config": asdict(saved), "ranks": 4}}
+    now = replace(saved, trainer={**saved.trainer, "accumulate_grad_batches": 3})
+    with pytest.raises(CheckpointError) as error:
+        refuse_changes(checkpoint, now, ranks)
+    assert f"x ranks was 2 x 4 and is 3 x {ranks}. {expected}" in str(error.value)
+    if found := re.search(r"accumulate_grad_batches=(\d+)", expected):
+        refuse_changes(
+            checkpoint, replace(saved, trainer={**saved.trainer, "accumulate_grad_batches": int(found[1])}), ranks
+        )
 
 
 def test_a_stage_on_top_of_another_resumes(tmp_path, parts, blend):

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -33,8 +34,8 @@ from lit_eemllm.chat import ChatTemplate, get_template
 from lit_eemllm.console import console, progress, write_atomically
 from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.data.recipe import read_recipe
-from lit_eemllm.data.samples import read_members
-from lit_eemllm.data.shards import read_shard
+from lit_eemllm.data.samples import read_members, read_row
+from lit_eemllm.data.shards import make, read_shard
 from lit_eemllm.errors import SampleError
 from lit_eemllm.images import ImageTransform, Transform
 from lit_eemllm.report import provenance
@@ -47,23 +48,43 @@ Held = list[tuple[str, list[bytes]]]
 """Text of a conversation as the template writes it, and its image files."""
 
 
-def held_samples(path: Path, template: ChatTemplate) -> Held:
-    """Good samples of each source, as many as its share of the recipe asks for."""
-    recipe, held = read_recipe(path, "train"), list[tuple[str, list[bytes]]]()
+def drawn(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Samples of each source, as many as its share of the recipe asks for: key and members."""
+    recipe = read_recipe(path, "train")
     for source in recipe.sources:
         share = recipe.shares[recipe.names[os.path.normpath(source.folder)]]
-        held += islice(_texts(source.folder, source.shards, template), round(HELD * share))
+        samples = (sample for name, _ in source.shards for sample in read_shard(source.folder / name))
+        yield from islice(samples, round(HELD * share))
+
+
+def enlarged(path: Path, side: int, folder: Path) -> Path:
+    """A folder of shards with those samples, their pictures as JPEG with a longer side of so many pixels."""
+    rows = []
+    for number, (key, members) in enumerate(drawn(path)):
+        row, images = read_row(key, members)
+        names = [f"{number}.{i}.jpg" for i in range(len(images))]
+        for name, data in zip(names, images.values(), strict=True):
+            picture = Image.open(io.BytesIO(data)).convert("RGB")
+            scale = side / max(picture.size)
+            picture.resize((round(picture.width * scale), round(picture.height * scale))).save(
+                folder / name, quality=90
+            )
+        rows.append({"id": f"{number}", "image": names, "conversations": row["conversations"]})
+    (folder / "train.json").write_text(json.dumps(rows))
+    make({"train": folder / "train.json"}, folder, folder / "shards")
+    return folder / "shards"
+
+
+def held_samples(path: Path, template: ChatTemplate) -> Held:
+    """The good ones of `drawn`."""
+    held = []
+    for key, members in drawn(path):
+        try:
+            conversation, images = read_members(key, members)
+            held.append(("".join(span.text for span in template.render(conversation)), images))
+        except SampleError:
+            continue
     return held
-
-
-def _texts(folder: Path, shards: Any, template: ChatTemplate) -> Iterator[tuple[str, list[bytes]]]:
-    for name, _ in shards:
-        for key, members in read_shard(folder / name):
-            try:
-                conversation, images = read_members(key, members)
-                yield "".join(span.text for span in template.render(conversation)), images
-            except SampleError:
-                continue
 
 
 def bare(tokenizer: Any, held: Held, transform: Transform | None, seconds: float, rates: Any) -> None:
@@ -127,10 +148,11 @@ def own_mib(pid: int) -> float:
 
 
 def report(result: dict[str, Any]) -> str:
+    enlarged_to = f", pictures enlarged to {result['enlarge']} pixels" if result["enlarge"] else ""
     lines = [
         "# Loader",
         "",
-        f"`{result['data']}`, packs of {result['pack_tokens']} tokens, pictures of {result['image_size']} x "
+        f"`{result['data']}`{enlarged_to}, packs of {result['pack_tokens']} tokens, pictures of {result['image_size']} x "
         f"{result['image_size']} pixels. Medians of {result['rounds']} rounds of {result['seconds']:g} s, taken in turns. *decode*: open the",
         "pictures and tokenise the text, nothing else; *pixels*: also bring the pictures to the encoder's size.",
         "",
@@ -155,6 +177,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--image-size", type=int, default=336)
     parser.add_argument("--patch", type=int, default=14)
     parser.add_argument("--policy", default="pad")
+    parser.add_argument(
+        "--enlarge", type=int, metavar="SIDE", help="longer side of the pictures, in pixels: a copy is made"
+    )
     parser.add_argument("--pack-tokens", type=int, default=4096)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
@@ -166,11 +191,12 @@ def main(argv: list[str]) -> None:
     template = get_template(args.template, tokenizer)
     size = args.image_size
     transform = ImageTransform(size, size, args.patch, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), args.policy)
-    held = held_samples(args.data, template)
     rows: list[dict[str, float]] = []
-    with progress("rounds", len(args.workers) * args.rounds) as advance:
+    with tempfile.TemporaryDirectory() as folder, progress("rounds", len(args.workers) * args.rounds) as advance:
+        data = args.data if args.enlarge is None else enlarged(args.data, args.enlarge, Path(folder))
+        held = held_samples(data, template)
         for workers in args.workers:
-            config = DataConfig(train=str(args.data), pack_tokens=args.pack_tokens, workers=workers)
+            config = DataConfig(train=str(data), pack_tokens=args.pack_tokens, workers=workers)
             rounds = []
             for _ in range(args.rounds):
                 measured = {
@@ -184,7 +210,7 @@ def main(argv: list[str]) -> None:
                 advance(1)
             rows.append({"workers": workers} | {key: median(one[key] for one in rounds) for key in rounds[0]})
     result = {
-        **{key: getattr(args, key) for key in ("pack_tokens", "image_size", "rounds", "seconds")},
+        **{key: getattr(args, key) for key in ("pack_tokens", "image_size", "enlarge", "rounds", "seconds")},
         "data": args.data.name,
         "rows": rows,
         "provenance": provenance(shlex.join(["python", "tools/bench_loader.py", *argv])),

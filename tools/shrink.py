@@ -45,31 +45,32 @@ SO400M = {
     "num_attention_heads": 16,
     "patch_size": 14,
 }
-PUBLISHED = {  # the parts that presets name, from their config.json
-    "lmsys/vicuna-7b-v1.5": LlamaConfig(**SHAPES["vicuna-7b"], vocab_size=32000),
-    "lmsys/vicuna-13b-v1.5": LlamaConfig(**SHAPES["vicuna-13b"], vocab_size=32000),
+# The parts that presets name. Each was compared with a published config.json: its own, an unchanged copy of it, or, where said so,
+# that of a model which was made from it.
+PUBLISHED = {
+    "lmsys/vicuna-7b-v1.5": LlamaConfig(**SHAPES["vicuna-7b"], vocab_size=32000),  # copy Reizend/bhai_insights_v3
+    "lmsys/vicuna-13b-v1.5": LlamaConfig(**SHAPES["vicuna-13b"], vocab_size=32000),  # its own
+    # ViCA's base by its README. Of mtgv/MobileVLM-3B, whose decoder is its chat version; the file's size, 5.4 GB in 16 bits, agrees
     "mtgv/MobileLLaMA-2.7B-Base": LlamaConfig(
         hidden_size=2560, intermediate_size=6912, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     ),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(
+    "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(  # of models tuned from it: thatupiso/SmolLM2-FT-DPO2 and others
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=49152, tie_word_embeddings=True,
     ),
-    "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config(
+    "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config(  # of models tuned from it: djuna-test-lab/QwenFocusedCoder and others
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
         vocab_size=151936, tie_word_embeddings=True,
     ),
-    "openai/clip-vit-large-patch14-336": CLIPVisionConfig(**CLIP_L),
-    "HuggingFaceM4/idefics2-8b": Idefics2VisionConfig(**SO400M, image_size=980),
-    "google/siglip-base-patch16-224": SiglipVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16
-    ),
-    "google/siglip-so400m-patch14-384": SiglipVisionConfig(**SO400M, image_size=384),
+    "openai/clip-vit-large-patch14-336": CLIPVisionConfig(**CLIP_L),  # copy sheldonrobinson/clip-vit-large-patch14-336
+    "HuggingFaceM4/idefics2-8b": Idefics2VisionConfig(**SO400M, image_size=980),  # HuggingFaceM4/idefics2-8b-base
+    "google/siglip-base-patch16-224": SiglipVisionConfig(),  # its file names no size: transformers' defaults, 768 x 12 layers
+    "google/siglip-so400m-patch14-384": SiglipVisionConfig(**SO400M, image_size=384),  # HuggingFaceM4/siglip-so400m-14-384-flash-attn2
 }  # fmt: skip
 OVERRIDES = """\
-data: {workers: 0, pack_tokens: 1024, max_length: 512, shuffle_buffer: 16, packing_buffer: 16}
+data: {workers: 0, pack_tokens: 320, max_length: 320, shuffle_buffer: 16, packing_buffer: 16}
 optim: {max_steps: 2, log_every: 1}
-trainer: {accelerator: cpu, strategy: auto, devices: 1, num_nodes: 1, accumulate_grad_batches: 2}
+trainer: {accelerator: cpu, strategy: auto, devices: 1, num_nodes: 1, accumulate_grad_batches: 1}
 """
 
 

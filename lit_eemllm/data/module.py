@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 
@@ -92,14 +93,23 @@ class ShardDataModule(LightningDataModule):
         """Training conversations that were shortened; as `skipped`."""
         return self._handed_out().truncated
 
-    @property
     def drawn(self) -> dict[str, tuple[float, float, float]]:
-        """By source of the blend: the share of samples that the recipe asks for, and those of samples and of tokens trained on,
-        since the run began, on this rank. A sample that is skipped does not count."""
+        """By source of a blend: the share of samples that the recipe asks for, and those of samples and of tokens trained on,
+        since the run began, on all ranks. Empty for a single source. A sample that is skipped does not count.
+
+        A collective call where there are several ranks.
+        """
+        if len(self._asked) < 2:
+            return {}
         position = self._trained_on()
-        samples, tokens = max(1, position.samples.total()), max(1, position.tokens.total())
-        counts = {name: (position.samples[name] / samples, position.tokens[name] / tokens) for name in self._asked}
-        return {name: (share, *counts[name]) for name, share in self._asked.items()}
+        counts = torch.tensor(
+            [[position.samples[name], position.tokens[name]] for name in self._asked], dtype=torch.float64
+        )
+        if dist.is_available() and dist.is_initialized():
+            counts = counts.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(counts)
+        shares = (counts / counts.sum(0).clamp(min=1)).tolist()
+        return {name: (asked, *shares[i]) for i, (name, asked) in enumerate(self._asked.items())}
 
     def train_dataloader(self) -> Iterable[PackedBatch]:
         c, workers, recipe = self.config, worker_config(self.config.workers, self.seed), self.recipe("train")

@@ -24,8 +24,8 @@ import yaml
 
 from lit_eemllm.chat import SURROGATE
 from lit_eemllm.console import progress, write_atomically
+from lit_eemllm.data.json_rows import read_json
 from lit_eemllm.data.recipe import CRUDE, META, read_folder
-from lit_eemllm.data.sources import read_json
 from lit_eemllm.data.writing import DONE, Options, Report, write
 from lit_eemllm.errors import UserError
 

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from os.path import isfile  # which takes any name, even one that no file can have
 from pathlib import Path
 from string import ascii_uppercase
@@ -27,7 +25,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lit_eemllm.chat import IMAGE
-from lit_eemllm.errors import SampleError, UserError
+from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.errors import SampleError, UserError, not_one_of
 
 if TYPE_CHECKING:
     from lit_eemllm.data.writing import Report
@@ -43,11 +42,6 @@ SOURCES = (
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 DESCRIBE = "Describe this image in detail."  # our prompt for captions that come without one
-
-_BUFFER = 2**20  # characters read at once
-_LONGEST = 2**26  # characters of one element of a list
-_BETWEEN = re.compile(r"[ \t\r\n,]*")
-_AFTER = re.compile(r"[ \t\r\n]*[,\]]")
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,7 @@ def convert(
     from lit_eemllm.data.shards import make_from
 
     if name not in SOURCES:
-        raise UserError(f"source {name!r} is not known; there are: {', '.join(SOURCES)}")
+        raise UserError(f"source: {not_one_of(name, SOURCES)}")
     source = run_recipe(f"{name}.py")
     wanted = tuple(splits or source.SPLITS)
     if unknown := [split for split in wanted if split not in source.SPLITS]:
@@ -239,14 +233,11 @@ def llava(path: Path, images: str = "") -> Iterator[Any]:
 def mended(record: dict[str, Any], images: str = "") -> dict[str, Any]:
     """A row in LLaVA's form as LLaVA-1.5's training code reads it; what it changes is named in the row's ``mended``.
 
-    A first turn that is not the human's, and a last one that nobody answers, are dropped. The placeholder of a single image
-    is put before its turn's text.
+    A last turn that nobody answers is dropped; a first one that answers nothing is left to `parse_conversation`, for rows of all
+    kinds. The placeholder of a single image is put before its turn's text.
     """
     turns = [dict(turn) for turn in record["conversations"]]
     changes = list[str]()
-    if turns and turns[0]["from"] == "gpt":
-        turns = turns[1:]
-        changes.append("leading_answer")
     if turns and turns[-1]["from"] == "human":
         turns = turns[:-1]
         changes.append("trailing_question")
@@ -274,78 +265,3 @@ def with_suffix_on_disk(rows: Iterable[Any], root: Path, folder: str) -> Iterato
             if found := next((other for other in others if isfile(root / other)), None):
                 row = {**row, "image": found, "mended": [*row.get("mended", []), "other_suffix"]}
         yield row
-
-
-def read_json(path: Path, key: str | None = None) -> Iterator[Any]:
-    """Elements of a JSON list, one at a time since some files have gigabytes; of JSON lines, a bad one as text.
-
-    Args:
-        path: of the file.
-        key: the list is the value of this key, if the file is not a list itself.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: it is not such a file.
-    """
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            head = file.read(_BUFFER)
-            match = re.match(r"\s*\[", head)
-            whole = match is not None
-            if match is None and key is not None:
-                match = re.search(rf'"{re.escape(key)}"\s*:\s*\[', head)
-                if match is None:
-                    raise UserError(
-                        f"{path}: found {head[:80]!a}, expected a list, or a list {key!r} near the beginning"
-                    )
-            if match is None:
-                file.seek(0)
-                yield from (_json_or_text(line) for line in file if line.strip())
-            else:
-                yield from _elements(path, head[match.end() :], lambda: file.read(_BUFFER), whole)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8: {error}") from None
-
-
-def _elements(path: Path, text: str, read: Callable[[], str], whole: bool) -> Iterator[Any]:
-    """Of a list that begins in `text`; `read` gives what follows, in the end nothing. It may be the `whole` file."""
-    decode, at, number = json.JSONDecoder().raw_decode, 0, 0
-    while True:
-        at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
-        if text.startswith("]", at):
-            after = filter(None, map(str.strip, chain([text[at + 1 :]], iter(read, ""))))
-            if whole and (more := next(after, "")):
-                raise UserError(f"{path}: found {more[:80]!a} after its list; expected one list, or JSON lines")
-            return
-        problem: Exception | str = "no comma and no end of the list follows it"
-        try:
-            value, end = decode(text, at)
-        except (ValueError, RecursionError) as error:
-            problem, end = error, len(text)
-        if _AFTER.match(text, end):
-            yield value
-            at, number = end, number + 1
-            continue
-        # it may be cut, even where what is there can be read: 0 of 0.5
-        more = read() if len(text) - at < _LONGEST else ""
-        if not more:
-            raise UserError(f"{path}: not valid JSON at element {number}: {problem}")
-        text, at = text[at:] + more, 0
-
-
-def _json_or_text(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return line
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError, or UserError where it is anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: found {type(found).__name__}, expected an object")
-    return found

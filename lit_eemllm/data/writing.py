@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lit_eemllm.chat import parse_conversation
+from lit_eemllm.chat import leading_answer, parse_conversation
 from lit_eemllm.console import progress, progress_bar, write_atomically
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.images import open_image
@@ -58,7 +58,8 @@ class Report:
     Attributes:
         good: usable samples by split or folder.
         bad: the others by reason.
-        mended: changes that a source made to rows of its release, by kind; the rows are kept.
+        mended: changes that a source made to rows of its release, and answers to nothing, which training does not read, by
+            kind; the rows are kept.
         examples: the first few messages of each reason.
         ids: how often each ``id`` stands on a row of a split, where that was counted.
         images, tokens, longest: images and tokens of the good ones, and the tokens of the longest, where they were counted.
@@ -280,6 +281,7 @@ def _write_shard(block: Block, folder: Path, options: Options, report: Report) -
             images += len(members) - 1
             if isinstance(mended := row.get("mended"), list):
                 report.mended.update(map(str, mended))
+            report.mended.update(["leading_answer"] * leading_answer(row["conversations"]))
     if not count:
         unfinished.unlink()
         return None

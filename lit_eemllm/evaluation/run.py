@@ -65,6 +65,10 @@ def validate(config: Config, checkpoint: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.global_rank == 0 and not (Path(config.out) / "config.yaml").exists():  # under another mechanism, say
         write_atomically(Path(config.out) / "config.yaml", to_yaml(config, comments=True))
+    if (folder / "results.json").is_file():
+        console.print(
+            f"{folder} holds the results of an earlier evaluation, which this one replaces: copy it to keep them"
+        )
     on = config.eval.suite or config.eval.data or config.data.val
     console.print(f"{source}; attention {model.backend.name}; questions of {on}")
     with autocast(config, model):

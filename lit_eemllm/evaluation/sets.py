@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..chat import IMAGE
 from ..console import progress
+from ..data.json_rows import read_json
 from ..data.recipe import read_recipe, read_yaml
 from ..data.samples import read_row
 from ..data.shards import read_shard
-from ..data.sources import read_json
 from ..data.writing import Options, Report, image_bytes
-from ..errors import ConfigError, SampleError, UserError
+from ..errors import ConfigError, SampleError, UserError, did_you_mean, not_one_of
 from ..images import image_size
 from .metrics import METRICS
 from .questions import QUESTION, Picture, Question, first, make_question
@@ -81,7 +81,7 @@ class QuestionSet:
 def make_metric(name: str) -> Any:
     """A metric that one process computes. Raises ConfigError if there is none of this name, or it lacks a package."""
     if name not in METRICS:
-        raise ConfigError(f"found {name!r}, expected {' or '.join(METRICS)}; one of your own needs --import FILE")
+        raise ConfigError(f"{not_one_of(name, METRICS)}; one of your own needs --import FILE")
     return METRICS[name](sync_on_compute=False)
 
 
@@ -140,7 +140,8 @@ def read_suite(path: Path, metric: str | None, max_new_tokens: int) -> tuple[lis
 def wrong_values(body: Mapping[str, Any]) -> Iterator[str]:
     for key, value in body.items():
         if key not in KEYS:
-            yield f"{key}: unknown key; a set has {', '.join(KEYS)}"
+            hint = did_you_mean(str(key), KEYS) or f"a set has {', '.join(KEYS)}"
+            yield f"{key}: unknown key; {hint}"
         elif key == "max_new_tokens" and value is not None and (type(value) is not int or value < 1):
             yield f"{key}: found {value!r:.100}, expected 1 or more"
         elif key != "max_new_tokens" and value is not None and not isinstance(value, str):

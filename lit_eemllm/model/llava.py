@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from ..chat import IMAGE
+from ..console import read_object
 from ..errors import CheckpointError, ConfigError
 from ..images import RESAMPLING, ImageTransform, Transform
 from ..mechanisms import PRESETS, Mechanism
@@ -76,14 +77,11 @@ _UNUSED = (".position_ids", ".inv_freq")  # buffers that old versions of transfo
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises CheckpointError for a file that is missing or no JSON mapping."""
+    """Raises CheckpointError for a file that is missing or no JSON object."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_object(file, CheckpointError)
+    except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: expected a mapping, found {str(values)[:40]!r}")
-    return values
 
 
 def load_whole(kind: Any, folder: Path) -> Any:

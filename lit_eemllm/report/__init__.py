@@ -14,7 +14,7 @@ from .machine import provenance
 from .page import page
 from .plots import draw
 from .runs import Comparison, compare, read_run
-from .tables import numbers_csv, print_table, report_csv, tables
+from .tables import numbers_csv, print_tables, report_csv, tables
 from .words import caption, incomparable, search_heading, searches
 
 __all__ = ["provenance", "read_run", "report"]
@@ -32,8 +32,8 @@ def report(runs: Sequence[Path], out: Path | None = None, baseline: str | None =
     if out is None:
         out = runs[0] / "report" if (runs[0] / "sweep.json").is_file() else Path("runs/report")
     out.mkdir(parents=True, exist_ok=True)
-    for lines in tables(compared):
-        print_table(lines, compared.title)
+    if found := tables(compared):
+        print_tables(found, compared.title)
     notes = [f"{row.title}: {', '.join(str(run.path) for run in row.runs) or 'no run'}" for row in compared.rows]
     warnings = [warning] if (warning := incomparable(compared.rows)) else []
     failed = [f"failed: {run}: {shorten(why, 300)}" for run, why in compared.failed.items()]
@@ -58,11 +58,8 @@ def markdown(compared: Comparison, warnings: Sequence[str], notes: Sequence[str]
     parts += map(plain, warnings)
     parts.append(plain(" ".join(caption(compared))))
     parts.append("![score against FLOPs, learning curves, scores by question type](report.png)")
-    searched = []
-    for cell, tried, at_end in searches(compared):
-        values = "; ".join(f"**{plain(text)}**" if chosen else plain(text) for text, chosen in tried)
-        searched.append(f"- {plain(cell)}: {values}{' (chosen at the end of the range)' * at_end}")
-    parts += [plain(search_heading(compared)), "\n".join(searched)] * bool(searched)
+    if searched := searches(compared, plain, "**{}**"):
+        parts += [plain(search_heading(compared)), "\n".join(f"- {line}" for line in searched)]
     parts.append("\n".join(f"- {plain(note)}" for note in notes))
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -84,10 +84,7 @@ def link(run: Run, out: Path) -> str:
 
 def searched(compared: Comparison) -> str:
     """What was searched and chosen for each cell."""
-    lines = []
-    for cell, tried, at_end in searches(compared):
-        values = "; ".join(f"<b>{escape(text)}</b>" if chosen else escape(text) for text, chosen in tried)
-        lines.append(f"<li>{escape(cell)}: {values}{' (chosen at the end of the range)' * at_end}</li>")
+    lines = [f"<li>{line}</li>" for line in searches(compared, escape, "<b>{}</b>")]
     return f"<p>{escape(search_heading(compared))}</p><ul>{''.join(lines)}</ul>" if lines else ""
 
 

@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Any
 
 from ..config import config_hash, flat, load_config
-from ..console import progress
+from ..console import progress, read_object
 from ..errors import UserError
 from ..schema import Config
 
@@ -226,7 +226,7 @@ def read_run(path: Path) -> Run:
 def read_sweep(folder: Path) -> tuple[Comparison, str | None]:
     """The rows that ``sweep.json`` names, and the name of its baseline. A run that cannot be read counts as failed."""
     file = folder / "sweep.json"
-    plan = read_json(file)
+    plan = read_object(file)
     try:
         named = [(str(row["name"]), [inside(folder, run) for run in row["runs"]]) for row in plan["rows"]]
         why = {str(inside(folder, one["run"])): str(one["why"]) for one in plan.get("failed") or []}
@@ -273,19 +273,9 @@ def inside(folder: Path, run: Any) -> Path:
     return folder / run
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); make it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: found a {type(found).__name__}, expected an object")
-    return found
-
-
 def read_results(path: Path) -> dict[str, Any]:
     """Raises UserError if a section is none."""
-    found = read_json(path)
+    found = read_object(path)
     types = found.get("types") or {}
     for name, section in {"mechanism": found.get("mechanism") or {}, "types": types}.items():
         if not isinstance(section, dict):

@@ -11,7 +11,6 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
-from typing import Any
 
 from rich.table import Table
 
@@ -194,25 +193,33 @@ def tables(compared: Comparison) -> list[Lines]:
     return [lines_of(compared.rows, columns) for columns in (scores, others) if columns]
 
 
-def print_table(lines: Lines, title: str) -> None:
-    """The table on the terminal, in as many parts as its width asks for; headings are broken, cells are not."""
-    columns = list(zip(*lines, strict=True))
-    widths = [max(min(len(heading), 24), *map(len, cells)) for heading, *cells in columns]
-    parts: list[list[int]] = [[]]
-    for i in range(1, len(columns)):
-        if parts[-1] and widths[0] + 4 + sum(widths[j] + 3 for j in [*parts[-1], i]) > console.width:
-            parts.append([])
-        parts[-1].append(i)
+def print_tables(found: Sequence[Lines], title: str) -> None:
+    """One table on the terminal. Columns for which it is too narrow go on below; words are broken, numbers are not."""
+    blocks = [list(zip(*lines, strict=True)) for lines in found]
+    for most in range(max(map(len, blocks)) - 1, 0, -1):
+        parts = [[names, *columns[i : i + most]] for names, *columns in blocks for i in range(0, len(columns), most)]
+        first = min(24, max(len(name) for part in parts for name in part[0]))
+        widths = [max(width_of(part[k]) for part in parts if len(part) > k) for k in range(1, most + 1)]
+        if first + sum(widths) + 3 * most + 4 <= console.width:
+            break
+    terminal = Table(title=title)
+    terminal.add_column(min_width=first, overflow="fold")
+    headings = [heading for heading, *_ in parts[0][1:]] + [""] * most
+    for heading, width in zip(headings, widths, strict=False):
+        terminal.add_column(heading, justify="right", min_width=width, max_width=width, overflow="fold")
     for part in parts:
-        terminal = Table(title=title)
-        for i in (0, *part):
-            justify: Any = "right" if i else "left"
-            terminal.add_column(
-                columns[i][0], min_width=widths[i], max_width=widths[i], overflow="fold", justify=justify
-            )
-        for line in lines[1:]:
-            terminal.add_row(*(line[i] for i in (0, *part)))
-        console.print(terminal)
+        heads, *lines = zip(*part, strict=True)
+        if part is not parts[0]:
+            terminal.add_row(*heads, style="bold")
+        for line in lines:
+            terminal.add_row(*line)
+        terminal.add_section()
+    console.print(terminal)
+
+
+def width_of(column: Sequence[str]) -> int:
+    heading, *cells = column
+    return max(min(len(heading), 20), *map(len, cells))
 
 
 # --- CSV
@@ -234,18 +241,8 @@ def report_csv(compared: Comparison) -> str:
     def six(*values: float) -> list[str]:
         return [f"{value:.6g}" for value in values]
 
-    heading = (
-        "row",
-        "quantity",
-        "seeds",
-        "mean",
-        "standard deviation",
-        "difference",
-        "low",
-        "high",
-        "paired by",
-        "pairs",
-    )
+    heading = ["row", "quantity", "seeds", "mean", "standard deviation"]
+    heading += ["difference", "low", "high", "paired by", "pairs"]
     lines: list[Sequence[object]] = [heading]
     quantities = every(compared.rows)
     for row in compared.rows:

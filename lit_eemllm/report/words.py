@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from .difference import Difference, difference, t95
@@ -111,10 +112,14 @@ def search_heading(compared: Comparison) -> str:
     return f"Searched before the runs{f' ({compared.search})' * bool(compared.search)}; the chosen values are bold:"
 
 
-def searches(compared: Comparison) -> list[tuple[str, list[tuple[str, bool]], bool]]:
-    """Of each cell of a search: its name; what was tried and whether it was chosen; whether the choice ends the range.
+def searches(compared: Comparison, escape: Callable[[str], str], bold: str) -> list[str]:
+    """A line for each cell of a search: what was tried, the chosen value bold, and whether it ends the range.
 
     A choice at the end of at least three numbers suggests that a better one lies beyond.
+
+    Args:
+        escape: makes text safe for the document.
+        bold: marks what stands for ``{}`` in it.
     """
     cells: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in compared.searched:
@@ -125,7 +130,8 @@ def searches(compared: Comparison) -> list[tuple[str, list[tuple[str, bool]], bo
         chosen = [line["chosen"].strip().lower() not in ("", "0", "no", "false") for line in lines]
         tried = [f"{', '.join(f'{key}={line[key]}' for key in keys)}: {line['score']}" for line in lines]
         ends = any(at_end([line[key] for line in lines], chosen) for key in keys)
-        found.append((cell, list(zip(tried, chosen, strict=True)), ends))
+        shown = [bold.format(escape(t)) if best else escape(t) for t, best in zip(tried, chosen, strict=True)]
+        found.append(f"{escape(cell)}: {'; '.join(shown)}{' (chosen at the end of the range)' * ends}")
     return found
 
 

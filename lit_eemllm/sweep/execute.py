@@ -17,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, Protocol
 
 from ..errors import UserError
@@ -229,25 +228,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Signals:
-    """Counts what asks the sweep to stop, instead of stopping it."""
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                    self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(number)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """What asks the sweep to stop is noted, instead of stopping it."""
+    received: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    asked = [one for one in STOP if in_main and signal.getsignal(one) is not signal.SIG_IGN]  # nohup ignores one
+    before = {one: signal.signal(one, lambda number, _: received.append(number)) for one in asked}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -262,9 +253,9 @@ def run_all(sweep: Sweep, place: Place, board: Board) -> tuple[Plan, dict[str, s
     heard, news = 0, True
     plan = make_plan(sweep)
     try:
-        with Signals() as signals:
+        with noted_signals() as received:
             while True:
-                if news and not signals.received:
+                if news and not received:
                     ready = []
                     for task in plan.open():
                         if task.name in failed or task.name in running:
@@ -281,19 +272,19 @@ def run_all(sweep: Sweep, place: Place, board: Board) -> tuple[Plan, dict[str, s
                 news = False
                 board.update(plan, running, failed)
                 if not running:
-                    return plan, failed, signals.received[0] if signals.received else 0
+                    return plan, failed, received[0] if received else 0
                 time.sleep(POLL)
-                if len(signals.received) > heard:
-                    heard = len(signals.received)
+                if len(received) > heard:
+                    heard = len(received)
                     place.stop()
-                    text = f"{signal.Signals(signals.received[-1]).name}: {len(running)} running save and end"
+                    text = f"{signal.Signals(received[-1]).name}: {len(running)} running save and end"
                     board.event(text + ("; once more ends them at once" if heard == 1 else ""))
                 for task, how in place.ended():
                     del running[task.name]
                     news = True
                     if task.done:
                         board.finished(task)
-                    elif not signals.received:
+                    elif not received:
                         log = task.folder / "log.txt"
                         failed[task.name] = f"{how}; {log} ends:\n{last_lines(log)}"
                         board.event(f"failed   {task.name}: {failed[task.name]}")

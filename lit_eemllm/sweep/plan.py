@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import config_hash, flat, load_config, to_yaml
-from ..console import write_atomically
+from ..console import read_object, write_atomically
 from ..errors import ConfigError
 from ..schema import Config, Mistake, check_names
 from .spec import Cell, Stage, Sweep, slug
@@ -324,7 +324,7 @@ def score(task: Task, by: str) -> float:
     """What a trial has found; less is better, infinite if there is nothing to compare."""
     if task.diverged:
         return math.inf
-    value = json.loads(task.results_file.read_text(encoding="utf-8")).get(by)
+    value: Any = read_object(task.results_file).get(by)
     good = isinstance(value, int | float) and math.isfinite(value)
     return math.inf if not good else value if by == "loss" else -value
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import console, write_atomically
+from ..console import console, read_object, write_atomically
 from ..errors import UserError
 from .execute import Job, devices
 from .plan import Task
@@ -61,7 +61,7 @@ class Cluster:
         self.jobs, self.command, self.imports = jobs, (*WITHOUT_USR2, *command), imports
         self._running: dict[str, tuple[Task, Any]] = {}
         self.file = self.folder / "jobs.json"
-        known = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        known = read_object(self.file) if self.file.is_file() else {}
         self._known = {name: number for name, number in known.items() if re.fullmatch(r"\d+(_\d+)?", str(number))}
         self._over: dict[str, float] = {}  # jobs that have ended -> when that was seen
         self._looked = 0.0

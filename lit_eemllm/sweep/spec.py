@@ -5,7 +5,6 @@ It names configuration files and values, never code.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -17,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from ..config import MAX_FILE_BYTES, Loader
-from ..errors import ConfigError
+from ..config import MAX_FILE_BYTES, Loader, is_key, nearest_key
+from ..errors import ConfigError, did_you_mean
 
 RESERVED = ("search", "report", "slurm")  # folders of a sweep directory that are no cell's
 MOST_CELLS = 1000
@@ -155,7 +154,8 @@ class _Reader:
                 document[key] = self.parse(value)
             else:
                 last.append(text)
-                self.config_key("command line", key)
+                if self.config_key("command line", key) and not is_key(key):
+                    self.fail("command line", f"{key}: unknown key; {nearest_key(key, _TOP)}")
         top = self.section(document, "", _TOP, required=("out", "seeds"))
         stages = self.stages(top.get("stages", []))
         grid = self.grid(top.get("grid", {}), "grid")
@@ -349,8 +349,7 @@ class _Reader:
 
 def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
     """Names the known name most like it, else all."""
-    best = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {best[0]}?" if best else f"expected {'; '.join(known)}"
+    return did_you_mean(name, known) or f"expected {'; '.join(known)}"
 
 
 def _plain(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import time
 from collections import defaultdict
 from collections.abc import Collection
@@ -15,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..console import console
+from ..console import console, read_object
 from .plan import Plan, Task
 
 TAIL = 12  # lines of a log that are shown of a run that failed
@@ -122,7 +121,7 @@ class Board:
         if len(done) < len(tasks):
             return f"{len(done)} of {len(tasks)}" if done else ""
         if tasks and not tasks[-1].trial and tasks[-1].results_file.is_file():
-            average = json.loads(tasks[-1].results_file.read_text(encoding="utf-8")).get("average")
+            average = read_object(tasks[-1].results_file).get("average")
             return "done" if average is None else f"{average:.3f}"
         return "done" if tasks else ""
 

@@ -67,8 +67,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
-        folder.mkdir(mode=0o755)
+        folder.mkdir()
         yield folder
+        for file in filter(Path.is_file, folder.rglob("*")):  # safetensors lets nobody but the owner read its files
+            file.chmod(folder.stat().st_mode & 0o666)  # as the umask says, by which the folder was made
         folder.rename(out)
 
 
@@ -126,12 +128,14 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
     free = {"attention", "max_steps", "save_every", "val_every", "val_batches", "log_every", "keep"}
     was, now = checkpoint["lit_eemllm"]["config"], asdict(config)
     pairs: dict[str, Any] = {"trainer.precision": (was["trainer"].get("precision"), now["trainer"].get("precision"))}
+    hint = ""
     packs = [
         (section["trainer"].get("accumulate_grad_batches", 1), count)
         for section, count in ((was, checkpoint["lit_eemllm"].get("ranks", ranks)), (now, ranks))
     ]
     if packs[0][0] * packs[0][1] != packs[1][0] * packs[1][1]:
         pairs["trainer.accumulate_grad_batches x ranks"] = [f"{count} x {many}" for count, many in packs]
+        hint = _other_ranks(*packs[0], was["data"]["workers"], ranks)
     for section in ("model", "optim"):
         pairs |= {
             f"{section}.{key}": (was[section].get(key), now[section][key]) for key in now[section] if key not in free
@@ -140,9 +144,21 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
     changed = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if _stated(old) != _stated(new)]
     if changed:
         raise CheckpointError(
-            f"the run cannot continue as something else: {'; '.join(changed)}. "
+            f"the run cannot continue as something else: {'; '.join(changed)}. {hint}"
             "Set it back, or begin a new run (another `out`), from these weights if you like (init_from)."
         )
+
+
+def _other_ranks(accumulate: int, was: int, workers: int, ranks: int) -> str:
+    """With which settings a run of `was` ranks goes on with `ranks`, else with how many ranks it could. Packs per step and
+    workers in all stay the same, and each worker gives as many packs to every step (`ShardDataModule`)."""
+    packs, streams = accumulate * was, workers * was
+    dealt = streams and packs % streams == 0
+    fitting = [n for n in range(1, packs + 1) if n == was or (dealt and streams % n == 0)]
+    if ranks not in fitting:
+        return f"It goes on with {' or '.join(map(str, fitting))} ranks. "
+    settings = f"trainer.accumulate_grad_batches={packs // ranks} data.workers={streams // ranks}"
+    return f"With {ranks} rank{'s' * (ranks > 1)} it goes on with {settings}. "
 
 
 def _stated(value: Any) -> Any:

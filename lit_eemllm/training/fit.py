@@ -28,6 +28,9 @@ from .guard import Checkpoints, guarded
 from .module import LitEEMLLM
 from .runlog import RunLog, print_summary
 
+FSDP2_STRATEGIES: dict[str, dict[str, Any]] = {"fsdp2": {}, "fsdp2_offload": {"offload": True}}
+"""Words of `trainer.strategy` that Lightning does not know, and the arguments of `FSDP2`."""
+
 
 def fit(config: Config) -> None:
     """Train, or continue the run found in `config.out`.
@@ -82,17 +85,17 @@ def find_resume(config: Config) -> Path | None:
 
 
 def make_trainer(config: Config, runlog: RunLog) -> Trainer:
-    """`config.trainer` goes to Lightning as it is, but for the strategy "fsdp2"; what this project decides is added."""
+    """`config.trainer` goes to Lightning as it is, but for strategies of FSDP2; what this project decides is added."""
     optim, options = config.optim, dict(config.trainer)
     strategy = str(options.get("strategy", "auto"))
-    if strategy.startswith(("deepspeed", "fsdp")) and strategy != "fsdp2":
+    if strategy in FSDP2_STRATEGIES:
+        options["strategy"] = FSDP2(**FSDP2_STRATEGIES[strategy])
+    elif strategy.startswith(("deepspeed", "fsdp")):
         raise ConfigError(
-            f"trainer.strategy: found {strategy!r}, expected ddp or fsdp2. Every token of a step weighs the same here, so "
-            "gradients are scaled between the backward pass and the step, which DeepSpeed's engine and FSDP1 do not allow; "
-            "fsdp2 shards weights, gradients and optimiser states as they do."
+            f"trainer.strategy: found {strategy!r}, expected ddp, {' or '.join(FSDP2_STRATEGIES)}. Every token of a step weighs "
+            "the same here, so gradients are scaled between the backward pass and the step, which DeepSpeed's engine and FSDP1 "
+            "do not allow; FSDP2 shards weights, gradients and optimiser states as they do."
         )
-    if strategy == "fsdp2":
-        options["strategy"] = FSDP2()
     out = Path(config.out)
     if config.data.val is None:
         validation: dict[str, Any] = {"limit_val_batches": 0}

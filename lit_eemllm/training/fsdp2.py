@@ -16,7 +16,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.optim import Optimizer
 
 from ..model.projector import LayerwiseProjector
@@ -31,7 +38,7 @@ def shared_out(model: EEMLLM) -> list[nn.Module]:
     return [*model.language_model.model.layers, *projectors, *model.gated.values()]
 
 
-def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None, offload: bool = False) -> None:
     """Shard in place: each of `shared_out` by itself, the rest (encoder, embeddings, head) together.
 
     Every rank must then call the same modules in every pass, whether its pack has an image or not.
@@ -43,22 +50,30 @@ def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
             that autocast makes no copies, which would stay whole until the backward pass; gradients are summed over ranks in
             float32. Streams keep their type, and the rest its weights': a lookup is no product, and an encoder of one's own
             may have buffers to match.
+        offload: shares of weights, gradients and optimiser states stay in main memory, where the optimiser steps.
     """
     if isinstance(model, FSDPModule):
         return
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for part in shared_out(model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place)
+    fully_shard(model, mesh=mesh, offload_policy=place)
     register_fsdp_forward_method(model, "packed_loss")
 
 
 class FSDP2(ModelParallelStrategy):
     """Data parallel over all processes. A checkpoint is one file of whole tensors, as every other strategy writes it, so that
-    a run resumes under another strategy, or on one device. Every rank reads it; rank 0 gathers it in its main memory."""
+    a run resumes under another strategy, or on one device. Every rank reads it; rank 0 gathers it in its main memory.
 
-    def __init__(self) -> None:
-        super().__init__(save_distributed_checkpoint=False)
+    Args:
+        offload: see `shard`. The norm of gradients is then summed over ranks in main memory.
+    """
+
+    def __init__(self, offload: bool = False) -> None:
+        backend = "cpu:gloo,cuda:nccl" if offload and torch.cuda.is_available() else None
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=backend)
+        self.offload = offload
 
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1

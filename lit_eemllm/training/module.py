@@ -70,13 +70,19 @@ class LitEEMLLM(LightningModule):
         self.stop_votes: Tensor = torch.tensor(0.0)
         self._restored_rng: list[dict[str, Any]] | None = None  # of all ranks that saved
         self.mean_loss = self.grad_norm = torch.tensor(torch.nan)  # of the last optimiser step
-        self.step_lr = self.batch_end = 0.0
+        self.step_rates: dict[str, float] = {}  # of the last optimiser step: learning rates by trained component
+        self.batch_end = 0.0
+
+    @property
+    def step_lr(self) -> float:
+        """The decoder's learning rate; if that is frozen, the projector's, else the encoder's."""
+        return next(rate for word in reversed(COMPONENTS) if (rate := self.step_rates.get(word)) is not None)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FSDP2):
             assert self._frozen_fingerprint  # of whole tensors
             mesh = init_device_mesh(self.trainer.strategy.root_device.type, (self.trainer.world_size,))
-            shard(self.model, mesh, compute_dtype(self.config))
+            shard(self.model, mesh, compute_dtype(self.config), self.trainer.strategy.offload)
 
     def on_fit_start(self) -> None:
         choice = self.model.set_attention(self.config.model.attention, compute_dtype(self.config))
@@ -117,9 +123,10 @@ class LitEEMLLM(LightningModule):
         loss, tokens, self.stop_votes = totals
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_mul_([x.to_local() if isinstance(x, DTensor) else x for x in gradients], scale)
+        local = [x.to_local() if isinstance(x, DTensor) else x for x in gradients]
+        torch._foreach_mul_(local, scale.to(local[0].device))  # elsewhere only if they are offloaded
         self.mean_loss = loss / tokens
-        self.step_lr = optimizer.param_groups[0]["lr"]
+        self.step_rates = {group["name"].partition(",")[0]: group["lr"] for group in reversed(optimizer.param_groups)}
         self.step_loss, self.step_tokens = 0.0, 0
 
     def configure_gradient_clipping(

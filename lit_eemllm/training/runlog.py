@@ -83,7 +83,7 @@ class RunLog(Callback):
         if trainer.is_global_zero:  # only now: a refused checkpoint must leave the run as it was
             write_atomically(Path(self.config.out) / "config.yaml", to_yaml(self.config, comments=True))
         self._task = self._bar.add_task("step", total=self.steps, completed=trainer.global_step)
-        self._logged = trainer.global_step
+        self._logged, self._first = trainer.global_step, True
         self._start_window()
         self._callbacks_start = self._validation_end = self._window_start
 
@@ -110,6 +110,11 @@ class RunLog(Callback):
                 self._log(trainer, pl_module, step)
                 self._logged = step
                 self._start_window()
+            elif self._first and trainer.is_global_zero:  # a sign of life where steps are slow
+                seconds = time.perf_counter() - self._window_start
+                text = f"step {step:>6}  loss {pl_module.mean_loss:.4f}  after {seconds:.1f} s"
+                self._bar.console.print(f"{text}; then a line every {self.every} steps")
+            self._first = False
         self._callbacks_start = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -122,7 +127,8 @@ class RunLog(Callback):
         )  # is no training time, nor is starting its loader
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero and (drawn := self._drawn(trainer)):
+        drawn = self._drawn(trainer)
+        if trainer.is_global_zero and drawn:
             table = Table(
                 "source", "asked for", "of samples", "of tokens", title="realised blend", title_justify="left"
             )
@@ -131,9 +137,8 @@ class RunLog(Callback):
             self._bar.console.print(table)
 
     def _drawn(self, trainer: Trainer) -> dict[str, tuple[float, float, float]]:
-        """`ShardDataModule.drawn` of a blend; empty for a single source."""
-        drawn = trainer.datamodule.drawn if trainer.datamodule is not None else {}  # type: ignore[attr-defined]
-        return drawn if len(drawn) > 1 else {}
+        """`ShardDataModule.drawn`, which all ranks must call."""
+        return trainer.datamodule.drawn() if trainer.datamodule is not None else {}  # type: ignore[attr-defined]
 
     def _log(self, trainer: Trainer, module: LitEEMLLM, step: int) -> None:
         seconds = time.perf_counter() - self._window_start
@@ -156,9 +161,11 @@ class RunLog(Callback):
             metrics |= {f"share_of_samples/{source}": samples, f"share_of_tokens/{source}": tokens}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
+        others = [f"{word} {rate:.2e}" for word, rate in module.step_rates.items() if rate != module.step_lr]
+        rates = f"{module.step_lr:.2e}" + (f" ({', '.join(others)})" if others else "")
         if trainer.is_global_zero:
             self._bar.console.print(
-                f"step {step:>6}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
+                f"step {step:>6}  loss {metrics['loss']:.4f}  lr {rates}  grad {metrics['grad_norm']:.2f}  "
                 f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_percent']:.0f}%  "
                 f"memory {metrics['memory_gib']:.2f} GiB" + (f"  skipped {skipped}" if skipped else "")
             )

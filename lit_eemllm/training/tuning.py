@@ -105,7 +105,7 @@ def _by_depth(vision: VisionEncoder, lr: float, decay: float) -> dict[str, tuple
     parts = {"vision, below": [p for p in vision.parameters() if p not in inside]}
     parts |= {f"vision, layer {i}": list(block.parameters()) for i, block in enumerate(blocks)}
     rates = [(name, (part, lr * decay ** (len(blocks) - i))) for i, (name, part) in enumerate(parts.items())]
-    return dict(reversed(rates))  # the rate of the first group is what logs show
+    return dict(reversed(rates))  # logs show the rate of the first group, the highest layer
 
 
 def schedule(config: OptimConfig) -> Callable[[int], float]:

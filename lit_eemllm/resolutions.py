@@ -84,7 +84,7 @@ class NativeTransform(Transform):
     def __call__(self, image: Image.Image) -> torch.Tensor:
         size = self.resized(*image.size)
         width, height = (side // self.patch * self.patch for side in size)
-        return resized(within_max_side(image), *size, self.resample)[:, :height, :width]
+        return resized(within_max_side(image), *size, self.resample)[:, :height, :width].contiguous()
 
     def within(self, most: int) -> NativeTransform:
         """The same with at most so many tokens."""

@@ -23,8 +23,10 @@ import shards_util
 import test_vision
 import tiny
 import torch
+import torch.distributed as dist
 from lightning import Trainer
 from megatron.energon import WorkerConfig
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -38,7 +40,7 @@ from lit_eemllm.schema import Config
 from lit_eemllm.training import fit as fit_module
 from lit_eemllm.training.checkpoint import read_checkpoint, refuse_changes
 from lit_eemllm.training.fit import fit, make_trainer
-from lit_eemllm.training.fsdp2 import FSDP2, shared_out
+from lit_eemllm.training.fsdp2 import FSDP2, shard, shared_out
 from lit_eemllm.training.module import LitEEMLLM, rng_state
 from lit_eemllm.training.runlog import RunLog
 from lit_eemllm.training.tuning import parameter_groups
@@ -179,6 +181,11 @@ def main(verb: str, *arguments: str) -> None:
         for case in MIXED:
             result[f"{case}, mixed"] = train(folder, case, rank, FSDP2(), sgd=False, mixed=True)
         torch.save(result, folder / f"{rank}.pt")
+    elif verb == "gpu":
+        folder, kind = Path(arguments[0]), arguments[1]
+        done = train(folder, "ee_mllm", None, FSDP2(offload=kind == "offloaded"), sgd=False, accelerator="gpu")
+        devices = {x.device.type for x in done["weights"].values()}
+        torch.save({"losses": done["losses"], "devices": devices}, folder / f"{kind}.pt")
     elif verb == "fit":
         for file in arguments:
             logged_fit(load_config([Path(file)], []))
@@ -186,25 +193,25 @@ def main(verb: str, *arguments: str) -> None:
         raise ValueError(verb)
 
 
-def two_ranks(*arguments: object, timeout: float = 250) -> None:
-    """This file as ranks 0 and 1, until both have ended."""
+def start_ranks(*arguments: object, timeout: float = 250, count: int = 2) -> None:
+    """This file as ranks 0 and 1, or as so many, until all have ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "WORLD_SIZE": "2", "NODE_RANK": "0", "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}  # fmt: skip
+                   "WORLD_SIZE": str(count), "NODE_RANK": "0", "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}  # fmt: skip
     command = [sys.executable, __file__, *map(str, arguments)]
-    ranks = [
+    processes = [
         subprocess.Popen(command, env={**environment, "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT, text=True)
-        for rank in (0, 1)
+        for rank in range(count)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=timeout)[0][-3000:] for process in ranks]
-        assert [process.returncode for process in ranks] == [0, 0], "\n\n".join(said)
+        said = [process.communicate(timeout=timeout)[0][-3000:] for process in processes]
+        assert [process.returncode for process in processes] == [0] * count, "\n\n".join(said)
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
 
 
@@ -215,7 +222,7 @@ def two_ranks(*arguments: object, timeout: float = 250) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks got."""
     folder = tmp_path_factory.mktemp("trained")
-    two_ranks("train", folder)
+    start_ranks("train", folder)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -251,20 +258,46 @@ def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a["losses"] == b["losses"] and all(x.equal(b["weights"][name]) for name, x in a["weights"].items())
 
 
-def test_offloaded_shares_are_trained_as_others(trained: list[dict[str, Any]]) -> None:
+def test_offloading_takes_the_same_steps(trained: list[dict[str, Any]]) -> None:
+    """On a CPU, where there is nothing to move."""
     for results in trained:
         assert same_bits(results["ee_mllm, offloaded"], results["ee_mllm, fsdp2"])
 
 
+def test_offloaded_shares_stay_when_the_rest_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the device "meta", as a GPU's stand-in."""
+    monkeypatch.setattr(FSDP2, "root_device", torch.device("meta"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for offload in (True, False):
+            module = LitEEMLLM(tiny.model(), tiny.config(tmp_path, "unused", tmp_path))
+            shard(module.model, init_device_mesh("cpu", (1,)), None, offload)
+            states = [part._get_fsdp_state() for part in (*shared_out(module.model), module.model)]
+            shares = [share for state in states for group in state._fsdp_param_groups for share in group.fsdp_params]
+            assert len(shares) > 20 and {share.offload_to_cpu for share in shares} == {offload}
+            strategy = FSDP2(offload)
+            strategy.model = module
+            strategy.model_to_device()
+            assert {x.device.type for x in module.parameters()} == {"cpu" if offload else "meta"}
+            moved = [*module.buffers(), module.val_loss.mean_value]
+            assert len(moved) > 1 and {x.device.type for x in (*moved, module)} == {"meta"}
+        strategy.offload = True
+        module.model.register_buffer("mean", torch.ones(2))
+        with pytest.raises(ConfigError, match="1 saved buffers, such as mean"):
+            strategy.model_to_device()
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.gpu
 def test_offloaded_shares_leave_the_gpu(tmp_path: Path) -> None:
-    """One process: weights and optimiser are in main memory after a step, and the losses are those of the others."""
+    """One process each: weights are in main memory after the steps, whose losses are those of the others."""
     found = {}
-    for offload in (False, True):
-        found[offload] = train(tmp_path, "ee_mllm", None, FSDP2(offload), sgd=False, accelerator="gpu")
-        found[offload]["devices"] = {x.device.type for x in found[offload]["weights"].values()}
-    assert found[False]["devices"] == {"cuda"} and found[True]["devices"] == {"cpu"}
-    assert found[True]["losses"] == pytest.approx(found[False]["losses"], rel=1e-4)
+    for kind in ("shared", "offloaded"):
+        start_ranks("gpu", tmp_path, kind, count=1)
+        found[kind] = torch.load(tmp_path / f"{kind}.pt")
+    assert found["shared"]["devices"] == {"cuda"} and found["offloaded"]["devices"] == {"cpu"}
+    assert found["offloaded"]["losses"] == pytest.approx(found["shared"]["losses"], rel=1e-4)
 
 
 @pytest.mark.parametrize("case", MIXED)
@@ -528,10 +561,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, parts: Path, shapes: Path) ->
     killed_at = max(losses(folder / "cut"))
     fsdp2 = "trainer.strategy=fsdp2"
     begin_from(folder / "one", folder / "one_two")
-    two_ranks("fit", write("two", 2), write("cut", 2), write("one_two", 2), write("sharded", 2, fsdp2))
+    start_ranks("fit", write("two", 2), write("cut", 2), write("one_two", 2), write("sharded", 2, fsdp2))
     begin_from(folder / "two", folder / "two_sharded")
     begin_from(folder / "sharded", folder / "sharded_two")
-    two_ranks("fit", write("two_sharded", 2, fsdp2), write("sharded_two", 2))
+    start_ranks("fit", write("two_sharded", 2, fsdp2), write("sharded_two", 2))
     for source in ("two", "sharded"):
         begin_from(folder / source, folder / f"{source}_one")
         logged_fit(settings(parts, shapes, folder / f"{source}_one", 1))

@@ -22,6 +22,7 @@ import shards_util
 import tiny
 import torch
 from test_training import assert_same, metrics
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lit_eemllm.config import to_yaml
 from lit_eemllm.errors import CheckpointError, UserError
@@ -321,6 +322,22 @@ def test_flipped_bits_inside_members_are_skipped_and_counted(tmp_path):
     data = shards_util.module(tmp_path / "a", workers=0, shuffle_buffer=0)
     keys = {key for batch in islice(data.train_dataloader(), 60) for key in batch.keys}
     assert len(keys) == 40 - 2 * 4 - 2 * 3 and set(data.skipped) == {"bad_json", "bad_image"}
+
+
+def test_a_worker_that_dies_while_its_batch_is_fetched(tmp_path, shapes, monkeypatch):
+    """Tensors of a batch come one by one over connections, which then break."""
+    loader = iter(shards_util.module(shapes, workers=1).train_dataloader())
+    next(loader)
+    workers = multiprocessing.active_children()
+
+    def broken(iterator):
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_get_data", broken)
+    with pytest.raises(UserError, match="^a loader process died: ConnectionResetError.*Repeat the command"):
+        next(loader)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

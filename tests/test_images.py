@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from lit_eemllm import images
 from lit_eemllm.errors import ConfigError, SampleError
-from lit_eemllm.images import MAX_SIDE, ImageTransform, image_size, open_image
+from lit_eemllm.images import MAX_SIDE, ImageTransform, image_size, open_image, resized
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -203,7 +203,34 @@ def test_same_pixels_as_transformers(family, options) -> None:
         expected = processor(image, return_tensors="pt")["pixel_values"][0]
         pixels = transform(image)
         assert pixels.dtype == torch.uint8
+        assert pixels.is_contiguous() and pixels.untyped_storage().nbytes() == pixels.numel()
         tiny.assert_same_picture(transform.views(pixels[None])[0], expected, transform.std)
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_resizing_is_pillows_one_side_after_the_other(resample) -> None:
+    """Of black and white dots, the sharpest there is."""
+    rng = np.random.default_rng(0)
+    sizes = [
+        (333, 1000),
+        (300, 600),
+        (1000, 333),
+        (225, 301),
+        (1, 40),
+        (40, 1),
+        *rng.integers(2, 400, (40, 2)).tolist(),
+    ]
+    targets = [(336, 336), (336, 336), (336, 336), (224, 224), (9, 7), (9, 7), *rng.integers(2, 400, (40, 2)).tolist()]
+    for (width, height), (wide, high) in zip(sizes, targets, strict=True):
+        image = Image.fromarray(rng.integers(0, 2, (height, width, 3), dtype=np.uint8) * 255)
+        method = Image.Resampling[resample.upper()]
+        expected = np.asarray(image.resize((wide, height), method).resize((wide, high), method)).astype(int)
+        found = resized(image, wide, high, resample).permute(1, 2, 0).numpy()
+        assert np.abs(found - expected).max() <= 2, (width, height, wide, high)
+    image = picture(50, 40)
+    assert np.array_equal(
+        resized(image, 30, 20, "lanczos").permute(1, 2, 0), image.resize((30, 20), Image.Resampling.LANCZOS)
+    )
 
 
 def test_old_preprocessor_config_with_numbers() -> None:

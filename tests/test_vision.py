@@ -94,7 +94,7 @@ def alone(batch: PackedBatch) -> list[PackedBatch]:
 
 def test_siglip2_as_transformers_computes_it_with_padding():
     encoder = tiny.vision("siglip2").eval()
-    pixels = [encoder.transform(picture(size, i)) for i, size in enumerate(PICTURES)]
+    pixels = encoder.transform.views([encoder.transform(picture(size, i)) for i, size in enumerate(PICTURES)])
     grids = [(x.shape[1] // 4, x.shape[2] // 4) for x in pixels]
     patches = torch.zeros(len(pixels), 20, 48)
     for row, image, (height, width) in zip(patches, pixels, grids, strict=True):

@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -378,7 +379,7 @@ def tidy_errors(loader: Any, timeout: float) -> Iterator[Packed]:
     except (RuntimeError, OSError, EOFError) as error:
         if silent.is_set():
             raise UserError(f"no batch came within {timeout:g} s (data.timeout). {_AFTER_SILENCE}") from None
-        raise lost_worker(error) or error from None
+        raise lost_worker(error) or _gone_with_a_batch(error, loader) or error from None
     finally:
         watchdog.finish()
 
@@ -410,6 +411,14 @@ def lost_worker(error: BaseException) -> UserError | None:
     if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker"):
         return None
     return UserError(f"a loader process died: {text.splitlines()[0]} {_AFTER_DEATH}")
+
+
+def _gone_with_a_batch(error: BaseException, loader: Any) -> UserError | None:
+    """A worker that dies while its batch is fetched (its tensors are, one by one) shows as a broken connection."""
+    if not loader.num_workers or not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        return None
+    dead = wait([worker.sentinel for worker in loader._iterator._workers], timeout=5)
+    return UserError(f"a loader process died: {error!r}. {_AFTER_DEATH}") if dead else None
 
 
 def stop(loader: SavableDataLoader | BasicDataLoader) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 
+from ..errors import ConfigError
 from ..model.projector import LayerwiseProjector
 
 if TYPE_CHECKING:
@@ -78,6 +79,23 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """All but offloaded shares, which torch would not take back."""
+        if not self.offload:
+            return super().model_to_device()
+        module: Any = self.model
+        model: EEMLLM = module.model
+        if kept := [name for name, _ in model.named_buffers() if name in model.state_dict()]:
+            raise ConfigError(
+                f"trainer.strategy=fsdp2_offload: found {len(kept)} saved buffers, such as {kept[0]}, which stay on the device, and "
+                "torch restores no checkpoint that is on both; use fsdp2, or an encoder without batch norms"
+            )
+        module.model = None
+        module.to(self.root_device)
+        module.model = model
+        for part in model.modules():
+            part._buffers.update({name: x.to(self.root_device) for name, x in part.named_buffers(recurse=False)})
 
     def _names(self, optimizer: Optimizer) -> list[str]:
         """Names of the optimiser's parameters in the order in which torch numbers them."""

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -36,7 +36,7 @@ from omegaconf.errors import (
 from yaml.composer import ComposerError
 
 from lit_eemllm import schema
-from lit_eemllm.errors import ConfigError, did_you_mean
+from lit_eemllm.errors import MOST_HINTS, ConfigError, did_you_mean
 from lit_eemllm.schema import Config, Mistake, check
 
 MAX_FILES = 64  # files that one configuration may be built from
@@ -123,14 +123,20 @@ def is_key(key: str) -> bool:
     return key in _KINDS or key.startswith("trainer.")
 
 
-def nearest_key(key: str, others: Iterable[str] = ()) -> str:
-    """Names the key, or one of the others, most like `key`, else the keys of the section it stands in."""
-    if hint := did_you_mean(key, [*_KINDS, *others]):
+def nearest_key(key: str, others: Iterable[str] = (), without: Collection[str] = ()) -> str:
+    """Names the key most like `key`, else the keys of the section it stands in.
+
+    Args:
+        others: more keys that can be meant.
+        without: keys of a configuration that cannot.
+    """
+    known = [*(name for name in _KINDS if name not in without), *others]
+    if hint := did_you_mean(key, known):
         return hint
     section = key.rpartition(".")[0]
     while section and section not in _KINDS:
         section = section.rpartition(".")[0]
-    names = [valid.rpartition(".")[2] for valid in _KINDS if valid.rpartition(".")[0] == section]
+    names = [valid.rpartition(".")[2] for valid in known if valid.rpartition(".")[0] == section]
     return f"{section or 'the top level'} has: {', '.join(names)}"
 
 
@@ -152,6 +158,10 @@ class _Merge:
     def fail(self, where: str, key: str, text: str) -> None:
         self.wrong.add(key)
         self.mistakes.append(": ".join(part for part in (where, key, text) if part))
+
+    def hint(self, key: str) -> str:
+        """What follows the message of an unknown key."""
+        return f"; {nearest_key(key)}" if len(self.mistakes) < MOST_HINTS else ""
 
     # --- reading
     def file(self, path: Path, named_by: tuple[Path, ...] = ()) -> None:
@@ -231,7 +241,7 @@ class _Merge:
         kind = Config if key == "" else Any if free else _KINDS.get(key)
         section = is_dataclass(kind) or key == "trainer"
         if kind is None:
-            self.fail(where, key, f"unknown key; {nearest_key(key)}")
+            self.fail(where, key, f"unknown key{self.hint(key)}")
         elif isinstance(node, yaml.MappingNode) and (section or (free and node.value)):
             for name, value in self.items(key, node, source):
                 self.node(f"{key}.{name}" if key else name, value, source)
@@ -312,7 +322,7 @@ class _Merge:
             known = [*_KINDS, *self.origin]
             names = [n for n in _REFERENCE.findall(str(raw)) if not any(f"{k}.".startswith(f"{n}.") for k in known)]
             if names:
-                self.fail(where, key, f"{raw} refers to {names[0]}, which is not a key; {nearest_key(names[0])}")
+                self.fail(where, key, f"{raw} refers to {names[0]}, which is not a key{self.hint(names[0])}")
             else:
                 self.wrong.add(key)  # the key referred to cannot be resolved and has the message
         elif isinstance(error, InterpolationValidationError):

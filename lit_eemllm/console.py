@@ -44,14 +44,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     os.replace(unfinished, path)
 
 
-def read_object(path: Path, error: type[UserError] = UserError) -> dict[str, Any]:
-    """A JSON object. Raises `error`, which names the file, where it is anything else; OSError where it cannot be read."""
+def read_object(path: Path, error: type[UserError] = UserError, mend: str = "") -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        error: it is anything else; the message names the file and ends with how to `mend` it.
+        OSError: it cannot be read.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: not valid JSON: {problem}") from None
-    if not isinstance(found, dict):
-        raise error(f"{path}: found a {type(found).__name__}, expected an object")
+        problem = "" if isinstance(found, dict) else f"found a {type(found).__name__}, expected an object"
+    except (ValueError, RecursionError) as wrong:
+        problem = f"not valid JSON: {wrong}"
+    if problem:
+        raise error(f"{path}: {problem}" + (f"; {mend}" if mend else ""))
     return found
 
 

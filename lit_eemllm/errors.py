@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from difflib import SequenceMatcher
+from operator import itemgetter
 from typing import Any
+
+MOST_HINTS = 20  # mistakes of a file that are told with what may have been meant: to look for it takes milliseconds
+_COMPARED = 100  # characters of a name
 
 
 class UserError(Exception):
@@ -42,22 +46,32 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     What stands after the last dot counts most. It is like the end of a dotted name (``lora_rank``, ``optim.lora.r``), a name
     that has its words (``steps``, ``optim.max_steps``), its initials or the name that they stand for (``learning_rate``,
-    ``optim.lr``).
+    ``optim.lr``). Of names that are like it, one of the section that `name` names is rather meant; none of a section far away.
     """
-    last = name.rpartition(".")[2].lower()
+    name, known = name[:_COMPARED], list(known)
+    *sections, last = name.lower().split(".")
+    exists = any(valid.lower().split(".")[:-1] == sections for valid in known)
 
-    def likeness(valid: str) -> tuple[float, float]:
-        parts = valid.lower().split(".")
-        ends = ["_".join(parts[i:]) for i in range(len(parts))]
-        alike = [SequenceMatcher(None, last, end).ratio() - abs(len(last) - len(end)) / 500 for end in ends]
+    def likeness(valid: str) -> tuple[float, float, float]:
+        """How like it is, less for every section between them; how like they are as a whole; how like it is."""
+        parts = valid[:_COMPARED].lower().split(".")
+        whole = SequenceMatcher(None, name, valid[:_COMPARED]).ratio()
         words, its_words = (re.findall("[^_-]+", text) for text in (last, parts[-1]))
-        contained = set() < set(words) <= set(its_words)
+        contained = set(words) <= set(its_words) and any(len(word) > 2 for word in words)
         initials = _stands_for(last, its_words) or _stands_for(parts[-1], words)
-        whole = SequenceMatcher(None, name, valid).ratio()
-        return max(*alike, 0.8 * contained, 0.75 * initials, whole - 0.2), whole
+        found = [(whole - 0.2, 0)]
+        for i in range(len(parts)):
+            end, far = "_".join(parts[i:]), len(set(sections) ^ set(parts[:i]))
+            alike = SequenceMatcher(None, last, end).ratio() - abs(len(last) - len(end)) / 500
+            if i == len(parts) - 1:
+                alike = max(alike, 0.8 * contained, 0.75 * initials)
+            if far < 3 or not (sections and exists):
+                found.append((alike, -far))
+        alike, near = max(found)
+        return alike + 0.12 * near, whole, alike
 
-    best = max(known, key=likeness, default="")
-    return f"did you mean {best}?" if best and likeness(best)[0] > 0.665 else ""  # two of three letters are enough
+    best, (_, _, alike) = max(((valid, likeness(valid)) for valid in known), key=itemgetter(1), default=("", (0, 0, 0)))
+    return f"did you mean {best}?" if alike > 0.665 else ""  # two of three letters are enough
 
 
 def not_one_of(found: Any, known: Collection[str]) -> str:

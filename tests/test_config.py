@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_eemllm.config import MAX_FILES, config_hash, load_config, to_yaml
+from lit_eemllm import errors
+from lit_eemllm.config import MAX_FILES, config_hash, load_config, nearest_key, to_yaml
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.schema import Config, check, check_names
 
@@ -138,16 +139,38 @@ def test_values(write, override, key, value):
         ("gradient_checkpointing", "optim.activation_checkpointing"),
         ("modle.vision.path", "model.vision.path"),
         ("Seed", "seed"),
+        ("ffn", "model.mechanism.aligner.ffn"),
+        ("model.lr", "optim.lr"),
+        ("vison.path", "model.vision.path"),  # there is no section of that name
     ],
 )
 def test_the_key_that_was_meant(write, key, meant):
     assert only(write(a=GOOD), [f"{key}=1"]) == f"command line: {key}: unknown key; did you mean {meant}?"
 
 
-@pytest.mark.parametrize("key", ["epochs", "devices", "data.foo", "model.lm_head", "x.y", "_"])
+@pytest.mark.parametrize(
+    "key", ["epochs", "devices", "data.foo", "model.lm_head", "x.y", "_", "a", "data.path", "output"]
+)
 def test_no_key_is_guessed_that_is_not_like_it(write, key):
-    section = {"data.foo": "data has: train,", "model.lm_head": "model has: decoder,"}.get(key, "the top level has: ")
+    section = {
+        "data.foo": "data has: train,",
+        "data.path": "data has: train,",
+        "model.lm_head": "model has: decoder,",
+    }.get(key, "the top level has: ")
     assert f"{key}: unknown key; {section}" in only(write(a=GOOD), [f"{key}=1"])
+
+
+def test_looking_for_what_was_meant_has_an_end(write, monkeypatch):
+    """Many unknown keys, or long ones, in a file of the accepted size."""
+    compared = []
+    matcher = errors.SequenceMatcher
+    monkeypatch.setattr(errors, "SequenceMatcher", lambda _, a, b: compared.append(len(a + b)) or matcher(None, a, b))
+    files = write(a=GOOD, b="".join(f"k{i:04}x: 1\n" for i in range(2000)))
+    lines = mistakes(files)
+    assert len(lines) == 2000 and lines[0].startswith("b.yaml:1: k0000x: unknown key; ")
+    assert lines[19].endswith(" eval") and lines[20] == "b.yaml:21: k0020x: unknown key"
+    assert len(compared) < 20_000
+    assert nearest_key("x" * 200_000) and max(compared) <= 200
 
 
 @pytest.mark.parametrize(

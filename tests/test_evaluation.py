@@ -547,9 +547,9 @@ def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeyp
     (tmp_path / "bad" / "eval" / "gallery.html").touch()
     assert "earlier evaluation" not in capsys.readouterr().out
     run.validate(replace(trained, out="bad"), str(run.newest_checkpoint(run.Path(trained.out))))
-    assert (
-        f"{Path('bad', 'eval')} holds the results of an earlier evaluation, which this one" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert f"{Path('bad', 'eval')} holds the results of an earlier evaluation, which this one" in said
+    assert "out=FOLDER --checkpoint FILE" in said
     results = json.loads((tmp_path / "bad" / "eval" / "results.json").read_text())
     assert results["skipped"] == {"bad_image": 1} and "types" not in results and results["loss"] > 0
     assert [path.name for path in (tmp_path / "bad" / "eval").iterdir()] == ["results.json"]

@@ -336,7 +336,7 @@ def test_a_worker_that_dies_while_its_batch_is_fetched(tmp_path, shapes, monkeyp
         raise ConnectionResetError("reset by peer")
 
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_get_data", broken)
-    with pytest.raises(UserError, match="^a loader process died: ConnectionResetError.*Repeat the command"):
+    with pytest.raises(UserError, match=r"^a loader process died: ConnectionResetError.*Repeat the command"):
         next(loader)
 
 

@@ -29,6 +29,8 @@ PRESETS = [
 ]
 ASKED = {path: load_config([path]) for path in PRESETS}
 OF_RUN = {config.out: path for path, config in ASKED.items()}
+# One of each mechanism takes steps of two packs, the others of one.
+TWO_PACKS = set({config.model.mechanism.preset: path for path, config in reversed(ASKED.items())}.values())
 each_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 
 
@@ -49,7 +51,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path],
             (command,) = re.findall(r"lit-eemllm (convert .*?)(?:  |$)", before.read_text(), re.MULTILINE)
             assert cli.main(shlex.split(command)) == 0
         overrides = shrink.shrink(config, Path("tiny"))
-        assert cli.main(["fit", str(preset), str(overrides)]) == 0
+        packs = f"trainer.accumulate_grad_batches={1 + (preset in TWO_PACKS)}"
+        assert cli.main(["fit", str(preset), str(overrides), packs]) == 0
         return Path(config.out)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -71,6 +74,26 @@ def test_two_steps(preset: Path, train: Callable[[Path], Path]) -> None:
     asked["model"]["decoder"], asked["model"]["vision"]["path"] = decoder, encoder
     asked["optim"] |= {"max_steps": 2, "log_every": 1}
     assert did["model"] == asked["model"] and did["optim"] == asked["optim"], "nothing else is shrunk"
+
+
+def test_the_row_with_pdrop_has_results_of_its_own(train: Callable[[Path], Path]) -> None:
+    """The command that a ViCA preset states evaluates its last checkpoint, and leaves the results of ViCA alone."""
+    commands = {}
+    for preset in [preset for preset in PRESETS if preset.match("vica_*_finetune.yaml")]:
+        text = preset.read_text().replace(" \\\n#", "")
+        (command,) = re.findall(r"lit-eemllm (validate .*visual_drop.*)", text)
+        commands[preset.stem] = command
+        last = f"{ASKED[preset].out}/checkpoints/step-{ASKED[preset].optim.max_steps}.ckpt"
+        assert shlex.split(command)[1] == ASKED[preset].out and shlex.split(command)[4:6] == ["--checkpoint", last]
+    assert len(commands) == 3
+    run = train(REPOSITORY / "configs" / "presets" / "vica_3b_finetune.yaml")
+    before = sorted(run.rglob("*"))
+    words = shlex.split(commands["vica_3b_finetune"].replace("step-5197", "step-2"))
+    suite = {"sets": {"shapes": {"data": "tiny/raw/train.json", "images": "tiny/raw/images"}}}
+    Path("SUITE.yaml").write_text(yaml.safe_dump(suite))
+    assert cli.main([*words, "eval.samples=2", "eval.max_new_tokens=2"]) == 0 and sorted(run.rglob("*")) == before
+    results = json.loads(Path("runs/vica_3b/pdrop/eval/results.json").read_text())
+    assert results["mechanism"]["visual_drop"] == [[1, 0.25], [14, 0.25], [18, 0.25]]
 
 
 def test_published_numbers() -> None:

@@ -563,7 +563,14 @@ def test_a_sweep_is_read_with_care(sweep, tmp_path):
     (sweep / "none-0" / "eval" / "results.json").write_text('{"average": ')
     compared = compare([sweep])
     assert [row.title for row in compared.rows] == ["llava (3 seeds)", "none (1 of 3 seeds)", "O+FFN (3 seeds)"]
-    assert "not valid JSON" in compared.failed[str(sweep / "none-0")]
+    why = compared.failed[str(sweep / "none-0")]
+    assert "not valid JSON" in why and why.endswith(f"; make it again: lit-eemllm validate '{sweep / 'none-0'}'")
+    untrained = sweep / "llava-0" / "eval-untrained" / "results.json"
+    untrained.parent.mkdir()
+    untrained.write_text("[]")
+    why = compare([sweep]).failed[str(sweep / "llava-0")]
+    assert why.endswith(f"; make it again: lit-eemllm validate '{sweep / 'llava-0'}' --checkpoint none")
+    untrained.unlink()
     plan = json.loads((sweep / "sweep.json").read_text())
     for change, message in {
         '{"rows": [{"name": "a", "runs": ["../../etc"]}]}': "expected a path inside of",

@@ -577,6 +577,15 @@ def test_placeholders_go_where_llava_puts_them(values: list[str], expected: list
     assert said(row) == expected and row.get("mended", []) == changes and row["image"] == "x.jpg"
 
 
+def test_a_placeholder_in_an_answer_to_nothing_does_not_count() -> None:
+    """Such a turn is dropped when the row is read."""
+    answer = {"from": "gpt", "value": "an <image> here"}
+    row = mended({"id": "1", "image": "x.jpg", "conversations": [answer, *turns("what is this?<image>", "a")]})
+    assert row["conversations"] == [answer, *turns("<image>\nwhat is this?", "a")]
+    unlike = {**row, "conversations": [answer, *turns("what?", "a")]}
+    assert mended(unlike) == unlike
+
+
 @pytest.mark.parametrize("way", ["rows", "source"])
 def test_an_answer_to_nothing_is_not_read_whichever_way_a_row_came(way: str, tmp_path: Path) -> None:
     """LLaVA's and FastChat's training code skips a first turn that is not the human's."""

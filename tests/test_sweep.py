@@ -388,7 +388,8 @@ def test_mistakes_of_the_file(change, expected):
     [
         ("seds=[0]", "did you mean seeds?"),
         ("learning_rate=1", "did you mean optim.lr?"),
-        ("quality=1", "the top level has: seed, out,"),
+        ("quality=1", "the top level has: init_from, model,"),  # not seed, which is refused
+        ("sed=1", "did you mean seeds?"),
     ],
 )
 def test_an_unknown_key_of_the_command_line_is_told_once_and_may_be_of_the_sweep_or_its_runs(override, expected):
@@ -396,6 +397,25 @@ def test_an_unknown_key_of_the_command_line_is_told_once_and_may_be_of_the_sweep
         read_sweep(write(SWEEP), [override])
     assert str(caught.value).splitlines()[1:] == [line for line in str(caught.value).splitlines() if expected in line]
     assert f"command line: {override.partition('=')[0]}: unknown key; {expected}" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["grid.optim.lr", "search.by", "cells.llava", "slurm.partition"])
+def test_a_part_of_a_key_of_the_sweep_is_not_set_on_the_command_line(key):
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(write(SWEEP), [f"{key}=[1]"])
+    (line,) = str(caught.value).splitlines()[1:]
+    first = key.partition(".")[0]
+    assert line == f"  command line: {key}: `{first}` can only be set as a whole here; change it in the file"
+
+
+def test_many_unknown_names_in_a_sweep_file_are_told_without_looking_for_each(monkeypatch):
+    asked = []
+    monkeypatch.setattr("lit_eemllm.sweep.spec.did_you_mean", lambda name, known: asked.append(name) or "")
+    cells = "".join(f"  c{i}: {{weights: none{i}}}\n" for i in range(100))
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(write(SWEEP.partition("baseline")[0] + f"cells:\n{cells}  a: {{}}\n"))
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == 100 and len(asked) == 20 and lines[-1].endswith("which is no cell that is trained")
 
 
 def test_any_value_anywhere_is_taken_or_refused_in_words():
@@ -668,6 +688,23 @@ def test_the_table_on_a_terminal(reports, monkeypatch):
     assert "min left" in shown or "s left" in shown
 
 
+def test_torn_results_are_named_with_what_to_do(reports, monkeypatch):
+    """A trial's score is needed. A run's is only shown, by the table on a terminal too, which must not end the sweep."""
+    assert run(SWEEP + SEARCH) == 0
+    shown, trial = Path("out/v-o/seed0/eval/results.json"), Path("out/search/v-o/lr-0.001/eval/results.json")
+    shown.write_text('{"average": ')
+    Path("out/all/seed0/eval/results.json").unlink()
+    console = Console(force_terminal=True, width=100, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
+    monkeypatch.setattr("lit_eemllm.sweep.status.console", console)
+    assert run(SWEEP + SEARCH) == 0 and "unreadable" in console.export_text()
+
+    trial.write_text("[]")
+    with pytest.raises(UserError, match=f"{trial}: found a list, .*; remove it; the sweep evaluates that run again"):
+        run(SWEEP + SEARCH)
+    trial.unlink()
+    assert run(SWEEP + SEARCH) == 0 and json.loads(trial.read_text())["loss"]
+
+
 # --- Slurm
 
 
@@ -718,6 +755,16 @@ def test_jobs_of_an_earlier_call_go_on(monkeypatch):
     for ready in ([], tasks[:1], tasks[1:2]):
         assert place.start(ready) == ready and json.loads(file.read_text()) == known
     assert place.start([]) == []
+
+
+def test_a_torn_list_of_jobs_is_named_with_what_to_do():
+    slurm = pytest.importorskip("lit_eemllm.sweep.slurm")
+    pytest.importorskip("submitit")
+    file = Path("out/slurm/jobs.json")
+    file.parent.mkdir(parents=True)
+    file.write_text('{"v-o')
+    with pytest.raises(UserError, match=r"jobs\.json: not valid JSON: .*; end its jobs \(scancel\), then remove it"):
+        slurm.Cluster(read_sweep(write(SWEEP)), None, ("false",), [], "local")
 
 
 @pytest.mark.slow

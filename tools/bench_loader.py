@@ -24,6 +24,7 @@ from datetime import date
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -36,12 +37,13 @@ from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.samples import read_members, read_row
 from lit_eemllm.data.shards import make, read_shard
-from lit_eemllm.errors import SampleError
-from lit_eemllm.images import ImageTransform, Transform
+from lit_eemllm.errors import SampleError, UserError
+from lit_eemllm.images import ImageTransform, Transform, open_image
 from lit_eemllm.report import provenance
 from lit_eemllm.schema import DataConfig
 
 HELD = 512  # samples in memory for the bare costs
+MAX_PIXELS = DataConfig.max_image_pixels
 WARM_UP = 1.0  # seconds
 
 Held = list[tuple[str, list[bytes]]]
@@ -61,29 +63,36 @@ def enlarged(path: Path, side: int, folder: Path) -> Path:
     """A folder of shards with those samples, their pictures as JPEG with a longer side of so many pixels."""
     rows = []
     for number, (key, members) in enumerate(drawn(path)):
-        row, images = read_row(key, members)
+        try:
+            row, images = read_row(key, members)
+            pictures = [open_image(data, key, MAX_PIXELS) for data in images.values()]
+        except SampleError:
+            continue
         names = [f"{number}.{i}.jpg" for i in range(len(images))]
-        for name, data in zip(names, images.values(), strict=True):
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
+        for name, picture in zip(names, pictures, strict=True):
             scale = side / max(picture.size)
-            picture.resize((round(picture.width * scale), round(picture.height * scale))).save(
-                folder / name, quality=90
-            )
-        rows.append({"id": f"{number}", "image": names, "conversations": row["conversations"]})
+            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+            picture.resize(size).save(folder / name, quality=90)
+        rows.append({"id": f"{number}", "image": names, "conversations": row.get("conversations")})
     (folder / "train.json").write_text(json.dumps(rows))
     make({"train": folder / "train.json"}, folder, folder / "shards")
     return folder / "shards"
 
 
 def held_samples(path: Path, template: ChatTemplate) -> Held:
-    """The good ones of `drawn`."""
-    held = []
+    """The good ones of `drawn`. Raises UserError if there are none."""
+    held, why = [], "it has none"
     for key, members in drawn(path):
         try:
             conversation, images = read_members(key, members)
-            held.append(("".join(span.text for span in template.render(conversation)), images))
-        except SampleError:
-            continue
+            text = "".join(span.text for span in template.render(conversation))
+            for data in images:
+                open_image(data, key, MAX_PIXELS)
+            held.append((text, images))
+        except SampleError as error:
+            why = f"the last one is bad: {error}"
+    if not held:
+        raise UserError(f"{path}: no good samples; {why}")
     return held
 
 
@@ -149,27 +158,30 @@ def own_mib(pid: int) -> float:
 
 def report(result: dict[str, Any]) -> str:
     enlarged_to = f", pictures enlarged to {result['enlarge']} pixels" if result["enlarge"] else ""
+    size = result["image_size"]
+    about = (
+        f"`{result['data']}`{enlarged_to}, packs of {result['pack_tokens']} tokens, pictures of {size} x {size} pixels. "
+        f"Medians of {result['rounds']} rounds of {result['seconds']:g} s, taken in turns, in samples a second. *decode*: "
+        "open the pictures and tokenise the text, nothing else; *pixels*: also bring the pictures to the encoder's size."
+    )
     lines = [
         "# Loader",
         "",
-        f"`{result['data']}`{enlarged_to}, packs of {result['pack_tokens']} tokens, pictures of {result['image_size']} x "
-        f"{result['image_size']} pixels. Medians of {result['rounds']} rounds of {result['seconds']:g} s, taken in turns. *decode*: open the",
-        "pictures and tokenise the text, nothing else; *pixels*: also bring the pictures to the encoder's size.",
+        fill(about, 120, break_long_words=False),
         "",
-        "| workers | decode (samples/s) | pixels (samples/s) | loader (samples/s) | loader (tokens/s) | of decode | of pixels "
-        "| packing | MiB a worker |",
+        "| workers | decode | pixels | loader | tokens/s | of decode | of pixels | packing | MiB a worker |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         lines.append(
             f"| {row['workers']} | {row['decode']:.0f} | {row['pixels']:.0f} | {row['samples_per_second']:.0f} "
-            f"| {row['tokens_per_second']:,.0f} | {row['of_decode']:.2f} | {row['of_pixels']:.2f} | {row['packing']:.3f} "
-            f"| {row['mib_per_worker']:.0f} |"
+            f"| {row['tokens_per_second']:,.0f} | {row['of_decode']:.2f} | {row['of_pixels']:.2f} "
+            f"| {row['packing']:.3f} | {row['mib_per_worker']:.0f} |"
         )
     return "\n".join([*lines, "", f"- {result['provenance']}", ""])
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="recipe or folder of prepared shards")
     parser.add_argument("--tokenizer", required=True, help="folder or name of a tokenizer")
@@ -186,7 +198,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks") / f"{date.today()}-loader")
     args = parser.parse_args(argv)
+    try:
+        bench(args, shlex.join(["python", "tools/bench_loader.py", *argv]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
+
+def bench(args: argparse.Namespace, command: str) -> None:
+    """Measure and write. Raises UserError."""
+    if min(args.workers) < 1:
+        raise UserError(f"--workers {min(args.workers)}: expected 1 or more, which the bare costs are measured with")
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     template = get_template(args.template, tokenizer)
     size = args.image_size
@@ -213,7 +236,7 @@ def main(argv: list[str]) -> None:
         **{key: getattr(args, key) for key in ("pack_tokens", "image_size", "enlarge", "rounds", "seconds")},
         "data": args.data.name,
         "rows": rows,
-        "provenance": provenance(shlex.join(["python", "tools/bench_loader.py", *argv])),
+        "provenance": provenance(command),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out / "result.json", json.dumps(result, indent=2))
@@ -223,4 +246,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

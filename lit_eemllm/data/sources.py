@@ -24,7 +24,7 @@ from string import ascii_uppercase
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lit_eemllm.chat import IMAGE
+from lit_eemllm.chat import IMAGE, leading_answer
 from lit_eemllm.data.json_rows import read_json
 from lit_eemllm.errors import SampleError, UserError, not_one_of
 
@@ -246,8 +246,9 @@ def mended(record: dict[str, Any], images: str = "") -> dict[str, Any]:
     if image := record.get("image"):
         row["image"] = [f"{images}/{path}" for path in image] if isinstance(image, list) else f"{images}/{image}"
         row["image"] = row["image"] if images else image
-    if sum(turn["value"].count(IMAGE) for turn in turns) == 1:
-        turn = next(turn for turn in turns if IMAGE in turn["value"])
+    kept = turns[leading_answer(turns) :]
+    if sum(turn["value"].count(IMAGE) for turn in kept) == 1:
+        turn = next(turn for turn in kept if IMAGE in turn["value"])
         before, _, after = turn["value"].partition(IMAGE)
         if "\\n" in (before[-2:], after[:2]):  # an escape that was escaped: no question ends or begins with it
             changes.append("escaped_newline")

@@ -67,7 +67,8 @@ def validate(config: Config, checkpoint: str | None) -> None:
         write_atomically(Path(config.out) / "config.yaml", to_yaml(config, comments=True))
     if (folder / "results.json").is_file():
         console.print(
-            f"{folder} holds the results of an earlier evaluation, which this one replaces: copy it to keep them"
+            f"{folder} holds the results of an earlier evaluation, which this one replaces; to keep them, give this one a "
+            "folder of its own: out=FOLDER --checkpoint FILE"
         )
     on = config.eval.suite or config.eval.data or config.data.val
     console.print(f"{source}; attention {model.backend.name}; questions of {on}")

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import os
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -226,7 +227,7 @@ def read_run(path: Path) -> Run:
 def read_sweep(folder: Path) -> tuple[Comparison, str | None]:
     """The rows that ``sweep.json`` names, and the name of its baseline. A run that cannot be read counts as failed."""
     file = folder / "sweep.json"
-    plan = read_object(file)
+    plan = read_object(file, mend="the command of the sweep writes it again")
     try:
         named = [(str(row["name"]), [inside(folder, run) for run in row["runs"]]) for row in plan["rows"]]
         why = {str(inside(folder, one["run"])): str(one["why"]) for one in plan.get("failed") or []}
@@ -275,7 +276,8 @@ def inside(folder: Path, run: Any) -> Path:
 
 def read_results(path: Path) -> dict[str, Any]:
     """Raises UserError if a section is none."""
-    found = read_object(path)
+    untrained = " --checkpoint none" * (path.parent.name == "eval-untrained")
+    found = read_object(path, mend=f"make it again: lit-eemllm validate {shlex.quote(str(path.parents[1]))}{untrained}")
     types = found.get("types") or {}
     for name, section in {"mechanism": found.get("mechanism") or {}, "types": types}.items():
         if not isinstance(section, dict):

@@ -77,6 +77,10 @@ class Task:
     def results_file(self) -> Path:
         return self.folder / "eval" / "results.json"
 
+    def results(self) -> dict[str, Any]:
+        """Raises UserError where the file is torn, by a full disk say."""
+        return read_object(self.results_file, mend="remove it; the sweep evaluates that run again")
+
     def commands(self) -> list[list[str]]:
         """What is left to do, as words after `lit-eemllm`."""
         words = []
@@ -324,7 +328,7 @@ def score(task: Task, by: str) -> float:
     """What a trial has found; less is better, infinite if there is nothing to compare."""
     if task.diverged:
         return math.inf
-    value: Any = read_object(task.results_file).get(by)
+    value: Any = task.results().get(by)
     good = isinstance(value, int | float) and math.isfinite(value)
     return math.inf if not good else value if by == "loss" else -value
 

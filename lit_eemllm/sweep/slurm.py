@@ -61,7 +61,7 @@ class Cluster:
         self.jobs, self.command, self.imports = jobs, (*WITHOUT_USR2, *command), imports
         self._running: dict[str, tuple[Task, Any]] = {}
         self.file = self.folder / "jobs.json"
-        known = read_object(self.file) if self.file.is_file() else {}
+        known = read_object(self.file, mend="end its jobs (scancel), then remove it") if self.file.is_file() else {}
         self._known = {name: number for name, number in known.items() if re.fullmatch(r"\d+(_\d+)?", str(number))}
         self._over: dict[str, float] = {}  # jobs that have ended -> when that was seen
         self._looked = 0.0

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ..config import MAX_FILE_BYTES, Loader, is_key, nearest_key
-from ..errors import ConfigError, did_you_mean
+from ..errors import MOST_HINTS, ConfigError, did_you_mean
 
 RESERVED = ("search", "report", "slurm")  # folders of a sweep directory that are no cell's
 MOST_CELLS = 1000
@@ -130,6 +130,12 @@ class _Reader:
     def fail(self, where: str, text: str) -> None:
         self.mistakes.append(f"{where}: {text}" if where else text)
 
+    def nearest(self, name: str, known: Sequence[str] | dict[str, Any]) -> str:
+        """What follows the message of an unknown name: the known name most like it, else all."""
+        if len(self.mistakes) >= MOST_HINTS:
+            return ""
+        return f"; {did_you_mean(name, known) or 'expected ' + '; '.join(known)}"
+
     def document(self) -> Any:
         if not self.file.is_file() or self.file.suffix not in (".yaml", ".yml"):
             raise ConfigError(f"{self.file}: expected a sweep file (.yaml), see configs/sweeps/")
@@ -154,8 +160,13 @@ class _Reader:
                 document[key] = self.parse(value)
             else:
                 last.append(text)
-                if self.config_key("command line", key) and not is_key(key):
-                    self.fail("command line", f"{key}: unknown key; {nearest_key(key, _TOP)}")
+                first = key.partition(".")[0]
+                if first in _TOP:
+                    self.fail(
+                        "command line", f"{key}: `{first}` can only be set as a whole here; change it in the file"
+                    )
+                elif self.config_key("command line", key) and not is_key(key):
+                    self.fail("command line", f"{key}: unknown key; {nearest_key(key, _TOP, without=_OURS)}")
         top = self.section(document, "", _TOP, required=("out", "seeds"))
         stages = self.stages(top.get("stages", []))
         grid = self.grid(top.get("grid", {}), "grid")
@@ -173,7 +184,7 @@ class _Reader:
             self.fail("cells", "required, or `grid`: the rows of the sweep")
         baseline, shape = top.get("baseline"), top.get("shape", "none")
         if baseline is not None and baseline not in names:
-            self.fail("baseline", f"found {baseline!r}, which is no cell; {nearest(baseline, names)}")
+            self.fail("baseline", f"found {baseline!r}, which is no cell{self.nearest(baseline, names)}")
         if shape not in ("aligner", "mechanisms", "none"):
             self.fail("shape", f"found {shape!r}, expected aligner, mechanisms or none")
         return Sweep(
@@ -202,7 +213,7 @@ class _Reader:
         for name, found in value.items():
             key = f"{where}.{name}" if where else str(name)
             if name not in kinds:
-                self.fail(key, f"unknown key; {nearest(str(name), kinds)}")
+                self.fail(key, f"unknown key{self.nearest(str(name), kinds)}")
             elif type(found) is not kinds[name] or found == "":
                 self.fail(key, f"found {found!r}, expected {_KINDS[kinds[name]]}")
             else:
@@ -275,9 +286,7 @@ class _Reader:
         trained = [cell.name for cell in named if cell.weights is None]
         for cell in named:
             if cell.weights is not None and cell.weights not in trained:
-                text = (
-                    f"found {cell.weights!r}, which is no cell that is trained; {nearest(str(cell.weights), trained)}"
-                )
+                text = f"found {cell.weights!r}, which is no cell that is trained{self.nearest(str(cell.weights), trained)}"
                 self.fail(f"cells.{cell.name}.weights", text)
         if len(named) * len(grid) > MOST_CELLS:
             self.fail("cells", f"{len(named) * len(grid):,} with `grid`, at most {MOST_CELLS:,} are allowed")
@@ -337,7 +346,7 @@ class _Reader:
         """Values that stand in lines of a script: nothing that could end such a line."""
         for name, found in value.items():
             if name not in SLURM:
-                self.fail(f"slurm.{name}", f"unknown key; {nearest(str(name), SLURM)}")
+                self.fail(f"slurm.{name}", f"unknown key{self.nearest(str(name), SLURM)}")
             elif type(found) is not int and not (
                 isinstance(found, str) and re.fullmatch(r"[\w.,:@%/&|\[\]+-]+", found)
             ):
@@ -345,11 +354,6 @@ class _Reader:
                     f"slurm.{name}", f"found {found!r}, expected a whole number, or text without spaces or quotes"
                 )
         return value
-
-
-def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """Names the known name most like it, else all."""
-    return did_you_mean(name, known) or f"expected {'; '.join(known)}"
 
 
 def _plain(value: Any) -> str:

@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..console import console, read_object
+from ..console import console
+from ..errors import UserError
 from .plan import Plan, Task
 
 TAIL = 12  # lines of a log that are shown of a run that failed
@@ -121,7 +122,10 @@ class Board:
         if len(done) < len(tasks):
             return f"{len(done)} of {len(tasks)}" if done else ""
         if tasks and not tasks[-1].trial and tasks[-1].results_file.is_file():
-            average = read_object(tasks[-1].results_file).get("average")
+            try:
+                average = tasks[-1].results().get("average")
+            except UserError:  # which the report tells; the runs go on
+                return "unreadable"
             return "done" if average is None else f"{average:.3f}"
         return "done" if tasks else ""
 

@@ -45,7 +45,7 @@ from lit_eemllm.training.module import LitEEMLLM, rng_state
 from lit_eemllm.training.runlog import RunLog
 from lit_eemllm.training.tuning import parameter_groups
 
-pytestmark = pytest.mark.slow  # several processes on few cores
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several processes, one after the other, on few cores
 
 LORA = ("optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=4", "optim.lora.dropout=0")
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configuration
@@ -193,7 +193,7 @@ def main(verb: str, *arguments: str) -> None:
         raise ValueError(verb)
 
 
-def start_ranks(*arguments: object, timeout: float = 250, count: int = 2) -> None:
+def start_ranks(*arguments: object, timeout: float = 600, count: int = 2) -> None:
     """This file as ranks 0 and 1, or as so many, until all have ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,6 +1,6 @@
 """Rows of this benchmark: each photo of the grocery set with the kind of food it shows, its second question alone.
 
-    python rows.py GROCERY OUT; lit-eemllm shards make --rows train=OUT/train.json --rows val=OUT/val.json --images GROCERY/images --out DATA
+python rows.py GROCERY OUT; lit-eemllm shards make --rows train=OUT/train.json --rows val=OUT/val.json --images GROCERY/images --out DATA
 """
 
 import json

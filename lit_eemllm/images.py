@@ -108,7 +108,7 @@ def resized(image: Image.Image, width: int, height: int, resample: str) -> torch
     and always the horizontal pass first. (Pillow 13 chooses; what overshoots is clipped in between, so the order can change
     sharp strokes by 30 levels.) PyTorch has two filters; the others are Pillow's.
     """
-    if image.size == (width, height) or resample not in ("bilinear", "bicubic"):
+    if resample not in ("bilinear", "bicubic"):
         image = image.resize((width, height), RESAMPLING[resample])
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if pixels.shape[1:] != (height, width):
@@ -234,9 +234,8 @@ class ImageTransform(Transform):
             size = (image.width * shortest // before, image.height * shortest // before)
         left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
         pixels = resized(image, *size, self.resample)
-        return pixels[
-            :, top : top + self.height, left : left + self.width
-        ].contiguous()  # a view would keep what is cut off
+        # a view would keep what is cut off
+        return pixels[:, top : top + self.height, left : left + self.width].contiguous()
 
     def num_tokens(self, width: int, height: int) -> int:
         """Visual tokens of a picture of width x height pixels: the same for all, as the result has a fixed size."""

@@ -197,7 +197,7 @@ class AnyresTransform(Transform):
         return self.view.picture(torch.cat(list(pixels), dim=-1))
 
     def views(self, pixels: Pixels) -> Pixels:
-        return self.view.views(torch.cat(list(pixels)))
+        return super().views(torch.cat(list(pixels)))
 
     def order(self, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int]:
         side, start = self.side, 0

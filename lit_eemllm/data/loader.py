@@ -344,8 +344,13 @@ class FiniteLoader:
             stop(loader)
 
 
+def collective_device() -> str:
+    """Where a tensor must be that the ranks sum or compare."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
 def _in_step(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = collective_device()
     while True:
         batch = next(batches, None)
         everybody = torch.tensor(int(batch is not None), device=device)

@@ -18,6 +18,7 @@ from lit_eemllm.data.loader import (
     FiniteLoader,
     Position,
     PositionLoader,
+    collective_device,
     train_dataset,
     worker_config,
 )
@@ -106,7 +107,7 @@ class ShardDataModule(LightningDataModule):
             [[position.samples[name], position.tokens[name]] for name in self._asked], dtype=torch.float64
         )
         if dist.is_available() and dist.is_initialized():
-            counts = counts.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            counts = counts.to(collective_device())
             dist.all_reduce(counts)
         shares = (counts / counts.sum(0).clamp(min=1)).tolist()
         return {name: (asked, *shares[i]) for i, (name, asked) in enumerate(self._asked.items())}

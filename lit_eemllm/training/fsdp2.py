@@ -86,7 +86,8 @@ class FSDP2(ModelParallelStrategy):
             return super().model_to_device()
         module: Any = self.model
         model: EEMLLM = module.model
-        if kept := [name for name, _ in model.named_buffers() if name in model.state_dict()]:
+        saved = model.state_dict().keys()
+        if kept := [name for name, _ in model.named_buffers() if name in saved]:
             raise ConfigError(
                 f"trainer.strategy=fsdp2_offload: found {len(kept)} saved buffers, such as {kept[0]}, which stay on the device, and "
                 "torch restores no checkpoint that is on both; use fsdp2, or an encoder without batch norms"

@@ -382,9 +382,10 @@ def tidy_errors(loader: Any, timeout: float) -> Iterator[Packed]:
     except UserError as error:
         raise UserError(str(error).rpartition(_USER_ERROR)[2].rstrip()) from None
     except (RuntimeError, OSError, EOFError) as error:
+        died = lost_worker(error) or _gone_with_a_batch(error, loader)
         if silent.is_set():
             raise UserError(f"no batch came within {timeout:g} s (data.timeout). {_AFTER_SILENCE}") from None
-        raise lost_worker(error) or _gone_with_a_batch(error, loader) or error from None
+        raise died or error from None
     finally:
         watchdog.finish()
 
@@ -422,7 +423,14 @@ def _gone_with_a_batch(error: BaseException, loader: Any) -> UserError | None:
     """A worker that dies while its batch is fetched (its tensors are, one by one) shows as a broken connection."""
     if not loader.num_workers or not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
         return None
-    dead = wait([worker.sentinel for worker in loader._iterator._workers], timeout=5)
+    workers = loader._iterator._workers
+    try:
+        dead = wait([worker.sentinel for worker in workers], timeout=5)
+        for worker in workers:
+            if worker.sentinel in dead:
+                worker.join()  # PyTorch's handler of signals has nothing to say of it then, wherever we are by that time
+    except RuntimeError as death:  # the handler was faster
+        return lost_worker(death)
     return UserError(f"a loader process died: {error!r}. {_AFTER_DEATH}") if dead else None
 
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,7 @@ from lit_eemllm.training.fsdp2 import FSDP2, shard, shared_out
 from lit_eemllm.training.module import LitEEMLLM, rng_state
 from lit_eemllm.training.runlog import RunLog
 from lit_eemllm.training.tuning import parameter_groups
+from lit_eemllm.training.zero import DeepSpeed, full_gradient
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several processes, one after the other, on few cores
 
@@ -65,6 +67,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
 ENCODERS = {"many sizes": "siglip2", "tiles": "anyres"}
 SIZES = [(40, 20), (9, 30), (5, 5), (64, 17)]
 ADAMW = ("ee_mllm", "saisa", "flamingo", "llava", "vision", "recomputed lora", "many sizes", "tiles")
+DEEPSPEED = find_spec("deepspeed") is not None
 MIXED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "lora")
 # Packs of every step, [micro-batch][rank], as documents of run lengths (0 an image). They are uneven, ranks lack images in
 # turn, and once all do.
@@ -104,7 +107,7 @@ class Probe(LitEEMLLM):
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         self.losses.append(self.mean_loss.item())
         if not self.gradients:
-            some = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
+            some = {name: full_gradient(p) for name, p in self.model.named_parameters() if p.requires_grad}
             assert all(gradient is not None for gradient in some.values())
             self.gradients = {name: whole(gradient).clone() for name, gradient in some.items()}
         super().configure_gradient_clipping(*args, **kwargs)
@@ -177,9 +180,13 @@ def main(verb: str, *arguments: str) -> None:
         for case in ADAMW:
             result[f"{case}, adamw"] = train(folder, case, rank, "ddp", sgd=False)
             result[f"{case}, fsdp2"] = train(folder, case, rank, FSDP2(), sgd=False)
+            for stage in (1, 2) if DEEPSPEED else ():
+                result[f"{case}, zero {stage}"] = train(folder, case, rank, DeepSpeed(stage), sgd=False)
         result["ee_mllm, offloaded"] = train(folder, "ee_mllm", rank, FSDP2(offload=True), sgd=False)
         for case in MIXED:
             result[f"{case}, mixed"] = train(folder, case, rank, FSDP2(), sgd=False, mixed=True)
+        for name, strategy in (("ddp", "ddp"), *((("zero", DeepSpeed(1)),) if DEEPSPEED else ())):
+            result[f"ee_mllm, mixed {name}"] = train(folder, "ee_mllm", rank, strategy, sgd=False, mixed=True)
         torch.save(result, folder / f"{rank}.pt")
     elif verb == "gpu":
         folder, kind = Path(arguments[0]), arguments[1]
@@ -258,6 +265,27 @@ def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a["losses"] == b["losses"] and all(x.equal(b["weights"][name]) for name, x in a["weights"].items())
 
 
+@tiny.needs_deepspeed
+@pytest.mark.parametrize("case", ADAMW)
+def test_deepspeed_trains_as_ddp(trained: list[dict[str, Any]], case: str) -> None:
+    """Stage 1 to the bit, since gradients are summed in the same order. Stage 2 sums each micro-batch over the ranks."""
+    for results in trained:
+        true, first, second = (results[f"{case}, {name}"] for name in ("adamw", "zero 1", "zero 2"))
+        assert same_bits(first, true)
+        assert second["losses"] == pytest.approx(true["losses"], rel=1e-4)
+        largest = max(gradient.abs().max() for gradient in true["gradients"].values())
+        for name, gradient in true["gradients"].items():
+            assert (second["gradients"][name] - gradient).abs().max() <= 1e-5 * max(1.0, largest), name
+
+
+@tiny.needs_deepspeed
+def test_deepspeed_computes_in_16_bits_as_ddp_does(trained: list[dict[str, Any]]) -> None:
+    """Frozen parts are in bfloat16, which its engine must not see, and its autocast is Lightning's."""
+    for results in trained:
+        assert same_bits(results["ee_mllm, mixed zero"], results["ee_mllm, mixed ddp"])
+        assert results["ee_mllm, mixed zero"]["losses"] != results["ee_mllm, zero 1"]["losses"]
+
+
 def test_offloading_takes_the_same_steps(trained: list[dict[str, Any]]) -> None:
     """On a CPU, where there is nothing to move."""
     for results in trained:
@@ -325,11 +353,18 @@ def test_fsdp2_in_16_bits_computes_as_autocast(trained: list[dict[str, Any]], tm
             assert (found["gradients"][name] - gradient).abs().max() <= limit * gradient.abs().max(), name
 
 
-def test_strategies_that_cannot_weigh_tokens_alike_are_refused(tmp_path: Path) -> None:
-    for name in ("deepspeed", "deepspeed_stage_2", "fsdp", "fsdp_cpu_offload"):
+def test_strategies_that_cannot_weigh_tokens_alike_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("deepspeed", "deepspeed_stage_3", "fsdp", "fsdp_cpu_offload"):
         config = tiny.config(tmp_path, "unused", tmp_path, f"trainer.strategy={name}")
-        with pytest.raises(ConfigError, match=f"'{name}', expected ddp, fsdp2 or fsdp2_offload"):
+        with pytest.raises(ConfigError, match=f"'{name}', expected ddp, fsdp2, .*, deepspeed_stage_2. "):
             make_trainer(config, RunLog(config))
+    zero = tiny.config(tmp_path, "unused", tmp_path, "trainer.strategy=deepspeed_stage_2", "trainer.precision=16-mixed")
+    with pytest.raises(ConfigError, match=r"found 16-mixed with .*stage_2, .* expected bf16-mixed or 32-true"):
+        make_trainer(zero, RunLog(zero))
+    zero.trainer["precision"] = "bf16-mixed"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"stage_2 needs .* pip install 'lit-eemllm\[deepspeed\]'"):
+        make_trainer(zero, RunLog(zero))
     config = tiny.config(tmp_path, "unused", tmp_path, "trainer.strategy=fsdp2", "trainer.devices=2")
     trainer = make_trainer(config, RunLog(config))
     assert isinstance(trainer.strategy, FSDP2) and trainer.world_size == 2 and not trainer.strategy.offload
@@ -559,13 +594,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory, parts: Path, shapes: Path) ->
         os.killpg(process.pid, signal.SIGKILL)  # both ranks and their loaders
         process.wait()
     killed_at = max(losses(folder / "cut"))
-    fsdp2 = "trainer.strategy=fsdp2"
+    sharing = {"sharded": "trainer.strategy=fsdp2"}
+    if DEEPSPEED:
+        sharing["zero"] = "trainer.strategy=deepspeed_stage_2"
     begin_from(folder / "one", folder / "one_two")
-    start_ranks("fit", write("two", 2), write("cut", 2), write("one_two", 2), write("sharded", 2, fsdp2))
-    begin_from(folder / "two", folder / "two_sharded")
-    begin_from(folder / "sharded", folder / "sharded_two")
-    start_ranks("fit", write("two_sharded", 2, fsdp2), write("sharded_two", 2))
-    for source in ("two", "sharded"):
+    start_ranks(
+        "fit",
+        write("two", 2),
+        write("cut", 2),
+        write("one_two", 2),
+        *(write(name, 2, way) for name, way in sharing.items()),
+    )
+    later = []
+    for name, way in sharing.items():
+        for source, target, option in (("two", name, way), (name, "two", "trainer.strategy=ddp"), (name, name, way)):
+            begin_from(folder / source, folder / f"{source}_{target}")
+            later.append(write(f"{source}_{target}", 2, option))
+    start_ranks("fit", *later)
+    for source in ("two", *sharing):
         begin_from(folder / source, folder / f"{source}_one")
         logged_fit(settings(parts, shapes, folder / f"{source}_one", 1))
     return SimpleNamespace(
@@ -601,11 +647,16 @@ def test_two_ranks_killed_and_resumed_equal_an_unbroken_run(runs: SimpleNamespac
     assert len(keys[0]) == len(keys[1]) == 40 and not keys[0] & keys[1]
 
 
-@pytest.mark.parametrize("name", ["two", "one_two", "two_one", "sharded", "two_sharded", "sharded_two", "sharded_one"])
+ZERO = [pytest.param(name, marks=tiny.needs_deepspeed) for name in ("zero", "two_zero", "zero_two", "zero_one")]
+
+
+@pytest.mark.parametrize(
+    "name", ["two", "one_two", "two_one", "sharded", "two_sharded", "sharded_two", "sharded_one", *ZERO]
+)
 def test_a_run_goes_on_with_other_ranks_and_strategies(runs: SimpleNamespace, name: str) -> None:
-    """2 ranks x 1 worker against 1 rank x 2 workers, DDP and FSDP2: the same samples in each step, the same losses."""
+    """2 ranks x 1 worker against 1 rank x 2 workers, DDP, FSDP2, DeepSpeed: the same samples in each step, the same losses."""
     one, other = runs.folder / "one", runs.folder / name
-    begins = 1 if name in ("two", "sharded") else 11
+    begins = 11 if "_" in name else 1
     samples, true = steps_of(other), steps_of(one)
     assert samples == {step: keys for step, keys in true.items() if step >= begins} and max(samples) == 20
     found, expected = losses(other), losses(one)
@@ -623,6 +674,13 @@ def test_a_run_goes_on_with_other_ranks_and_strategies(runs: SimpleNamespace, na
     assert all(first[n]["exp_avg"].shape == second[n]["exp_avg"].shape for n in first)
     progress = [x["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] for x in (a, b)]
     assert progress == [80 // len(a["rng"]), 80]
+
+
+@pytest.mark.parametrize("name", ["sharded", ZERO[0]])
+def test_shares_resumed_equal_an_unbroken_run(runs: SimpleNamespace, name: str) -> None:
+    whole, resumed = (last(runs.folder / run) for run in (name, f"{name}_{name}"))
+    for section in ("state_dict", "optimizer_states", "lr_schedulers", "rng"):
+        assert plain(resumed[section]) == plain(whole[section]), section
 
 
 def test_a_sharded_checkpoint_is_an_ordinary_one(runs: SimpleNamespace) -> None:

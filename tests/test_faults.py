@@ -275,6 +275,32 @@ def test_in_float16_an_infinite_gradient_is_a_fault_only_where_no_smaller_scale_
         guard.check_step(module)
 
 
+STRATEGIES = ["ddp", "fsdp2", pytest.param("deepspeed_stage_2", marks=tiny.needs_deepspeed)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_bad_gradient_of_one_rank_stops_both_before_the_step(tmp_path, parts, shapes, strategy):
+    """The losses are good. Both say whose gradients are not, and the last good weights are kept."""
+    run = tmp_path / "run"
+    bad = (
+        "import os; from lit_eemllm.training.module import LitEEMLLM as Module; right = Module.training_step\n"
+        "def step(module, batch, number):\n"
+        "    bad = os.environ['LOCAL_RANK'] == '1' and module.global_step == 2\n"
+        "    return right(module, batch, number) * (float('nan') if bad else 1)\n"
+        "Module.training_step = step"
+    )
+    config = tiny.config(parts, shapes, run, *TWO, f"trainer.strategy={strategy}", "optim.save_every=2")
+    with two_ranks(tmp_path, config, bad) as ranks:
+        said = [process.communicate(timeout=100)[1] for process in ranks]
+    for process, error in zip(ranks, said, strict=True):
+        assert process.returncode == 2 and "Traceback" not in error, error
+        assert "step 3: the losses are finite, a gradient is not; gradients that are not finite: projector (4" in error
+    keep, good = (read_checkpoint(run / name) for name in ("checkpoints/step-2.ckpt", "nan/before-step-3.ckpt"))
+    assert all(tensor.equal(good["state_dict"][name]) for name, tensor in keep["state_dict"].items())
+    assert len(json.loads((run / "nan" / "step-3.json").read_text())["packs"]) == 2, "of both"
+
+
 # --- data under way
 
 
@@ -413,7 +439,7 @@ def test_a_full_disk_names_the_file_and_keeps_the_previous_checkpoint(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_all_ranks_stop_and_say_why_where_rank_0_cannot_write(tmp_path, parts, shapes, strategy):
     config = tiny.config(parts, shapes, tmp_path / "run", *TWO, f"trainer.strategy={strategy}", "optim.save_every=2")
     full = (

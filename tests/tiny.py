@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 import tokenizers
 import torch
 from transformers import (
@@ -35,6 +36,7 @@ from lit_eemllm.model import EEMLLM, EEMLLMConfig
 from lit_eemllm.model.vision import TransformersVision, VisionEncoder
 from lit_eemllm.resolutions import AnyresTransform, NativeTransform
 
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 VOCAB, TOKENS = 40, 16  # text vocabulary; visual tokens of an image
 COMMON = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, max_position_embeddings=256,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..console import console, quiet_libraries
@@ -27,9 +30,15 @@ from .fsdp2 import FSDP2
 from .guard import Checkpoints, guarded
 from .module import LitEEMLLM
 from .runlog import RunLog, print_summary
+from .zero import DeepSpeed
 
-FSDP2_STRATEGIES: dict[str, dict[str, Any]] = {"fsdp2": {}, "fsdp2_offload": {"offload": True}}
-"""Words of `trainer.strategy` that Lightning does not know, and the arguments of `FSDP2`."""
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "fsdp2": FSDP2,
+    "fsdp2_offload": partial(FSDP2, offload=True),
+    "deepspeed_stage_1": partial(DeepSpeed, 1),
+    "deepspeed_stage_2": partial(DeepSpeed, 2),
+}
+"""Words of `trainer.strategy` that are not Lightning's, or mean something else there."""
 
 
 def fit(config: Config) -> None:
@@ -85,16 +94,20 @@ def find_resume(config: Config) -> Path | None:
 
 
 def make_trainer(config: Config, runlog: RunLog) -> Trainer:
-    """`config.trainer` goes to Lightning as it is, but for strategies of FSDP2; what this project decides is added."""
+    """`config.trainer` goes to Lightning as it is, but for `STRATEGIES`; what this project decides is added."""
     optim, options = config.optim, dict(config.trainer)
     strategy = str(options.get("strategy", "auto"))
-    if strategy in FSDP2_STRATEGIES:
-        options["strategy"] = FSDP2(**FSDP2_STRATEGIES[strategy])
+    if strategy.startswith("deepspeed") and options.get("precision") == "16-mixed":
+        raise ConfigError(
+            f"trainer.precision: found 16-mixed with trainer.strategy={strategy}, whose shares its gradient scaler would not "
+            "find; expected bf16-mixed or 32-true"
+        )
+    if strategy in STRATEGIES:
+        options["strategy"] = STRATEGIES[strategy]()
     elif strategy.startswith(("deepspeed", "fsdp")):
         raise ConfigError(
-            f"trainer.strategy: found {strategy!r}, expected ddp, {' or '.join(FSDP2_STRATEGIES)}. Every token of a step weighs "
-            "the same here, so gradients are scaled between the backward pass and the step, which DeepSpeed's engine and FSDP1 "
-            "do not allow; FSDP2 shards weights, gradients and optimiser states as they do."
+            f"trainer.strategy: found {strategy!r}, expected ddp, {', '.join(STRATEGIES)}. Weights are shared out by FSDP2 "
+            "alone here: fsdp2 is what ZeRO-3 and FSDP1 are, fsdp2_offload keeps the shares in main memory."
         )
     out = Path(config.out)
     if config.data.val is None:

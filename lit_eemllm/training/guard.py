@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..console import console, write_atomically
@@ -28,6 +28,7 @@ from ..data.loader import lost_worker
 from ..errors import UserError
 from .checkpoint import FOLDER, all_checkpoints, save
 from .tuning import COMPONENTS, component
+from .zero import full_gradient
 
 if TYPE_CHECKING:
     from ..schema import Config
@@ -207,8 +208,8 @@ def _not_finite(module: LitEEMLLM, loss: float, norm: float) -> UserError:
     )
 
 
-def _bad_gradient(parameter: Tensor) -> bool:
-    gradient = parameter.grad
+def _bad_gradient(parameter: nn.Parameter) -> bool:
+    gradient = full_gradient(parameter)
     if gradient is None:
         return False
     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -18,7 +18,6 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
@@ -31,6 +30,7 @@ from .adapters import MARK, WHOLE
 from .fsdp2 import FSDP2, shard
 from .guard import check_step
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
+from .zero import DeepSpeed
 
 if TYPE_CHECKING:
     from ..images import Transform
@@ -105,9 +105,11 @@ class LitEEMLLM(LightningModule):
         return loss
 
     def _loss(self, batch: PackedBatch) -> Tensor:
-        """Summed over the pack. A trained encoder, and whatever FSDP2 shards, must be used in every pass of every rank: where
-        there is no image, a blank one is, which nothing reads."""
-        if batch.pixel_values is None and ("vision" in self.trained or isinstance(self.model, FSDPModule)):
+        """Summed over the pack. A trained encoder, and whatever FSDP2 shards, must be used in every pass of every rank, and ZeRO-2
+        sums gradients over ranks in the order in which they come: where there is no image, a blank one is, which nothing reads."""
+        strategy = self.trainer.strategy
+        alike = isinstance(strategy, FSDP2) or (isinstance(strategy, DeepSpeed) and strategy.stage == 2)
+        if batch.pixel_values is None and ("vision" in self.trained or alike):
             batch = with_blank_image(batch, self.model.vision.transform)
         return self.model.packed_loss(batch)
 
@@ -122,12 +124,18 @@ class LitEEMLLM(LightningModule):
             dist.all_reduce(totals)
         loss, tokens, self.stop_votes = totals
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        local = [x.to_local() if isinstance(x, DTensor) else x for x in gradients]
-        torch._foreach_mul_(local, scale.to(local[0].device))  # elsewhere only if they are offloaded
+        gradients = self._gradients()
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device))  # elsewhere only if they are offloaded
         self.mean_loss = loss / tokens
         self.step_rates = {group["name"].partition(",")[0]: group["lr"] for group in reversed(optimizer.param_groups)}
         self.step_loss, self.step_tokens = 0.0, 0
+
+    def _gradients(self) -> list[Tensor]:
+        """What this rank holds of the step's gradients, to be changed in place: whole tensors, or its share of them."""
+        if isinstance(self.trainer.strategy, DeepSpeed):
+            return self.trainer.strategy.gradients()
+        found = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return [x.to_local() if isinstance(x, DTensor) else x for x in found]
 
     def configure_gradient_clipping(
         self,
@@ -135,13 +143,16 @@ class LitEEMLLM(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        most = self.config.optim.clip_grad_norm
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        most, gradients = self.config.optim.clip_grad_norm, self._gradients()
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(self.trainer.strategy, FSDP2 | DeepSpeed):  # of shares
+            square = self.grad_norm**2
+            dist.all_reduce(square)
+            self.grad_norm = square.sqrt()
         self.stop_agreed = check_step(self)  # before clipping, which would spread a NaN over all gradients
         self.step_packs.clear()
-        torch.nn.utils.clip_grads_with_norm_(parameters, float("inf") if most is None else most, norm)
+        if most is not None:
+            torch._foreach_mul_(gradients, (most / (self.grad_norm + 1e-6)).clamp(max=1))  # as torch.nn.utils has it
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim

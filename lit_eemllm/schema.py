@@ -20,8 +20,9 @@ class VisionConfig:
     """Vision encoder: "transformers" (vision tower of CLIP, SigLIP, SigLIP 2, Idefics2) or a name that your file registers."""
     path: str | None = None
     """Folder or hub id of the pretrained encoder; required by "transformers"."""
-    select_layer: int = -2
-    """Hidden states that the projector reads, without class token: 0 the embeddings, -1 the last layer, -2 as LLaVA."""
+    select_layer: int | None = -2
+    """Hidden states that the projector reads, without class token: 0 the embeddings, -1 the last layer, -2 as LLaVA; null = what the
+    encoder itself gives, after its last norm if it has one, as Idefics2."""
     policy: str = "pad"
     """Image to pixels: "pad" to a square, "resize" (new aspect), "crop", "anyres" (tiles) or, for encoders of any size, "native"."""
     max_tokens: int | None = None

@@ -74,7 +74,9 @@ def parts_of_config(config: ModelConfig) -> Parts:
     return Parts(decoder, given.encoder, _vision(vision, given.select_layer, given.policy, given.max_tokens))
 
 
-def _vision(vision: Any, select_layer: int, policy: str = "pad", max_tokens: int | None = None) -> dict[str, Any]:
+def _vision(
+    vision: Any, select_layer: int | None, policy: str = "pad", max_tokens: int | None = None
+) -> dict[str, Any]:
     """As `TransformersVision.to_config`; of the transform only the sizes are used here, and they are the encoder's."""
     half, patch = (0.5, 0.5, 0.5), vision.patch_size
     transform: Transform

@@ -109,17 +109,36 @@ def test_siglip2_as_transformers_computes_it_with_padding():
     assert not encoder(pixels)[:5].allclose(encoder(pixels[1:])[:5])
 
 
-def test_idefics2_as_transformers_computes_it_with_padding():
+@pytest.mark.parametrize("select_layer", [None, -1])
+def test_idefics2_as_transformers_computes_it_with_padding(select_layer):
+    """None: what Idefics2 itself reads, with its padding, masks and last norm."""
     encoder = tiny.vision("idefics2").eval()
+    encoder.select_layer = select_layer
+    encoder.model.post_layernorm.bias.data.normal_()
     pixels = [encoder.transform(picture(size, i)) for i, size in enumerate(PICTURES)]
     whole = torch.zeros(len(pixels), 3, 20, 20)
     mask = torch.zeros(len(pixels), 5, 5, dtype=torch.bool)
     for i, image in enumerate(pixels):
         whole[i, :, : image.shape[1], : image.shape[2]] = encoder.transform.views([image])[0]
         mask[i, : image.shape[1] // 4, : image.shape[2] // 4] = True
-    states = encoder.model(whole, mask, output_hidden_states=True).hidden_states[-1]
+    output = encoder.model(whole, mask, output_hidden_states=True)
+    states = output.last_hidden_state if select_layer is None else output.hidden_states[-1]
     torch.testing.assert_close(encoder(encoder.transform.views(pixels)), states[mask.flatten(1)], rtol=0, atol=1e-5)
+    assert not output.last_hidden_state.allclose(output.hidden_states[-1], atol=0.1)
     assert len({x.shape for x in pixels}) > 2
+
+
+@pytest.mark.parametrize("select_layer", [None, -1, -2])
+@pytest.mark.parametrize("family", ["clip", "siglip", "siglip2", "idefics2"])
+def test_what_is_unused_has_no_gradient_and_the_rest_has(family, select_layer):
+    encoder = tiny.vision(family)
+    encoder.select_layer = select_layer
+    pixels = encoder.transform(picture((16, 16), 1))
+    encoder(encoder.transform.views(pixels[None] if encoder.transform.fixed else [pixels])).square().sum().backward()
+    unused = {parameter for part in encoder.unused() for parameter in part.parameters()}
+    assert unused or select_layer is None
+    for name, parameter in encoder.named_parameters():
+        assert (parameter.grad is None) == (parameter in unused), name
 
 
 def test_images_go_together_with_little_padding():

@@ -253,6 +253,10 @@ def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     family = vision.model.config.model_type if isinstance(vision, TransformersVision) else type(vision).__name__
     if not isinstance(vision, TransformersVision) or family not in STRATEGIES:
         raise ConfigError(f"the vision encoder is a {family}; LLaVA's format holds CLIP and SigLIP only")
+    if vision.select_layer is None:
+        raise ConfigError(
+            "model.vision.select_layer: found null, LLaVA's format needs a layer: hidden states before the last norm"
+        )
     if tokenizer.convert_tokens_to_ids(IMAGE) != model.config.image_token_id:
         raise ConfigError(
             f"the tokenizer has {IMAGE} as {tokenizer.convert_tokens_to_ids(IMAGE)}, the model as "

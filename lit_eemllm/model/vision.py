@@ -45,7 +45,7 @@ class VisionEncoder(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_path(cls, path: str, *, select_layer: int, policy: str) -> VisionEncoder:
+    def from_path(cls, path: str, *, select_layer: int | None, policy: str) -> VisionEncoder:
         """With pretrained weights; the arguments are the keys of ``model.vision``, ``max_tokens`` among them if it is set."""
 
     @classmethod
@@ -102,7 +102,7 @@ NATIVE = {"siglip2_vision_model", "idefics2_vision"}
 
 @register_vision_encoder("transformers")
 class TransformersVision(VisionEncoder):
-    """Encoders of transformers: hidden states of one layer, class token dropped, as LLaVA takes them.
+    """Encoders of transformers: hidden states of one layer, class token dropped, as LLaVA takes them, or what the encoder gives.
 
     Images of one size: CLIP and SigLIP. Of many: SigLIP 2 NaFlex, and Idefics2's SigLIP with positions by the place in the
     picture. These compute images of like size together, and no padding leaves them.
@@ -115,11 +115,11 @@ class TransformersVision(VisionEncoder):
         "idefics2_vision": (Idefics2VisionConfig, Idefics2VisionTransformer),
     }
 
-    def __init__(self, model: nn.Module, transform: Transform, select_layer: int) -> None:
+    def __init__(self, model: nn.Module, transform: Transform, select_layer: int | None) -> None:
         super().__init__()
         self.model, self.transform, self.select_layer = model, transform, select_layer
         self.hidden_size, depth = int(model.config.hidden_size), int(model.config.num_hidden_layers)
-        if not -depth - 1 <= select_layer <= depth:
+        if select_layer is not None and not -depth - 1 <= select_layer <= depth:
             raise ConfigError(f"model.vision.select_layer: found {select_layer}, this encoder has {depth} layers")
 
     @classmethod
@@ -139,7 +139,7 @@ class TransformersVision(VisionEncoder):
 
     @classmethod
     def from_path(
-        cls, path: str, *, select_layer: int, policy: str, max_tokens: int | None = None
+        cls, path: str, *, select_layer: int | None, policy: str, max_tokens: int | None = None
     ) -> TransformersVision:
         config, made = cls.read_config(path)
         if made:
@@ -177,10 +177,15 @@ class TransformersVision(VisionEncoder):
         return next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
     def blocks(self) -> list[nn.Module]:
-        return list(self._layers()[: self.select_layer % (len(self._layers()) + 1)])
+        depth = len(self._layers())
+        return list(self._layers()[: depth if self.select_layer is None else self.select_layer % (depth + 1)])
 
     def unused(self) -> list[nn.Module]:
-        rest = [m for name, m in self.model.named_modules() if name.rpartition(".")[2] in ("post_layernorm", "head")]
+        normed = (
+            self.select_layer is None and self.model.config.model_type != "clip_vision_model"
+        )  # which norms what it pools
+        names = ("head",) if normed else ("post_layernorm", "head")
+        rest = [m for name, m in self.model.named_modules() if name.rpartition(".")[2] in names]
         return [*self._layers()[len(self.blocks()) :], *rest]
 
     def forward(self, pixels: Pixels) -> Tensor:
@@ -191,6 +196,8 @@ class TransformersVision(VisionEncoder):
         return self._states(pixels)[:, -tokens:]  # CLIP's class token is first
 
     def _states(self, *args: Any, **options: Any) -> Tensor:
+        if self.select_layer is None:
+            return self.model(*args, **options).last_hidden_state
         return self.model(*args, output_hidden_states=True, **options).hidden_states[self.select_layer]
 
     def _native(self, images: list[Tensor], patch: int) -> Tensor:

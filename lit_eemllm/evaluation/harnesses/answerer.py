@@ -197,7 +197,7 @@ def read_config(run: Path, overrides: Sequence[str]) -> Config:
         "model.decoder": str(run),
         "model.vision.encoder": saved["vision"]["encoder"],
         "model.vision.path": str(run),
-        "model.vision.select_layer": encoder.get("select_layer"),
+        "model.vision.select_layer": encoder.get("select_layer", -2),
         "model.vision.policy": encoder.get("transform", {}).get("policy"),
         "model.mechanism": mechanism_settings(mechanism, saved["text_config"]["num_hidden_layers"]),
         "init_from": str(run),
@@ -205,5 +205,7 @@ def read_config(run: Path, overrides: Sequence[str]) -> Config:
         "optim.lr": 1.0,
         "optim.max_steps": 1,
     }
-    known = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    if values["model.vision.policy"] is None:  # an encoder of one's own
+        del values["model.vision.policy"]
+    known = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return load_config([], [where, *known, *overrides], checks=[check_names])

@@ -190,7 +190,8 @@ def main(verb: str, *arguments: str) -> None:
         torch.save(result, folder / f"{rank}.pt")
     elif verb == "gpu":
         folder, kind = Path(arguments[0]), arguments[1]
-        done = train(folder, "ee_mllm", None, FSDP2(offload=kind == "offloaded"), sgd=False, accelerator="gpu")
+        strategy = DeepSpeed(2) if kind == "zero" else FSDP2(offload=kind == "offloaded")
+        done = train(folder, "ee_mllm", None, strategy, sgd=False, accelerator="gpu")
         devices = {x.device.type for x in done["weights"].values()}
         torch.save({"losses": done["losses"], "devices": devices}, folder / f"{kind}.pt")
     elif verb == "fit":
@@ -318,14 +319,14 @@ def test_offloaded_shares_stay_when_the_rest_is_moved(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.gpu
-def test_offloaded_shares_leave_the_gpu(tmp_path: Path) -> None:
-    """One process each: weights are in main memory after the steps, whose losses are those of the others."""
+def test_shares_on_a_gpu(tmp_path: Path) -> None:
+    """One process each: the same losses; offloaded weights are in main memory after the steps."""
     found = {}
-    for kind in ("shared", "offloaded"):
+    for kind in ("shared", "offloaded", *(("zero",) if DEEPSPEED else ())):
         start_ranks("gpu", tmp_path, kind, count=1)
         found[kind] = torch.load(tmp_path / f"{kind}.pt")
-    assert found["shared"]["devices"] == {"cuda"} and found["offloaded"]["devices"] == {"cpu"}
-    assert found["offloaded"]["losses"] == pytest.approx(found["shared"]["losses"], rel=1e-4)
+        assert found[kind]["devices"] == {"cpu" if kind == "offloaded" else "cuda"}
+        assert found[kind]["losses"] == pytest.approx(found["shared"]["losses"], rel=1e-4)
 
 
 @pytest.mark.parametrize("case", MIXED)

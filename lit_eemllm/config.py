@@ -385,7 +385,9 @@ def _comments() -> dict[tuple[str, str], str]:
             for item, after in zip(node.body, node.body[1:], strict=False):
                 text = after.value if isinstance(after, ast.Expr) else None
                 if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Constant):
-                    found[node.name, ast.unparse(item.target)] = str(text.value)
+                    found[node.name, ast.unparse(item.target)] = " ".join(
+                        str(text.value).split()
+                    )  # one comment, one line
     return found
 
 

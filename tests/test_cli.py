@@ -8,13 +8,15 @@ import shlex
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lit_eemllm import cli
-from lit_eemllm.config import load_config, to_yaml
+from lit_eemllm.config import Config, flat, load_config, to_yaml
 from lit_eemllm.errors import UserError
 from lit_eemllm.schema import check_names
 
@@ -304,25 +306,39 @@ def commands(markdown: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/backends.md", "docs/cluster.md"])
+KEYS = flat(asdict(Config()))
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_commands_in_the_documentation_exist(page):
     targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    checked = 0
-    for words in commands((REPOSITORY / page).read_text(encoding="utf-8")):
+    extras = re.findall(r"^([\w-]+) = \[", (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert set(re.findall(r"pip install '[\w.]*\[([\w-]+)\]'", text)) <= set(extras)
+    found, checked = commands(text), 0
+    for words in found:
+        while "=" in words[0]:  # environment variables
+            words = words[1:]
         if words[0] == "make":
             assert set(words[1:]) <= {*targets, *(word for word in words if "=" in word)}, words
         elif words[0].endswith("lit-eemllm"):
             args = cli.parse(words[1:])
-            for text in getattr(args, "inputs", []):
-                if text.startswith("configs/") and "*" not in text:
-                    assert (REPOSITORY / text).is_file(), words
+            for given in getattr(args, "inputs", []):
+                if given.startswith("configs/") and "*" not in given:
+                    assert (REPOSITORY / given).is_file(), words
+                key, is_override, _ = given.partition("=")
+                known = key in KEYS or key.startswith("trainer.") or (words[1] == "sweep" and "." not in key)
+                assert known or not is_override, words
             assert all((REPOSITORY / file).is_file() for file in args.imports or ()), words
         elif words[0].endswith("python") and len(words) > 1 and words[1].endswith(".py"):
             assert (REPOSITORY / words[1]).is_file(), words
+        elif "-m" in words and (module := words[words.index("-m") + 1]).startswith("lit_eemllm"):
+            assert find_spec(module), words
         else:
             continue
         checked += 1
-    assert checked
+    assert checked or not found
 
 
 def verbs(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

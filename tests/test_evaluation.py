@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import yaml
 from PIL import Image
 
 from lit_eemllm import cli
@@ -31,7 +32,7 @@ from lit_eemllm.evaluation.gallery import extremes, write_gallery
 from lit_eemllm.evaluation.loss import losses, with_moved_images
 from lit_eemllm.evaluation.metrics import Truth
 from lit_eemllm.evaluation.pictures import draw_samples
-from lit_eemllm.evaluation.questions import Picture, Question, shuffle_images
+from lit_eemllm.evaluation.questions import Picture, Question, make_question, shuffle_images
 from lit_eemllm.evaluation.scoring import Answered, score
 from lit_eemllm.evaluation.sets import QuestionSet, question_sets, read_questions
 from lit_eemllm.evaluation.text import normalise
@@ -239,6 +240,39 @@ def test_rows_of_every_form(files):
     assert [q.conversation.key for q in read(file_set(files), 3)[0]] == ["7", "sqa", "row 4"]
 
 
+def test_a_suite_chooses_the_split(files, trained):
+    """As published scores are on `test` here and on `val` there."""
+    for split in ("val", "test"):
+        turns = [{"from": "human", "value": f"{split}?"}, {"from": "gpt", "value": split}]
+        (files / f"{split}.json").write_text(json.dumps([{"conversations": turns}]))
+    shards.make({split: files / f"{split}.json" for split in ("val", "test")}, files / "images", files / "shards")
+    (files / "suite.yaml").write_text(
+        "sets:\n  default: {data: shards}\n  test: {data: shards, split: test}\n  none: {data: shards, split: gone}\n"
+        "  rows: {data: rows.jsonl, split: test}\n"
+    )
+    config = replace(trained, eval=replace(trained.eval, suite=str(files / "suite.yaml")))
+    with pytest.raises(ConfigError) as caught:
+        question_sets(config)
+    assert re.search(r"sets.none.data: .*no split 'gone' .*'test': 1", str(caught.value))
+    assert "sets.rows.split: " in str(caught.value) and "2 mistakes" in str(caught.value)
+    (files / "suite.yaml").write_text("sets:\n  default: {data: shards}\n  test: {data: shards, split: test}\n")
+    assert [read(one)[0][0].prompt for one in question_sets(config)] == ["val?", "test?"]
+
+
+def test_the_suite_and_the_row_of_the_documentation():
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (suite, _) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert not [text for body in yaml.safe_load(suite)["sets"].values() for text in sets.wrong_values(body)]
+    (row,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    asked = make_question(json.loads(row), [picture(b"x")], "1")
+    assert (asked.metric, asked.type, asked.truth.answers) == ("mme", "existence", ("Yes",))
+    assert sets.make_metric("mme").problem(asked.truth) is None
+    assert set(re.findall(r"`(\w+)`", page.partition("| field | |")[2].partition("\n\n")[0])) == {
+        "conversations", "question", "text", "image", "image_path", "answers", "answer", "label", "choices", "type", "category",
+        "metric", "id", "question_id", "images",
+    }  # fmt: skip
+
+
 def test_unusable_rows_are_named_by_reason(files, tmp_path):
     (files / "images" / "broken.png").write_bytes(b"no image")
     (files / "images" / "out.png").symlink_to(files / "rows.jsonl")
@@ -405,9 +439,9 @@ def test_scores_of_a_model_that_knows_the_answers(trained, monkeypatch, capsys):
 
     def oracle(model, processor, conversations, images, *_):
         asked.extend(conversations)
-        return [truth.get(name(p, c), "no idea") for c, p in zip(conversations, images, strict=True)]
+        return [(truth.get(name(p, c), "no idea"), True) for c, p in zip(conversations, images, strict=True)]
 
-    monkeypatch.setattr(run, "answer", oracle)
+    monkeypatch.setattr(run, "generated", oracle)
     run.validate(replace(trained, eval=replace(trained.eval, control=2)), None)
     folder = run.Path(trained.out) / "eval"
     results = json.loads((folder / "results.json").read_text())
@@ -436,8 +470,8 @@ def test_scores_of_a_model_that_knows_the_answers(trained, monkeypatch, capsys):
     assert "best constant" in capsys.readouterr().out and not list(folder.glob("answers*"))
 
 
-def test_a_suite_is_scored_by_set_and_type(files, trained, monkeypatch):
-    """Two sets: `said` is of one type, `own` has several and a metric each. Every answer is "yes, B"."""
+def test_a_suite_is_scored_by_set_and_type(files, trained, monkeypatch, capsys):
+    """Two sets: `said` is of one type, `own` has several and a metric each. Every answer is "yes, B", cut off in `own`."""
     (files / "suite.yaml").write_text(
         "sets:\n  own: {data: rows.jsonl, images: images, max_new_tokens: 3}\n"
         "  said: {data: said.json, images: images, metric: vqa}\n"
@@ -448,9 +482,9 @@ def test_a_suite_is_scored_by_set_and_type(files, trained, monkeypatch):
 
     def answer(model, processor, conversations, images, most):
         tokens.append(most)
-        return ["yes, B"] * len(conversations)
+        return [("yes, B", most > 3)] * len(conversations)
 
-    monkeypatch.setattr(run, "answer", answer)
+    monkeypatch.setattr(run, "generated", answer)
     config = replace(
         trained, out=str(files / "out"), eval=replace(trained.eval, suite=str(files / "suite.yaml"), control=2)
     )
@@ -469,6 +503,9 @@ def test_a_suite_is_scored_by_set_and_type(files, trained, monkeypatch):
     assert results["sets"] == {"said": {"questions": 3, "metric": "vqa", "score": 1}}
     lines = [json.loads(line) for line in (files / "out" / "eval" / "predictions.jsonl").read_text().splitlines()]
     assert [line["set"] for line in lines] == ["own"] * 6 + ["said"] * 3
+    assert results["cut"] == {"own": 6} and ["cut" in line for line in lines] == [True] * 6 + [False] * 3
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "own: 6 of 6 answers did not end within max_new_tokens=3" in shown and "said: 3" not in shown
     assert (
         lines[3]["answers"] == ["no"] * 7 + ["yes"] * 3
         and "truth" not in lines[3]
@@ -527,7 +564,9 @@ def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeyp
     )
     report = SimpleNamespace(bad=Counter(bad_json=2))
     monkeypatch.setattr(run, "read_questions", lambda *_: ([broken, control, *good], report))
-    monkeypatch.setattr(run, "answer", lambda model, processor, conversations, *_: ["red"] * len(conversations))
+    monkeypatch.setattr(
+        run, "generated", lambda model, processor, conversations, *_: [("red", True)] * len(conversations)
+    )
     monkeypatch.setattr(run, "draw_samples", None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TypeError, match="not callable"):
@@ -608,7 +647,7 @@ def test_an_evaluation_goes_on_where_it_ended(talkative, monkeypatch, capsys):
     """Stopped after 5 of 7 + 7 batches, with a line that was cut off; then only what is left is asked, and all is equal."""
     run.validate(talkative, None)
     whole = outcome(talkative.out)
-    sizes, real = [], run.answer
+    sizes, real = [], run.generated
 
     def answer(model, processor, conversations, *rest):
         if len(sizes) == 5:
@@ -616,7 +655,7 @@ def test_an_evaluation_goes_on_where_it_ended(talkative, monkeypatch, capsys):
         sizes.append(len(conversations))
         return real(model, processor, conversations, *rest)
 
-    monkeypatch.setattr(run, "answer", answer)
+    monkeypatch.setattr(run, "generated", answer)
     with pytest.raises(KeyboardInterrupt):
         run.validate(talkative, None)
     kept = run.Path(talkative.out) / "eval" / "answers-0.jsonl"
@@ -625,7 +664,7 @@ def test_an_evaluation_goes_on_where_it_ended(talkative, monkeypatch, capsys):
     kept.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # the fifth is asked again
     sizes.clear()
     capsys.readouterr()
-    monkeypatch.setattr(run, "answer", lambda *all: sizes.append(len(all[2])) or real(*all))
+    monkeypatch.setattr(run, "generated", lambda *all: sizes.append(len(all[2])) or real(*all))
     run.validate(talkative, None)
     assert "16 answers were there before" in capsys.readouterr().out
     assert len(sizes) == 3 + 7 and outcome(talkative.out) == whole and not kept.exists()
@@ -643,7 +682,7 @@ def test_an_evaluation_goes_on_where_it_ended(talkative, monkeypatch, capsys):
 def test_answers_of_another_evaluation_are_not_used(talkative, monkeypatch, capsys, tmp_path, change, said):
     config = replace(talkative, out=str(tmp_path / "out"))
     checkpoint = run.newest_checkpoint(run.Path(talkative.out))
-    count, real = [], run.answer
+    count, real = [], run.generated
 
     def answer(*all):
         if len(count) == 3:
@@ -651,7 +690,7 @@ def test_answers_of_another_evaluation_are_not_used(talkative, monkeypatch, caps
         count.append(1)
         return real(*all)
 
-    monkeypatch.setattr(run, "answer", answer)
+    monkeypatch.setattr(run, "generated", answer)
     with pytest.raises(KeyboardInterrupt):
         run.validate(config, str(checkpoint))
     if change == "weights":
@@ -661,7 +700,7 @@ def test_answers_of_another_evaluation_are_not_used(talkative, monkeypatch, caps
     else:
         config = replace(config, eval=replace(config.eval, **{change.removeprefix("eval."): 14}))
     count.clear()
-    monkeypatch.setattr(run, "answer", lambda *all: count.append(1) or ["x"] * len(all[2]))
+    monkeypatch.setattr(run, "generated", lambda *all: count.append(1) or [("x", True)] * len(all[2]))
     run.validate(config, str(checkpoint))
     assert f"holds answers of another evaluation ({said}): all questions are asked anew" in capsys.readouterr().out
     assert len(count) == (8 if change == "eval.samples" else 14)
@@ -773,6 +812,8 @@ def test_answers_end_with_the_turn(trained):
     conversations = [Conversation(str(i), (Turn("human", "What?" * i),), 0) for i in (1, 2)]
     assert run.answer(model, processor, conversations, [[], []], 5) == ["r", "br"]
     assert len(said) == 3
+    said.clear()
+    assert run.generated(model, processor, conversations, [[], []], 2) == [("r", True), ("br", False)]
     assert processor.answers(torch.tensor([[red, blue, stop, red]]), 1) == ["b"]
 
 

@@ -1,12 +1,14 @@
-"""Scores of answers against published examples, numbers worked out by hand, and slow readings of the papers' formulas."""
+"""Scores of answers against published examples, others' code, numbers worked out by hand, and slow readings of the formulas."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,6 +238,90 @@ def test_f1_is_that_of_torchmetrics():
     pair = torch.tensor(said).int(), torch.tensor(true).int()
     for name, other in (("f1", binary_f1_score), ("precision", binary_precision), ("recall", binary_recall)):
         assert metric.details()[name] == pytest.approx(other(*pair).item())
+
+
+# --- others' code, whose scores tools/metrics_reference.py has written down
+
+REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "metrics_reference.json").read_text(encoding="utf-8"))
+
+
+# On purpose otherwise: {section: {function: {why: answers}}}
+TASKS, KIT = "lmms_eval.tasks", "vlmeval.dataset.utils"
+
+
+def references(section):
+    return [name for name in REFERENCE["sections"][section]["columns"] if "." in name]
+
+
+def differing(section, reference, ours, differ=lambda theirs, own: own != pytest.approx(theirs, abs=1e-9)):
+    """Answers of which `ours`, of a row's inputs, says other than a reference."""
+    columns, rows = REFERENCE["sections"][section].values()
+    return {row[0] for row in rows if differ(row[columns.index(reference)], ours(*row))}
+
+
+def on_purpose(section, reference):
+    return {answer for same in REFERENCE["on_purpose"].get(section, {}).get(reference, {}).values() for answer in same}
+
+
+def scores(name, answer, answers, kind=None, *_):
+    answers = [answers] if isinstance(answers, str) else answers
+    return METRICS[name]().score(answer, truth(*answers, type=kind if name == "ocrbench" else None))
+
+
+SCORED = ("vqa", "ocrbench", "relaxed_accuracy", "anls")
+
+
+@pytest.mark.parametrize(("section", "reference"), [(name, other) for name in SCORED for other in references(name)])
+def test_others_score_alike(section, reference):
+    assert differing(section, reference, partial(scores, section)) == on_purpose(section, reference)
+
+
+@pytest.mark.parametrize("reference", references("vqa_normalise"))
+def test_others_normalise_alike(reference):
+    found = differing("vqa_normalise", reference, lambda answer, *_: vqa_normalise(answer))
+    assert found == on_purpose("vqa_normalise", reference)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reference"), [("mme", f"{TASKS}.mme.utils.parse_pred_ans"), ("pope", "llava.eval.eval_pope")]
+)
+def test_others_read_yes_and_no_alike(metric, reference):
+    found = differing("yes_or_no", reference, lambda answer, *_: METRICS[metric]().said(answer))
+    assert found == on_purpose("yes_or_no", reference)
+
+
+@pytest.mark.parametrize("reference", references("multiple_choice"))
+def test_the_letter_that_others_read_is_ours(reference):
+    """Where a reference names none, ours may: each reads some forms only."""
+    found = differing("multiple_choice", reference, lambda answer, choices, *_: chosen_letter(answer, choices),
+                      lambda theirs, own: theirs not in ("", own))  # fmt: skip
+    assert found == on_purpose("multiple_choice", reference)
+
+
+def test_no_letter_is_ours_alone():
+    rows = REFERENCE["sections"]["multiple_choice"]["rows"]
+    alone = {row[0] for row in rows if (chosen_letter(*row[:2]) or "") not in [*row[2:], ""]}
+    assert alone == on_purpose("multiple_choice", "any")
+
+
+def test_mme_of_others():
+    """Two answers in turn are about one image, images in turn of two types; each as lmms-eval reads it."""
+    rows = REFERENCE["sections"]["yes_or_no"]["rows"]
+    metric = METRICS["mme"]()
+    metric.update([row[2] for row in rows], [truth(row[1], type="ab"[i // 2 % 2], pair=str(i // 2)) for i, row in enumerate(rows)])  # fmt: skip
+    for name in (f"{TASKS}.mme.utils.mme_aggregate_results", f"{KIT}.yorn.MME_rating"):
+        assert metric.details()["points"] == pytest.approx(REFERENCE["sets"][name])
+    assert 0 < metric.details()["accuracy_plus"] < metric.details()["accuracy"]
+
+
+@pytest.mark.parametrize(("reader", "name"), [(4, "llava.eval.eval_pope"), (3, f"{KIT}.yorn.POPE_rating")])
+def test_pope_of_others(reader, name):
+    """Of the answers that the reference itself reads as yes or no."""
+    known = [row for row in REFERENCE["sections"]["yes_or_no"]["rows"] if row[reader] != "unknown"]
+    metric = METRICS["pope"]()
+    metric.update([row[reader] for row in known], [truth(row[1]) for row in known])
+    theirs = REFERENCE["sets"][name]
+    assert {key: metric.details()[key] for key in theirs} == pytest.approx(theirs)
 
 
 # --- captions

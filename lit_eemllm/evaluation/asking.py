@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from ..schema import Config
 
 Reply = tuple[str | None, str | None]
-"""An answer, or the reason why the question could not be asked."""
+"""An answer, or None; and the reason why the question could not be asked, or `CUT`."""
+CUT = "cut"  # an answer that did not end within the new tokens it was allowed
 PATIENCE = timedelta(hours=6)  # that a rank may be behind another; if one dies, all end at once
 
 

@@ -28,7 +28,7 @@ from ..model.build import build
 from ..model.image_cache import ImageCache
 from ..training.checkpoint import load_weights, newest_checkpoint, read_checkpoint
 from ..training.module import LitEEMLLM, compute_dtype
-from .asking import Answers, Reply, ask_all, identity, in_batches, start_ranks
+from .asking import CUT, Answers, Reply, ask_all, identity, in_batches, start_ranks
 from .cost import costs
 from .gallery import write_gallery
 from .loss import losses, validation_packs
@@ -87,6 +87,7 @@ def validate(config: Config, checkpoint: str | None) -> None:
             return
         if answered:
             measured |= score(answered, rounds, suite=config.eval.suite is not None)
+            measured["cut"] = Counter(one.set for one in answered if one.cut)
             measured |= costs(model, processor, [one.question for one in answered], config)
     if model.image_cache is not None:
         measured["image_cache"] = {"hits": model.image_cache.hits, "misses": model.image_cache.misses}
@@ -177,7 +178,6 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
     return model, processor, source
 
 
-@torch.inference_mode()
 def answer(
     model: EEMLLM,
     processor: Processor,
@@ -187,12 +187,27 @@ def answer(
     temperature: float = 0.0,
 ) -> list[str]:
     """Generated answers; greedy when the temperature is 0."""
+    return [text for text, _ in generated(model, processor, conversations, images, max_new_tokens, temperature)]
+
+
+@torch.inference_mode()
+def generated(
+    model: EEMLLM,
+    processor: Processor,
+    conversations: Sequence[Conversation],
+    images: Sequence[Sequence[Image.Image]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> list[tuple[str, bool]]:
+    """Answers, as `answer` gives them, and whether each has ended by itself."""
     inputs = processor.prompts(conversations, images, model.device)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
     ids = model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens)
-    return processor.answers(ids, inputs["input_ids"].shape[1])
+    length, stop_ids = inputs["input_ids"].shape[1], set(processor.template.stop_ids)
+    ended = [not stop_ids.isdisjoint(row) for row in ids[:, length:].tolist()]
+    return list(zip(processor.answers(ids, length), ended, strict=True))
 
 
 def ask(
@@ -212,8 +227,12 @@ def ask(
             replies.append(("", None))
             conversations.append(conversation)
             images.append(opened)
-    texts = iter(answer(model, processor, conversations, images, max_new_tokens) if conversations else [])
-    return [(next(texts) if reason is None else None, reason) for _, reason in replies]
+    found = iter(generated(model, processor, conversations, images, max_new_tokens) if conversations else [])
+    for i, (text, _) in enumerate(replies):
+        if text is not None:
+            text, ended = next(found)
+            replies[i] = text, None if ended else CUT
+    return replies
 
 
 def ask_set(
@@ -232,13 +251,22 @@ def ask_set(
         return ask_all(one_batch, asked, batches, kept, part)
 
     found = list(zip(questions, replies(questions, source.name), strict=True))
-    answered = [Answered(source.name, question, text) for question, (text, _) in found if text is not None]
+    answered = [
+        Answered(source.name, question, text, cut=reason == CUT)
+        for question, (text, reason) in found
+        if text is not None
+    ]
+    if cut := sum(one.cut for one in answered):
+        console.print(
+            f"{source.name}: {cut:,} of {len(answered):,} answers did not end within max_new_tokens={source.max_new_tokens} "
+            "and are scored as they were cut; allow more if answers may be longer"
+        )
     rounds = list[Round]()
     for number in range(config.eval.control):
         shuffled = shuffle_images([one.question for one in answered], config.seed + number)
         again = zip(shuffled, replies(shuffled, f"{source.name}, images shuffled {number + 1}"), strict=True)
         rounds.append([(question, text) for question, (text, _) in again if text is not None])
-    return answered, rounds, Counter(reason for _, (_, reason) in found if reason is not None)
+    return answered, rounds, Counter(reason for _, (text, reason) in found if text is None and reason)
 
 
 def validation_loss(model: EEMLLM, processor: Processor, config: Config) -> dict[str, float | None]:

@@ -26,6 +26,7 @@ class Answered:
         set: name of its set.
         others: the answers with images of other questions.
         score: of the answer, by the metric of the question; set by `score`.
+        cut: whether the answer did not end within the new tokens it was allowed.
     """
 
     set: str
@@ -33,6 +34,7 @@ class Answered:
     answer: str
     others: list[str] = field(default_factory=list)
     score: float = 0.0
+    cut: bool = False
 
 
 Round = Sequence[tuple[Question, str]]
@@ -132,6 +134,7 @@ def prediction(one: Answered) -> str:
         "images": [picture.name for picture in question.pictures],
         "prompt": question.prompt,
         "answer": one.answer,
+        **({"cut": True} if one.cut else {}),
         **({"truth": answers[0]} if len(answers) == 1 else {"answers": answers}),
         "score": one.score,
     }

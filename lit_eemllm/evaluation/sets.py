@@ -4,8 +4,9 @@ A suite is YAML, read as plain data; its paths are relative to it::
 
     sets:
       scienceqa:
-        data: scienceqa/test.json        # rows, or a recipe or a folder of shards, whose split val is read
+        data: scienceqa/test.json        # rows, or a recipe or a folder of shards
         images: scienceqa/images         # default: the folder of the rows
+        split: test                      # of shards; default: val
         metric: multiple_choice          # default: eval.metric, else what each row asks for, else exact_match
         max_new_tokens: 8                # default: eval.max_new_tokens
         prompt: "{question}\\nAnswer with the option's letter from the given choices directly."      # default: the question
@@ -36,7 +37,7 @@ from .questions import QUESTION, Picture, Question, first, make_question
 if TYPE_CHECKING:
     from ..schema import Config
 
-KEYS = ("data", "images", "metric", "max_new_tokens", "prompt")
+KEYS = ("data", "images", "split", "metric", "max_new_tokens", "prompt")
 ROWS = (".json", ".jsonl")
 
 
@@ -50,6 +51,7 @@ class QuestionSet:
     metric: str | None
     max_new_tokens: int
     prompt: str | None = None
+    split: str | None = None
 
     @property
     def of_rows(self) -> bool:
@@ -62,11 +64,13 @@ class QuestionSet:
                 yield f"data: {self.data} is not there"
             if self.images is not None and not self.images.is_dir():
                 yield f"images: {self.images} is no folder"
+            if self.split is not None:
+                yield f"split: {self.data} has none; a split belongs to shards"
         else:
             if self.images is not None:
                 yield f"images: {self.data} has its own; a folder belongs to rows ({', '.join(ROWS)})"
             try:
-                read_recipe(self.data, "val")
+                read_recipe(self.data, self.split or "val")
             except UserError as error:
                 yield f"data: {error}"
         if self.metric is not None:
@@ -132,7 +136,8 @@ def read_suite(path: Path, metric: str | None, max_new_tokens: int) -> tuple[lis
                          for key, found in paths.items() if found is None]  # fmt: skip
             if None not in paths.values():
                 tokens = body.get("max_new_tokens") or max_new_tokens
-                own = {"metric": body.get("metric") or metric, "max_new_tokens": tokens, "prompt": body.get("prompt")}
+                own = {"metric": body.get("metric") or metric, "max_new_tokens": tokens, "prompt": body.get("prompt"),
+                       "split": body.get("split")}  # fmt: skip
                 sets.append(QuestionSet(name, **{"images": None, **paths}, **own))  # type: ignore[arg-type]
     return sets, problems
 
@@ -213,8 +218,8 @@ Load = Callable[[], tuple[Mapping[str, Any], Sequence[Picture]]]
 
 
 def shard_samples(source: QuestionSet, max_pixels: int) -> tuple[int, Iterator[tuple[str, Load]]]:
-    """How many samples split val has, and of each the key and what reads its row and images; equal images are kept once."""
-    recipe = read_recipe(source.data, "val")
+    """How many samples the split has, and of each the key and what reads its row and images; equal images are kept once."""
+    recipe = read_recipe(source.data, source.split or "val")
     kept: dict[str, bytes] = {}
 
     def load(key: str, members: Mapping[str, bytes]) -> tuple[Mapping[str, Any], list[Picture]]:

@@ -9,7 +9,8 @@ Below --root, the folder CLEVR_v1.0 of the archive::
     images/train/CLEVR_train_000000.png
     the same for val; the test questions have no answers, so there is no test split here
 
-`type` is the last function of a question's program: count, exist, query_color ...
+Files are as question_generation/generate_questions.py of facebookresearch/clevr-dataset-gen writes them, programs as iep/programs.py
+of facebookresearch/clevr-iep reads them. `type` is the last function of a question's program: count, exist, query_color ...
 """
 
 from lit_eemllm.data.json_rows import read_json

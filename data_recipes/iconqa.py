@@ -9,6 +9,7 @@ Below --root, the folder iconqa_data of the archive::
     pid_splits.json                 {"choose_txt_train": [PID, ...], "fill_in_blank_val": ..., ...}
     iconqa/SPLIT/QUES_TYPE/PID/image.png, and for choose_img the choices, choice_0.png ...
 
+The layout is what lupantech/IconQA reads (run_*/dataset.py, tools/generate_img_choice_feature.py).
 "answer" is a text for fill_in_blank and else the number of a choice. How EE-MLLM words these questions is not published;
 here choices are lettered as in LLaVA-1.5's multiple choice questions, images among them.
 """

@@ -15,7 +15,8 @@ Below --root, then::
     00000/000000000.json            {"url", "caption", "key", "status": "success", ...}
     00000_stats.json                {"failed_to_download", "failed_to_resize", ...}: counted as dropped
 
-A link whose image is gone is a dropped row. The captions have no question; all rows ask the same (`DESCRIBE`), our choice.
+as the README of rom1504/img2dataset says. A link whose image is gone is a dropped row. The captions have no question; all rows ask
+the same (`DESCRIBE`), our choice.
 """
 
 from lit_eemllm.console import read_object

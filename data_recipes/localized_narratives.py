@@ -11,9 +11,12 @@ Below --root, any of the files under the names they have there, beside the image
     ade20k_train_localized_narratives.jsonl                                 ade20k/images/training/IMAGE_ID.jpg
     and those of the validation and test sets (open_images_validation_..., coco_val_..., open_images_test_...)
 
-Each line has "image_id" and "caption" (and "dataset_id", "annotator_id", timings and traces, which are not used). The folders
-of images are ours; the names in them are those that other readers of these files use. Some images have several narratives:
-a row each. The narratives answer no question; all rows ask the same (`DESCRIBE`), our choice.
+Each line has "image_id" and "caption" (and "dataset_id", "annotator_id", timings and traces, which are not used). The names of the
+files and their fields are those of localized_narratives.py and index.html of google/localized-narratives. The folders of images are
+ours, below them those of the images' own releases (flickr30k-images, and ADEChallengeData2016's images/training and
+images/validation); an image is called as its "image_id", COCO's filled up to twelve digits, as the loaders of facebook/pmd, a
+dataset of the Hugging Face hub, look for it: 000002b66c9c498e, 137576, 1000092795, ADE_train_00000001. Some images have several
+narratives: a row each. The narratives answer no question; all rows ask the same (`DESCRIBE`), our choice.
 """
 
 from lit_eemllm.data.json_rows import read_json

@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
+from lit_eemllm.data import shards
+from lit_eemllm.images import ImageTransform
+from lit_eemllm.resolutions import NativeTransform, with_policy
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -34,35 +37,62 @@ TWO_PACKS = set({config.model.mechanism.preset: path for path, config in reverse
 each_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 
 
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Path]]:
-    """Trains a preset, and before it what it starts from, each once. Returns the run directory."""
-    folder = tmp_path_factory.mktemp("presets")
+def commands(preset: Path) -> list[str]:
+    """What stands behind `lit-eemllm` in its comment."""
+    return re.findall(r"lit-eemllm (.*)", preset.read_text().replace(" \\\n#", ""))
 
-    def run(preset: Path) -> Path:
+
+class Miniature:
+    """The repository's folder, in which everything is trained and called once."""
+
+    def __init__(self) -> None:
+        self.called: set[Path] = set()
+
+    def train(self, preset: Path) -> Path:
+        """A preset, and before it what it starts from. Returns the run directory."""
         config = ASKED[preset]
-        if Path(config.out).exists():
+        if Path(config.out, "config.yaml").exists():
             return Path(config.out)
         if config.init_from in OF_RUN:
-            run(OF_RUN[config.init_from])
+            self.train(OF_RUN[config.init_from])
         elif config.init_from is not None:  # what a command makes of the stage before, which tells it
-            before = OF_RUN[str(Path(config.init_from).parent / "pretrain")]
-            run(before)
-            (command,) = re.findall(r"lit-eemllm (convert .*?)(?:  |$)", before.read_text(), re.MULTILINE)
-            assert cli.main(shlex.split(command)) == 0
+            self.call(OF_RUN[str(Path(config.init_from).parent / "pretrain")])
         overrides = shrink.shrink(config, Path("tiny"))
         packs = f"trainer.accumulate_grad_batches={1 + (preset in TWO_PACKS)}"
         assert cli.main(["fit", str(preset), str(overrides), packs]) == 0
         return Path(config.out)
 
+    def call(self, preset: Path) -> None:
+        """The commands of a preset's comment, after the runs that they name have been trained; small, if they ask questions."""
+        if preset in self.called:
+            return
+        self.called.add(preset)
+        for command in commands(preset):
+            words = shlex.split(command.replace("step-5197", "step-2"), comments=True)
+            for out, named in OF_RUN.items():
+                if any(f"{word}/".startswith(f"{out}/") for word in words):
+                    self.train(named)
+            if words[1].endswith(".yaml"):
+                words.insert(2, str(shrink.shrink(load_config([words[1]]), Path("tiny"))))
+            small = {"validate": ["eval.samples=2", "eval.max_new_tokens=2"], "calibrate": ["--samples", "2"]}
+            assert cli.main([*words, *small.get(words[0], [])]) == 0, command
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Miniature]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        yield run
+        patch.chdir(tmp_path_factory.mktemp("presets"))
+        Path("configs").symlink_to(REPOSITORY / "configs")
+        shrink.shrink(next(iter(ASKED.values())), Path("tiny"))
+        rows, images = Path("tiny/raw/train.json"), Path("tiny/raw/images")
+        Path("SUITE.yaml").write_text(yaml.safe_dump({"sets": {"shapes": {"data": str(rows), "images": str(images)}}}))
+        shards.make({"val": rows}, images, Path("SHARDS"))
+        yield Miniature()
 
 
 @each_preset
-def test_two_steps(preset: Path, train: Callable[[Path], Path]) -> None:
-    out, asked = train(preset), asdict(ASKED[preset])
+def test_two_steps(preset: Path, miniature: Miniature) -> None:
+    out, asked = miniature.train(preset), asdict(ASKED[preset])
     rows = [row for row in csv.DictReader((out / "logs" / "version_0" / "metrics.csv").open()) if row["loss"]]
     assert [row["step"] for row in rows] == ["1", "2"]
     assert all(math.isfinite(float(row["loss"])) and float(row["grad_norm"]) > 0 for row in rows)
@@ -76,24 +106,33 @@ def test_two_steps(preset: Path, train: Callable[[Path], Path]) -> None:
     assert did["model"] == asked["model"] and did["optim"] == asked["optim"], "nothing else is shrunk"
 
 
-def test_the_row_with_pdrop_has_results_of_its_own(train: Callable[[Path], Path]) -> None:
-    """The command that a ViCA preset states evaluates its last checkpoint, and leaves the results of ViCA alone."""
-    commands = {}
-    for preset in [preset for preset in PRESETS if preset.match("vica_*_finetune.yaml")]:
-        text = preset.read_text().replace(" \\\n#", "")
-        (command,) = re.findall(r"lit-eemllm (validate .*visual_drop.*)", text)
-        commands[preset.stem] = command
-        last = f"{ASKED[preset].out}/checkpoints/step-{ASKED[preset].optim.max_steps}.ckpt"
-        assert shlex.split(command)[1] == ASKED[preset].out and shlex.split(command)[4:6] == ["--checkpoint", last]
-    assert len(commands) == 3
-    run = train(REPOSITORY / "configs" / "presets" / "vica_3b_finetune.yaml")
-    before = sorted(run.rglob("*"))
-    words = shlex.split(commands["vica_3b_finetune"].replace("step-5197", "step-2"))
-    suite = {"sets": {"shapes": {"data": "tiny/raw/train.json", "images": "tiny/raw/images"}}}
-    Path("SUITE.yaml").write_text(yaml.safe_dump(suite))
-    assert cli.main([*words, "eval.samples=2", "eval.max_new_tokens=2"]) == 0 and sorted(run.rglob("*")) == before
-    results = json.loads(Path("runs/vica_3b/pdrop/eval/results.json").read_text())
-    assert results["mechanism"]["visual_drop"] == [[1, 0.25], [14, 0.25], [18, 0.25]]
+WITH_COMMANDS = [preset for preset in PRESETS if commands(preset)]
+DROPS = {"vica_3b": [1, 14, 18], "vica_7b": [1, 7, 10], "vica_13b": [6, 9, 13]}  # ViCA's "+ PDrop"
+
+
+@pytest.mark.parametrize("preset", WITH_COMMANDS, ids=lambda path: path.stem)
+def test_the_commands_of_a_comment(preset: Path, miniature: Miniature) -> None:
+    miniature.call(preset)
+
+
+def test_the_commands_leave_results_of_their_own(miniature: Miniature) -> None:
+    """EE-MLLM-F is the trained LLaVA with other layers; ViCA with PDrop is ViCA with fewer tokens, and ViCA keeps its results."""
+    of_name = {preset.stem: preset for preset in WITH_COMMANDS}
+    assert set(of_name) == {"saisa_7b_pretrain", "ee_mllm_f_7b", *(f"{name}_finetune" for name in DROPS)}
+    for name, layers in DROPS.items():
+        miniature.call(of_name[f"{name}_finetune"])
+        results = json.loads(Path(f"runs/{name}/pdrop/eval/results.json").read_text())
+        assert results["mechanism"]["visual_drop"] == [[layer, 0.25] for layer in layers]
+        assert results["checkpoint"] == f"runs/{name}/finetune/checkpoints/step-2.ckpt"
+        assert not Path(f"runs/{name}/finetune/eval").exists()
+    miniature.call(of_name["ee_mllm_f_7b"])
+    results = json.loads(Path("runs/ee_mllm_f_7b/eval/results.json").read_text())
+    assert (results["preset"], results["mechanism"]["dense_layers"]) == ("ee_mllm_f", list(range(16)))
+    assert results["checkpoint"] == "runs/llava_1.5_7b/finetune/checkpoints/step-2.ckpt"
+    assert all(ASKED[preset].optim.max_steps == 5197 for preset in WITH_COMMANDS if "step-5197" in preset.read_text())
+
+
+ROWS = {"pretrain_558k": 558_128, "llava_v1_5": 665_298, "ee_mllm_sft": 3_000_000}
 
 
 def test_published_numbers() -> None:
@@ -108,7 +147,7 @@ def test_published_numbers() -> None:
     for preset, config in ASKED.items():
         stage = preset.stem.rpartition("_")[2]
         stage = stage if stage in batch else "finetune"
-        rows = {"pretrain_558k": 558_128, "llava_v1_5": 665_298, "ee_mllm_sft": 3_000_000}[Path(config.data.train).stem]
+        rows = ROWS[Path(config.data.train).stem]
         assert abs(config.optim.max_steps - rows / batch[stage]) < 1, preset.stem
         assert (config.optim.lr, config.optim.warmup_ratio) == (rate[stage], 0.03)
         assert (REPOSITORY / "data_recipes" / "blends" / Path(config.data.train).name).is_file()
@@ -136,17 +175,35 @@ def test_published_sizes_are_those_of_the_published_files(name: str, gigabytes: 
     assert 2e-9 * sum(weight.numel() for weight in model.parameters()) == pytest.approx(gigabytes, rel=2e-3)
 
 
+def comment(preset: Path) -> str:
+    return preset.read_text().partition("defaults:")[0].replace("\n# ", " ")
+
+
 def described(preset: Path) -> tuple[float, list[str]]:
     """GiB a GPU that a preset's comment states, and the options of `estimate` that it names."""
-    comment = preset.read_text().partition("defaults:")[0].replace("\n# ", " ")
-    assert "Hardware: " in comment, preset
-    options, memory = re.search(r"Memory of a GPU by estimate \((.*?)\): ([\d.]+) GiB", comment).groups()
+    options, memory = re.search(r"Memory of a GPU by estimate \((.*?)\): ([\d.]+) GiB", comment(preset)).groups()
     return float(memory), options.split()
 
 
 @each_preset
-def test_a_preset_states_its_memory(preset: Path) -> None:
+def test_a_preset_states_its_hardware_batch_memory_and_source(preset: Path) -> None:
+    """The batch is what the configuration gives: packs of tokens that so many samples fill, one epoch of which are its steps."""
     assert described(preset)[0] < 0.9 * (24 if "24 GB" in preset.read_text() else 80)
+    text, config = comment(preset), ASKED[preset]
+    assert re.search(r"Hardware: .*\d+ GB", text)
+    assert re.search(r"[Ss]ource: (arXiv \d{4}\.\d{5}|[\w.-]+/[\w.-]+|our choice)", text), (
+        "a paper, a repository, or ours"
+    )
+    stated = re.search(
+        r"Batch: ([\d,]+) samples of about ([\d,]+) tokens[^,]*?, as (\d+) GPUs? x (\d+) packs? x ([\d,]+) tokens\.",
+        text,
+    )
+    assert stated is not None
+    samples, tokens, *batch = (int(number.replace(",", "")) for number in stated.groups())
+    gpus = config.trainer["devices"] * config.trainer.get("num_nodes", 1)
+    assert batch == [gpus, config.trainer["accumulate_grad_batches"], config.data.pack_tokens]
+    assert samples * tokens == pytest.approx(math.prod(batch), rel=0.04), "packs are not quite full"
+    assert abs(config.optim.max_steps - ROWS[Path(config.data.train).stem] / samples) < 1
 
 
 @pytest.mark.slow
@@ -167,3 +224,31 @@ def estimated(preset: Path, options: list[str], folder: Path, capsys: pytest.Cap
     way = "fsdp" if config.trainer.get("strategy") == "fsdp2" else "ddp"
     kind = f"{way}_recomputing" if config.optim.activation_checkpointing else way
     return row["fits"][kind]["bytes"] / 2**30
+
+
+def test_the_table_of_encoders() -> None:
+    """docs/vision.md: the layers of the model configs, policies that the encoder takes, and the tokens of four pictures."""
+    page = (REPOSITORY / "docs" / "vision.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")][1:]
+    configs = {
+        path.stem: load_config([PRESETS[0], path]) for path in (REPOSITORY / "configs" / "models").glob("*.yaml")
+    }
+    told, name = set(), ""
+    for path, where, layer, policies, tokens in rows:
+        name = re.findall(r"`(.*?)`", path)[0] if path != "the same" else name
+        for model in set(re.findall(r"`(.*?)`", where)) & set(configs):
+            told.add(model)
+            vision = configs[model].model.vision
+            assert (vision.path, yaml.safe_load(layer)) == (name, vision.select_layer) and vision.policy in policies, (
+                model
+            )
+        config = shrink.PUBLISHED[name]
+        kind = NativeTransform if config.model_type in shrink.NATIVE else ImageTransform
+        transform = kind.from_preprocessor_config(shrink.preprocessor(config), patch=config.patch_size)
+        for policy in re.findall(r"`(.*?)`", policies):
+            own = with_policy(transform, policy)
+            if most := re.search(r"max_tokens: (\d+)", where):
+                own = own.within(int(most[1]))
+            pictures = (640, 480), (1600, 1200), (200, 100), own.largest
+            assert [own.num_tokens(*size) for size in pictures] == [int(n) for n in tokens.split(",")], (name, policy)
+    assert told == set(configs), "every model config is in the table"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -15,10 +16,14 @@ import pytest
 
 from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.errors import UserError
+from lit_eemllm.mechanisms import build_mechanism
 from lit_eemllm.report import plots, report
 from lit_eemllm.report.difference import Difference, difference, t95
 from lit_eemllm.report.runs import compare, read_run
 from lit_eemllm.report.tables import tables
+from lit_eemllm.sweep import write_index
+from lit_eemllm.sweep.plan import make_plan
+from lit_eemllm.sweep.spec import read_sweep
 
 TYPES = {"colour": {"questions": 10, "metric": "exact_match", "score": 0.5, "control": 0.2, "constant": 0.3}}
 RESULTS = {"parameters": 2_345_678, "loss": 1.25, "loss_shuffled_images": 2.5, "types": TYPES, "average": 0.5, "prefill_flops": 4.56e6}  # fmt: skip
@@ -696,6 +701,104 @@ def test_the_page_is_whole_in_itself(sweep):
         f"seed 1: 0.62 [0.2] in {sweep / 'none-1'}",
         "difference to llava: +0.105 (+0.041 to +0.169), by seeds",
     ]
+
+
+TABLES = {  # of arXiv 2408.11795, as printed, in percent: the marks of V, O and FFN, scores and their average
+    "table4_7b": """
+    | MMB-VAL | SeedBench | ScienceQA | BLINK | AI2D | OCRBench | TextVQA | ChartQA | Avg.
+    336 x 336
+    llava   | 67.3 | 65.1 | 67.0 | 40.7 | 56.4 | 24.4 | 46.1 | 17.9 | 48.1
+    ee_mllm | 66.8 | 64.1 | 66.7 | 38.4 | 56.2 | 23.6 | 43.3 | 17.3 | 47.1
+    672 x 672
+    llava   | 70.1 | 68.0 | 69.4 | 40.1 | 58.3 | 39.8 | 61.7 | 27.9 | 54.4
+    ee_mllm | 68.2 | 67.3 | 69.1 | 40.3 | 57.5 | 37.0 | 60.1 | 25.1 | 53.1""",
+    "table6_7b": """
+    | V | O | FFN | SeedB | Hall | TextVQA | ChartQA | DocVQA | Avg.
+    336 x 336
+    ee_mllm |   |   |   | 65.3 | 24.4 | 44.8 | 14.4 | 18.4 | 33.5
+    ee_mllm |   | ✓ | ✓ | 66.3 | 25.9 | 45.5 | 16.7 | 19.2 | 34.7
+    ee_mllm | ✓ |   | ✓ | 65.4 | 25.3 | 45.4 | 15.6 | 19.1 | 34.2
+    ee_mllm | ✓ | ✓ |   | 65.8 | 25.1 | 43.5 | 14.8 | 17.9 | 33.4
+    ee_mllm | ✓ | ✓ | ✓ | 66.1 | 25.7 | 46.1 | 15.8 | 18.6 | 34.5
+    672 x 672
+    ee_mllm |   |   |   | 66.1 | 25.2 | 56.8 | 19.7 | 28.6 | 39.3
+    ee_mllm |   | ✓ | ✓ | 66.6 | 25.5 | 58.2 | 23.0 | 29.8 | 40.6
+    ee_mllm | ✓ |   | ✓ | 66.1 | 24.3 | 58.2 | 21.6 | 30.1 | 40.1
+    ee_mllm | ✓ | ✓ |   | 66.4 | 24.1 | 56.3 | 18.5 | 26.5 | 38.4
+    ee_mllm | ✓ | ✓ | ✓ | 66.9 | 27.6 | 58.8 | 24.0 | 31.8 | 41.8""",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_sweeps_of_tables_4_and_6_have_the_layout_of_the_paper(name, tmp_path, monkeypatch, undrawn):
+    """Runs of the sweep's own rows whose scores are the paper's: its columns, its lines below its headings, its averages."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    spec = read_sweep(Path(f"configs/sweeps/{name}.yaml"), ["seeds=[0]", f"out={tmp_path}"])
+    plan = make_plan(spec)
+    printed = [[cell.strip() for cell in line.split("|")] for line in TABLES[name].splitlines()[1:]]
+    columns = printed[0]
+    first = columns.index("FFN") + 1 if "FFN" in columns else 1  # of the scores
+    for line, (run,) in zip((line for line in printed[1:] if len(line) > 1), plan.rows.values(), strict=True):
+        settings = asdict(plan.tasks[run].config.model.mechanism)
+        assert settings["preset"] == line[0]
+        mechanism = build_mechanism(settings.pop("preset"), 32, {**settings, "gated": None})
+        scores = dict(zip(columns[first:-1], (float(cell) / 100 for cell in line[first:-1]), strict=True))
+        types = {kind: {"questions": 10, "metric": "exact_match", "score": score} for kind, score in scores.items()}
+        average = sum(scores.values()) / len(scores)
+        write_run(tmp_path / run, results={"types": types, "average": average, "mechanism": mechanism.to_dict()})
+    write_index(spec, make_plan(spec), {}, "lit-eemllm sweep")
+    report([tmp_path])
+    text = (tmp_path / "report" / "report.md").read_text()
+    table = text.split("\n\n")[1]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    heading, _, *lines = lines
+    assert heading == [*columns[:-1], "average", "difference of the average"]
+    names, base = iter(plan.rows), 0.0
+    assert len(lines) == len(printed) - 1 and [line[-1] for line in lines].count("baseline") == 2
+    for line, expected in zip(lines, printed[1:], strict=True):
+        if len(expected) == 1:
+            assert line == [f"**{expected[0]}**", *[""] * (len(heading) - 1)]
+            base = next(float(row[-2]) for row in lines[lines.index(line) :] if row[-1] == "baseline")
+            continue
+        row, *cells, average, gap = line
+        assert row == f"{next(names)} (1 seed)" and cells[: first - 1] == expected[1:first]
+        assert [f"{100 * float(cell):.1f}" for cell in cells[first - 1 :]] == expected[first:-1]
+        assert 100 * float(average) == pytest.approx(float(expected[-1]), abs=0.11)  # 47.05 is printed as 47.1
+        assert gap == "baseline" or float(gap) == pytest.approx(float(average) - base, abs=0.0011), "of its group"
+    page = Page((tmp_path / "report" / "report.html").read_text())
+    assert [[cells[0].strip()] for cells in page.lines if len(cells) == 1] == [
+        [line[0]] for line in printed if len(line) == 1
+    ]
+    assert [each.get("colspan") for each in page.all("th") if "scope" in each] == [str(len(page.lines[0]))] * 2
+
+
+def test_a_baseline_of_each_group(tmp_path, undrawn):
+    """A row is compared within its group; where the group's baseline has no run, with nothing; one baseline is for all."""
+    runs = {
+        name: write_run(tmp_path / name, f"optim.lr={i + 1}", results=of_score(i / 10))
+        for i, name in enumerate(("a", "b", "c", "d"))
+    }
+    groups = {"a": "one", "b": "one", "c": "two", "d": "two"}
+    rows = [{"name": name, "runs": [name], "group": groups[name]} for name in runs]
+    write_sweep(tmp_path, {})
+
+    def gaps(baseline):
+        index = json.loads((tmp_path / "sweep.json").read_text())
+        (tmp_path / "sweep.json").write_text(json.dumps({**index, "rows": rows, "baseline": baseline}))
+        compared = compare([tmp_path])
+        table, _ = tables(compared)
+        assert [line[0] for line in table if not any(line[1:])] == ["one", "two"]
+        return [line[table[0].index("difference of the average")] for line in table if "seed" in line[0]], compared
+
+    assert gaps(["a", "d"])[0] == ["baseline", "+0.100", "-0.100", "baseline"]
+    found, compared = gaps(["a", "gone"])
+    assert found == ["baseline", "+0.100", "", ""] and "no differences" in compared.failed["baseline gone"]
+    assert gaps("a")[0] == ["baseline", "+0.100", "+0.200", "+0.300"]
+    gaps(["a", "d"])
+    report([tmp_path])
+    assert (
+        "Difference of b, c to a, d (each for its group): one seed" in (tmp_path / "report" / "report.md").read_text()
+    )
 
 
 def test_names_cannot_become_markup(tmp_path):

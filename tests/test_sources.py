@@ -200,21 +200,43 @@ def textocr_gpt4v(root: Path) -> dict[str, Any]:
 
 @release
 def localized_narratives(root: Path) -> dict[str, Any]:
-    pictures(root, "coco/train2017/000000137576.jpg", "open_images/train/000002b66c9c498e.jpg",
-             "coco/val2017/000000000139.jpg", "open_images/test/0a.jpg")  # fmt: skip
+    """Each part of the release has a row in each of its splits, and its images alone, where the image's own release has them."""
+    parts = {  # file: dataset, image_id, and where the image is
+        "open_images_train_v6_localized_narratives-00003-of-00010": ("open_images_train", "000002b66c9c498e", "open_images/train/000002b66c9c498e.jpg"),
+        "coco_train_localized_narratives-00000-of-00004": ("mscoco_train2017", "137576", "coco/train2017/000000137576.jpg"),
+        "flickr30k_train_localized_narratives": ("Flickr30k_train", "1000092795", "flickr30k/flickr30k-images/1000092795.jpg"),
+        "ade20k_train_localized_narratives": ("ADE20k_train", "ADE_train_00000001", "ade20k/images/training/ADE_train_00000001.jpg"),
+        "open_images_validation_localized_narratives": ("open_images_validation", "0001eeaf4aed83f9", "open_images/validation/0001eeaf4aed83f9.jpg"),
+        "coco_val_localized_narratives": ("mscoco_val2017", "139", "coco/val2017/000000000139.jpg"),
+        "flickr30k_val_localized_narratives": ("Flickr30k_val", "1018148011", "flickr30k/flickr30k-images/1018148011.jpg"),
+        "ade20k_validation_localized_narratives": ("ADE20k_validation", "ADE_val_00000001", "ade20k/images/validation/ADE_val_00000001.jpg"),
+        "open_images_test_localized_narratives": ("open_images_test", "000026e7ee790996", "open_images/test/000026e7ee790996.jpg"),
+        "flickr30k_test_localized_narratives": ("Flickr30k_test", "1007129816", "flickr30k/flickr30k-images/1007129816.jpg"),
+    }  # fmt: skip
+    pictures(root, *(image for _, _, image in parts.values()))
     row = {"dataset_id": "mscoco_train2017", "image_id": "137576", "annotator_id": 93,
            "caption": "In this image there are group of cows standing.",
            "timed_caption": [{"utterance": "In this", "start_time": 0.0, "end_time": 0.4}],
            "traces": [[{"x": 0.2086, "y": -0.0533, "t": 0.022}]], "voice_recording": "coco_train/a.ogg"}  # fmt: skip
-    write(root / "coco_train_localized_narratives-00000-of-00004.jsonl", [row, {**row, "annotator_id": 7}])
+    wanted: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for file, (dataset, name, image) in parts.items():
+        rows = [{**row, "dataset_id": dataset, "image_id": name, "caption": f"A narrative of {dataset}."}]
+        split = "train" if "train" in file else "val" if "_val" in file else "test"
+        if split == "train":  # another's narrative of the same image
+            rows.append({**rows[0], "annotator_id": 7})
+        write(root / f"{file}.jsonl", rows)
+        wanted[split] += [image] * len(rows)
     write(root / "coco_train_localized_narratives-00001-of-00004.jsonl", [{**row, "image_id": "1"}])
-    write(root / "open_images_train_v6_localized_narratives-00003-of-00010.jsonl", [
-        {**row, "image_id": "000002b66c9c498e"}, {**row, "image_id": "../../../../etc/x"}, {"image_id": "000002b66c9c498e"}])  # fmt: skip
-    write(root / "coco_val_localized_narratives.jsonl", [{**row, "dataset_id": "mscoco_val2017", "image_id": "139"}])
-    write(root / "open_images_test_localized_narratives.jsonl", [{**row, "image_id": "0a"}])
+    write(root / "open_images_train_v6_localized_narratives-00009-of-00010.jsonl", [
+        {**row, "image_id": "../../../../etc/x"}, {"image_id": "000002b66c9c498e"}])  # fmt: skip
     bad = {"missing_image": 1, "path_escape": 1, "bad_record": 1}
-    told = ["<image>\nDescribe this image in detail.", row["caption"]]
-    return {"good": {"train": 3, "val": 1, "test": 1}, "bad": bad, "said": {"train": [told] * 3, "val": [told]}}
+    told = {
+        split: [["<image>\nDescribe this image in detail.", f"A narrative of {dataset}."]
+                for file, (dataset, _, image) in parts.items() if image in images for _ in range(images.count(image))]
+        for split, images in wanted.items()
+    }  # fmt: skip
+    good = {split: len(images) for split, images in wanted.items()}
+    return {"good": good, "bad": bad, "said": told, "images": wanted}
 
 
 # --- questions
@@ -454,6 +476,8 @@ def test_a_release_becomes_shards(name: str, tmp_path: Path) -> None:
     for split, told in expected["said"].items():
         made = rows_of(tmp_path / "out", split)
         assert [read(row) for row in made][: len(told)] == told
+    for split, names in expected.get("images", {}).items():
+        assert [row["image"] for row in rows_of(tmp_path / "out", split)] == names
     if "row" in expected:
         last = list(expected["said"])[1]
         first = rows_of(tmp_path / "out", last)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -225,6 +226,19 @@ def test_grid_gives_names_and_cells_times_grid_the_product():
     ]  # fmt: skip
 
 
+def test_a_cells_files_may_be_those_of_the_stage_and_groups_go_into_the_index(reports):
+    for stage, decay in (("middle", 0.2), ("last", 0.3)):
+        write(f"optim: {{weight_decay: {decay}}}", f"{stage}.yaml")
+    text = SWEEP.partition("baseline")[0] + "baseline: [a, b]\ncells:\n"
+    text += '  a: {group: one, files: ["{stage}.yaml"]}\n  b: {group: two}\n' + STAGES
+    assert run(text) == 0
+    decays = {path: load_config([f"out/{path}/config.yaml"]).optim.weight_decay for path in
+              ("pretrain/seed0", "a/middle/seed1", "a/seed1", "b/seed1")}  # fmt: skip
+    assert list(decays.values()) == [0.0, 0.2, 0.3, 0.0]
+    index = reports[0][2]
+    assert index["baseline"] == ["a", "b"] and [row["group"] for row in index["rows"]] == ["one", "two"]
+
+
 def test_another_cells_weights_are_evaluated_with_its_own_settings_on_top(reports):
     cells = "cells:\n  free: {weights: dense, model.mechanism.preset: ee_mllm_f}\n"
     cells += "  dense: {model.mechanism.preset: llava, optim.weight_decay: 0.3}\n"
@@ -362,6 +376,10 @@ search: {grid: {optim.warmup_ratio: [0.1, 2]}, by: loss}
         (("  all:", "  search:"), "cell 'search': its folder search/ is that of the sweep's own search/"),
         (("all: {", "all: {seed: 1, "), "cells.all: seed cannot be set: `seeds` has them"),
         (("all: {", "all: {out: /tmp, "), "cells.all: out cannot be set: each run has its own"),
+        (("all: {", "all: {group: a, "), "cells.V+O.group: required, since other cells have one"),
+        (("all: {", "all: {group: 3, "), "cells.all.group: found 3, expected text: the heading above its rows"),
+        (("baseline: V+O", "baseline: [V+O, all]"), "baseline: found V+O, all: expected one, or one for each group"),
+        (("baseline: V+O", "baseline: [[V+O]]"), "baseline: found ['V+O'], which is no cell"),
         (("all: {", "all: {weights: V, "), "cells.all.weights: found 'V', which is no cell that is trained"),
         (("all: {", 'all: {"a b": 1, '), "cells.all: 'a b' is no key of a configuration"),
         (("all: {", "all: {optim.lr: .inf, "), "cells.all.optim.lr: found inf, expected a finite value"),
@@ -943,8 +961,40 @@ def test_the_sweeps_of_the_repository_make_a_plan(name, monkeypatch):
     assert read_sweep(file).seeds == (0, 1, 2)
     plan = make_plan(read_sweep(file, ["seeds=[0]", *PARTS.get(name, [])]))
     assert all(len(runs) == 1 for runs in plan.rows.values())
-    if name.startswith("aligner"):
-        parts = {
-            tuple(vars(plan.tasks[runs[0]].config.model.mechanism.aligner).values()) for runs in plan.rows.values()
-        }
-        assert len(parts) == len(plan.rows) == {"aligner.yaml": 5, "aligner_full.yaml": 8}[name]
+    configs = {row: plan.tasks[runs[0]].config for row, runs in plan.rows.items()}
+    mechanisms = {
+        row: config.model.mechanism for row, config in configs.items() if config is not None
+    }  # searched: None
+    parts = {
+        row: tuple(vars(m.aligner).values()) for row, m in mechanisms.items() if None not in vars(m.aligner).values()
+    }
+    spec = read_sweep(file)
+    assert bool(parts) == (spec.shape == "aligner"), "the report's columns for the parts go with cells that set them"
+    groups = {cell.name: cell.group for cell in spec.cells}
+    for group in set(groups.values()) if parts else ():
+        found = [parts[row] for row in parts if groups[row] == group]
+        assert len(set(found)) == len(found) and (set(found) == PAPERS or set(found) == EVERY), "each once"
+
+
+PAPERS = {(False, False, False), (False, True, True), (True, False, True), (True, True, False), (True, True, True)}
+"""V, O and FFN in the rows of the paper's Table 6."""
+EVERY = set(itertools.product((False, True), repeat=3))
+
+
+def test_table_4_is_trained_by_its_presets(monkeypatch):
+    """What a cell would train is the preset, but for its directories and what is evaluated."""
+    monkeypatch.chdir(REPOSITORY)
+    plan = make_plan(read_sweep(Path("configs/sweeps/table4_7b.yaml"), ["seeds=[0]"]))
+    pairs = {
+        "llava": "llava_1.5_7b",
+        "ee-mllm": "ee_mllm_7b_336",
+        "llava-at-672": "llava_7b_672",
+        "ee-mllm-at-672": "ee_mllm_7b_672",
+    }
+    for cell, preset in pairs.items():
+        for stage, task in (("pretrain", f"{cell}/pretrain/seed0"), ("finetune", f"{cell}/seed0")):
+            asked, config = load_config([f"configs/presets/{preset}_{stage}.yaml"]), plan.tasks[task].config
+            start = f"runs/sweeps/table4_7b/{cell}/pretrain/seed0" if stage == "finetune" else None
+            assert config.init_from == start and config.eval.suite == "suite.yaml"
+            assert replace(config, out="", init_from=None, eval=asked.eval) == replace(asked, out="", init_from=None)
+    assert len(plan.tasks) == 8

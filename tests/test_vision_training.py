@@ -146,11 +146,13 @@ def test_tuning_of_every_encoder(encoder, choice):
     assert len(trained) == len({id(p) for p in trained}) == sum(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("encoder", ["clip", "siglip2", "idefics2"])
+@pytest.mark.parametrize(
+    ("encoder", "layers"), [("clip", 2), ("siglip2", 2), ("siglip2", 3), ("idefics2", 2), ("idefics2", 3)]
+)
 @pytest.mark.parametrize("choice", ["full", "lora"])
-def test_learning_rates_fall_with_depth(encoder, choice):
+def test_learning_rates_fall_with_depth(encoder, layers, choice):
     model = make_model(encoder)
-    model.vision.select_layer = -2  # of three layers
+    model.vision.select_layer = None if layers == 3 else -2
     tuning = TuningConfig(vision=choice, projector="full", llm="frozen")
     options = {"tuning": tuning, "vision_lr": 0.8, "vision_layer_decay": 0.5, "lora": LoraConfig(r=2)}
     groups = parameter_groups(model, tuned(model, **options))
@@ -158,8 +160,9 @@ def test_learning_rates_fall_with_depth(encoder, choice):
     assert groups[0]["lr"] == 0.8
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name.startswith("vision."):
-            expected = 0.8 if "layers.1." in name else 0.4 if "layers.0." in name else 0.2
-            assert rate[id(parameter)] == expected, name
+            above = next((layers - 1 - i for i in range(layers) if f"layers.{i}." in name), layers)
+            above = 0 if "post_layernorm" in name else above
+            assert rate[id(parameter)] == 0.8 * 0.5**above, name
     assert {rate[id(p)] for p in model.projector.parameters()} == {1e-3}
     assert len(rate) == sum(p.requires_grad for p in model.parameters())
     plain = parameter_groups(model, replace(OptimConfig(lr=1e-3, max_steps=1, **options), vision_layer_decay=None))

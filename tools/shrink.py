@@ -23,7 +23,14 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Siglip2VisionConfig,
+    SiglipVisionConfig,
+)
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 
 from lit_eemllm.config import load_config
@@ -66,6 +73,8 @@ PUBLISHED = {
     "HuggingFaceM4/idefics2-8b": Idefics2VisionConfig(**SO400M, image_size=980),  # HuggingFaceM4/idefics2-8b-base
     "google/siglip-base-patch16-224": SiglipVisionConfig(),  # its file names no size: transformers' defaults, 768 x 12 layers
     "google/siglip-so400m-patch14-384": SiglipVisionConfig(**SO400M, image_size=384),  # HuggingFaceM4/siglip-so400m-14-384-flash-attn2
+    # of LFM2-VL's encoder, which was made from it
+    "google/siglip2-so400m-patch16-naflex": Siglip2VisionConfig(**SO400M | {"patch_size": 16}, num_patches=256),
 }  # fmt: skip
 OVERRIDES = """\
 data: {workers: 0, pack_tokens: 320, max_length: 320, shuffle_buffer: 16, packing_buffer: 16}
@@ -88,15 +97,21 @@ def shrunk(config: Any) -> Any:
         small.bos_token_id, small.eos_token_id, small.pad_token_id = 1, 2, 0
     else:
         small.hidden_size, small.num_attention_heads, small.num_hidden_layers = 16, 2, 3
-        small.image_size = 4 * config.patch_size
+        if config.model_type == "siglip2_vision_model":
+            small.num_patches = 16
+        else:
+            small.image_size = 4 * config.patch_size
     small.intermediate_size = 2 * small.hidden_size
     return small
 
 
 def preprocessor(config: Any) -> dict[str, Any]:
     """What ``preprocessor_config.json`` says to an encoder of these sizes."""
-    side, half = config.image_size, [0.5, 0.5, 0.5]
+    half = [0.5, 0.5, 0.5]
     common = {"resample": 3, "image_mean": half, "image_std": half}
+    if config.model_type == "siglip2_vision_model":
+        return {**common, "resample": 2, "max_num_patches": config.num_patches}
+    side = config.image_size
     if config.model_type in NATIVE:  # as Idefics2's 378 and 980
         patches = round(0.386 * side / config.patch_size)
         return {**common, "size": {"shortest_edge": patches * config.patch_size, "longest_edge": side}}

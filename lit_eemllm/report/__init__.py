@@ -52,8 +52,14 @@ def report(runs: Sequence[Path], out: Path | None = None, baseline: str | None =
 def markdown(compared: Comparison, warnings: Sequence[str], notes: Sequence[str]) -> str:
     """The tables, what they mean, what was searched, and where all of it comes from."""
     parts = [f"# {plain(compared.title)}"]
+    headings = {row.group for row in compared.rows}
     for lines in tables(compared):
-        table = ["| " + " | ".join(plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+        table = []
+        for line in lines:
+            cells = [plain(cell).replace("|", "\\|") for cell in line]
+            if line[0] in headings and not any(line[1:]):
+                cells[0] = f"**{cells[0]}**"
+            table.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join([table[0], "|" + "---|" * len(lines[0]), *table[1:]]))
     parts += map(plain, warnings)
     parts.append(plain(" ".join(caption(compared))))

@@ -30,13 +30,13 @@ def page(compared: Comparison, picture: bytes, notes: Sequence[str], out: Path) 
     scores, others = columns_of(compared)
     columns = [*scores, *others]
     heads = "".join(f"<th><button>{escape(title)}</button></th>" for title in ("row", *(c.title for c in columns)))
-    lines = "\n".join(table_line(compared, row, columns, out) for row in compared.rows)
+    bodies = "\n".join(table_body(group, rows, columns, out) for group, rows in compared.by_group())
     foot = "".join(f"<td>{escape(column.constant)}</td>" for column in columns)
     foot = f"<tfoot><tr><th>best constant answer</th>{foot}</tr></tfoot>" if any(c.constant for c in columns) else ""
     warning = incomparable(compared.rows)
     sections = [
         f'<p class="warning">{escape(warning)}</p>' if warning else "",
-        f'<div class="wide"><table id="t"><thead><tr>{heads}</tr></thead><tbody>\n{lines}\n</tbody>{foot}</table></div>',
+        f'<div class="wide"><table id="t"><thead><tr>{heads}</tr></thead>\n{bodies}\n{foot}</table></div>',
         f"<p>{escape(' '.join(caption(compared)))} Point at a number to see those of its runs; the numbers after a row's "
         "name are its seeds and lead to the results of the run. A heading sorts.</p>",
         f'<img alt="score against FLOPs, learning curves, scores by question type" src="data:image/png;base64,'
@@ -50,19 +50,26 @@ def page(compared: Comparison, picture: bytes, notes: Sequence[str], out: Path) 
     return _PAGE.format(title=escape(compared.title), body=body, hash=script, script=_SCRIPT)
 
 
-def table_line(compared: Comparison, row: Row, columns: Sequence[Column], out: Path) -> str:
+def table_body(group: str | None, rows: Sequence[Row], columns: Sequence[Column], out: Path) -> str:
+    """The rows of a group, below its heading if it has one."""
+    span = f' colspan="{1 + len(columns)}" scope="rowgroup"'
+    heading = f"<tbody><tr><th{span}>{escape(group)}</th></tr></tbody>\n" if group is not None else ""
+    return heading + "<tbody>\n" + "\n".join(table_line(row, columns, out) for row in rows) + "\n</tbody>"
+
+
+def table_line(row: Row, columns: Sequence[Column], out: Path) -> str:
     """A row: its name with links to its runs' results, and its numbers."""
     links = " ".join(f'<a href="{escape(link(run, out))}">{run.config.seed}</a>' for run in row.runs)
     cells = []
     for column in columns:
         found = row.by_seed(column.quantity.value) if column.quantity else {}
         value = f' data-v="{sum(found.values()) / len(found)!r}"' if found else ""
-        hint = "\n".join(origins(compared, row, column.quantity)) if column.quantity else ""
+        hint = "\n".join(origins(row, column.quantity)) if column.quantity else ""
         cells.append(f'<td{value} title="{escape(hint)}">{escape(column.cell(row))}</td>')
     return f"<tr><th>{escape(row.title)} {links}</th>{''.join(cells)}</tr>"
 
 
-def origins(compared: Comparison, row: Row, quantity: Quantity) -> list[str]:
+def origins(row: Row, quantity: Quantity) -> list[str]:
     """The number of each run, unscaled; of a question type also its control, and the difference to the baseline."""
     of_a_type = quantity.key.endswith(".score")
     lines = []
@@ -71,9 +78,9 @@ def origins(compared: Comparison, row: Row, quantity: Quantity) -> list[str]:
         shuffled = "" if control is None else f" [{control:g}]"
         if (value := quantity.value(run)) is not None:
             lines.append(f"seed {run.config.seed}: {value:g}{shuffled} in {run.path}")
-    if compared.baseline not in (None, row) and of_a_type:
-        to = difference(row, compared.baseline, quantity.title)
-        lines += [f"difference to {compared.baseline.label}: {to.text()}, by {to.over}"] if to else []
+    if row.baseline not in (None, row) and of_a_type:
+        to = difference(row, row.baseline, quantity.title)
+        lines += [f"difference to {row.baseline.label}: {to.text()}, by {to.over}"] if to else []
     return lines
 
 
@@ -99,7 +106,7 @@ def failures(compared: Comparison) -> str:
 
 _SCRIPT = """
 for (const head of document.querySelectorAll("#t thead th")) head.firstChild.onclick = () => {
-  const up = head.ariaSort !== "ascending", body = document.querySelector("#t tbody"), i = head.cellIndex;
+  const up = head.ariaSort !== "ascending", i = head.cellIndex;
   for (const other of head.parentNode.cells) other.ariaSort = "none";
   head.ariaSort = up ? "ascending" : "descending";
   const key = row => { const c = row.cells[i], v = parseFloat(c.dataset.v ?? c.textContent); return [v, c.textContent]; };
@@ -108,7 +115,7 @@ for (const head of document.querySelectorAll("#t thead th")) head.firstChild.onc
     if (isNaN(x) !== isNaN(y)) return isNaN(x) ? 1 : -1;
     return (isNaN(x) ? s.localeCompare(t) : x - y) * (up ? 1 : -1);
   };
-  body.append(...[...body.rows].sort(order));
+  for (const body of document.querySelectorAll("#t tbody")) body.append(...[...body.rows].sort(order));
 };
 """
 _PAGE = """<!doctype html>

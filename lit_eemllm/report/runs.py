@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -116,11 +117,15 @@ class Row:
 
     Attributes:
         planned: seeds that a sweep meant to run.
+        group: the heading under which it stands, such as a resolution; all rows have one, or none has.
+        baseline: the row that it is compared with, itself if it is one.
     """
 
     runs: list[Run]
     label: str
     planned: int = 0
+    group: str | None = None
+    baseline: Row | None = field(default=None, repr=False, compare=False)
 
     @property
     def title(self) -> str:
@@ -142,7 +147,6 @@ class Comparison:
     """All that a report shows.
 
     Attributes:
-        baseline: the row that the others are compared with.
         shape: of the table of scores: ``aligner`` marks the parts of the aligner, ``mechanisms`` is one line a row.
         made: the command that made the runs.
         failed: run -> why it is in no row.
@@ -152,12 +156,15 @@ class Comparison:
 
     rows: list[Row]
     title: str = "Comparison"
-    baseline: Row | None = None
     shape: str | None = None
     made: str = ""
     failed: dict[str, str] = field(default_factory=dict)
     searched: list[dict[str, str]] = field(default_factory=list)
     search: str = ""
+
+    def by_group(self) -> list[tuple[str | None, list[Row]]]:
+        """Headings and the rows below each, in the order of the rows."""
+        return [(group, list(rows)) for group, rows in groupby(self.rows, lambda row: row.group)]
 
 
 def compare(paths: Sequence[Path], baseline: str | None = None) -> Comparison:
@@ -165,7 +172,7 @@ def compare(paths: Sequence[Path], baseline: str | None = None) -> Comparison:
 
     Args:
         paths: one sweep or any number of runs.
-        baseline: name of a row or directory of one of its runs; None takes the sweep's.
+        baseline: name of a row or directory of one of its runs; None takes the sweep's, of which each group may have one.
 
     Raises:
         UserError: something named is no sweep and no evaluated run, or the baseline is unknown.
@@ -181,21 +188,26 @@ def compare(paths: Sequence[Path], baseline: str | None = None) -> Comparison:
             for path in paths:
                 runs.append(read_run(path))
                 advance(1)
-        found, chosen = Comparison(group(runs)), None
+        found, chosen = Comparison(group(runs)), []
     if not any(row.runs for row in found.rows):
         why = [f"{run}: {reason}" for run, reason in found.failed.items()]
         raise UserError("\n  ".join([f"{paths[0]}: no run to report", *why]))
-    if name := baseline or chosen:
+    names = [baseline] if baseline else chosen
+    for name in names:
         place = Path(name).resolve()
-        found.baseline = next(
+        base = next(
             (r for r in found.rows if name in (r.label, r.title) or any(run.path.resolve() == place for run in r.runs)),
             None,
         )
-        if found.baseline is None and baseline:
+        if base is None and baseline:
             labels = ", ".join(row.label for row in found.rows)
             raise UserError(f"baseline {name}: found no such row, expected one of {labels}, or one of their runs")
-        if found.baseline is None:
+        if base is None:
             found.failed[f"baseline {name}"] = "it has no evaluated run, so there are no differences"
+            continue
+        for row in found.rows:
+            if len(names) == 1 or row.group == base.group:
+                row.baseline = base
     return found
 
 
@@ -224,29 +236,33 @@ def read_run(path: Path) -> Run:
     )
 
 
-def read_sweep(folder: Path) -> tuple[Comparison, str | None]:
-    """The rows that ``sweep.json`` names, and the name of its baseline. A run that cannot be read counts as failed."""
+def read_sweep(folder: Path) -> tuple[Comparison, list[str]]:
+    """The rows that ``sweep.json`` names, and the names of its baselines. A run that cannot be read counts as failed."""
     file = folder / "sweep.json"
     plan = read_object(file, mend="the command of the sweep writes it again")
     try:
-        named = [(str(row["name"]), [inside(folder, run) for run in row["runs"]]) for row in plan["rows"]]
+        named = [
+            (
+                Row([], str(row["name"]), group=None if row.get("group") is None else str(row["group"])),
+                [inside(folder, run) for run in row["runs"]],
+            )
+            for row in plan["rows"]
+        ]
         why = {str(inside(folder, one["run"])): str(one["why"]) for one in plan.get("failed") or []}
     except (TypeError, KeyError) as error:
         expected = 'expected "rows": [{"name": ..., "runs": [...]}] and "failed": [{"run": ..., "why": ...}]'
         raise UserError(f"{file}: {expected} ({type(error).__name__}: {error})") from error
     if (shape := plan.get("shape")) not in (None, "aligner", "mechanisms"):
         raise UserError(f"{file}: shape: found {shape!r}, expected aligner, mechanisms or null")
-    found = []
     with progress("reading runs", sum(len(runs) for _, runs in named)) as advance:
-        for name, runs in named:
-            row = Row([], name)
+        for row, runs in named:
             for path in runs:
                 try:
                     row.runs.append(read_run(path))
                 except UserError as error:
                     why.setdefault(str(path), str(error))
                 advance(1)
-            found.append(row)
+    found = [row for row, _ in named]
     seeds = len({run.config.seed for row in found for run in row.runs})
     for row in found:
         row.planned = seeds
@@ -254,7 +270,8 @@ def read_sweep(folder: Path) -> tuple[Comparison, str | None]:
     compared.made, compared.search = (str(plan.get(name) or "") for name in ("command", "search"))
     if (folder / "search.csv").is_file():
         compared.searched = read_search(folder / "search.csv")
-    return compared, plan.get("baseline")
+    chosen = plan.get("baseline") or []
+    return compared, [chosen] if isinstance(chosen, str) else [str(name) for name in chosen]
 
 
 def read_search(path: Path) -> list[dict[str, str]]:

@@ -144,7 +144,7 @@ def score_columns(compared: Comparison) -> list[Column]:
         *(Column(title, mark(part)) for part, title in parts.items()),
         *map(score, names),
         Column(AVERAGE.title, AVERAGE.text, AVERAGE, constant),
-        Column("difference of the average", lambda row: gap(compared, row)),
+        Column("difference of the average", gap),
     ]
 
 
@@ -156,13 +156,13 @@ def aligner_mark(run: Run, part: str) -> str:
     return "✓" if (mechanism.get("aligner") or {}).get(part) else ""
 
 
-def gap(compared: Comparison, row: Row) -> str:
+def gap(row: Row) -> str:
     """Difference of the average to the baseline's, with its interval."""
-    if compared.baseline is None:
+    if row.baseline is None:
         return ""
-    if row is compared.baseline:
+    if row is row.baseline:
         return "baseline"
-    found = difference(row, compared.baseline)
+    found = difference(row, row.baseline)
     return found.text() if found else ""
 
 
@@ -176,10 +176,12 @@ def columns_of(compared: Comparison) -> tuple[list[Column], list[Column]]:
     return known(score_columns(compared)), known(others)
 
 
-def lines_of(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
-    """A line a row."""
+def lines_of(compared: Comparison, columns: Sequence[Column]) -> list[list[str]]:
+    """A line a row, and before a group of rows one with its heading."""
     lines = [["", *(column.title for column in columns)]]
-    lines += [[row.title, *(column.cell(row) for column in columns)] for row in rows]
+    for group, rows in compared.by_group():
+        lines += [[group, *("" for _ in columns)]] if group is not None else []
+        lines += [[row.title, *(column.cell(row) for column in columns)] for row in rows]
     if any(column.constant for column in columns):
         lines.append(["best constant answer", *(column.constant for column in columns)])
     return lines
@@ -188,9 +190,9 @@ def lines_of(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
 def tables(compared: Comparison) -> list[Lines]:
     """What Markdown and the terminal show."""
     scores, others = columns_of(compared)
-    if compared.shape is None and len(compared.rows) <= FEW:
-        return [list(zip(*lines_of(compared.rows, [*scores, *others]), strict=True))]
-    return [lines_of(compared.rows, columns) for columns in (scores, others) if columns]
+    if compared.shape is None and len(compared.rows) <= FEW and len(compared.by_group()) < 2:
+        return [list(zip(*lines_of(compared, [*scores, *others]), strict=True))]
+    return [lines_of(compared, columns) for columns in (scores, others) if columns]
 
 
 def print_tables(found: Sequence[Lines], title: str) -> None:
@@ -259,7 +261,7 @@ def report_csv(compared: Comparison) -> str:
             ]
             name = quantity.title if quantity.key.endswith(".score") else None
             compares = name is not None or quantity is AVERAGE
-            to = difference(row, compared.baseline, name) if compares and compared.baseline not in (None, row) else None
+            to = difference(row, row.baseline, name) if compares and row.baseline not in (None, row) else None
             if to is not None:
                 interval = ["", ""] if to.half is None else six(to.mean - to.half, to.mean + to.half)
                 line += [*six(to.mean), *interval, to.over, to.count]

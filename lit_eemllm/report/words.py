@@ -24,8 +24,7 @@ def caption(compared: Comparison) -> list[str]:
         sentences.append("The average weighs sets alike, and in each its question types.")
     if any(len(row.runs) > 1 for row in rows):
         sentences.append("± is the standard deviation over seeds.")
-    if compared.baseline is not None:
-        sentences += about_differences(rows, compared.baseline)
+    sentences += about_differences(rows)
     if any(run.result("prefill_flops") is not None for run in runs):
         sentences.append("FLOPs: decoder layers, prefill of a mean prompt.")
     if any(run.result("prefill_seconds") is not None for run in runs):
@@ -49,30 +48,32 @@ def metrics(rows: list[Row]) -> str:
     return "Scores (" + "; ".join(f"{metric}: {', '.join(names)}" for metric, names in types.items()) + ")"
 
 
-def about_differences(rows: list[Row], baseline: Row) -> list[str]:
-    """How they were paired, and what their intervals cover."""
+def about_differences(rows: list[Row]) -> list[str]:
+    """How they were paired, and what their intervals cover; nothing if there is no baseline."""
     found: dict[str, list[tuple[Row, Difference]]] = defaultdict(list)
     missing = []
     for row in rows:
-        if row is baseline:
+        if row.baseline in (None, row):
             continue
-        if to := difference(row, baseline):
+        if to := difference(row, row.baseline):
             found[to.over].append((row, to))
         elif row.runs:
             missing.append(row)
+    labels = list(dict.fromkeys(row.baseline.label for row in rows if row.baseline is not None))
+    base = ", ".join(labels) + " (each for its group)" * (len(labels) > 1)
     sentences = []
     if pairs := found["seeds"]:
         counts = sorted({to.count for _, to in pairs})
         wide = ", ".join(f"{count} seeds: t = {t95(count - 1):.2f}" for count in counts)
         sentences.append(
-            f"Difference to {baseline.label}: mean over the seeds in common, paired by seed, and in brackets the 95 % "
+            f"Difference to {base}: mean over the seeds in common, paired by seed, and in brackets the 95 % "
             f"interval of Student's t. It covers what the seed changes, not the choice of questions; few seeds make it "
             f"wide ({wide})."
         )
     if pairs := found["questions"]:
         who = ", ".join(row.label for row, _ in pairs)
         sentences.append(
-            f"Difference of {who} to {baseline.label}: one seed in common, paired by question, and in brackets the 95 % "
+            f"Difference of {who} to {base}: one seed in common, paired by question, and in brackets the 95 % "
             f"interval of the normal approximation. It covers the choice of questions, not what another seed would give; "
             f"questions about one image count as independent, so it may be too narrow."
         )
@@ -85,7 +86,7 @@ def about_differences(rows: list[Row], baseline: Row) -> list[str]:
         sentences.append("Each interval holds for itself: among many, some miss by chance.")
     if missing:
         who = ", ".join(row.label for row in missing)
-        sentences.append(f"No difference for {who}: no seed in common with {baseline.label}, or other questions.")
+        sentences.append(f"No difference for {who}: no seed in common with {base}, or other questions.")
     return sentences
 
 

@@ -139,14 +139,20 @@ def state(task: Task, wanted: bool) -> tuple[str, str]:
 
 def write_index(spec: Sweep, plan: Plan, failed: dict[str, str], command: str) -> bool:
     """Write ``sweep.json``, which tells the report rows and their runs. Whether it has changed."""
+    groups = {cell.name: cell.group for cell in spec.cells}
     rows = [
-        {"name": name, "runs": [run for run in runs if plan.tasks[run].done]}
+        {
+            "name": name,
+            "runs": [run for run in runs if plan.tasks[run].done],
+            **({} if groups[name] is None else {"group": groups[name]}),
+        }
         for name, runs in plan.rows.items()
         if any(plan.tasks[run].done for run in runs)
     ]
+    baselines = [name for name in spec.baselines if len(spec.baselines) > 1 or any(row["name"] == name for row in rows)]
     index = {
         "title": spec.title, "command": command, "shape": spec.shape, "rows": rows,
-        "baseline": spec.baseline if any(row["name"] == spec.baseline for row in rows) else None,
+        "baseline": baselines if len(baselines) > 1 else next(iter(baselines), None),
         "failed": [{"run": name, "why": why} for name, why in failed.items()],
         "search": spec.search and describe(spec.search, plan),
     }  # fmt: skip

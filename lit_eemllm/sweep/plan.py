@@ -303,7 +303,7 @@ class _Planner:
     ) -> tuple[Config, str] | None:
         """The configuration of a stage, and as text; None if it has mistakes, which are noted."""
         sweep = self.sweep
-        files, own = ((), ()) if stage.shared else (cell.files, cell.overrides)
+        files, own = ((), ()) if stage.shared else (cell.files_of(stage), cell.overrides)
         start = [f"init_from={json.dumps(str(sweep.out / previous))}"] if previous is not None else []
         placed = [f"seed={seed}", f"out={json.dumps(str(sweep.out / place))}", *start]
         overrides = (*sweep.overrides, *stage.overrides, *own, *values, *sweep.last, *placed)

@@ -25,7 +25,7 @@ _KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _OURS = {"seed": "`seeds` has them", "out": "each run has its own", "resume": "runs continue by themselves"}
 _KINDS = {str: "text", list: "a list", dict: "a section", bool: "true or false", int: "a whole number"}
 _TOP: dict[str, type] = {
-    "title": str, "base": list, "set": dict, "out": str, "seeds": list, "baseline": str, "shape": str, "cells": dict,
+    "title": str, "base": list, "set": dict, "out": str, "seeds": list, "baseline": list, "shape": str, "cells": dict,
     "grid": dict, "stages": list, "search": dict, "slurm": dict,
 }  # fmt: skip
 _STAGE: dict[str, type] = {"name": str, "files": list, "set": dict, "shared": bool}
@@ -39,12 +39,22 @@ SLURM = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A row: what its runs have on top of the sweep's. weights: the cell whose checkpoints are evaluated instead of training."""
+    """A row: what its runs have on top of the sweep's.
+
+    Attributes:
+        files: ``{stage}`` in their names is the stage's.
+        weights: the cell whose checkpoints are evaluated instead of training.
+        group: the heading of the report's table under which it stands.
+    """
 
     name: str
     files: tuple[Path, ...] = ()
     overrides: tuple[str, ...] = ()
     weights: str | None = None
+    group: str | None = None
+
+    def files_of(self, stage: Stage) -> tuple[Path, ...]:
+        return tuple(Path(str(file).replace("{stage}", stage.name)) for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file. last: overrides of the command line; stages: at least one."""
+    """A sweep file. last: overrides of the command line; baselines: one, or one a group; stages: at least one."""
 
     file: Path
     title: str
@@ -78,7 +88,7 @@ class Sweep:
     last: tuple[str, ...]
     out: Path
     seeds: tuple[int, ...]
-    baseline: str | None
+    baselines: tuple[str, ...]
     shape: str | None
     cells: tuple[Cell, ...]
     stages: tuple[Stage, ...]
@@ -167,6 +177,8 @@ class _Reader:
                     )
                 elif self.config_key("command line", key) and not is_key(key):
                     self.fail("command line", f"{key}: unknown key; {nearest_key(key, _TOP, without=_OURS)}")
+        if isinstance(document, dict) and isinstance(document.get("baseline"), str):
+            document["baseline"] = [document["baseline"]]
         top = self.section(document, "", _TOP, required=("out", "seeds"))
         stages = self.stages(top.get("stages", []))
         grid = self.grid(top.get("grid", {}), "grid")
@@ -182,9 +194,7 @@ class _Reader:
         names = [cell.name for cell in cells]
         if not names:
             self.fail("cells", "required, or `grid`: the rows of the sweep")
-        baseline, shape = top.get("baseline"), top.get("shape", "none")
-        if baseline is not None and baseline not in names:
-            self.fail("baseline", f"found {baseline!r}, which is no cell{self.nearest(baseline, names)}")
+        shape = top.get("shape", "none")
         if shape not in ("aligner", "mechanisms", "none"):
             self.fail("shape", f"found {shape!r}, expected aligner, mechanisms or none")
         return Sweep(
@@ -195,7 +205,7 @@ class _Reader:
             last=tuple(last),
             out=Path(top.get("out", "")),
             seeds=seeds,
-            baseline=baseline,
+            baselines=self.baselines(top.get("baseline", []), cells),
             shape=None if shape == "none" else shape,
             cells=cells,
             stages=stages,
@@ -282,7 +292,13 @@ class _Reader:
                 continue
             content = dict(content or {})
             files, weights = self.files(content.pop("files", []), where), content.pop("weights", None)
-            named.append(Cell(name, files, self.overrides(content, where), weights))
+            group = content.pop("group", None)
+            if group is not None and (not isinstance(group, str) or not group):
+                self.fail(f"{where}.group", f"found {group!r}, expected text: the heading above its rows")
+            named.append(Cell(name, files, self.overrides(content, where), weights, group))
+        for cell in named:
+            if cell.group is None and any(other.group is not None for other in named):
+                self.fail(f"cells.{cell.name}.group", "required, since other cells have one")
         trained = [cell.name for cell in named if cell.weights is None]
         for cell in named:
             if cell.weights is not None and cell.weights not in trained:
@@ -294,10 +310,23 @@ class _Reader:
         if not named or not grid:
             return tuple(named or [Cell(name, overrides=overrides) for name, overrides in grid])
         return tuple(
-            Cell(f"{c.name}, {name}", c.files, (*c.overrides, *overrides), c.weights and f"{c.weights}, {name}")
+            Cell(
+                f"{c.name}, {name}", c.files, (*c.overrides, *overrides), c.weights and f"{c.weights}, {name}", c.group
+            )
             for c in named
             for name, overrides in grid
         )
+
+    def baselines(self, names: list[Any], cells: tuple[Cell, ...]) -> tuple[str, ...]:
+        """One for all rows, or one for each group."""
+        groups = {cell.name: cell.group for cell in cells}
+        known = [name for name in names if isinstance(name, str) and name in groups]
+        for name in names:
+            if name not in known:
+                self.fail("baseline", f"found {name!r}, which is no cell{self.nearest(str(name), list(groups))}")
+        if len({groups[name] for name in known}) < len(known):
+            self.fail("baseline", f"found {', '.join(known)}: expected one, or one for each group of cells")
+        return tuple(known)
 
     def stages(self, value: list[Any]) -> tuple[Stage, ...]:
         stages = []

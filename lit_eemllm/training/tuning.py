@@ -94,16 +94,19 @@ def parameter_groups(model: EEMLLM, config: OptimConfig) -> list[dict[str, Any]]
 
 
 def _by_depth(vision: VisionEncoder, lr: float, decay: float) -> dict[str, tuple[list[nn.Parameter], float]]:
-    """The encoder's parameters by layer with their rates: the highest layer that is read learns at `lr`, each below at `decay`
-    times the rate of the one above, and what comes before the first layer, embeddings, as a layer below it."""
+    """The encoder's parameters by layer with their rates: the highest layer that is read learns at `lr`, and a norm after it; each
+    below at `decay` times the rate of the one above, and what comes before the first layer, embeddings, as a layer below it."""
     blocks = vision.blocks()
     if not blocks:
         raise ConfigError(
             "optim.vision_layer_decay: this vision encoder does not tell the order of its layers; set null"
         )
-    inside = {p for block in blocks for p in block.parameters()}
-    parts = {"vision, below": [p for p in vision.parameters() if p not in inside]}
-    parts |= {f"vision, layer {i}": list(block.parameters()) for i, block in enumerate(blocks)}
+    layers = [list(block.parameters()) for block in blocks]
+    inside, everything = {p for layer in layers for p in layer}, list(vision.parameters())
+    last = max(i for i, p in enumerate(everything) if p in inside)
+    layers[-1] += [p for p in everything[last:] if p not in inside]
+    parts = {"vision, below": [p for p in everything[:last] if p not in inside]}
+    parts |= {f"vision, layer {i}": layer for i, layer in enumerate(layers)}
     rates = [(name, (part, lr * decay ** (len(blocks) - i))) for i, (name, part) in enumerate(parts.items())]
     return dict(reversed(rates))  # logs show the rate of the first group, the highest layer
 

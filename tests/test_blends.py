@@ -123,7 +123,8 @@ def test_the_shares_are_those_of_all_ranks(folder: Path, parts: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("path", BLENDS, ids=lambda path: path.stem)
-def test_a_blend_of_the_repository_reads_once_its_sources_are_there(path: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_blend_of_the_repository_is_drawn_in_its_shares(path: Path, folder: Path, tmp_path: Path) -> None:
+    """From stand-ins in folders called as the sources: what was drawn is within four standard deviations of what is asked."""
     copy = tmp_path / path.name
     copy.write_text(path.read_text())
     body = read_yaml(path)["splits"]["train"]
@@ -132,6 +133,14 @@ def test_a_blend_of_the_repository_reads_once_its_sources_are_there(path: Path, 
     for name in names:
         shutil.copytree(folder / "a", tmp_path / name)
     assert list(read_recipe(copy, "train").shares) == names
+    data = module(copy, workers=0)
+    total = 0
+    for batch in data.train_dataloader():
+        total += len(batch.layout.documents)
+        if total > 1500:
+            break
+    for name, (asked, of_samples, _) in data.drawn().items():
+        assert abs(of_samples - asked) <= 4 * (asked * (1 - asked) / total) ** 0.5, name
 
 
 def test_the_blend_of_the_paper_has_its_shares() -> None:

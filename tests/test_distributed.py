@@ -45,7 +45,7 @@ from lit_eemllm.training.fsdp2 import FSDP2, shard, shared_out
 from lit_eemllm.training.module import LitEEMLLM, rng_state
 from lit_eemllm.training.runlog import RunLog
 from lit_eemllm.training.tuning import parameter_groups
-from lit_eemllm.training.zero import DeepSpeed, full_gradient
+from lit_eemllm.training.zero import DeepSpeed, Trained, full_gradient
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several processes, one after the other, on few cores
 
@@ -279,6 +279,16 @@ def test_deepspeed_trains_as_ddp(trained: list[dict[str, Any]], case: str) -> No
             assert (second["gradients"][name] - gradient).abs().max() <= 1e-5 * max(1.0, largest), name
 
 
+def test_the_engine_has_all_of_the_model_in_one_mode() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    model[0].requires_grad_(False)
+    seen = Trained(model)
+    assert not list(seen.parameters())
+    for mode in (False, True):
+        seen.train(mode)
+        assert model[1].training == mode
+
+
 @tiny.needs_deepspeed
 def test_deepspeed_computes_in_16_bits_as_ddp_does(trained: list[dict[str, Any]]) -> None:
     """Frozen parts are in bfloat16, which its engine must not see, and its autocast is Lightning's."""
@@ -354,7 +364,7 @@ def test_fsdp2_in_16_bits_computes_as_autocast(trained: list[dict[str, Any]], tm
             assert (found["gradients"][name] - gradient).abs().max() <= limit * gradient.abs().max(), name
 
 
-def test_strategies_that_cannot_weigh_tokens_alike_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_strategies_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("deepspeed", "deepspeed_stage_3", "fsdp", "fsdp_cpu_offload"):
         config = tiny.config(tmp_path, "unused", tmp_path, f"trainer.strategy={name}")
         with pytest.raises(ConfigError, match=f"'{name}', expected ddp, fsdp2, .*, deepspeed_stage_2. "):

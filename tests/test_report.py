@@ -794,6 +794,9 @@ def test_a_baseline_of_each_group(tmp_path, undrawn):
     found, compared = gaps(["a", "gone"])
     assert found == ["baseline", "+0.100", "", ""] and "no differences" in compared.failed["baseline gone"]
     assert gaps("a")[0] == ["baseline", "+0.100", "+0.200", "+0.300"]
+    index = json.loads((tmp_path / "sweep.json").read_text())
+    (tmp_path / "sweep.json").write_text(json.dumps({**index, "rows": rows[:2]}))
+    assert [line[0] for line in tables(compare([tmp_path]))[0] if not any(line[1:])] == ["one"], "a heading, no column"
     gaps(["a", "d"])
     report([tmp_path])
     assert (

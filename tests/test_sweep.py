@@ -230,13 +230,16 @@ def test_a_cells_files_may_be_those_of_the_stage_and_groups_go_into_the_index(re
     for stage, decay in (("middle", 0.2), ("last", 0.3)):
         write(f"optim: {{weight_decay: {decay}}}", f"{stage}.yaml")
     text = SWEEP.partition("baseline")[0] + "baseline: [a, b]\ncells:\n"
-    text += '  a: {group: one, files: ["{stage}.yaml"]}\n  b: {group: two}\n' + STAGES
+    text += (
+        '  a: {group: one, files: ["{stage}.yaml"]}\n  b: {group: two}\n  c: {group: one, optim.weight_decay: 0.5}\n'
+        + STAGES
+    )
     assert run(text) == 0
     decays = {path: load_config([f"out/{path}/config.yaml"]).optim.weight_decay for path in
               ("pretrain/seed0", "a/middle/seed1", "a/seed1", "b/seed1")}  # fmt: skip
     assert list(decays.values()) == [0.0, 0.2, 0.3, 0.0]
     index = reports[0][2]
-    assert index["baseline"] == ["a", "b"] and [row["group"] for row in index["rows"]] == ["one", "two"]
+    assert index["baseline"] == ["a", "b"] and [row["group"] for row in index["rows"]] == ["one", "one", "two"]
 
 
 def test_another_cells_weights_are_evaluated_with_its_own_settings_on_top(reports):

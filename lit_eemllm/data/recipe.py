@@ -206,7 +206,7 @@ def read_folder(folder: Path, split: str, share: float) -> Source:
         found = {part: len(names) for part, names in parts.items() if names} if isinstance(parts, dict) else parts
         raise UserError(
             f"{folder}: it has no split {split!r} (number of shard patterns by split: {found}). "
-            "To read another split, write a recipe with 'split_part'."
+            "To read another split, write a recipe with 'split_part', or name it as `split` in a suite."
         )
     excluded = set(_expand(splits.get("exclude") or [], split_path, "exclude"))
     names = [n for n in _expand(parts[split], split_path, f"split_parts.{split}") if n not in excluded]

@@ -190,7 +190,7 @@ def lines_of(compared: Comparison, columns: Sequence[Column]) -> list[list[str]]
 def tables(compared: Comparison) -> list[Lines]:
     """What Markdown and the terminal show."""
     scores, others = columns_of(compared)
-    if compared.shape is None and len(compared.rows) <= FEW and len(compared.by_group()) < 2:
+    if compared.shape is None and len(compared.rows) <= FEW and not any(row.group for row in compared.rows):
         return [list(zip(*lines_of(compared, [*scores, *others]), strict=True))]
     return [lines_of(compared, columns) for columns in (scores, others) if columns]
 

@@ -299,6 +299,8 @@ class _Reader:
         for cell in named:
             if cell.group is None and any(other.group is not None for other in named):
                 self.fail(f"cells.{cell.name}.group", "required, since other cells have one")
+        order = list(dict.fromkeys(cell.group for cell in named))
+        named.sort(key=lambda cell: order.index(cell.group))  # rows of a group stand together
         trained = [cell.name for cell in named if cell.weights is None]
         for cell in named:
             if cell.weights is not None and cell.weights not in trained:

@@ -4,8 +4,10 @@ the gradients. Weights stay whole. The rest of the project sees neither engine n
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +23,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Trained(nn.Module):
-    """All that DeepSpeed may see of a model: its trained parameters. It wants every parameter in float32."""
+    """All that DeepSpeed may see of a model: its trained parameters. It would broadcast and move the others, quantised ones too."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.parts = nn.ParameterList(p for p in module.parameters() if p.requires_grad)
         self.whole = [module]  # not as a submodule
+
+    def train(self, mode: bool = True) -> Trained:
+        self.whole[0].train(mode)
+        return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.whole[0](*args, **kwargs)
@@ -57,27 +63,44 @@ class DeepSpeed(DDPStrategy):
         """The engine stands in for it; that is made with the optimiser."""
 
     def setup_optimizers(self, trainer: Trainer) -> None:
+        device = self.root_device  # which it would choose by itself, and on Slurm not find
+        os.environ |= {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(self.local_rank)}
         import deepspeed
 
         super().setup_optimizers(trainer)
         (optimizer,) = self.optimizers
         self._groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
-        mixed = self.precision_plugin.precision == "bf16-mixed"
+        numel = sum(parameter.numel() for group in self._groups for parameter in group)
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # asked for, and used for its log alone
-            "zero_optimization": {"stage": self.stage, "compute_grad_norm": False},
+            "zero_optimization": {
+                "stage": self.stage,
+                "compute_grad_norm": False,
+                "reduce_bucket_size": min(numel, 500_000_000),  # elements of a buffer, by default so many
+            },
             "gradient_clipping": 0.0,  # not 1.0, its default: here the norm of the token mean is clipped
             "zero_allow_untested_optimizer": True,  # torch's AdamW
-            # it ends Lightning's autocast and begins its own, and would sum the gradients of linear layers in 16 bits
-            "torch_autocast": {"enabled": mixed, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+            # it ends Lightning's autocast and begins its own
+            "torch_autocast": {"enabled": self.precision_plugin.precision == "bf16-mixed", "dtype": "bfloat16"},
         }
         deepspeed.utils.logger.setLevel("WARNING")
         deepspeed.init_distributed(self._get_process_group_backend(), auto_mpi_discovery=False)
         assert isinstance(self.model, nn.Module)
         self.model, zero, _, _ = deepspeed.initialize(
-            model=Trained(self.model), optimizer=optimizer, config=settings, dist_init_required=False
+            args=SimpleNamespace(device_rank=device.index or 0),
+            model=Trained(self.model),
+            optimizer=optimizer,
+            config=settings,
+            dist_init_required=False,
         )
         self.optimizers = [zero]
+
+    def teardown(self) -> None:
+        """As `ModelParallelStrategy`: what is shared out stays on its device, where the ranks can gather it for a last save."""
+        assert self.cluster_environment is not None and self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
 
     @property
     def engine(self) -> Any:

@@ -229,7 +229,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Arguments of lightning.Trainer, passed as they are, such as accelerator, devices, precision."""
+    """Arguments of lightning.Trainer, such as accelerator, devices, precision; strategy is auto, ddp or one of docs/distributed.md."""
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 

@@ -3,6 +3,7 @@
 import base64
 import csv
 import hashlib
+import html
 import json
 import re
 import shutil
@@ -377,6 +378,24 @@ def test_what_the_interval_covers_is_said(tmp_path, undrawn):
         "covers what the seed changes, not the choice of questions; few seeds make it wide (2 seeds: t = 12.71)" in text
     )
     assert "Difference of ee_mllm to llava: one seed in common" in text and "not what another seed would give" in text
+
+
+def test_what_was_not_asked_and_what_was_cut_is_told(tmp_path, undrawn):
+    runs = [
+        write_run(
+            tmp_path / "a", "optim.lr=1", results=of_score(0.5, skipped={"bad_image": 3, "no_text": 1}, cut={"x": 0})
+        ),
+        write_run(tmp_path / "b", "optim.lr=2", results=of_score(0.5, skipped=7, cut={"x": 1200, "y": 34})),
+    ]
+    report(runs, tmp_path / "report")
+    first, second = (row.title for row in compare(runs).rows)
+    for name in ("report.md", "report.html"):
+        text = html.unescape((tmp_path / "report" / name).read_text()).replace("\\", "")
+        assert f"{first}: 4 questions not asked; {second}: 1,234 answers cut off by max_new_tokens." in text, name
+    report(
+        [write_run(tmp_path / "c", "optim.lr=3", results=of_score(0.5, skipped={}, cut={"x": 0}))], tmp_path / "none"
+    )
+    assert "not asked" not in (tmp_path / "none" / "report.md").read_text()
 
 
 # --- what cannot be compared

@@ -132,7 +132,9 @@ def read_recipe(path: str | Path, split: str) -> Recipe:
     if path.is_dir():
         return Recipe(path, "weight", (read_folder(path.absolute(), split, 1.0),))
     if not path.exists():
-        raise UserError(f"{path}: no such recipe file or shard folder.")
+        raise UserError(
+            f"{path}: no such recipe file or shard folder. `lit-eemllm shards make` makes shards, `make demo` those of the demo."
+        )
     document = _mapping(read_yaml(path), path, "the recipe", required=("splits",), optional=tuple(HEADER))
     for key, expected in HEADER.items():
         if document.get(key, expected) != expected:

@@ -102,7 +102,11 @@ def question_sets(config: Config) -> list[QuestionSet]:
         raise ConfigError("there is nothing to evaluate on: set eval.data, eval.suite or data.val")
     problems += [f"sets.{one.name}.{text}" if own.suite else f"eval.{text}" for one in sets for text in one.problems()]
     if problems:
-        raise ConfigError("\n  ".join([f"{own.suite or 'the questions'}: {len(problems)} mistakes:", *problems]))
+        raise ConfigError(
+            "\n  ".join(
+                [f"{own.suite or 'the questions'}: {len(problems)} mistake{'s' * (len(problems) > 1)}:", *problems]
+            )
+        )
     return sets
 
 

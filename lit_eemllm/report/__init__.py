@@ -15,7 +15,7 @@ from .page import page
 from .plots import draw
 from .runs import Comparison, compare, read_run
 from .tables import numbers_csv, print_tables, report_csv, tables
-from .words import caption, incomparable, search_heading, searches
+from .words import caption, incomparable, incomplete, search_heading, searches
 
 __all__ = ["provenance", "read_run", "report"]
 
@@ -35,14 +35,14 @@ def report(runs: Sequence[Path], out: Path | None = None, baseline: str | None =
     if found := tables(compared):
         print_tables(found, compared.title)
     notes = [f"{row.title}: {', '.join(str(run.path) for run in row.runs) or 'no run'}" for row in compared.rows]
-    warnings = [warning] if (warning := incomparable(compared.rows)) else []
+    warnings = [warning for warning in (incomparable(compared.rows), incomplete(compared.rows)) if warning]
     failed = [f"failed: {run}: {shorten(why, 300)}" for run, why in compared.failed.items()]
     made = [*([f"made by: {compared.made}"] if compared.made else []), provenance()]
     picture = draw(compared.rows)
     write_atomically(out / "report.md", markdown(compared, warnings, [*notes, *failed, *made]))
     write_atomically(out / "report.csv", report_csv(compared))
     write_atomically(out / "numbers.csv", numbers_csv(compared.rows))
-    write_atomically(out / "report.html", page(compared, picture, [*notes, *made], out))
+    write_atomically(out / "report.html", page(compared, picture, warnings, [*notes, *made], out))
     write_atomically(out / "report.png", picture)
     for note in [*warnings, *notes, *failed]:
         console.print(note)

@@ -16,10 +16,10 @@ from urllib.parse import quote
 from .difference import difference
 from .runs import Comparison, Row, Run
 from .tables import Column, Quantity, columns_of, of_type
-from .words import caption, incomparable, search_heading, searches
+from .words import caption, search_heading, searches
 
 
-def page(compared: Comparison, picture: bytes, notes: Sequence[str], out: Path) -> str:
+def page(compared: Comparison, picture: bytes, warnings: Sequence[str], notes: Sequence[str], out: Path) -> str:
     """The page.
 
     Args:
@@ -33,9 +33,8 @@ def page(compared: Comparison, picture: bytes, notes: Sequence[str], out: Path) 
     bodies = "\n".join(table_body(group, rows, columns, out) for group, rows in compared.by_group())
     foot = "".join(f"<td>{escape(column.constant)}</td>" for column in columns)
     foot = f"<tfoot><tr><th>best constant answer</th>{foot}</tr></tfoot>" if any(c.constant for c in columns) else ""
-    warning = incomparable(compared.rows)
     sections = [
-        f'<p class="warning">{escape(warning)}</p>' if warning else "",
+        *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings),
         f'<div class="wide"><table id="t"><thead><tr>{heads}</tr></thead>\n{bodies}\n{foot}</table></div>',
         f"<p>{escape(' '.join(caption(compared)))} Point at a number to see those of its runs; the numbers after a row's "
         "name are its seeds and lead to the results of the run. A heading sorts.</p>",

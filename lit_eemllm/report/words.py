@@ -108,6 +108,17 @@ def incomparable(rows: list[Row]) -> str:
     return f"{what} of these rows cannot be compared, they come from different data or questions: {found}."
 
 
+def incomplete(rows: list[Row]) -> str:
+    """A sentence if questions could not be asked, or answers were cut off; else nothing."""
+    found = []
+    for row in rows:
+        for name, what in (("skipped", "questions not asked"), ("cut", "answers cut off by max_new_tokens")):
+            counts = [(run, run.results.get(name)) for run in row.runs]
+            if total := sum(run.result(name, key) or 0 for run, of in counts if isinstance(of, dict) for key in of):
+                found.append(f"{row.title}: {total:,.0f} {what}")
+    return f"Not all is as it was meant; eval/results.json of the runs says why: {'; '.join(found)}." if found else ""
+
+
 def search_heading(compared: Comparison) -> str:
     """How it was searched."""
     return f"Searched before the runs{f' ({compared.search})' * bool(compared.search)}; the chosen values are bold:"

@@ -175,6 +175,8 @@ def load_weights(model: EEMLLM, path: Path) -> Table:
     Raises:
         CheckpointError: there is nothing to load, or tensors that this model has not, or of another shape.
     """
+    if not path.exists():
+        raise CheckpointError(f"init_from={path}: no such run directory, checkpoint or folder of a model")
     files = sorted(path.glob("model*.safetensors"))
     source = path if files or not path.is_dir() else newest_checkpoint(path)
     if source is None:

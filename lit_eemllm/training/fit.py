@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..console import console, quiet_libraries
 from ..data.module import ShardDataModule
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, not_one_of
 from ..model.build import build
 from ..schema import Config
 from .checkpoint import (
@@ -104,10 +104,10 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
         )
     if strategy in STRATEGIES:
         options["strategy"] = STRATEGIES[strategy]()
-    elif strategy.startswith(("deepspeed", "fsdp")):
+    elif strategy not in ("auto", "ddp"):
         raise ConfigError(
-            f"trainer.strategy: found {strategy!r}, expected ddp, {', '.join(STRATEGIES)}. Weights are shared out by FSDP2 "
-            "alone here: fsdp2 is what ZeRO-3 and FSDP1 are, fsdp2_offload keeps the shares in main memory."
+            f"trainer.strategy: {not_one_of(strategy, ('auto', 'ddp', *STRATEGIES))}. Weights are shared out by FSDP2 alone "
+            "here: fsdp2 is what ZeRO-3 and FSDP1 are, fsdp2_offload keeps the shares in main memory."
         )
     out = Path(config.out)
     if config.data.val is None:

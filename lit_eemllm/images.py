@@ -45,7 +45,8 @@ def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
         SampleError: ``image_too_large`` (by its header) or ``bad_image`` (other format, damaged, truncated).
     """
     with _opened(data, name, max_pixels) as image:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # loads it; otherwise upright pictures would be copied
+        return _to_rgb(image)
 
 
 def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
@@ -88,7 +89,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:

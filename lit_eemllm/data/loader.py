@@ -32,6 +32,7 @@ from megatron.energon.flavors import SavableDataset
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 from megatron.energon.savable_loader import BasicDataLoader, SavableDataLoader, SavableDataLoaderState
 from megatron.energon.watchdog import Watchdog
+from PIL import Image
 
 from lit_eemllm.data.recipe import Recipe, Source
 from lit_eemllm.data.task import Packed, PackTask
@@ -466,4 +467,5 @@ def _start_worker(prepare: Callable[[int], None], worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Image.core.set_blocks_max(4)  # of 16 MiB: pictures get the memory of those before, not new pages of the system each
     prepare(worker)

@@ -385,9 +385,8 @@ def _comments() -> dict[tuple[str, str], str]:
             for item, after in zip(node.body, node.body[1:], strict=False):
                 text = after.value if isinstance(after, ast.Expr) else None
                 if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Constant):
-                    found[node.name, ast.unparse(item.target)] = " ".join(
-                        str(text.value).split()
-                    )  # one comment, one line
+                    one_line = " ".join(str(text.value).split())
+                    found[node.name, ast.unparse(item.target)] = one_line
     return found
 
 

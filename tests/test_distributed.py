@@ -234,6 +234,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
+def assert_close(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> None:
+    largest = max(tensor.abs().max() for tensor in true.values())
+    for name, tensor in true.items():
+        assert (found[name] - tensor).abs().max() <= 1e-5 * max(1.0, largest), name
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_are_one_process_with_both_their_packs(
     trained: list[dict[str, Any]], tmp_path: Path, case: str
@@ -243,9 +249,7 @@ def test_two_ranks_are_one_process_with_both_their_packs(
     for found in (results[case] for results in trained):
         for kind in ("gradients", "weights"):
             assert found[kind].keys() == true[kind].keys() and found[kind]
-            largest = max(tensor.abs().max() for tensor in true[kind].values())
-            for name, tensor in true[kind].items():
-                assert (found[kind][name] - tensor).abs().max() <= 1e-5 * max(1.0, largest), (kind, name)
+            assert_close(found[kind], true[kind])
         assert found["losses"] == pytest.approx(true["losses"], rel=1e-5)
     for kind in ("gradients", "weights"):
         assert all(trained[0][case][kind][name].equal(x) for name, x in trained[1][case][kind].items())
@@ -257,9 +261,7 @@ def test_fsdp2_trains_as_ddp_and_as_one_process(trained: list[dict[str, Any]], t
     for results in trained:
         for found in (results[f"{case}, adamw"], results[f"{case}, fsdp2"]):
             assert found["losses"] == pytest.approx(true["losses"], rel=1e-4)
-            largest = max(gradient.abs().max() for gradient in true["gradients"].values())
-            for name, gradient in true["gradients"].items():
-                assert (found["gradients"][name] - gradient).abs().max() <= 1e-5 * max(1.0, largest), name
+            assert_close(found["gradients"], true["gradients"])
 
 
 def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -274,9 +276,7 @@ def test_deepspeed_trains_as_ddp(trained: list[dict[str, Any]], case: str) -> No
         true, first, second = (results[f"{case}, {name}"] for name in ("adamw", "zero 1", "zero 2"))
         assert same_bits(first, true)
         assert second["losses"] == pytest.approx(true["losses"], rel=1e-4)
-        largest = max(gradient.abs().max() for gradient in true["gradients"].values())
-        for name, gradient in true["gradients"].items():
-            assert (second["gradients"][name] - gradient).abs().max() <= 1e-5 * max(1.0, largest), name
+        assert_close(second["gradients"], true["gradients"])
 
 
 def test_the_engine_has_all_of_the_model_in_one_mode() -> None:

@@ -1,6 +1,6 @@
 """Image bytes -> RGB picture -> pixels for the vision encoder, and the number of visual tokens they become.
 
-`open_image` and `image_size` read untrusted bytes: only plain raster formats (no reader that starts another program), and
+`read_picture` and `image_size` read untrusted bytes: only plain raster formats (no reader that starts another program), and
 nothing is decoded before the size in the file's header was found acceptable. Pixels stay bytes from the loader to the device, a
 quarter of what floats take; they are normalised there.
 """
@@ -11,13 +11,14 @@ import io
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from simplejpeg import decode_jpeg
 from torch.nn.functional import interpolate
 
 from lit_eemllm.errors import ConfigError, SampleError
@@ -33,8 +34,11 @@ MAX_SIDE = 8192  # pixels; pictures with a longer side are first reduced by a wh
 MAX_ASPECT = 16  # of what "crop" resizes; longer ends are cut off before, not after, to bound memory
 
 
-def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """Decode the first frame of an image file, upright, in RGB, with transparent pixels on white.
+def read_picture(data: bytes, name: str, max_pixels: int) -> torch.Tensor:
+    """Decode the first frame of an image file, upright, in RGB, with transparent pixels on white: bytes [3, height, width].
+
+    What Pillow reads and refuses, and its pixels. Plain JPEG, which data sets are full of, simplejpeg decodes to the same bytes
+    (both are libjpeg-turbo) in about half the time; what it finds fault with is Pillow's to judge.
 
     Args:
         data: the file's content.
@@ -45,8 +49,27 @@ def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
         SampleError: ``image_too_large`` (by its header) or ``bad_image`` (other format, damaged, truncated).
     """
     with _opened(data, name, max_pixels) as image:
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and not _orientation(image):
+            room = np.empty((image.height, image.width, 3), dtype=np.uint8)  # for what was found acceptable, no more
+            with suppress(ValueError):
+                return torch.from_numpy(decode_jpeg(data, "RGB", buffer=room)).permute(2, 0, 1)
         ImageOps.exif_transpose(image, in_place=True)  # loads it; otherwise upright pictures would be copied
-        return _to_rgb(image)
+        return picture_of(_to_rgb(image))
+
+
+def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """What `read_picture` reads, for people's eyes. Raises SampleError."""
+    return image_of(read_picture(data, name, max_pixels))
+
+
+def picture_of(image: Image.Image) -> torch.Tensor:
+    """An RGB image of Pillow's as bytes [3, height, width], in memory pixel after pixel, which resizing is fastest with."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def image_of(picture: torch.Tensor) -> Image.Image:
+    """The other way round."""
+    return Image.fromarray(picture.cpu().permute(1, 2, 0).numpy())
 
 
 def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
@@ -56,9 +79,14 @@ def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
     """
     with _opened(data, name, max_pixels) as image:
         width, height = image.size
-        # `Image.getexif` itself, since that of PNG files decodes them; a TIFF's size is upright already
-        turned = image.format != "TIFF" and Image.Image.getexif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        turned = image.format != "TIFF" and _orientation(image) >= 5  # a TIFF's size is upright already
         return (height, width) if turned else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 as EXIF counts them, 0 where nothing is to be turned; without decoding (`getexif` of PNG files would decode)."""
+    found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    return found if found in (2, 3, 4, 5, 6, 7, 8) else 0
 
 
 @contextmanager
@@ -92,29 +120,43 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
-def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+def _centre(picture: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    left, top = (picture.shape[2] - width) // 2, (picture.shape[1] - height) // 2
+    return picture[:, top : top + height, left : left + width]
 
 
-def within_max_side(image: Image.Image) -> Image.Image:
+def _squared(picture: torch.Tensor, colour: Sequence[int]) -> torch.Tensor:
+    """The picture in the middle of a square of the colour."""
+    _, height, width = picture.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    bottom, right = top + height, left + width
+    row = np.tile(np.array(colour, dtype=np.uint8), (side, 1))
+    square = np.empty((side, side, 3), dtype=np.uint8)  # NumPy fills rows twice as fast as PyTorch
+    square[:top] = square[bottom:] = row
+    square[:, :left], square[:, right:] = row[:left], row[right:]
+    square[top:bottom, left:right] = picture.permute(1, 2, 0)
+    return torch.from_numpy(square).permute(2, 0, 1)
+
+
+def within_max_side(picture: torch.Tensor) -> torch.Tensor:
     """The picture, reduced if it is longer than MAX_SIDE."""
-    return image.reduce(math.ceil(max(image.size) / MAX_SIDE)) if max(image.size) > MAX_SIDE else image
+    longest = max(picture.shape)
+    return picture_of(image_of(picture).reduce(math.ceil(longest / MAX_SIDE))) if longest > MAX_SIDE else picture
 
 
-def resized(image: Image.Image, width: int, height: int, resample: str) -> torch.Tensor:
-    """An RGB picture as bytes [3, height, width] of another size.
+def resized(picture: torch.Tensor, width: int, height: int, resample: str) -> torch.Tensor:
+    """The picture as bytes [3, height, width].
 
     PyTorch's antialiased filters, as in transformers with torchvision: Pillow's within two of 255 levels, several times as fast,
     and always the horizontal pass first. (Pillow 13 chooses; what overshoots is clipped in between, so the order can change
     sharp strokes by 30 levels.) PyTorch has two filters; the others are Pillow's.
     """
     if resample not in ("bilinear", "bicubic"):
-        image = image.resize((width, height), RESAMPLING[resample])
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    if pixels.shape[1:] != (height, width):
-        pixels = interpolate(pixels[None], (height, width), mode=resample, antialias=True)[0]
-    return pixels
+        return picture_of(image_of(picture).resize((width, height), RESAMPLING[resample]))
+    if picture.shape[1:] == (height, width):
+        return picture
+    return interpolate(picture[None], (height, width), mode=resample, antialias=True)[0]
 
 
 class Transform(ABC):
@@ -131,9 +173,13 @@ class Transform(ABC):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    @abstractmethod
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
         """Pixels of an RGB picture, bytes: do not cast them, since floats are taken as normalised."""
+        return self._pixels(picture if isinstance(picture, torch.Tensor) else picture_of(picture))
+
+    @abstractmethod
+    def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
+        """Of bytes [3, height, width]; never a view of what is larger, which would be kept."""
 
     @abstractmethod
     def num_tokens(self, width: int, height: int) -> int:
@@ -146,7 +192,7 @@ class Transform(ABC):
 
     def picture(self, pixels: torch.Tensor) -> Image.Image:
         """What the model sees, from the pixels of a picture."""
-        return Image.fromarray(pixels.cpu().permute(1, 2, 0).numpy())
+        return image_of(pixels)
 
     def views(self, pixels: Pixels) -> Pixels:
         """What the encoder gets of several pictures: their pixels, normalised, float32. Floats are taken as normalised already."""
@@ -220,23 +266,19 @@ class ImageTransform(Transform):
         if self.policy == "crop" and self.shortest and self.shortest < max(self.height, self.width):
             raise ConfigError(f"images resized to a shortest side of {self.shortest} cannot be cropped to {size}")
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        image = within_max_side(image)
+    def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
+        picture = within_max_side(picture)
         size = (self.width, self.height)
         if self.policy == "pad":
-            side = max(image.size)
-            square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in self.mean))
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = square
+            picture = _squared(picture, [int(channel * 255) for channel in self.mean])
         elif self.policy == "crop":
-            keep = MAX_ASPECT * min(image.size)
-            image = _centre(image, min(image.width, keep), min(image.height, keep))
-            shortest, before = self.shortest or max(size), min(image.size)
-            size = (image.width * shortest // before, image.height * shortest // before)
-        left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
-        pixels = resized(image, *size, self.resample)
-        # a view would keep what is cut off
-        return pixels[:, top : top + self.height, left : left + self.width].contiguous()
+            _, height, width = picture.shape
+            keep = MAX_ASPECT * min(width, height)
+            picture = _centre(picture, min(width, keep), min(height, keep))
+            _, height, width = picture.shape
+            shortest, before = self.shortest or max(size), min(width, height)
+            size = (width * shortest // before, height * shortest // before)
+        return _centre(resized(picture, *size, self.resample), self.width, self.height).contiguous()
 
     def num_tokens(self, width: int, height: int) -> int:
         """Visual tokens of a picture of width x height pixels: the same for all, as the result has a fixed size."""

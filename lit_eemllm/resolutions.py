@@ -81,10 +81,11 @@ class NativeTransform(Transform):
     def largest(self) -> tuple[int, int]:
         return (self.edges[1],) * 2 if self.edges is not None else (self.patch, self.patch * (self.most or 1))
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        size = self.resized(*image.size)
+    def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
+        _, height, width = picture.shape
+        size = self.resized(width, height)
         width, height = (side // self.patch * self.patch for side in size)
-        return resized(within_max_side(image), *size, self.resample)[:, :height, :width].contiguous()
+        return resized(within_max_side(picture), *size, self.resample)[:, :height, :width].contiguous()
 
     def within(self, most: int) -> NativeTransform:
         """The same with at most so many tokens."""
@@ -180,17 +181,18 @@ class AnyresTransform(Transform):
         sizes = [(columns * self.view.width, rows * self.view.height) for rows, columns in self.grids]
         return max(sizes, key=lambda size: self.num_tokens(*size))
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        (rows, columns), pixels, size = self.grid(*image.size), self.view.width, image.size
-        image = within_max_side(image)
+    def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
+        size, pixels = (picture.shape[2], picture.shape[1]), self.view.width
+        rows, columns = self.grid(*size)
+        picture = within_max_side(picture)
         width, height = columns * pixels, rows * pixels
         scale = min(width / size[0], height / size[1])
         fitted = (min(math.ceil(size[0] * scale), width), min(math.ceil(size[1] * scale), height))
         canvas = torch.zeros(3, height, width, dtype=torch.uint8)
         left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
-        canvas[:, top : top + fitted[1], left : left + fitted[0]] = resized(image, *fitted, self.view.resample)
+        canvas[:, top : top + fitted[1], left : left + fitted[0]] = resized(picture, *fitted, self.view.resample)
         tiles = canvas.unflatten(1, (rows, pixels)).unflatten(3, (columns, pixels)).permute(1, 3, 0, 2, 4).flatten(0, 1)
-        return torch.cat([self.view(image)[None], tiles])
+        return torch.cat([self.view(picture)[None], tiles])
 
     def picture(self, pixels: torch.Tensor) -> Image.Image:
         """The view and the tiles side by side."""

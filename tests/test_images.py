@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
+from simplejpeg import decode_jpeg
 from torch.nn.functional import interpolate
 
 from lit_eemllm import images
 from lit_eemllm.errors import ConfigError, SampleError
-from lit_eemllm.images import MAX_SIDE, ImageTransform, image_size, open_image, resized
+from lit_eemllm.images import MAX_SIDE, ImageTransform, image_size, open_image, picture_of, read_picture, resized
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -168,6 +169,64 @@ def test_damaged_files_never_raise_anything_else(format) -> None:
             assert open_image(bytes(damaged), "x", 10_000).mode == "RGB"
 
 
+def a_jpeg(number: int, rng: np.random.Generator) -> bytes:
+    """Of any kind, and every other one damaged."""
+    size = tuple(rng.integers(1, 90, 2).tolist())
+    smooth = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size)
+    noise = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    mode = ("RGB", "RGB", "L", "CMYK")[number % 4]
+    options = {"quality": int(rng.integers(1, 100)), "progressive": bool(rng.integers(2))}
+    if mode == "RGB":
+        options |= {"keep_rgb": True} if rng.random() < 0.2 else {"subsampling": int(rng.integers(3))}
+    if rng.random() < 0.2:
+        options["restart_marker_rows"] = 1
+    if rng.random() < 0.3:
+        options["exif"] = Image.Exif()
+        options["exif"][ExifTags.Base.Orientation] = int(rng.integers(10))
+    data = bytearray(encoded((smooth, noise)[number // 4 % 2].convert(mode), "JPEG", **options))
+    damage = rng.integers(8)
+    if damage == 0:
+        del data[int(len(data) * rng.random()) :]
+    elif damage == 1:
+        for position in rng.integers(0, len(data), 3):
+            data[position] = rng.integers(256)
+    elif damage == 2:
+        data += rng.bytes(20)
+    elif damage == 3:
+        start = int(rng.integers(len(data) // 2, len(data)))
+        del data[start : start + 5]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jpeg_is_read_as_pillow_reads_it(monkeypatch) -> None:
+    """The same pixels, and the same files refused: what simplejpeg finds fault with, Pillow decides."""
+    decoded = {True: 0, False: 0}
+
+    def decode(*args, **kwargs):
+        decoded[False] += 1
+        picture = decode_jpeg(*args, **kwargs)
+        decoded[True] += 1
+        return picture
+
+    monkeypatch.setattr(images, "decode_jpeg", decode)
+    rng, refused = np.random.default_rng(0), 0
+    for number in range(800):
+        data = a_jpeg(number, rng)
+        try:
+            with Image.open(io.BytesIO(data), formats=["JPEG"]) as file:
+                expected = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+        except (OSError, SyntaxError, ValueError, struct.error):
+            refused += 1
+            with pytest.raises(SampleError):
+                read_picture(data, "x", 10**7)
+        else:
+            assert np.array_equal(read_picture(data, "x", 10**7).permute(1, 2, 0), expected), number
+    assert refused > 80
+    assert decoded[True] > 300, "simplejpeg has decoded"
+    assert decoded[False] - decoded[True] > 80, "and has found fault, with a file that Pillow reads or refuses"
+
+
 # ------------------------------------------------------------------------------------------------ ImageTransform
 
 
@@ -225,11 +284,11 @@ def test_resizing_is_pillows_one_side_after_the_other(resample) -> None:
         image = Image.fromarray(rng.integers(0, 2, (height, width, 3), dtype=np.uint8) * 255)
         method = Image.Resampling[resample.upper()]
         expected = np.asarray(image.resize((wide, height), method).resize((wide, high), method)).astype(int)
-        found = resized(image, wide, high, resample).permute(1, 2, 0).numpy()
+        found = resized(picture_of(image), wide, high, resample).permute(1, 2, 0).numpy()
         assert np.abs(found - expected).max() <= 2, (width, height, wide, high)
     image = picture(50, 40)
     assert np.array_equal(
-        resized(image, 30, 20, "lanczos").permute(1, 2, 0), image.resize((30, 20), Image.Resampling.LANCZOS)
+        resized(picture_of(image), 30, 20, "lanczos").permute(1, 2, 0), image.resize((30, 20), Image.Resampling.LANCZOS)
     )
 
 

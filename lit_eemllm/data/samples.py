@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_eemllm.chat import IMAGE_SLOT, ChatTemplate, Conversation, parse_conversation
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.images import Transform, image_size, open_image
+from lit_eemllm.images import Transform, image_size, read_picture
 
 MAX_JSON_BYTES = 4 * 2**20
 TRUNCATION = ("drop", "truncate", "error")
@@ -110,15 +110,17 @@ class SampleEncoder:
 
     def load_pixels(self, sample: TokenSample) -> EncodedSample:
         """Decode the images. Raises SampleError."""
-        names = [f"{sample.key}, image {i}" for i in range(len(sample.images))]
-        opened = [
-            open_image(data, name, self.max_image_pixels) for data, name in zip(sample.images, names, strict=True)
-        ]
-        for name, image, counted in zip(names, opened, sample.image_tokens, strict=True):
-            if (tokens := self.transform.num_tokens(*image.size)) != counted:  # the pack has no room for others
+        encoded = EncodedSample(sample, [])
+        for i, (data, counted) in enumerate(zip(sample.images, sample.image_tokens, strict=True)):
+            name = f"{sample.key}, image {i}"
+            picture = read_picture(data, name, self.max_image_pixels)
+            size = (picture.shape[2], picture.shape[1])
+            if (tokens := self.transform.num_tokens(*size)) != counted:  # the pack has no room for others
                 found = f"image {name!r}: its header promises {counted} visual tokens, its content gives {tokens}"
                 raise SampleError("bad_image", found)
-        return EncodedSample(sample, [self.transform(image) for image in opened], [image.size for image in opened])
+            encoded.pixels.append(self.transform(picture))
+            encoded.sizes.append(size)
+        return encoded
 
     def _shorten(self, sample: TokenSample) -> TokenSample:
         found = f"{sample.key}: {sample.length} tokens with {len(sample.images)} images, at most {self.max_length} are allowed"

@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from megatron.energon import Cooker, CrudeSample, SkipSample, TaskEncoder, WorkerConfig, stateless
 from megatron.energon.flavors import SavableDataset
 from megatron.energon.wrappers import PackingDataset
+from torch import Tensor
 
 from lit_eemllm.data.packing import collate, plan_packs
 from lit_eemllm.data.samples import EncodedSample, SampleEncoder, TokenSample
+from lit_eemllm.data.sending import received, sent
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.layout import PackedBatch
 
@@ -53,8 +55,15 @@ class Packed:
     samples: Counter[str] = field(default_factory=Counter)  # in the batch, by source
     tokens: Counter[str] = field(default_factory=Counter)  # of those samples, visual tokens counted
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, sent([getattr(self, field.name) for field in fields(self)])
+
     def pin_memory(self) -> Packed:
         return replace(self, batch=self.batch.pin_memory())
+
+
+def _unpacked(content: bytes, block: Tensor) -> Packed:
+    return Packed(*received(content, block))
 
 
 class BadSamples:

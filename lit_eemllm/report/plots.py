@@ -157,26 +157,31 @@ def draw_prices(axis: Any, styled: Sequence[Styled]) -> None:
         flops = one.row.by_seed(lambda run: run.result("prefill_flops"))
         scores = list(one.row.by_seed(AVERAGE.value).values())
         if flops and scores:
-            x, y, error = mean(flops.values()), mean(scores), deviation(scores) if len(scores) > 1 else None
-            axis.errorbar(x, y, yerr=error, color=one.colour, marker=one.marker, capsize=3)
-            points.append((x, y, one))
+            x, y, error = mean(flops.values()), mean(scores), deviation(scores) if len(scores) > 1 else 0.0
+            axis.errorbar(x, y, yerr=error or None, color=one.colour, marker=one.marker, capsize=3)
+            points.append((x, y, error, one.name(26), one.colour))
     axis.margins(0.12)
     axis.set(xlabel="prefill FLOPs a question", ylabel="average score")
     axis.xaxis.set_major_formatter(EngFormatter())
-    place_labels(axis, [(x, y, one.name(26), one.colour) for x, y, one in points])
+    place_labels(axis, points)
 
 
-def place_labels(axis: Any, points: Sequence[tuple[float, float, str, Any]]) -> None:
-    """Each label at the nearest place around its point that hides no point, no other label and no edge, or the least of them."""
+def place_labels(axis: Any, points: Sequence[tuple[float, float, float, str, Any]]) -> None:
+    """Each label at the nearest place around its point that hides no point, no other label and no edge, or the least of them.
+
+    Args:
+        points: x, y and what its error bar reaches up and down, in data; label and colour.
+    """
     from matplotlib.transforms import Bbox
 
     figure = axis.get_figure(root=True)
     figure.draw_without_rendering()
     frame, unit = axis.get_window_extent(), figure.dpi / 72
     dots = [axis.transData.transform((x, y)) for x, y, *_ in points]
-    taken = [Bbox([dot, dot]).padded(6) for dot in dots]
+    bars = [[(x, y - error), (x, y + error)] for x, y, error, *_ in points]
+    taken = [Bbox(axis.transData.transform(bar)).padded(6) for bar in bars]
     places = [(d, dx, dy) for d in (7, 14, 24, 36, 50, 66, 84) for dx in (1, -1, 0) for dy in (0, 1, -1) if dx or dy]
-    for (x, y, text, colour), dot in zip(points, dots, strict=True):
+    for (x, y, _, text, colour), dot in zip(points, dots, strict=True):
         label = axis.annotate(
             text, (x, y), (0, 0), textcoords="offset points", color=colour, size="small", parse_math=False
         )

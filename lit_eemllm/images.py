@@ -38,7 +38,7 @@ def read_picture(data: bytes, name: str, max_pixels: int) -> torch.Tensor:
     """Decode the first frame of an image file, upright, in RGB, with transparent pixels on white: bytes [3, height, width].
 
     What Pillow reads and refuses, and its pixels. Plain JPEG, which data sets are full of, simplejpeg decodes to the same bytes
-    (both are libjpeg-turbo) in about half the time; what it finds fault with is Pillow's to judge.
+    (both are libjpeg-turbo) in down to half the time; what it finds fault with is Pillow's to judge.
 
     Args:
         data: the file's content.
@@ -58,7 +58,7 @@ def read_picture(data: bytes, name: str, max_pixels: int) -> torch.Tensor:
 
 
 def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """What `read_picture` reads, for people's eyes. Raises SampleError."""
+    """What `read_picture` reads, as Pillow's image. Raises SampleError."""
     return image_of(read_picture(data, name, max_pixels))
 
 
@@ -84,7 +84,7 @@ def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8 as EXIF counts them, 0 where nothing is to be turned; without decoding (`getexif` of PNG files would decode)."""
+    """2 to 8 as EXIF counts them, 0 where nothing is to be turned; without decoding (`getexif` of PNG files would decode)."""
     found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     return found if found in (2, 3, 4, 5, 6, 7, 8) else 0
 
@@ -174,8 +174,9 @@ class Transform(ABC):
     std: tuple[float, float, float]
 
     def __call__(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Pixels of an RGB picture, bytes: do not cast them, since floats are taken as normalised."""
-        return self._pixels(picture if isinstance(picture, torch.Tensor) else picture_of(picture))
+        """Pixels of a picture (`read_picture`'s bytes, or Pillow's image), bytes: do not cast them, since floats are taken as
+        normalised."""
+        return self._pixels(picture if isinstance(picture, torch.Tensor) else picture_of(_to_rgb(picture)))
 
     @abstractmethod
     def _pixels(self, picture: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ def test_tiny_shards_are_measured_and_reported(tmp_path):
     (row,) = result["rows"]
     assert row["workers"] == 1 and result["enlarge"] == 80
     assert min(row["decode"], row["pixels"], row["samples_per_second"]) > 0
-    for name in ("decode", "pixels"):
+    for name in ("decode", "pixels", "own"):
         assert row[f"of_{name}"] == pytest.approx(row["samples_per_second"] / row[name])
     assert 0.5 < row["packing"] <= 1 and row["mib_per_worker"] > 10
     # every sample shows a picture of (56 / 14)^2 tokens, and a pack has no more tokens than it holds

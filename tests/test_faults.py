@@ -351,7 +351,7 @@ def test_flipped_bits_inside_members_are_skipped_and_counted(tmp_path):
 
 
 def test_a_worker_that_dies_while_its_batch_is_fetched(tmp_path, shapes, monkeypatch):
-    """Tensors of a batch come one by one over connections, which then break."""
+    """The block of its tensors comes over a connection of its own, which then breaks."""
     loader = iter(shards_util.module(shapes, workers=1).train_dataloader())
     next(loader)
     workers = multiprocessing.active_children()

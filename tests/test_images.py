@@ -266,6 +266,16 @@ def test_same_pixels_as_transformers(family, options) -> None:
         tiny.assert_same_picture(transform.views(pixels[None])[0], expected, transform.std)
 
 
+@pytest.mark.parametrize("policy", ["pad", "resize", "crop"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+def test_an_image_of_another_mode_is_taken_as_its_file_is(mode, policy) -> None:
+    transform = ImageTransform(28, 28, 14, MEAN, STD, policy)
+    image = two_colours(mode)
+    expected = transform(read_picture(encoded(image), "x", 100))
+    assert torch.equal(transform(image), expected)
+    assert expected.shape == (3, 28, 28)
+
+
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_resizing_is_pillows_one_side_after_the_other(resample) -> None:
     """Of black and white dots, the sharpest there is."""

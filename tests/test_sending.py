@@ -62,7 +62,13 @@ def test_a_batch_crosses_in_one_block() -> None:
             blocks.extend([value] if isinstance(value, torch.Tensor) else [])
             return NotImplemented
 
-    Counting(io.BytesIO()).dump(packed)
+    file = io.BytesIO()
+    Counting(file).dump(packed)
+    again = ForkingPickler.loads(file.getvalue())
+    for name in ("skipped", "truncated", "samples", "tokens"):
+        assert getattr(again, name) == getattr(packed, name), name
+    assert again.batch.layout.documents == packed.batch.layout.documents
+    assert all(torch.equal(a, b) for a, b in zip(again.batch.pixel_values, packed.batch.pixel_values, strict=True))
     assert len(blocks) == 1 and blocks[0].is_shared()
     images = packed.batch.pixel_values
     assert isinstance(images, list)
@@ -77,6 +83,10 @@ def test_nothing_of_dev_shm_is_taken() -> None:
     assert os.readlink(f"/proc/self/fd/{descriptor}").startswith("/memfd:")
 
 
-def test_systems_without_unnamed_files_in_memory(monkeypatch) -> None:
-    monkeypatch.delattr(os, "memfd_create", raising=False)
+@pytest.mark.parametrize("error", [AttributeError, PermissionError])
+def test_systems_without_unnamed_files_in_memory(error, monkeypatch) -> None:
+    def refuse(name):
+        raise error(name)
+
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
     assert torch.equal(received(*sent([TENSORS["long"]]))[0], TENSORS["long"])

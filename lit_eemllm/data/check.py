@@ -12,7 +12,7 @@ from lit_eemllm.data.recipe import META, Source, read_folder, read_recipe, read_
 from lit_eemllm.data.samples import SampleEncoder, read_members
 from lit_eemllm.data.shards import Report, read_shard, shard_names
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.images import open_image
+from lit_eemllm.images import read_picture
 
 _T = TypeVar("_T")
 
@@ -91,7 +91,7 @@ def _check_sample(
     if encoder is None:
         _, images = read_members(name, members)
         for number, data in enumerate(images):
-            open_image(data, f"{name}, image {number}", max_image_pixels)
+            read_picture(data, f"{name}, image {number}", max_image_pixels)
     else:
         sample = encoder.tokenize(name, members)
         images = encoder.load_pixels(sample).tokens.images

@@ -45,8 +45,8 @@ SLICE = 100
 PREFETCH = 2
 """Batches a worker prepares ahead."""
 SNAPSHOT_SECONDS = 10.0
-"""Age of a snapshot at which a new one is taken (200 ms with 1,256 samples in the buffers); what is computed again on resume is
-less, since it was in step with the training."""
+"""Between snapshots, each of which takes some 200 ms with 1,256 samples in the buffers. What came since is computed again on
+resume."""
 
 _AFTER_DEATH = (
     "Most often memory ran out: lower data.workers, data.shuffle_buffer or data.packing_buffer. "
@@ -152,7 +152,7 @@ class _NamingReader:
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
-        # plain files: Energon's own count and time every read for a store of objects
+        # opened directly: Energon's client for object stores counts and times every read
         reader.tar_filepaths = [Path(str(path)) for path in reader.tar_filepaths]
 
     def __getitem__(self, index: int) -> Any:
@@ -425,7 +425,7 @@ def lost_worker(error: BaseException) -> UserError | None:
 
 
 def _gone_with_a_batch(error: BaseException, loader: Any) -> UserError | None:
-    """A worker that dies while its batch is fetched (its tensors are, one by one) shows as a broken connection."""
+    """A worker that dies while its batch is fetched (the block of its tensors comes over a connection) shows as that broken."""
     if not loader.num_workers or not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
         return None
     workers = loader._iterator._workers

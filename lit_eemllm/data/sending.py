@@ -12,7 +12,7 @@ import io
 import os
 import pickle
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -47,16 +47,23 @@ class _Receiver(pickle.Unpickler):
         return self.block[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
+def _unnamed_file() -> IO[bytes]:
+    try:
+        return open(os.memfd_create("batch"), "wb")
+    except (AttributeError, OSError):  # another system, or one that forbids it
+        return TemporaryFile()
+
+
 def sent(value: Any) -> tuple[bytes, Tensor]:
     """A value with tensors in it, taken apart: itself without their content, and that in one shared block of bytes."""
     content = io.BytesIO()
     sender = _Sender(content)
     sender.dump(value)
-    with open(os.memfd_create("batch"), "wb") if hasattr(os, "memfd_create") else TemporaryFile() as block:
+    with _unnamed_file() as block:  # buffered: it writes all of more than 2 GB
         for start, tensor in sender.placed:
             block.seek(start)
             block.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        block.truncate(sender.end)
+        block.truncate(sender.end)  # and all is written
         storage = torch.UntypedStorage._new_shared_fd_cpu(block.fileno(), sender.end)  # type: ignore[attr-defined]
     return content.getvalue(), torch.empty(0, dtype=torch.uint8).set_(storage)
 

@@ -33,7 +33,7 @@ from typing import Any
 from lit_eemllm.chat import leading_answer, parse_conversation
 from lit_eemllm.console import progress, progress_bar, write_atomically
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.images import open_image
+from lit_eemllm.images import read_picture
 
 EXAMPLES = 5
 """Samples named per reason in a report."""
@@ -326,7 +326,7 @@ def _members(row: Any, name: str, options: Options) -> dict[str, bytes]:
         extension = next((extension for extension, magic in _MAGIC if magic.match(data)), None)
         if extension is None:
             raise SampleError("bad_image", f"{name}: {path} begins with {data[:8]!r}, which is no known image format")
-        open_image(data, f"{name}, {path}", options.max_pixels)
+        read_picture(data, f"{name}, {path}", options.max_pixels)
         members[f"{number}.{extension}"] = data
     return members
 

@@ -40,6 +40,19 @@ def test_tiny_shards_are_measured_and_reported(tmp_path):
     assert max(map(len, report.partition("\n- ")[0].splitlines())) <= 120, "but what is measured on"
 
 
+def test_other_files_take_the_place_of_the_pictures(tmp_path):
+    """In turn and byte for byte, with the conversations as they were."""
+    one, two = (bench_loader.enlarged(Image.new("RGB", (20, 10), colour), 60) for colour in ("red", "blue"))
+    assert Image.open(io.BytesIO(one)).size == (60, 30)
+    data, files = tiny.write_shards(tmp_path / "data", 4, 4), iter([one, two, one, two])
+    (tmp_path / "new").mkdir()
+    shards = bench_loader.rewritten(data, tmp_path / "new", lambda picture: next(files))
+    before, after = ([members for _, members in bench_loader.drawn(folder)] for folder in (data, shards))
+    assert [sample["0.jpg"] for sample in after] == [one, two, one, two]
+    told = [[json.loads(sample["json"])["conversations"] for sample in samples] for samples in (before, after)]
+    assert told[0] == told[1]
+
+
 def drawn(monkeypatch, *samples: dict[str, bytes]) -> None:
     monkeypatch.setattr(bench_loader, "drawn", lambda path: ((str(i), one) for i, one in enumerate(samples)))
 
@@ -74,7 +87,7 @@ def test_what_cannot_be_measured_is_refused(samples, workers, expected, monkeypa
 def test_bad_rows_are_not_enlarged(monkeypatch, tmp_path):
     bad = [{"json": b"{"}, {"json": b"{}"}, sample(b"no picture"), sample(png(4, 4), "no placeholder")]
     drawn(monkeypatch, *bad, sample(png(400, 1)), sample(png(30, 40)))
-    folder = bench_loader.enlarged(Path("data"), 80, tmp_path)
+    folder = bench_loader.rewritten(Path("data"), tmp_path, lambda picture: bench_loader.enlarged(picture, 80))
     (shard,) = folder.rglob("*.tar")
     pictures = [Image.open(io.BytesIO(members["0.jpg"])).size for _, members in read_shard(shard)]
     assert pictures == [(80, 1), (60, 80)]

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from textwrap import fill
@@ -59,20 +59,26 @@ def drawn(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield from islice(samples, round(HELD * share))
 
 
-def enlarged(path: Path, side: int, folder: Path) -> Path:
-    """A folder of shards with those samples, their pictures as JPEG with a longer side of so many pixels."""
+def enlarged(picture: Image.Image, side: int) -> bytes:
+    """As JPEG, its longer side so many pixels. It is smooth: it decodes faster than a photo of that size."""
+    scale, file = side / max(picture.size), io.BytesIO()
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    picture.resize(size).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def rewritten(path: Path, folder: Path, other: Callable[[Image.Image], bytes]) -> Path:
+    """A folder of shards with those samples, another JPEG file for each of their pictures."""
     rows = []
     for number, (key, members) in enumerate(drawn(path)):
         try:
             row, images = read_row(key, members)
-            pictures = [open_image(data, key, MAX_PIXELS) for data in images.values()]
+            files = [other(open_image(data, key, MAX_PIXELS)) for data in images.values()]
         except SampleError:
             continue
         names = [f"{number}.{i}.jpg" for i in range(len(images))]
-        for name, picture in zip(names, pictures, strict=True):
-            scale = side / max(picture.size)
-            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            picture.resize(size).save(folder / name, quality=90)
+        for name, file in zip(names, files, strict=True):
+            (folder / name).write_bytes(file)
         rows.append({"id": f"{number}", "image": names, "conversations": row.get("conversations")})
     (folder / "train.json").write_text(json.dumps(rows))
     make({"train": folder / "train.json"}, folder, folder / "shards")
@@ -167,10 +173,12 @@ def own_mib(pid: int) -> float:
 
 
 def report(result: dict[str, Any]) -> str:
-    enlarged_to = f", pictures enlarged to {result['enlarge']} pixels" if result["enlarge"] else ""
+    other = f", pictures enlarged to {result['enlarge']} pixels" if result["enlarge"] else ""
+    if result["pictures"]:
+        other = f", in place of its pictures in turn {', '.join(result['pictures'])}"
     size = result["image_size"]
     about = (
-        f"`{result['data']}`{enlarged_to}, packs of {result['pack_tokens']} tokens, pictures of {size} x {size} pixels. "
+        f"`{result['data']}`{other}, packs of {result['pack_tokens']} tokens, pictures of {size} x {size} pixels. "
         f"Medians of {result['rounds']} rounds of {result['seconds']:g} s, taken in turns, in samples a second. *decode*: "
         "open the pictures with Pillow and tokenise the text, nothing else; *pixels*: also bring the pictures to the encoder's "
         "size; *own*: as pixels, but decode as this project does."
@@ -200,9 +208,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--image-size", type=int, default=336)
     parser.add_argument("--patch", type=int, default=14)
     parser.add_argument("--policy", default="pad")
-    parser.add_argument(
-        "--enlarge", type=int, metavar="SIDE", help="longer side of the pictures, in pixels: a copy is made"
-    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--enlarge", type=int, metavar="SIDE", help="longer side of the pictures, in pixels")
+    instead.add_argument("--pictures", type=Path, nargs="+", metavar="JPEG", help="files in place of the pictures")
     parser.add_argument("--pack-tokens", type=int, default=4096)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
@@ -227,7 +235,12 @@ def bench(args: argparse.Namespace, command: str) -> None:
     transform = ImageTransform(size, size, args.patch, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), args.policy)
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder, progress("rounds", len(args.workers) * args.rounds) as advance:
-        data = args.data if args.enlarge is None else enlarged(args.data, args.enlarge, Path(folder))
+        data = args.data
+        if args.pictures:
+            files = cycle([path.read_bytes() for path in args.pictures])
+            data = rewritten(data, Path(folder), lambda _: next(files))
+        elif args.enlarge:
+            data = rewritten(data, Path(folder), lambda picture: enlarged(picture, args.enlarge))
         held = held_samples(data, template)
         for workers in args.workers:
             config = DataConfig(train=str(data), pack_tokens=args.pack_tokens, workers=workers)
@@ -247,6 +260,7 @@ def bench(args: argparse.Namespace, command: str) -> None:
     result = {
         **{key: getattr(args, key) for key in ("pack_tokens", "image_size", "enlarge", "rounds", "seconds")},
         "data": args.data.name,
+        "pictures": [path.name for path in args.pictures or ()],
         "rows": rows,
         "provenance": provenance(command),
     }

@@ -941,6 +941,16 @@ def test_curves_are_means_over_seeds_within_their_band(tmp_path, monkeypatch):
     assert {tuple(point) for point in band.get_paths()[0].vertices.tolist()} == {(10, 4), (10, 2), (20, 3), (20, 2.5)}
 
 
+def test_scores_that_hardly_differ_do_not_look_as_if(tmp_path, monkeypatch):
+    runs = [
+        write_run(tmp_path / str(i), f"seed={i}", f"optim.lr={rate}", results=of_score(score, prefill_flops=1e6))
+        for i, (rate, score) in enumerate(((1e-3, 0.9969), (1e-4, 0.9970)))
+    ]
+    (axis,) = [axis for axis in draw(compare(runs), monkeypatch).axes if "FLOPs" in axis.get_xlabel()]
+    low, high = axis.get_ylim()
+    assert high - low == pytest.approx(0.05) and low < 0.9969 < 0.9970 < high
+
+
 def test_points_of_cost_are_labelled_without_hiding_each_other(tmp_path, monkeypatch):
     """Eight mechanisms close to the ceiling: every point is at its place with its error, no two labels overlap, and none lies
     on a point or its error bar."""

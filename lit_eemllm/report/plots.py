@@ -18,6 +18,7 @@ from .tables import AVERAGE, constant_of, of_type, types_of
 PANELS = 8  # question types side by side
 MARKERS = "osD^vP*X<>"
 GREY = "0.4"
+SMALLEST_SPAN = 0.05  # of average scores: smaller differences should not look large
 
 
 @dataclass
@@ -161,7 +162,9 @@ def draw_prices(axis: Any, styled: Sequence[Styled]) -> None:
             axis.errorbar(x, y, yerr=error or None, color=one.colour, marker=one.marker, capsize=3)
             points.append((x, y, error, one.name(26), one.colour))
     axis.margins(0.12)
-    axis.set(xlabel="prefill FLOPs a question", ylabel="average score")
+    low, high = axis.get_ylim()
+    missing = max(0.0, SMALLEST_SPAN - (high - low)) / 2
+    axis.set(xlabel="prefill FLOPs a question", ylabel="average score", ylim=(low - missing, high + missing))
     axis.xaxis.set_major_formatter(EngFormatter())
     place_labels(axis, points)
 

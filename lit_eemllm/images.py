@@ -73,7 +73,7 @@ def image_of(picture: torch.Tensor) -> Image.Image:
 
 
 def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
-    """Upright width and height by the header alone; refuses what `open_image` would refuse without decoding.
+    """Upright width and height by the header alone; refuses what `read_picture` would refuse without decoding.
 
     An orientation that a PNG states behind its pixels is not seen. Raises SampleError.
     """

@@ -5,7 +5,8 @@
 For each number of workers as many processes do, over and over, the least of what a loader must do for samples drawn as the
 recipe asks, held in memory: `decode`: open every picture as RGB with Pillow and tokenise the conversation's text once. `pixels`:
 also bring every picture to the encoder's size. `own`: as `pixels`, but decode as this project does. Then the loader with as many
-workers is emptied as fast as it fills, by a process that trains nothing. Writes result.json and report.md, by default into benchmarks/DATE-loader.
+workers is emptied as fast as it fills, by a process that trains nothing. Writes result.json and report.md, by default into
+benchmarks/DATE-loader.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def held_samples(path: Path, template: ChatTemplate) -> Held:
             conversation, images = read_members(key, members)
             text = "".join(span.text for span in template.render(conversation))
             for data in images:
-                open_image(data, key, MAX_PIXELS)
+                read_picture(data, key, MAX_PIXELS)
             held.append((text, images))
         except SampleError as error:
             why = f"the last one is bad: {error}"

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from lit_eemllm import cli
+from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.config import load_config
 from lit_eemllm.estimate import cache_bytes, decode_flops, mechanisms_of, prefill_flops
 from lit_eemllm.images import ImageTransform
@@ -145,8 +146,8 @@ def test_flops_and_cache_of_a_real_prompt(name, decoder):
         expected += 2 * 4 * VISUAL * (VISUAL - mechanism.visual_window - 1) * w
     assert of_layers(model, counter) == expected
 
-    cache = output.past_key_values
-    _, counter = counted(lambda: model(prompt["input_ids"][:, -1:], past_key_values=cache, use_cache=True))
+    cache = output[CACHE]
+    _, counter = counted(lambda: model(prompt["input_ids"][:, -1:], cache=cache, use_cache=True))
     head = 2 * config.hidden_size * tiny.VOCAB
     assert counter.get_total_flops() - head == decode_flops(mechanism, config, TEXT, VISUAL)
     # After that token:

@@ -9,6 +9,7 @@ import torch
 from test_attention import TRAINABLE
 from torch.nn.functional import cross_entropy
 
+from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Gated, Mechanism, build_mechanism
 from lit_eemllm.model.image_cache import ImageCache
@@ -309,13 +310,11 @@ def test_gated_cross_attention_goes_on_after_a_cache_with_several_tokens_each(na
     inputs = tiny.prompt(model, [[3, 0, 8], [2, 0, 1, 0, 9], [12]])
     whole, cut = model(**inputs).logits, inputs["input_ids"].shape[1] - 6
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    cache = model(ids[:, :cut], mask[:, :cut], inputs["pixel_values"], use_cache=True).past_key_values
-    more = [
-        model(ids[:, a:b], mask[:, :b], past_key_values=cache).logits for a, b in ((cut, cut + 4), (cut + 4, cut + 6))
-    ]
+    cache = model(ids[:, :cut], mask[:, :cut], inputs["pixel_values"], use_cache=True)[CACHE]
+    more = [model(ids[:, a:b], mask[:, :b], cache=cache).logits for a, b in ((cut, cut + 4), (cut + 4, cut + 6))]
     assert tiny.max_error(torch.cat(more, 1)[..., : tiny.VOCAB], whole[:, cut:, : tiny.VOCAB]) <= BOUND
     with pytest.raises(ValueError, match="takes all images of a conversation in one pass"):
-        model(ids, None, inputs["pixel_values"], past_key_values=cache)
+        model(ids, None, inputs["pixel_values"], cache=cache)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -333,10 +332,10 @@ def test_layers_cache_only_what_text_sees():
     inputs = tiny.prompt(tiny.model(), [[3, 0, 4], [2, 0, 1, 0, 3]])
     columns = inputs["input_ids"].shape[1]
     model = tiny.model("llama-gqa", Mechanism(cross_layers=(1,), aligner=NO_ALIGNER))
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     assert [layer.keys.shape[2] for layer in cache.layers] == [7, columns, 7]
     assert cache.get_seq_length() == columns
-    cache = tiny.model("llama-gqa", "flamingo")(**inputs, use_cache=True).past_key_values
+    cache = tiny.model("llama-gqa", "flamingo")(**inputs, use_cache=True)[CACHE]
     assert [layer.keys.shape[2] for layer in cache.layers] == [7, 7, 7]
 
 
@@ -405,9 +404,7 @@ def test_cached_images_equal_recomputed_ones_anywhere(name, monkeypatch):
         late["pixel_values"] = pixels[:2]
         whole = model(**late).logits
         out = model(late["input_ids"][:, :22], late["attention_mask"][:, :22], pixels[:1], use_cache=True)
-        rest = model(
-            late["input_ids"][:, 22:], late["attention_mask"], pixels[1:2], past_key_values=out.past_key_values
-        )
+        rest = model(late["input_ids"][:, 22:], late["attention_mask"], pixels[1:2], cache=out[CACHE])
         assert tiny.max_error(rest.logits[..., : tiny.VOCAB], whole[:, 22:, : tiny.VOCAB]) <= BOUND
         assert encoded == [3]
 
@@ -491,11 +488,9 @@ def test_one_new_column_may_be_an_image_for_some_and_text_for_others(name):
     inputs = tiny.prompt(model, [[3, 0, 1], [2, 0, 19]])
     ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
     whole = model(**inputs).logits
-    cache = model(ids[:, :-1], mask[:, :-1], pixels, use_cache=True).past_key_values
+    cache = model(ids[:, :-1], mask[:, :-1], pixels, use_cache=True)[CACHE]
     assert (
-        tiny.max_error(
-            model(ids[:, -1:], mask, past_key_values=cache).logits[..., : tiny.VOCAB], whole[:, -1:, : tiny.VOCAB]
-        )
+        tiny.max_error(model(ids[:, -1:], mask, cache=cache).logits[..., : tiny.VOCAB], whole[:, -1:, : tiny.VOCAB])
         <= BOUND
     )
 
@@ -541,6 +536,6 @@ def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cache
             found = torch.stack([step[i, : tiny.VOCAB] for step in out.logits])
             assert tiny.max_error(found, true) <= BOUND
         if name == "all layers":
-            counts = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+            counts = [layer.keys.shape[2] for layer in out[CACHE].layers]
             kept = [32 - 2 * int(16 * share) for share in (0.25, 0.5, 0.8)]
             assert counts == [6 + n + 3 for n in kept]  # the longest row: 6 of text, its images, 3 generated

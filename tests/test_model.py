@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
 from lit_eemllm.model import EEMLLM, register_vision_encoder
@@ -268,7 +269,7 @@ def test_cached_steps_equal_one_pass(mechanism, backend):
     for a, b, images in [(cut, cut + 1, None), (cut + 1, cut + 2, None), (cut + 2, ids.shape[1], pixels[[1, 3, 5]])]:
         if images is None and (ids[:, a:b] == tiny.VOCAB).any():
             pytest.fail("the cut lies in an image")
-        parts.append(model(ids[:, a:b], mask[:, :b], images, past_key_values=out.past_key_values).logits)
+        parts.append(model(ids[:, a:b], mask[:, :b], images, cache=out[CACHE]).logits)
     found = torch.cat(parts, 1)[mask.bool()][:, : tiny.VOCAB]
     assert tiny.max_error(found, whole[mask.bool()][:, : tiny.VOCAB]) <= BOUND
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..compat.transformers import CACHE
 from ..estimate import prefill_flops
 from ..images import open_image
 from .questions import Question
@@ -44,7 +45,7 @@ def costs(model: EEMLLM, processor: Processor, questions: Sequence[Question], co
         for _ in range(REPEATS):
             synchronize(model.device)
             start = time.perf_counter()
-            filled = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+            filled = model(**inputs, use_cache=True, logits_to_keep=1)[CACHE]
             synchronize(model.device)
             seconds.append(time.perf_counter() - start)
     finally:

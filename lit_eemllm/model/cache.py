@@ -61,7 +61,11 @@ class StreamCache(DynamicCache):
         super().batch_select_indices(indices)
         self._map(lambda x: x[indices])
 
-    def crop(self, max_length: int) -> None:
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("layers of this cache differ in length: it cannot be cut back (assisted generation)")
 
 

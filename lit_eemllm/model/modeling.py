@@ -25,6 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..attention import AttentionBackend, Choice, resolve_backend
+from ..compat.transformers import CACHE
 from ..errors import ConfigError
 from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, take_images, upload
 from ..mechanisms import Mechanism
@@ -441,11 +442,12 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pixel_values: Pixels | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         image_sizes: Sequence[tuple[int, int]] = (),
+        past_key_values: Cache | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits for left-padded ids in which every image is its `image_token_id`, repeated once per visual token.
 
@@ -453,31 +455,33 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
             input_ids: [B, L], the new ids.
             attention_mask: [B, past + L], 0 at padding.
             pixel_values: [I, 3, height, width], the images of the new ids in order; a tensor each where they differ in shape.
-            past_key_values: cache of the earlier ids, as this method returned it; appended to.
+            cache: of the earlier ids, as this method returned it; appended to.
             logits_to_keep: only the last so many columns; 0 keeps all.
             image_sizes: width and height of each picture as it was (transformers' own have the height first); needed where
                 images have many sizes.
+            past_key_values: what transformers before 5.24 calls `cache`.
 
         Returns:
             logits [B, kept, vocab_size], zero at padding and at image tokens: nothing is predicted from an image row.
             The image token has the logit -inf.
         """
-        if past_key_values is not None and not isinstance(past_key_values, StreamCache):
-            if past_key_values.get_seq_length():
-                raise ValueError(f"a cache with tokens in it must come from this model, found {type(past_key_values)}")
-            past_key_values, use_cache = None, True  # as `generate` begins; the cache returned is the one to go on with
-        if use_cache and past_key_values is None:
-            past_key_values = StreamCache()
-        past = past_key_values.columns if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, StreamCache):
+            if cache.get_seq_length():
+                raise ValueError(f"a cache with tokens in it must come from this model, found {type(cache)}")
+            cache, use_cache = None, True  # as `generate` begins; the cache returned is the one to go on with
+        if use_cache and cache is None:
+            cache = StreamCache()
+        past = cache.columns if cache is not None else 0
         if past and pixel_values is not None and self.mechanism.gated is not None:
             raise ValueError("gated cross-attention takes all images of a conversation in one pass, not after a cache")
-        if past_key_values is None and pixel_values is not None and self.mechanism.visual_drop:
+        if cache is None and pixel_values is not None and self.mechanism.visual_drop:
             raise ValueError("visual_drop is decided once, for a prompt whose keys are kept: use_cache=True")
         new_BL = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask[:, past:]
         one_each = past > 0 and input_ids.shape[1] == 1 and pixel_values is None
         lengths = [] if pixel_values is None else self._image_lengths(pixel_values, image_sizes)
         layout = layout_of_padded(input_ids, new_BL, self.config.image_token_id, lengths, one_each)
-        cached = CachedPass(past_key_values, new_BL)
+        cached = CachedPass(cache, new_BL)
         grid = cached.grid("all", [])
         ids_S = input_ids.flatten()[grid.slots_R]
         text_Th = self._text_states(
@@ -489,7 +493,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         logits = self.language_model.lm_head(states_BLh[:, kept]) * real_BL1[:, kept]
         logits = pad(logits, (0, self.config.vocab_size - logits.shape[-1]))
         logits[..., self.config.image_token_id] = float("-inf")  # is never said
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
     def prepare_inputs_for_generation(
         self,

@@ -1,0 +1,1 @@
+"""What we use of other libraries beyond their documented interfaces, one module a library."""

@@ -371,21 +371,16 @@ class JinjaTemplate(ChatTemplate):
     def _jinja(self, conversation: Conversation, turns: int, *, generation: bool) -> tuple[str, list[tuple[int, int]]]:
         """Rendered text of the first turns and, if the template has them, the marked (start, end) in it."""
         from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+
+        from lit_eemllm.compat.transformers import rendered
 
         roles = {"system": "system", "human": "user", "gpt": "assistant"}
         messages = [{"role": roles[turn.role], "content": turn.text} for turn in conversation.turns[:turns]]
         try:
-            texts, marks = render_jinja_template(
-                [messages],
-                chat_template=self.source,
-                return_assistant_tokens_mask=self.marked,
-                add_generation_prompt=generation,
-                **cast(Any, self.tokenizer.special_tokens_map),
-            )
+            special = cast(Any, self.tokenizer.special_tokens_map)
+            return rendered(messages, self.source, self.marked, generation, special)
         except (TemplateError, TypeError, ValueError) as error:  # the template may refuse a role or an order of turns
             raise conversation.refusal("bad_conversation", f"the chat template refuses it: {error}") from error
-        return texts[0], marks[0] if self.marked else []
 
 
 TEMPLATES: dict[str, type[ChatTemplate]] = {t.name: t for t in (PlainTemplate, VicunaTemplate, JinjaTemplate)}

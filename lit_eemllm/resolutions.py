@@ -63,9 +63,9 @@ class NativeTransform(Transform):
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that a picture is resized to."""
         if self.most is not None:
-            from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
+            from lit_eemllm.compat.transformers import naflex_size
 
-            height, width = get_image_size_for_max_num_patches(height, width, self.patch, self.most)
+            height, width = naflex_size(height, width, self.patch, self.most)
             return width, height
         assert self.edges is not None
         (shortest, longest), aspect = self.edges, width / height
@@ -152,12 +152,10 @@ class AnyresTransform(Transform):
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of tiles for a picture."""
-        from transformers.image_processing_utils import select_best_resolution
+        from lit_eemllm.compat.transformers import best_grid
 
         pixels = self.view.height
-        best = select_best_resolution(
-            (height, width), [(rows * pixels, columns * pixels) for rows, columns in self.grids]
-        )
+        best = best_grid((height, width), [(rows * pixels, columns * pixels) for rows, columns in self.grids])
         return best[0] // pixels, best[1] // pixels
 
     def kept(self, width: int, height: int) -> tuple[int, int, int, int]:

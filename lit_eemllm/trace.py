@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from .compat.torch import flop_counter, storage_id
 from .layout import PackedBatch, Run, SequenceLayout
 from .mechanisms import Mechanism
 from .model.decoder import DecoderLayer
@@ -195,26 +195,9 @@ def pack(document: Document, pixels: Tensor) -> PackedBatch:
 
 def backward(output: Tensor) -> int:
     """FLOPs of the backward pass from an output."""
-    with counter() as counted:
+    with flop_counter() as counted:
         output.backward(torch.empty_like(output))
     return counted.get_total_flops()
-
-
-def counter() -> FlopCounterMode:
-    """PyTorch's, taught the fused attention of the CPU, which encoders and gated cross-attention use here."""
-
-    def forward(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    def backward(gradient: Any, q: Any, k: Any, v: Any, *args: Any, **options: Any) -> int:
-        return 2 * sdpa_flop_count(q, k, v)
-
-    aten = torch.ops.aten
-    fused = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=fused)
 
 
 QUANTISED = {
@@ -291,28 +274,28 @@ def is_copy(tensor: Tensor, weight: Tensor) -> bool:
 def recording(model: EEMLLM) -> Iterator[Recording]:
     """Record the forward pass that runs meanwhile. What belongs to parameters is not saved, it is there anyway."""
     found = Recording()
-    now, seen = found.outside, {p.untyped_storage()._cdata for p in model.parameters()}
-    counted, apart = counter(), {module for part in shared_out(model) for module in part.modules()}
+    now, seen = found.outside, {storage_id(p.untyped_storage()) for p in model.parameters()}
+    counted, apart = flop_counter(), {module for part in shared_out(model) for module in part.modules()}
     held: list[torch.UntypedStorage] = []  # or another could get the address of one
     linear: nn.Linear | None = None
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
+        if storage_id(storage) not in seen:
+            seen.add(storage_id(storage))
             held.append(storage)
             if linear is not None and is_copy(tensor, linear.weight.t()):
                 now.copies += storage.nbytes()
                 found.rest_copies += storage.nbytes() * (linear not in apart)
             else:
-                now.saved[storage._cdata] = storage
+                now.saved[storage_id(storage)] = storage
         return tensor
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal now
         if now is found.outside:  # else in the layer after a gated block
             storage = args[0].untyped_storage()
-            now = Part(flops=-counted.get_total_flops(), given={storage._cdata: storage})
+            now = Part(flops=-counted.get_total_flops(), given={storage_id(storage): storage})
             found.units.append(now)
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -327,7 +310,7 @@ def recording(model: EEMLLM) -> Iterator[Recording]:
     def project(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Visual states that layers take from where they are, not from their input."""
         storage = (args[0] if model.mechanism.visual_source == "layerwise" else output).untyped_storage()
-        found.outside.given[storage._cdata] = storage
+        found.outside.given[storage_id(storage)] = storage
 
     hooks = [module.register_forward_pre_hook(begin) for module in model.modules() if isinstance(module, nn.Linear)]
     hooks += [block.register_forward_pre_hook(enter) for block in model.gated.values()]

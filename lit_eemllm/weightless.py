@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from .attention import AttentionBackend
+from .compat.torch import FakeTensorMode
 from .errors import ConfigError
 from .images import ImageTransform, Transform
 from .layout import SequenceLayout, Visibility

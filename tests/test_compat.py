@@ -1,28 +1,813 @@
-"""The contracts with other libraries of `lit_eemllm.compat`, and their deprecations."""
+"""What the package uses of other libraries beyond their documentation (`lit_eemllm/compat`), each use alone.
 
+A failure names the library, its version and what it used to be. Every contract is also tried on a library that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
 import logging
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import lightning.pytorch
 import pytest
 import tiny
+import torch
 import transformers
+from lightning.pytorch.plugins.precision import Precision
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.data import DataLoader, Dataset
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import logging as transformers_logging
 
-from lit_eemllm.compat.transformers import CACHE
+PACKAGE = Path(__file__).parents[1] / "lit_eemllm"
+LIBRARIES = {
+    "transformers": "transformers", "torch": "torch", "lightning": "lightning", "energon": "megatron-energon",
+    "deepspeed": "deepspeed", "peft": "peft",
+}  # fmt: skip
+"""The distribution that each module of compat is about."""
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-def test_generating_with_a_cache_of_ours_warns_of_nothing(beams, caplog, monkeypatch):
-    """A deprecated name of the cache, in arguments or outputs, is what breaks next."""
-    monkeypatch.setattr(transformers_logging.get_logger(), "propagate", True)
-    transformers_logging.set_verbosity_warning()
+@dataclass(frozen=True)
+class Contract:
+    """Of a library: what it used to be, a check of that, and a change of the library after which it is something else."""
+
+    library: str
+    was: str
+    check: Callable[[Path], None]
+    broken: Callable[[pytest.MonkeyPatch], None]
+
+    def hold(self, shards: Path) -> None:
+        __tracebackhide__ = True
+        try:
+            self.check(shards)
+        except Exception as error:
+            name = LIBRARIES[self.library]
+            told = f"{name} {version(name)}: {self.was}. Mend lit_eemllm/compat/{self.library}.py: {error!r}"
+            raise pytest.fail.Exception(told) from error
+
+
+CONTRACTS: dict[str, Contract] = {}
+
+
+def contract(library: str, was: str, broken: Callable[[pytest.MonkeyPatch], None]) -> Callable[..., Any]:
+    def register(check: Callable[..., None]) -> Callable[..., None]:
+        takes_shards = bool(inspect.signature(check).parameters)
+        CONTRACTS[check.__name__] = Contract(library, was, check if takes_shards else lambda _: check(), broken)
+        return check
+
+    return register
+
+
+def lacks(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """A library without this attribute, and modules of compat that are imported anew."""
+
+    def broken(patch: pytest.MonkeyPatch) -> None:
+        for module in list(sys.modules):
+            package, _, name_there = module.rpartition(".")
+            if package == "lit_eemllm.compat":
+                patch.setattr(sys.modules[package], name_there, sys.modules[module])  # to be put back
+                patch.delitem(sys.modules, module)
+        patch.delattr(name)
+
+    return broken
+
+
+def compat(library: str) -> Any:
+    return importlib.import_module(f"lit_eemllm.compat.{library}")
+
+
+# --- transformers
+
+
+def other_cache_name(patch: pytest.MonkeyPatch) -> None:
+    (other,) = {"cache", "past_key_values"} - {compat("transformers").CACHE}
+    patch.setattr("lit_eemllm.compat.transformers.CACHE", other)
+    patch.setattr("lit_eemllm.model.modeling.CACHE", other)
+
+
+@contract("transformers", "models and outputs call the cache by CACHE, and deprecate that nowhere", other_cache_name)
+def the_cache_has_a_name():
     inputs = tiny.prompt(model := tiny.model(), [[3, 0, 4], [5]])
-    with caplog.at_level(logging.WARNING):
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    root, level = transformers_logging.get_logger("transformers"), transformers_logging.get_verbosity()
+    type(root).warning_once.cache_clear()  # what another test was told is told again
+    root.addHandler(handler)
+    transformers_logging.set_verbosity_warning()
+    try:
         filled = model(**inputs, use_cache=True)
-        out = model.generate(
-            **inputs, max_new_tokens=3, num_beams=beams, pad_token_id=0, return_dict_in_generate=True, do_sample=False
-        )
-    said = [record.getMessage() for record in caplog.records if "deprecat" in record.getMessage().lower()]
-    assert not said, f"transformers {transformers.__version__}: {said}"
-    assert filled[CACHE].get_seq_length() == inputs["input_ids"].shape[1]
-    assert out[CACHE].columns == out.sequences.shape[1] - 1
-    assert not out[CACHE].is_croppable
+        options = dict(max_new_tokens=3, pad_token_id=0, return_dict_in_generate=True, do_sample=False)
+        outs = [model.generate(**inputs, **options, num_beams=beams) for beams in (1, 2)]
+    finally:
+        transformers_logging.set_verbosity(level)
+        root.removeHandler(handler)
+    assert not [text for text in said if "deprecat" in text.lower()], said
+    name = compat("transformers").CACHE
+    assert filled[name].get_seq_length() == inputs["input_ids"].shape[1]
+    for out in outs:
+        assert out[name].columns == out.sequences.shape[1] - 1
+        assert not out[name].is_croppable
+
+
+@contract(
+    "transformers",
+    "generate repeats inputs for beams by _expand_inputs_for_generation",
+    lambda patch: patch.delattr("lit_eemllm.compat.transformers.Generating._expand_inputs_for_generation"),
+)
+def generate_repeats_images():
+    model, calls = tiny.model(), []
+    repeated = model.repeated_images
+    model.repeated_images = lambda times, *rest: calls.append(times) or repeated(times, *rest)
+    model.generate(**tiny.prompt(model, [[3, 0, 4]]), max_new_tokens=2, num_beams=2, pad_token_id=0)
+    assert calls == [2]
+
+
+def renamed_mlp(patch: pytest.MonkeyPatch) -> None:
+    made = LlamaDecoderLayer.__init__
+
+    def make(self: Any, *args: Any) -> None:
+        made(self, *args)
+        self.feed_forward = self.__dict__["_modules"].pop("mlp")
+
+    patch.setattr(LlamaDecoderLayer, "__init__", make)
+
+
+@contract("transformers", "decoders of every family have the submodules that model/decoder.py calls", renamed_mlp)
+def decoder_layers_have_their_parts():
+    norms = ("input_layernorm", "post_attention_layernorm")
+    for config in tiny.DECODERS.values():
+        decoder = transformers.AutoModelForCausalLM.from_config(config)
+        assert decoder.lm_head.weight.shape == (config.vocab_size, config.hidden_size)
+        cos, sin = decoder.model.rotary_emb(torch.zeros(1, 5, config.hidden_size), torch.arange(5)[None])
+        for layer in decoder.model.layers:
+            parts = (*(f"self_attn.{x}_proj" for x in "qkvo"), "mlp", *norms)
+            assert all(callable(layer.get_submodule(part)) for part in parts)
+            assert (
+                hasattr(layer.self_attn, "q_norm")
+                == hasattr(layer.self_attn, "k_norm")
+                == (config.model_type == "qwen3")
+            )
+            assert cos.shape == sin.shape == (1, 5, layer.self_attn.head_dim)
+            assert layer.self_attn.scaling == pytest.approx(layer.self_attn.head_dim**-0.5)
+        assert callable(decoder.model.norm) and decoder.model.embed_tokens.weight.shape[0] == config.vocab_size
+
+
+@contract(
+    "transformers",
+    "render_jinja_template marks the assistant's part in characters",
+    lambda patch: patch.setattr(
+        "transformers.utils.chat_template_utils.render_jinja_template",
+        lambda messages, **_: (["> hi! yes"], [[(0, 9)]]),
+    ),
+)
+def templates_mark_answers():
+    template = "{% for m in messages %}{% if m.role == 'user' %}> {{ m.content }} {% else %}"
+    template += "{% generation %}{{ m.content }}{{ eos }}{% endgeneration %}{% endif %}{% endfor %}"
+    messages = [{"role": "user", "content": "hi!"}, {"role": "assistant", "content": "yes"}]
+    text, marks = compat("transformers").rendered(messages, template, True, False, {"eos": "</s>"})
+    assert text == "> hi! yes</s>" and [text[a:b] for a, b in marks] == ["yes</s>"]
+
+
+@contract(
+    "transformers",
+    "SigLIP 2 sizes a picture to at most so many patches, height first",
+    lambda patch: patch.setattr(
+        "transformers.models.siglip2.image_processing_pil_siglip2.get_image_size_for_max_num_patches",
+        lambda height, width, patch, most: (width, height),
+    ),
+)
+def naflex_sizes_are_whole_patches():
+    height, width = compat("transformers").naflex_size(100, 400, 16, 64)
+    assert (height, width) == (64, 256)  # 4 x 16 patches, all 64
+
+
+@contract(
+    "transformers",
+    "select_best_resolution takes the grid that keeps most pixels, height first",
+    lambda patch: patch.setattr("lit_eemllm.compat.transformers.select_best_resolution", lambda size, sizes: sizes[0]),
+)
+def a_wide_picture_takes_a_wide_grid():
+    assert compat("transformers").best_grid((300, 900), [(672, 336), (336, 672), (336, 1008)]) == (336, 1008)
+
+
+@contract(
+    "transformers",
+    "cached_file finds a file of a folder",
+    lambda patch: patch.setattr("lit_eemllm.compat.transformers.cached_file", lambda *_: None),
+)
+def a_file_of_a_folder_is_found():
+    assert compat("transformers").file_of(str(Path(__file__).parent), Path(__file__).name) == Path(__file__)
+
+
+# --- torch
+
+
+@contract("torch", "_foreach_mul_ multiplies a list of tensors in place", lacks("torch._foreach_mul_"))
+def a_list_is_scaled_in_place():
+    tensors = [torch.arange(3.0), torch.ones(2, 2)]
+    compat("torch").scale_(tensors, torch.tensor(3.0))
+    assert tensors[0].tolist() == [0, 3, 6] and tensors[1].eq(3).all()
+
+
+@contract(
+    "torch",
+    "Tensor._version counts changes in place",
+    lambda patch: patch.setattr("lit_eemllm.compat.torch.changes", lambda tensor: 0),
+)
+def changes_are_counted():
+    before = (changes := compat("torch").changes)(x := torch.zeros(2))
+    x.add_(1)
+    assert changes(x) > before and changes(x[:1]) == changes(x)
+
+
+@contract(
+    "torch",
+    "UntypedStorage._cdata tells storages apart, fake ones too",
+    lambda patch: patch.setattr("lit_eemllm.compat.torch.storage_id", lambda storage: storage.data_ptr()),
+)
+def storages_without_data_have_numbers():
+    module = compat("torch")
+    with module.FakeTensorMode():
+        a, b = torch.empty(3, device="cpu"), torch.empty(3, device="cpu")
+    assert a.device.type == "cpu"
+    number = module.storage_id
+    assert number(a.untyped_storage()) == number(a[1:].untyped_storage()) != number(b.untyped_storage())
+
+
+@contract(
+    "torch",
+    "_new_shared_fd_cpu maps an open file as a shared storage",
+    lambda patch: patch.setattr("lit_eemllm.compat.torch.shared_storage", lambda _, n: torch.UntypedStorage(n)),
+)
+def a_file_is_a_storage():
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(bytes(range(8)))
+        storage = compat("torch").shared_storage(file.fileno(), 8)
+    assert storage.is_shared() and list(storage) == list(range(8))
+
+
+@contract(
+    "torch",
+    "dynamo has limits of recompilations",
+    lambda patch: patch.setattr("torch._dynamo.config", SimpleNamespace(recompile_limit=8)),
+)
+def recompiles_may_be_allowed():
+    import torch._dynamo
+
+    limits = torch._dynamo.config
+    before = limits.recompile_limit, limits.accumulated_recompile_limit
+    try:
+        compat("torch").allow_recompiles(5000)
+        assert (limits.recompile_limit, limits.accumulated_recompile_limit) == (5000, 5000)
+    finally:
+        limits.recompile_limit, limits.accumulated_recompile_limit = before
+
+
+@contract(
+    "torch",
+    "FlopCounterMode can be taught the CPU's fused attention",
+    lambda patch: patch.setattr("lit_eemllm.compat.torch.sdpa_flop_count", lambda q, k, v: 0),
+)
+def fused_attention_is_counted():
+    q, k, v = (torch.randn(1, 2, rows, 4, requires_grad=True) for rows in (5, 7, 7))
+    with compat("torch").flop_counter() as counted:
+        scaled_dot_product_attention(q, k, v).sum().backward()
+    products = 2 * 5 * 7 * 2 * 4  # of queries and keys: two FLOPs for each head, query, key and number of the head
+    assert counted.get_total_flops() == (2 + 4) * products  # and of weights and values; twice as many backwards
+
+
+class Dies(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        return index if index < 2 else os._exit(1)
+
+
+@contract(
+    "torch",
+    "a DataLoader has processes, which can be ended",
+    lacks("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown_workers"),
+)
+def loaders_have_processes():
+    module, loader = compat("torch"), DataLoader(range(8), num_workers=2, persistent_workers=True)
+    assert module.worker_processes(loader) == []
+    next(iter(loader))
+    processes = module.worker_processes(loader)
+    assert len(processes) == 2 and all(process.is_alive() for process in processes)
+    module.end_workers(loader)
+    for process in processes:
+        process.join(10)
+    assert not any(process.is_alive() for process in processes) and module.worker_processes(loader) == []
+
+
+@contract(
+    "torch",
+    "a dead loader process is told by a RuntimeError that begins so",
+    lambda patch: patch.setattr("lit_eemllm.compat.torch.DEAD_WORKER", "a worker died"),
+)
+def a_dead_process_is_told():
+    with pytest.raises(RuntimeError) as death:
+        list(DataLoader(Dies(), num_workers=1, collate_fn=list))  # no tensors, whose connections break first
+    assert str(death.value).startswith(compat("torch").DEAD_WORKER), death.value
+
+
+# --- Lightning
+
+
+class Steps(lightning.pytorch.LightningModule):
+    """Four packs in two steps, and a checkpoint after the third pack's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.seen: list[tuple[int, int]] = []
+        self.order: list[str] = []
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        packs = compat("lightning").packs(self.trainer)
+        self.seen.append((packs.ready, packs.processed))
+        return self.weight * batch.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trained_steps() -> tuple[Steps, lightning.pytorch.Trainer]:
+    module = Steps()
+    options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = lightning.pytorch.Trainer(max_steps=2, accumulate_grad_batches=2, accelerator="cpu", devices=1, **options)
+    trainer.fit(module, DataLoader(torch.ones(8)))
+    return module, trainer
+
+
+@contract(
+    "lightning",
+    "loops count packs, also in checkpoints",
+    lambda patch: (
+        patch.setattr("lightning.pytorch.loops.progress._ProcessedTracker.processed", 0, raising=False)
+        or patch.setattr("lit_eemllm.compat.lightning.packs", lambda trainer: SimpleNamespace(ready=0, processed=0))
+    ),
+)
+def packs_are_counted():
+    module, trainer = trained_steps()
+    assert module.seen == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    saved = compat("lightning").saved_packs(trainer._checkpoint_connector.dump_checkpoint())
+    assert {name: (count["ready"], count["processed"]) for name in ("total", "current") for count in [saved[name]]} == {
+        "total": (4, 4),
+        "current": (4, 4),
+    }
+    compat("lightning").begin_validation_anew(trainer)
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    assert (progress.current.ready, progress.current.started, progress.current.processed) == (1, 1, 0)
+
+
+@contract(
+    "lightning",
+    "a module without a trainer has the attribute _trainer",
+    lambda patch: patch.setattr("lit_eemllm.compat.lightning.has_trainer", lambda module: module.trainer is not None),
+)
+def a_module_has_a_trainer_or_none():
+    has_trainer = compat("lightning").has_trainer
+    assert not has_trainer(Steps()) and has_trainer(trained_steps()[0])
+
+
+@contract(
+    "lightning",
+    "ModelParallelStrategy keeps its sizes in _data_parallel_size and _tensor_parallel_size until the environment is set up",
+    lambda patch: patch.delattr("lit_eemllm.compat.lightning.DataParallel.setup_environment"),
+)
+def all_processes_share_the_data():
+    strategy = compat("lightning").DataParallel()
+    assert {"_data_parallel_size", "_tensor_parallel_size"} <= vars(strategy).keys()
+    strategy.parallel_devices = [torch.device("cpu")] * 3
+    asked = []
+    parent = type(strategy).__mro__[1]
+    original, parent.setup_environment = (
+        parent.setup_environment,
+        lambda self: asked.append((self._data_parallel_size, self._tensor_parallel_size)),
+    )
+    try:
+        strategy.setup_environment()
+    finally:
+        parent.setup_environment = original
+    assert asked == [(3, 1)]
+
+
+@contract(
+    "lightning",
+    "Precision._wrap_closure runs a step's passes and hooks",
+    lacks("lightning.pytorch.plugins.precision.Precision._wrap_closure"),
+)
+def a_step_has_a_closure():
+    module, trainer = trained_steps()
+    calls = []
+    module.on_before_optimizer_step = lambda optimizer: calls.append("hook")
+    strategy = compat("lightning").Stepping(accelerator=trainer.accelerator, precision_plugin=Precision())
+    strategy._lightning_module = module
+    strategy.parallel_devices = [torch.device("cpu")]
+    assert strategy.closure_result(module.optimizers(), lambda: calls.append("passes") or 7) == 7
+    assert calls == ["passes", "hook"] and strategy.backend_name == "gloo"
+
+
+# --- Energon
+
+
+def fresh_shards(folder: Path) -> Any:
+    """Of the embedded set's train split, with what `wrap` was given."""
+    energon = compat("energon")
+    from megatron.energon import WorkerConfig
+
+    class Wrapped(energon.Shards):
+        wrapped: list[Any] = []
+
+        def wrap(self, reader: Any) -> Any:
+            self.wrapped.append(reader)
+            return reader
+
+    worker = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    return Wrapped(energon.EPath(folder), split_part="train", training=True, worker_config=worker, decoder=None)
+
+
+def unwrapped(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr("lit_eemllm.compat.energon.Shards.build")
+
+
+@contract("energon", "CrudeWebdataset.build makes readers, which know the shard of a sample", unwrapped)
+def readers_may_be_wrapped(shards: Path):
+    energon, dataset = compat("energon"), fresh_shards(shards)
+    dataset.build()
+    (reader,) = dataset.wrapped
+    energon.open_as_files(reader)
+    names = [energon.shard_of(reader, index) for index in (0, 39, 40, 159)]
+    assert names == [shards / f"train-{number:06d}.tar" for number in (0, 0, 1, 3)]
+    assert reader[40] is not None
+
+
+def loader_of(folder: Path) -> Any:
+    energon = compat("energon")
+    from megatron.energon import Cooker, DefaultTaskEncoder, WorkerConfig, stateless
+
+    @stateless
+    def cook(sample: Any) -> Any:
+        return {"__key__": sample["__key__"], "__restore_key__": sample["__restore_key__"]}
+
+    class Task(DefaultTaskEncoder):
+        decoder = None
+        cookers = [Cooker(cook)]
+
+        def build_batch(self, dataset: Any, **_: Any) -> Any:
+            return dataset
+
+    worker = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    loaded = energon.LoadedDataset(dataset=fresh_shards(folder), weight=1.0)
+    mode = energon.DatasetBlendMode.DATASET_WEIGHT
+    options = dict(batch_size=None, shuffle_buffer_size=8, packing_buffer_size=None, blend_mode=mode)
+    dataset = Task().build_train_datasets(datasets=[loaded], worker_config=worker, **options)
+    return energon.CountingLoader(dataset, checkpoint_every_sec=0)
+
+
+@contract(
+    "energon",
+    "SavableDataLoader counts batches by worker, and its state is made of the known types",
+    lacks("megatron.energon.state.FlexState"),
+)
+def a_loader_counts_and_saves(shards: Path):
+    energon, loader = compat("energon"), loader_of(shards)
+    batches = iter(loader)
+    first = [next(batches)["__key__"] for _ in range(5)]
+    assert loader.counters == ([4], 0)
+    loader.counters = [4], 0
+    state, found = loader.save_state_rank(), set()
+
+    def walk(value: Any) -> None:
+        found.add(type(value))
+        if is_dataclass(value):
+            value = [getattr(value, field.name) for field in fields(value)]
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+            walk(item)
+
+    walk(state)
+    plain = {bool, int, float, str, bytes, type(None), list, tuple, dict, torch.Tensor}
+    assert found - plain <= {*energon.STATES, energon.FlexState}, found
+    again = loader_of(shards)
+    again.restore_state_rank(state)
+    rest = [next(batches)["__key__"] for _ in range(3)]
+    assert [batch["__key__"] for batch, _ in zip(again, range(3), strict=False)] == rest and len({*first, *rest}) == 8
+
+
+@contract(
+    "energon",
+    "PackingDataset fills _reading_buffer by _fill_reading_buffer and chooses packs by pre_packer",
+    lacks("megatron.energon.PackingDataset._fill_reading_buffer"),
+)
+def samples_may_be_held_back(shards: Path):
+    packing = compat("energon").Packing
+    assert "_reading_buffer" in packing._savable_fields
+    assert list(inspect.signature(packing.__mro__[1]._fill_reading_buffer).parameters)[1:] == [
+        "source_iter",
+        "log_progress",
+    ]
+    held = SimpleNamespace(_reading_buffer=[1])
+    packing.hold_back(held, [2, 3])
+    assert held._reading_buffer == [1, 2, 3]
+
+
+@contract(
+    "energon",
+    "SavableDataLoader asks its workers by _worker_command, cmd_queues and result_queues",
+    lacks("megatron.energon.SavableDataLoader._worker_command"),
+)
+def workers_are_asked_by_queues():
+    loader = compat("energon").CountingLoader
+    assert loader.__mro__[1]._worker_command
+    asked: list[Any] = []
+    queue = SimpleNamespace(put=asked.append)
+    fake = SimpleNamespace(cmd_queues=[queue, queue], result_queues=["b", "a"], answer=lambda q: {"ab".index(q): q})
+    assert loader._worker_command(fake, "state", 3) == ["a", "b"] and asked == [("state", 3)] * 2
+    assert {"cmd_queues", "result_queues"} <= loader.__mro__[1].__annotations__.keys()
+
+
+@contract(
+    "energon",
+    "names of members are cut at the first dot",
+    lacks("megatron.energon.flavors.webdataset.config.split_name_re"),
+)
+def members_are_named():
+    energon = compat("energon")
+    assert energon.MEMBER_NAME.match("a/b-1.0.jpg").groups() == ("a/b-1", "0.jpg")
+    assert energon.SKIPPED_MEMBER.match("__MACOSX/x") or not energon.SKIPPED_MEMBER.match("a.jpg")
+    assert energon.collapse(["t-0.tar", "t-1.tar", "t-2.tar"], keep_order=True) == ["t-{0..2}.tar"]
+
+
+@contract("energon", "a Watchdog calls back when nothing comes", lacks("megatron.energon.watchdog.Watchdog.watch_iter"))
+def a_watchdog_barks():
+    calls: list[int] = []
+    watchdog = compat("energon").Watchdog(0.05, callback=lambda: calls.append(1), dump_stacks=False, enabled=False)
+
+    def slow() -> Any:
+        yield 1
+        while not calls:
+            pass
+        yield 2
+
+    assert list(watchdog.watch_iter(slow())) == [1, 2]
+    watchdog.finish()
+    assert calls
+
+
+# --- DeepSpeed, peft
+
+
+def zero_step(folder: str) -> None:
+    """A step of ZeRO-1 in this process, which is spoiled for others."""
+    import deepspeed
+
+    ours = compat("deepspeed")
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
+    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    model = torch.nn.Linear(3, 2)
+    assert not ours.is_shared_out(model.weight)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "gradient_clipping": 0.0}
+    options = dict(config=settings | {"zero_allow_untested_optimizer": True}, dist_init_required=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    engine, zero, _, _ = deepspeed.initialize(
+        args=SimpleNamespace(device_rank=0), model=model, optimizer=optimizer, **options
+    )
+    assert ours.is_shared_out(model.weight)
+    engine.backward(engine(torch.tensor([[1.0, 2, 3]])).sum())
+    found = torch.cat([share.flatten() for share in ours.gradient_shares(zero)]).tolist()
+    assert sorted(found) == [1, 1, 1, 1, 2, 2, 3, 3], found  # of both weight rows, and of both biases
+    (share,) = (zero.optimizer.param_groups[0]["params"],)
+    zero.optimizer.state[share[0]] = {"step": torch.tensor(1.0), "exp_avg": torch.full_like(share[0], 5)}
+    ours.link_states(zero)
+    full = deepspeed.utils.safe_get_full_optimizer_state(model.weight, "exp_avg")
+    assert full.shape == (2, 3) and full.eq(5).all(), full
+
+
+def in_child(function: Callable[..., None], *args: Any) -> None:
+    """In a forked process, with the libraries as they are here, broken ones too."""
+    receiver, sender = (context := multiprocessing.get_context("fork")).Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            function(*args)
+            sender.send("")
+        except Exception as error:
+            sender.send(repr(error))
+            raise
+        finally:
+            os._exit(0)
+
+    process = context.Process(target=run)
+    process.start()
+    answered = receiver.poll(120)
+    told = receiver.recv() if answered else "no answer"
+    process.join(10)
+    assert not told, told
+
+
+@contract(
+    "deepspeed",
+    "ZeRO's optimiser links parameters to shares by _lazy_init_hp_params_optimizer_state, has averaged_gradients, and marks _hp_mapping",
+    lambda patch: patch.setattr("lit_eemllm.compat.deepspeed.link_states", lambda zero: None),
+)
+def zero_has_shares(shards: Path):
+    pytest.importorskip("deepspeed")
+    with tempfile.TemporaryDirectory() as folder:
+        in_child(zero_step, folder)
+
+
+def adapted(layer: torch.nn.Module) -> Any:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
+    return inject_adapter_in_model(config, torch.nn.Sequential(layer))[0]
+
+
+@contract("peft", "a LoraLayer tells what its adapter adds", lacks("peft.tuners.lora.Linear.get_delta_weight"))
+def an_adapter_has_a_delta():
+    module, layer = compat("peft"), adapted(torch.nn.Linear(4, 3))
+    assert isinstance(layer, module.LoraLayer)
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.testing.assert_close(module.adapter_delta(layer), 3 * up @ down)
+
+
+@contract(
+    "peft",
+    "dequantize_module_weight gives the weight of bitsandbytes' layers, whose weights are Params4bit or Int8Params",
+    lacks("peft.utils.integrations.dequantize_module_weight"),
+)
+def a_quantized_layer_has_a_weight():
+    bnb = pytest.importorskip("bitsandbytes")
+    module, plain = compat("peft"), torch.nn.Linear(64, 64, bias=False)
+    small = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    small.load_state_dict(plain.state_dict())
+    small.to("cpu")
+    assert module.is_quantized(small) and not module.is_quantized(plain)
+    found = module.dequantized_weight(small)
+    assert found.dtype == torch.float32
+    assert (found - plain.weight).abs().max() < 0.2 * plain.weight.abs().max()
+
+
+# --- hooks of theirs that we override
+
+HOOKS = {
+    "lightning": {
+        "lit_eemllm.training.fsdp2.FSDP2": "model_to_device optimizer_state load_checkpoint setup_environment",
+        "lit_eemllm.training.zero.DeepSpeed": "configure_ddp setup_optimizers teardown block_backward_sync backward optimizer_step "
+        "optimizer_state load_optimizer_state_dict",
+        "lit_eemllm.training.checkpoint.AtomicCheckpointIO": "save_checkpoint load_checkpoint",
+        "lit_eemllm.training.guard.Checkpoints": "setup on_train_start on_train_batch_end on_validation_batch_end",
+        "lit_eemllm.training.runlog.RunLog": "on_train_start on_train_batch_start on_train_batch_end on_validation_end on_train_end",
+        "lit_eemllm.training.module.LitEEMLLM": "configure_model on_fit_start on_train_epoch_start on_train_batch_end training_step "
+        "on_before_optimizer_step configure_gradient_clipping configure_optimizers lr_scheduler_step validation_step "
+        "on_validation_epoch_end on_save_checkpoint on_load_checkpoint on_train_start",
+        "lit_eemllm.data.module.ShardDataModule": "setup train_dataloader val_dataloader on_before_batch_transfer state_dict "
+        "load_state_dict teardown on_exception",
+    },
+    "energon": {
+        "lit_eemllm.data.task.PackTask": "decoder preencode_sample select_samples_to_pack postencode_sample pack_selected_samples "
+        "build_batch",
+    },
+    "transformers": {
+        "lit_eemllm.model.modeling.EEMLLM": "config_class base_model_prefix main_input_name _no_split_modules _init_weights train "
+        "get_input_embeddings get_output_embeddings prepare_inputs_for_generation",
+        "lit_eemllm.model.modeling.EEMLLMConfig": "model_type sub_configs get_text_config",
+        "lit_eemllm.model.cache.StreamCache": "get_seq_length reorder_cache batch_repeat_interleave batch_select_indices crop update",
+    },
+}  # fmt: skip
+
+
+GONE = {
+    "lightning": "lightning.pytorch.strategies.DDPStrategy.configure_ddp",
+    "energon": "megatron.energon.TaskEncoder.select_samples_to_pack",
+    "transformers": "transformers.PreTrainedModel._init_weights",
+}
+"""Of each, a hook without which its contract must fail."""
+
+
+def hooks_are_called(library: str) -> None:
+    for name, hooks in HOOKS[library].items():
+        module, _, cls = name.rpartition(".")
+        bases = getattr(importlib.import_module(module), cls).__mro__[1:]
+        theirs = [base for base in bases if not base.__module__.startswith("lit_eemllm")]
+        lost = [hook for hook in hooks.split() if not any(hook in vars(base) for base in theirs)]
+        assert not lost, f"nothing calls {lost} of {name}"
+
+
+for library in HOOKS:
+    check = partial(hooks_are_called, library)
+    check.__name__ = f"hooks_of_{library}_are_called"  # type: ignore[attr-defined]
+    contract(library, "these hooks were called", lambda patch, name=GONE[library]: patch.delattr(name))(check)
+
+
+# --- all of them
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_the_library_is_as_it_was(name, shapes):
+    CONTRACTS[name].hold(shapes)
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_library_that_broke_is_named(name, shapes, monkeypatch):
+    broken = CONTRACTS[name]
+    broken.broken(monkeypatch)
+    distribution = LIBRARIES[broken.library]
+    with pytest.raises(pytest.fail.Exception) as failure:
+        broken.hold(shapes)
+    assert str(failure.value).startswith(f"{distribution} {version(distribution)}: {broken.was}. Mend")
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """Names that a file gives to functions, classes, variables and attributes."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    return names
+
+
+def private_uses(files: dict[str, str]) -> list[str]:
+    """Where files use a private name that none of them defines, or import from a private module: those of others."""
+    trees = {name: ast.parse(text) for name, text in files.items()}
+    ours = {"_exit", *(name for tree in trees.values() for name in defined(tree))}
+    found = []
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Attribute):
+                names = [node.attr] if node.attr not in ours else []
+            elif (
+                isinstance(node, ast.ImportFrom)
+                and node.level == 0
+                and not (node.module or "").startswith("lit_eemllm")
+            ):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [part for alias in node.names for part in alias.name.split(".")]
+            found += [f"{file}:{node.lineno}: {name}" for name in names if re.match(r"_[^_]", name)]
+    return found
+
+
+def package_files() -> dict[str, str]:
+    files = [path for path in PACKAGE.rglob("*.py") if "compat" not in path.relative_to(PACKAGE).parts]
+    tools = [*(PACKAGE.parent / "tools").glob("*.py"), *(PACKAGE.parent / "data_recipes").glob("*.py")]
+    return {str(path.relative_to(PACKAGE.parent)): path.read_text(encoding="utf-8") for path in (*files, *tools)}
+
+
+def test_private_names_of_others_are_used_in_compat_alone():
+    assert private_uses(package_files()) == []
+    bad = "import torch._dynamo\nfrom peft.x import _y\nloader._iterator\nself._mine = 1\nself._mine"
+    assert private_uses({"a.py": bad}) == ["a.py:1: _dynamo", "a.py:2: _y", "a.py:3: _iterator"]
+
+
+DOCUMENTED = {
+    "torch": r"torch(\.(nn|utils|distributed|optim)(\..*)?)?",
+    "transformers": r"transformers(\.(modeling_outputs|utils))?",
+    "lightning": r"lightning(\.pytorch|\.fabric)?(\.(callbacks|loggers|strategies|utilities\..*|plugins\.io|core\.optimizer))?",
+    "megatron": r"megatron\.energon",
+    "peft": r"peft",
+    "deepspeed": r"deepspeed(\.utils)?",
+}
+"""Modules whose names their documentation uses."""
+
+
+def test_modules_that_may_move_are_imported_in_compat_alone():
+    found = []
+    for file, text in package_files().items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                pattern = DOCUMENTED.get(node.module.partition(".")[0])
+                if pattern and not re.fullmatch(pattern, node.module):
+                    found.append(f"{file}:{node.lineno}: {node.module}")
+    assert found == []
+
+
+def test_the_list_names_every_use():
+    listed = set(re.findall(r"`(\w+)`", (PACKAGE / "compat" / "README.md").read_text(encoding="utf-8")))
+    for library in LIBRARIES:
+        module = compat(library)
+        ours = {n for n, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__}
+        uses = ours | set(getattr(module, "__all__", ()))
+        assert uses <= listed, f"compat/README.md does not say why {sorted(uses - listed)} of {library}"

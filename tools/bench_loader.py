@@ -33,6 +33,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from lit_eemllm.chat import ChatTemplate, get_template
+from lit_eemllm.compat.torch import worker_processes
 from lit_eemllm.console import console, progress, write_atomically
 from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.data.recipe import read_recipe
@@ -156,7 +157,7 @@ def loader_rate(config: DataConfig, template: ChatTemplate, transform: Transform
     while (passed := time.perf_counter() - start) < seconds:
         batch = next(batches)
         samples, tokens, packs = samples + len(batch.keys), tokens + batch.layout.num_tokens, packs + 1
-    workers = [worker.pid for worker in loader.loader._iterator._workers]
+    workers = [worker.pid for worker in worker_processes(loader.loader)]
     result = {
         "samples_per_second": samples / passed,
         "tokens_per_second": tokens / passed,

@@ -26,12 +26,12 @@ import yaml
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
+    Idefics2VisionConfig,
     LlamaConfig,
     Qwen2Config,
     Siglip2VisionConfig,
     SiglipVisionConfig,
 )
-from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 
 from lit_eemllm.config import load_config
 from lit_eemllm.data import shards

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
+from ..compat.torch import allow_recompiles
 from ..layout import SequenceLayout, Visibility, upload, visual_flags
 from .base import AttentionBackend, register_backend
 
@@ -36,8 +37,7 @@ class Plan:
 @cache
 def _compiled() -> Any:
     # Past its limit of recompilations dynamo would go on uncompiled, which is dense: allow every bucket, and fail rather.
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(torch._dynamo.config, limit, max(2048, getattr(torch._dynamo.config, limit)))
+    allow_recompiles(2048)
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 

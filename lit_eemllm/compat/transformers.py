@@ -1,10 +1,71 @@
-"""What we use of transformers that its versions name differently."""
+"""What we use of transformers that is private, or that its versions name or place differently."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
+from transformers.utils import cached_file
+
+__all__ = ["CACHE", "Generating", "Idefics2VisionTransformer", "best_grid", "file_of", "naflex_size", "rendered"]
 
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """The key/value cache, as an argument of models and as a key of their outputs: ``past_key_values`` before 5.24."""
+
+
+class Generating(GenerationMixin):
+    """`generate`, for a model whose images are not one row a prompt."""
+
+    def repeated_images(self, times: int, input_ids: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """Take the images out of the options of `generate`, and return those of each prompt so many times."""
+        raise NotImplementedError
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        images = self.repeated_images(expand_size, input_ids, kwargs) if input_ids is not None else {}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, {**kwargs, **images}
+
+
+def file_of(model: str, name: str) -> Path:
+    """A file of a model, in a folder or on the hub. Raises OSError."""
+    return Path(cached_file(model, name))
+
+
+def rendered(
+    messages: Sequence[dict[str, str]], template: str, marks: bool, prompt: bool, special: dict[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as a Jinja template renders it, and (start, end) of what it marks as the assistant's, if asked for.
+
+    Raises jinja2's TemplateError, TypeError or ValueError, as the template likes.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template  # imports jinja2
+
+    texts, marked = render_jinja_template(
+        [list(messages)],
+        chat_template=template,
+        return_assistant_tokens_mask=marks,
+        add_generation_prompt=prompt,
+        **special,
+    )
+    return texts[0], marked[0] if marks else []
+
+
+def naflex_size(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
+    """Height and width to which SigLIP 2 resizes a picture of which it takes so many patches at most."""
+    from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
+
+    return get_image_size_for_max_num_patches(height, width, patch, most)
+
+
+def best_grid(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of possible heights and widths, the one that LLaVA-1.6 takes for a picture."""
+    return select_best_resolution(size, list(sizes))

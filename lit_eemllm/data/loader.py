@@ -15,26 +15,31 @@ import struct
 import tarfile
 import threading
 import time
-from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.energon import CrudeWebdataset, WorkerConfig
-from megatron.energon.epathlib import EPath
-from megatron.energon.errors import reraise_exception
-from megatron.energon.flavors import SavableDataset
-from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
-from megatron.energon.savable_loader import BasicDataLoader, SavableDataLoader, SavableDataLoaderState
-from megatron.energon.watchdog import Watchdog
+from megatron.energon import SavableDataset, WorkerConfig, reraise_exception
 from PIL import Image
 
+from lit_eemllm.compat.energon import (
+    BasicDataLoader,
+    CountingLoader,
+    DatasetBlendMode,
+    EPath,
+    LoadedDataset,
+    SavableDataLoaderState,
+    Shards,
+    Watchdog,
+    open_as_files,
+    shard_of,
+)
+from lit_eemllm.compat.torch import DEAD_WORKER, end_workers, worker_processes
 from lit_eemllm.data.recipe import Recipe, Source
 from lit_eemllm.data.task import Packed, PackTask
 from lit_eemllm.errors import CheckpointError, UserError
@@ -115,7 +120,7 @@ def val_dataset(recipe: Recipe, task: PackTask, config: WorkerConfig, packing_bu
     )
 
 
-def _open(source: Source, config: WorkerConfig, training: bool) -> CrudeWebdataset:
+def _open(source: Source, config: WorkerConfig, training: bool) -> Shards:
     try:
         dataset = _Shards(
             EPath(source.folder),
@@ -138,13 +143,11 @@ def _open(source: Source, config: WorkerConfig, training: bool) -> CrudeWebdatas
     return dataset
 
 
-class _Shards(CrudeWebdataset):
+class _Shards(Shards):
     """Energon's dataset of shards, whose readers name the shard that cannot be read."""
 
-    def build(self, worker_rotation_offset: int = 0) -> SavableDataset:
-        made = super().build(worker_rotation_offset)
-        made.dataset.join_readers = [_NamingReader(reader) for reader in made.dataset.join_readers]
-        return made
+    def wrap(self, reader: Any) -> _NamingReader:
+        return _NamingReader(reader)
 
 
 class _NamingReader:
@@ -152,17 +155,14 @@ class _NamingReader:
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
-        # opened directly: Energon's client for object stores counts and times every read
-        reader.tar_filepaths = [Path(str(path)) for path in reader.tar_filepaths]
+        open_as_files(reader)
 
     def __getitem__(self, index: int) -> Any:
         try:
             return self.reader[index]
         except (OSError, ValueError, OverflowError, MemoryError, tarfile.TarError, struct.error) as error:
-            number = self.reader.shard_tar_file_idxs[bisect_right(self.reader.shard_count_cumsum, index) - 1]
-            path = self.reader.tar_filepaths[number]
             raise UserError(
-                f"{path}: the shard or its index was good when the run began and cannot be read now: {error!r}. Restore "
+                f"{shard_of(self.reader, index)}: the shard or its index was good when the run began and cannot be read now: {error!r}. Restore "
                 f"it, try lit-eemllm shards check {self.reader.base_path}, and repeat the command to continue."
             ) from error
 
@@ -188,11 +188,8 @@ class Position:
     tokens: Counter[str] = field(default_factory=Counter)
 
 
-class PositionLoader(SavableDataLoader):
+class PositionLoader(CountingLoader):
     """Energon's savable loader, which can also give its state as it was at an earlier `Position`."""
-
-    _worker_sample_counters: list[int]
-    _next_worker_id: int
 
     def __init__(self, dataset: SavableDataset, timeout: float) -> None:
         workers = dataset.worker_config.num_workers
@@ -208,39 +205,30 @@ class PositionLoader(SavableDataLoader):
         _prepare(self)
         self.patience = timeout
 
-    def _worker_command(self, *command: Any) -> list[Any]:
-        """As Energon's, which waits for ever for a worker that is dead or hangs. Raises UserError."""
-        results: dict[int, Any] = {}
-        for commands in self.cmd_queues:
-            commands.put(command)
+    def answer(self, answers: Any) -> dict[int, Any]:
+        """Energon would wait for ever for a worker that is dead or hangs. Raises UserError."""
         deadline = time.monotonic() + self.patience
-        for answers in self.result_queues:
-            while True:
-                try:
-                    results |= answers.get(timeout=1)
-                    break
-                except queue.Empty:
-                    if self._iterator is None or not all(worker.is_alive() for worker in self._iterator._workers):
-                        raise UserError(f"a loader process died. {_AFTER_DEATH}") from None
-                    if time.monotonic() > deadline:
-                        raise UserError(
-                            f"a loader process has not answered for {self.patience:g} s. {_AFTER_SILENCE}"
-                        ) from None
-        for result in results.values():
-            if isinstance(result, Exception):
-                raise result
-        return [results[worker] for worker in range(len(results))]
+        while True:
+            try:
+                return answers.get(timeout=1)
+            except queue.Empty:
+                workers = worker_processes(self)
+                if not workers or not all(worker.is_alive() for worker in workers):
+                    raise UserError(f"a loader process died. {_AFTER_DEATH}") from None
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"a loader process has not answered for {self.patience:g} s. {_AFTER_SILENCE}"
+                    ) from None
 
     def state_at(self, position: Position) -> SavableDataLoaderState | None:
         """To be restored, and followed by `position.offset` batches to skip. None: the very beginning."""
         if not self.num_workers:
             return position.snapshot
-        now = self._worker_sample_counters, self._next_worker_id
-        self._worker_sample_counters, self._next_worker_id = position.counters, position.next_worker
+        now, self.counters = self.counters, (position.counters, position.next_worker)
         try:
             return self.save_state_rank()
         finally:
-            self._worker_sample_counters, self._next_worker_id = now
+            self.counters = now
 
     def restore(self, state: SavableDataLoaderState | None) -> None:
         """Continue from what `state_at` gave. Raises CheckpointError."""
@@ -250,12 +238,8 @@ class PositionLoader(SavableDataLoader):
             raise CheckpointError(f"the loader position in the checkpoint does not fit this data: {error}") from error
         if state is not None and self.num_workers:
             # Energon leaves out the batches that a worker is yet to skip, and would replay them if saved before its first
-            self._worker_sample_counters = [
-                worker.offset - 1 + (worker.state.sample_index if worker.state else 0) for worker in state.worker_states
-            ]
-
-    def counters(self) -> tuple[list[int], int]:
-        return list(self._worker_sample_counters), self._next_worker_id
+            delivered = [w.offset - 1 + (w.state.sample_index if w.state else 0) for w in state.worker_states]
+            self.counters = delivered, self.counters[1]
 
 
 class EndlessLoader:
@@ -317,7 +301,7 @@ def _positioned(loader: PositionLoader, last: Position) -> Iterator[tuple[Positi
             snapshot, offset, snapshot_time = loader.save_state_rank(), 0, time.monotonic()
         skipped, truncated = last.skipped + packed.skipped, last.truncated + packed.truncated
         drawn = last.samples + packed.samples, last.tokens + packed.tokens
-        last = Position(*loader.counters(), snapshot, offset, last.batches + 1, skipped, truncated, *drawn)
+        last = Position(*loader.counters, snapshot, offset, last.batches + 1, skipped, truncated, *drawn)
         yield last, packed.batch
 
 
@@ -378,7 +362,7 @@ def tidy_errors(loader: Any, timeout: float) -> Iterator[Packed]:
         silent.set()
         if not loader.num_workers:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
-        for worker in loader._iterator._workers if loader.num_workers else ():
+        for worker in worker_processes(loader):
             worker.kill()
 
     watchdog = Watchdog(timeout, callback=end_silence, dump_stacks=not loader.num_workers, enabled=False)
@@ -419,7 +403,7 @@ def lost_worker(error: BaseException) -> UserError | None:
     A death is noticed by a signal, so the exception may come from anywhere in the process of the trainer.
     """
     text = str(error)
-    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker"):
+    if not isinstance(error, RuntimeError) or not text.startswith(DEAD_WORKER):
         return None
     return UserError(f"a loader process died: {text.splitlines()[0]} {_AFTER_DEATH}")
 
@@ -428,7 +412,7 @@ def _gone_with_a_batch(error: BaseException, loader: Any) -> UserError | None:
     """A worker that dies while its batch is fetched (the block of its tensors comes over a connection) shows as that broken."""
     if not loader.num_workers or not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
         return None
-    workers = loader._iterator._workers
+    workers = worker_processes(loader)
     try:
         dead = wait([worker.sentinel for worker in workers], timeout=5)
         for worker in workers:
@@ -439,15 +423,13 @@ def _gone_with_a_batch(error: BaseException, loader: Any) -> UserError | None:
     return UserError(f"a loader process died: {error!r}. {_AFTER_DEATH}") if dead else None
 
 
-def stop(loader: SavableDataLoader | BasicDataLoader) -> None:
+def stop(loader: PositionLoader | BasicDataLoader) -> None:
     """End the worker processes now. Left to the garbage collector, which may close their queues first, it can take 10 s."""
-    if loader.num_workers and loader._iterator is not None:
-        workers = loader._iterator._workers
-        loader._iterator._shutdown_workers()
+    if workers := worker_processes(loader):
+        end_workers(loader)
         for worker in workers:  # one that hangs does not hear that it should end, and ignores SIGTERM (`_start_worker`)
             if worker.is_alive():
                 worker.kill()
-        loader._iterator = None
 
 
 def _watchdog(timeout: float, workers: int) -> dict[str, Any]:
@@ -456,7 +438,7 @@ def _watchdog(timeout: float, workers: int) -> dict[str, Any]:
     return {"watchdog_timeout_seconds": 0.75 * timeout if workers else 2 * timeout, "fail_on_timeout": workers == 0}
 
 
-def _prepare(loader: SavableDataLoader | BasicDataLoader) -> None:
+def _prepare(loader: PositionLoader | BasicDataLoader) -> None:
     # starting an iterator draws a seed: from here, not from the global generator, whose state a resumed run must match
     loader.generator = torch.Generator()
     loader.pin_memory = torch.cuda.is_available()

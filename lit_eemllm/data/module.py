@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 
+from lit_eemllm.compat.lightning import packs
 from lit_eemllm.data import state as loader_state
 from lit_eemllm.data.loader import (
     EndlessLoader,
@@ -116,14 +117,14 @@ class ShardDataModule(LightningDataModule):
         c, workers, recipe = self.config, worker_config(self.config.workers, self.seed), self.recipe("train")
         dataset = train_dataset(recipe, self.task(recipe.names), workers, c.shuffle_buffer, c.packing_buffer)
         loader, self._asked = PositionLoader(dataset, c.timeout), recipe.shares
-        start = Position(*loader.counters())
+        start = Position(*loader.counters)
         self._shape = self._describe()
         if self._saved:
             self._refuse_changes(self._shape)
             mine = self._saved["ranks"][workers.rank]
             loader.restore(loader_state.loads(mine["loader"]))
             counts = {key: Counter(mine.get(key, {})) for key in _COUNTS}  # earlier versions: of skipped only
-            start = Position(*loader.counters(), **{**{key: mine[key] for key in _TOTALS}, **counts})
+            start = Position(*loader.counters, **{**{key: mine[key] for key in _TOTALS}, **counts})
         self._loader = EndlessLoader(loader, start, trained=self.trainer is not None)
         self._done = self._in_hand = self._loader.last
         return self._loader
@@ -209,7 +210,7 @@ class ShardDataModule(LightningDataModule):
     def _trained_on(self) -> Position:
         if self.trainer is None:
             return self._handed_out()
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        progress = packs(self.trainer)
         return self._in_hand if progress.processed >= progress.ready else self._done
 
     def task(self, names: Mapping[str, str] | None = None) -> PackTask:

@@ -17,6 +17,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from lit_eemllm.compat.torch import shared_storage
+
 ALIGNMENT = 64  # bytes at whose multiples tensors begin, enough for every dtype
 
 
@@ -64,7 +66,7 @@ def sent(value: Any) -> tuple[bytes, Tensor]:
             block.seek(start)
             block.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         block.truncate(sender.end)  # and all is written
-        storage = torch.UntypedStorage._new_shared_fd_cpu(block.fileno(), sender.end)  # type: ignore[attr-defined]
+        storage = shared_storage(block.fileno(), sender.end)
     return content.getvalue(), torch.empty(0, dtype=torch.uint8).set_(storage)
 
 

@@ -139,7 +139,8 @@ def prepare(folder: Path, splits: Mapping[str, str] | None = None) -> dict[str, 
         UserError: naming the shard that is truncated, empty or repeats a key.
     """
     from megatron.energon import CrudeWebdataset
-    from megatron.energon.bracecollapse import collapse
+
+    from lit_eemllm.compat.energon import collapse
 
     names = shard_names(folder)
     patterns = splits or {"val": r"(.*/)?val", "test": r"(.*/)?test", "train": r"(?!(.*/)?(val|test))"}
@@ -185,15 +186,15 @@ def read_shard(path: Path, names_only: bool = False) -> Iterator[tuple[str, dict
 
     Raises UserError, after the samples before it, where the tar is truncated, damaged, compressed or sparse.
     """
-    from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_re
+    from lit_eemllm.compat.energon import MEMBER_NAME, SKIPPED_MEMBER
 
     key: str | None = None
     members: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                match = split_name_re.match(member.name)
-                if not member.isreg() or match is None or skip_meta_re.match(member.name):
+                match = MEMBER_NAME.match(member.name)
+                if not member.isreg() or match is None or SKIPPED_MEMBER.match(member.name):
                     continue
                 if member.issparse():  # a few bytes on disk may claim to be terabytes
                     raise UserError(f"{path}: {member.name} is a sparse file, which is not read.")

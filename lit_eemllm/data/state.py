@@ -15,17 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.energon.flavors.webdataset.sample_loader import SliceState
-from megatron.energon.rng import SystemRngState
-from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
-from megatron.energon.state import FlexState
 
+from lit_eemllm.compat.energon import STATES, FlexState
 from lit_eemllm.errors import CheckpointError
 
-_STATES = {
-    cls.__name__: cls
-    for cls in (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState)
-}
+_STATES = {cls.__name__: cls for cls in STATES}
 
 
 def dumps(state: Any) -> str:

@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from megatron.energon import Cooker, CrudeSample, SkipSample, TaskEncoder, WorkerConfig, stateless
-from megatron.energon.flavors import SavableDataset
-from megatron.energon.wrappers import PackingDataset
+from megatron.energon import Cooker, CrudeSample, SavableDataset, SkipSample, TaskEncoder, WorkerConfig, stateless
 from torch import Tensor
 
+from lit_eemllm.compat.energon import Packing
 from lit_eemllm.data.packing import collate, plan_packs
 from lit_eemllm.data.samples import EncodedSample, SampleEncoder, TokenSample
 from lit_eemllm.data.sending import received, sent
@@ -182,7 +181,7 @@ class PackTask(TaskEncoder):
         )
 
 
-class _Packing(PackingDataset):
+class _Packing(Packing):
     """Energon's packing, whose last pack of every round is not sent off half empty: its samples wait for the next round.
 
     The oldest sample never waits, so none waits for ever. At the end of finite data nothing waits.
@@ -201,11 +200,8 @@ class _Packing(PackingDataset):
         emptiest = min(
             packs[1:], key=lambda pack: sum(sample.length for sample in pack)
         )  # the first has the oldest sample
-        self._reading_buffer.extend(emptiest)
+        self.hold_back(emptiest)
         return [pack for pack in packs if pack is not emptiest]
-
-    def _fill_reading_buffer(self, source_iter: Any, log_progress: bool = False) -> bool:
-        return super()._fill_reading_buffer(source_iter)  # no progress bar from every worker over the trainer's
 
 
 @stateless

@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import rotate_half
 
 from ..attention import AttentionBackend
 from ..errors import ConfigError
@@ -202,7 +201,8 @@ class StreamContext:
 def rotate(x_QNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding of queries or keys, as in transformers' Llama."""
     cos_Q1H, sin_Q1H = angles
-    return x_QNH * cos_Q1H + rotate_half(x_QNH) * sin_Q1H
+    first, second = x_QNH.chunk(2, dim=-1)
+    return x_QNH * cos_Q1H + torch.cat([-second, first], dim=-1) * sin_Q1H
 
 
 class DecoderLayer(nn.Module):

@@ -25,7 +25,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..attention import AttentionBackend, Choice, resolve_backend
-from ..compat.transformers import CACHE
+from ..compat.torch import changes
+from ..compat.transformers import CACHE, Generating
 from ..errors import ConfigError
 from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, take_images, upload
 from ..mechanisms import Mechanism
@@ -97,7 +98,7 @@ def load_decoder_config(path: str) -> tuple[PretrainedConfig, dict[str, Any]]:
     return config, options
 
 
-class EEMLLM(PreTrainedModel, GenerationMixin):
+class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformers wants to see by name
     """A multimodal LLM whose treatment of visual tokens is a `Mechanism`.
 
     Args:
@@ -248,12 +249,12 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         """Replace norms, feed-forward networks and the loss by liger-kernel's fused ones. Raises ConfigError without it."""
         if find_spec("liger_kernel") is None or not torch.cuda.is_available():
             raise ConfigError("model.liger: needs a CUDA device and liger-kernel; pip install '.[liger]'")
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+        import liger_kernel.transformers as liger
 
         parts = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
-        _apply_liger_kernel_to_instance(self.language_model, **parts, rms_norm=True, swiglu=True)
-        self._fused_loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        apply = getattr(liger, f"apply_liger_kernel_to_{self.config.text_config.model_type}")
+        apply(model=self.language_model, **parts, rms_norm=True, swiglu=True)
+        self._fused_loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -339,7 +340,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         """Changes with weights, their type or place, and with autocast."""
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return autocast, tuple((p.data_ptr(), p._version, p.dtype, str(p.device)) for p in self.parameters())
+        return autocast, tuple((p.data_ptr(), changes(p), p.dtype, str(p.device)) for p in self.parameters())
 
     def _image_lengths(self, pixels: Pixels, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Visual tokens of each image."""
@@ -512,19 +513,17 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
         again = is_first_iteration or not kwargs.get("use_cache", True)
         return {**inputs, "pixel_values": pixel_values if again else None, "image_sizes": image_sizes}
 
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def repeated_images(self, times: int, input_ids: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         """Beams and several samples per prompt: images go with their prompt, not one by one."""
-        pixels, sizes = kwargs.pop("pixel_values", None), kwargs.pop("image_sizes", ())
-        if pixels is not None and expand_size > 1 and input_ids is not None:
+        pixels, sizes = options.pop("pixel_values", None), options.pop("image_sizes", ())
+        if pixels is None:
+            return {}
+        if times > 1:
             lengths, chosen, image = self._image_lengths(pixels, sizes), [], 0
             for tokens in input_ids.eq(self.config.image_token_id).sum(-1).tolist():
                 first = image
                 while tokens > 0 and image < len(lengths):
                     tokens, image = tokens - lengths[image], image + 1
-                chosen += [*range(first, image)] * expand_size
+                chosen += [*range(first, image)] * times
             pixels, sizes = take_images(pixels, chosen), [sizes[i] for i in chosen] if sizes else sizes
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        images = {} if pixels is None else {"pixel_values": pixels, "image_sizes": sizes}
-        return input_ids, {**kwargs, **images}
+        return {"pixel_values": pixels, "image_sizes": sizes}

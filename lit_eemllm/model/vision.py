@@ -6,7 +6,6 @@ import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +15,14 @@ from transformers import (
     AutoConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Idefics2VisionConfig,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
-from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
-from transformers.utils import cached_file
 
+from ..compat.transformers import Idefics2VisionTransformer, file_of
 from ..errors import ConfigError
 from ..images import ImageTransform, Transform
 from ..layout import Pixels
@@ -146,7 +144,7 @@ class TransformersVision(VisionEncoder):
             mapping, transform = {r"^vision\.model\.": ""}, transform_from_dict(made["transform"])
         else:
             try:
-                preprocessor = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
+                preprocessor = json.loads(file_of(path, "preprocessor_config.json").read_text())
             except (OSError, ValueError) as error:
                 raise ConfigError(
                     f"model.vision.path: no readable preprocessor_config.json in {path!r}: {error}"

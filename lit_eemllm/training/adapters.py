@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
 from torch import nn
 
+from ..compat.peft import LoraLayer, adapter_delta, dequantized_weight, is_quantized
 from ..console import write_atomically
 from ..errors import ConfigError
 
@@ -69,13 +68,13 @@ def merge_adapters(model: EEMLLM) -> int:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, layer in layers:
         base = layer.get_base_layer()
-        if _is_quantized(base):
+        if is_quantized(base):
             base = _dequantized(base)
-            base.weight.data += layer.get_delta_weight("default")
+            base.weight.data += adapter_delta(layer)
         else:
             layer.merge(safe_merge=True)
         _replace(model, name, base)
-    rest = [(name, module) for name, module in model.named_modules() if _is_quantized(module)]
+    rest = [(name, module) for name, module in model.named_modules() if is_quantized(module)]
     for name, module in rest:
         _replace(model, name, _dequantized(module))
     decoder: Any = model.config.text_config
@@ -84,13 +83,9 @@ def merge_adapters(model: EEMLLM) -> int:
     return len(layers)
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")  # bitsandbytes' own
-
-
 def _dequantized(module: Any) -> nn.Linear:
     plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    plain.weight.data = dequantize_module_weight(module).float()
+    plain.weight.data = dequantized_weight(module)
     if module.bias is not None:
         plain.bias.data = module.bias.data.float()
     return plain

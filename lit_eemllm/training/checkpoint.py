@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.table import Table
 from safetensors.torch import load_file
 
+from ..compat.lightning import saved_packs
 from ..errors import CheckpointError, UserError
 from ..schema import LoraConfig
 from .adapters import MARK, merge_adapters
@@ -119,7 +120,7 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
     May change: where it runs (``trainer.*`` but precision, and packs per step, which are accumulated by so many ranks), the
     attention backend, how long, how often it logs, saves and validates. The data module looks after its own keys.
     """
-    packs_seen = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    packs_seen = saved_packs(checkpoint)["current"]
     if packs_seen["processed"] < packs_seen["ready"]:
         raise CheckpointError(
             "the checkpoint was saved in the middle of a step, before one that went wrong: it holds good weights, but not the "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 
+from ..compat.lightning import DataParallel
 from ..errors import ConfigError
 from ..model.projector import LayerwiseProjector
 
@@ -63,7 +64,7 @@ def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None, offload:
     register_fsdp_forward_method(model, "packed_loss")
 
 
-class FSDP2(ModelParallelStrategy):
+class FSDP2(DataParallel):
     """Data parallel over all processes. A checkpoint is one file of whole tensors, as every other strategy writes it, so that
     a run resumes under another strategy, or on one device. Every rank reads it; rank 0 gathers it in its main memory.
 
@@ -75,10 +76,6 @@ class FSDP2(ModelParallelStrategy):
         backend = "cpu:gloo,cuda:nccl" if offload and torch.cuda.is_available() else None
         super().__init__(save_distributed_checkpoint=False, process_group_backend=backend)
         self.offload = offload
-
-    def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
-        super().setup_environment()
 
     def model_to_device(self) -> None:
         """All but offloaded shares, which torch would not take back."""
@@ -96,7 +93,8 @@ class FSDP2(ModelParallelStrategy):
         module.to(self.root_device)
         module.model = model
         for part in model.modules():
-            part._buffers.update({name: x.to(self.root_device) for name, x in part.named_buffers(recurse=False)})
+            for name, x in list(part.named_buffers(recurse=False)):
+                setattr(part, name, x.to(self.root_device))
 
     def _names(self, optimizer: Optimizer) -> list[str]:
         """Names of the optimiser's parameters in the order in which torch numbers them."""
@@ -107,7 +105,7 @@ class FSDP2(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As `Optimizer.state_dict`, with whole tensors, on rank 0; nothing on the others. (Lightning's would number the
         parameters as the model lists them, frozen ones included.)"""
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         assert self.model is not None
         named: dict[str, Any] = get_optimizer_state_dict(
             self.model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..compat.lightning import begin_validation_anew
 from ..console import console, write_atomically
 from ..data.loader import lost_worker
 from ..errors import UserError
@@ -92,10 +93,7 @@ class Checkpoints(Checkpoint):
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self._somebody_was_asked(trainer):
-            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            progress.reset()
-            progress.increment_ready()  # begun, and no pack done: as Lightning finds a validation that it is to run
-            progress.increment_started()
+            begin_validation_anew(trainer)
             path = self._save(trainer)
             self._stop(trainer, f"in the validation after step {trainer.global_step}, saved as {path}")
 

@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from .. import __version__
+from ..compat.lightning import has_trainer, saved_packs
+from ..compat.torch import scale_
 from ..console import console
 from ..errors import CheckpointError
 from ..layout import PackedBatch, Run, SequenceLayout
@@ -125,7 +127,7 @@ class LitEEMLLM(LightningModule):
         loss, tokens, self.stop_votes = totals
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
         gradients = self._gradients()
-        torch._foreach_mul_(gradients, scale.to(gradients[0].device))  # elsewhere only if they are offloaded
+        scale_(gradients, scale.to(gradients[0].device))  # elsewhere only if they are offloaded
         self.mean_loss = loss / tokens
         self.step_rates = {group["name"].partition(",")[0]: group["lr"] for group in reversed(optimizer.param_groups)}
         self.step_loss, self.step_tokens = 0.0, 0
@@ -152,7 +154,7 @@ class LitEEMLLM(LightningModule):
         self.stop_agreed = check_step(self)  # before clipping, which would spread a NaN over all gradients
         self.step_packs.clear()
         if most is not None:
-            torch._foreach_mul_(gradients, (most / (self.grad_norm + 1e-6)).clamp(max=1))  # as torch.nn.utils has it
+            scale_(gradients, (most / (self.grad_norm + 1e-6)).clamp(max=1))  # as torch.nn.utils has it
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
@@ -232,7 +234,7 @@ class LitEEMLLM(LightningModule):
             )
         rng = checkpoint["rng"]
         self._restored_rng = rng if isinstance(rng, list) else [rng]  # earlier versions: of rank 0 only
-        if self._trainer is not None:
+        if has_trainer(self):
             count_in_packs_of(checkpoint, self.trainer.world_size)
 
     def on_train_start(self) -> None:
@@ -266,7 +268,7 @@ def count_in_packs_of(checkpoint: dict[str, Any], ranks: int) -> None:
     """Lightning counts packs of one rank, and ends a step at multiples of the accumulation. Where a run goes on with another
     number of ranks, and as many packs a step, a rank has seen more packs, or fewer."""
     was = checkpoint["lit_eemllm"].get("ranks", ranks)
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    progress = saved_packs(checkpoint)
     for count in (progress["total"], progress["current"]):
         more = count["ready"] * was // ranks - count["ready"]
         count.update({key: value + more for key, value in count.items()})

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from ..compat.deepspeed import gradient_shares, is_shared_out, link_states
+from ..compat.lightning import Stepping
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Trained(nn.Module):
         return self.whole[0](*args, **kwargs)
 
 
-class DeepSpeed(DDPStrategy):
+class DeepSpeed(Stepping):
     """Data parallel over all processes: Lightning accumulates, DeepSpeed's engine sums over ranks, divides and steps.
 
     (Lightning's `DeepSpeedStrategy` leaves accumulation and clipping to the engine too, so that nobody can weigh gradients by
@@ -84,7 +85,7 @@ class DeepSpeed(DDPStrategy):
             "torch_autocast": {"enabled": self.precision_plugin.precision == "bf16-mixed", "dtype": "bfloat16"},
         }
         deepspeed.utils.logger.setLevel("WARNING")
-        deepspeed.init_distributed(self._get_process_group_backend(), auto_mpi_discovery=False)
+        deepspeed.init_distributed(self.backend_name, auto_mpi_discovery=False)
         assert isinstance(self.model, nn.Module)
         self.model, zero, _, _ = deepspeed.initialize(
             args=SimpleNamespace(device_rank=device.index or 0),
@@ -122,30 +123,22 @@ class DeepSpeed(DDPStrategy):
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
-        result = self.precision_plugin._wrap_closure(self.lightning_module, optimizer, closure)
+        result = self.closure_result(optimizer, closure)
         self.engine.step()
         return result
 
     def gradients(self) -> list[Tensor]:
         """This rank's share, disjoint from those of the others, between the backward pass and the step; to change in place."""
-        return [x for share in self.engine.optimizer.averaged_gradients.values() for x in share]
+        return gradient_shares(self.engine.optimizer)
 
     # --- checkpoints ---
-
-    def _link_states(self) -> None:
-        """So that parameters find their parts of the shares. (DeepSpeed does it once, after the first group's first step, when the
-        other groups have no states.)"""
-        zero = self.engine.optimizer
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """As torch's AdamW would give it, with whole tensors, on rank 0; nothing on the others. A collective call."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         adamw = self.engine.optimizer.optimizer
-        self._link_states()
+        link_states(self.engine.optimizer)
         state: dict[int, dict[str, Tensor]] = {}
         groups: list[dict[str, Any]] = []
         first = 0
@@ -170,7 +163,7 @@ class DeepSpeed(DDPStrategy):
             group.update({key: value for key, value in old.items() if key != "params"})
             step = state[old["params"][0]]["step"]  # of all: every parameter has a gradient in every step
             zero.optimizer.state[share] = {"step": step.clone(), **{key: torch.zeros_like(share) for key in MOMENTS}}
-        self._link_states()
+        link_states(self.engine.optimizer)
         for old, parameters in zip(saved["param_groups"], self._groups, strict=True):
             for number, parameter in zip(old["params"], parameters, strict=True):
                 for key in MOMENTS:
@@ -179,7 +172,7 @@ class DeepSpeed(DDPStrategy):
 
 def full_gradient(parameter: nn.Parameter) -> Tensor | None:
     """Of a step, before the optimiser uses it. A collective call where ZeRO shares it out."""
-    if not hasattr(parameter, "_hp_mapping"):
+    if not is_shared_out(parameter):
         return parameter.grad
     from deepspeed.utils import safe_get_full_grad
 

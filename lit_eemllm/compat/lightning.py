@@ -1,0 +1,56 @@
+"""What we use of Lightning that is private: its counters of packs, and what its strategies keep to themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+
+# --- counters of packs
+def packs(trainer: Trainer) -> Any:
+    """Of this rank in training: attributes ready, started, processed and completed."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current
+
+
+def saved_packs(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The same counters as a checkpoint has them, under ``total`` and ``current``; to be changed in place."""
+    return checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+
+
+def begin_validation_anew(trainer: Trainer) -> None:
+    """Count the validation under way as begun and no pack of it as done, as Lightning finds one that it is to run."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    progress.reset()
+    progress.increment_ready()
+    progress.increment_started()
+
+
+def has_trainer(module: LightningModule) -> bool:
+    """`LightningModule.trainer` raises where there is none."""
+    return module._trainer is not None
+
+
+# --- strategies
+class DataParallel(ModelParallelStrategy):
+    """All processes share the data, none a layer. (The sizes are known only after the strategy was made.)"""
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+
+class Stepping(DDPStrategy):
+    """Lets a subclass take optimiser steps and start processes by itself."""
+
+    def closure_result(self, optimizer: Any, closure: Callable[[], Any]) -> Any:
+        """Forward and backward passes of a step, with Lightning's hooks after them, without the step."""
+        assert self.lightning_module is not None
+        return self.precision_plugin._wrap_closure(self.lightning_module, optimizer, closure)
+
+    @property
+    def backend_name(self) -> str:
+        """Of the process group: the one that was asked for, or the device's."""
+        return self._get_process_group_backend()

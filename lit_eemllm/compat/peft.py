@@ -1,0 +1,26 @@
+"""What we use of peft, and of bitsandbytes through it, that has no documented place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+__all__ = ["LoraLayer", "adapter_delta", "dequantized_weight", "is_quantized"]
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is a linear layer of bitsandbytes, in 4 or 8 bits."""
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def dequantized_weight(module: Any) -> Tensor:
+    """Of a layer of bitsandbytes, float32."""
+    return dequantize_module_weight(module).float()
+
+
+def adapter_delta(layer: LoraLayer) -> Tensor:
+    """What the adapter adds to the layer's weight."""
+    return layer.get_delta_weight("default")

@@ -6,16 +6,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare mechanisms test slow stress check gpu fmt clean
+.PHONY: help demo compare mechanisms test slow stress check newest lowest lock gpu fmt clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "Python 3.10 or newer is needed; try: make PYTHON=python3.12"; exit 1; }; $(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install --editable '.[test]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 demo: $(INSTALLED) ## train and ask a tiny model, from nothing, on a CPU
@@ -40,6 +40,18 @@ check: $(INSTALLED) ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+newest: $(INSTALLED) ## a short job with the newest version of every dependency; names the one that breaks it
+	$(BIN)/python tools/versions.py newest
+
+lowest: $(INSTALLED) ## the same with the lowest versions that pyproject.toml allows
+	$(BIN)/python tools/versions.py lowest
+
+lock: $(INSTALLED) ## look up the newest versions that pyproject.toml allows, and lock them in constraints.txt
+	$(BIN)/python -m pip install 'uv>=0.13,<0.14'
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra test --no-annotate --no-header pyproject.toml -o .lock.unfinished
+	{ grep '^#' constraints.txt; grep -vE '^(nvidia-|cuda-|triton)' .lock.unfinished; } > .constraints.unfinished
+	mv .constraints.unfinished constraints.txt && rm .lock.unfinished
 
 gpu: $(INSTALLED) ## everything that needs a GPU: its tests, then the benchmarks, into benchmarks/
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: PyTorch finds no CUDA device; see: lit-eemllm doctor")'

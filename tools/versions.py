@@ -121,6 +121,7 @@ def main(which: str) -> int:
         venv.create(folder, with_pip=True)
     print(f"{which}: installing into {folder.name}", flush=True)
     try:
+        pip(python, "--upgrade", "pip")
         pip(python, "--upgrade", *wanted(which))
         pip(python, "--no-deps", "--editable", ".")
     except subprocess.CalledProcessError as error:
@@ -128,7 +129,7 @@ def main(which: str) -> int:
         return 1
     here, locked = installed(python), installed(Path(sys.executable))
     direct = [canonicalize_name(r.name) for r in dependencies()]
-    order = [*direct, *sorted(here.keys() - set(direct))]
+    order = [*direct, *sorted(here.keys() - {*direct, "pip", "setuptools", "lit-eemllm"})]
     changed = {n: (locked[n], here[n]) for n in order if n in here and n in locked and here[n] != locked[n]}
     other = ", ".join(f"{name} {new} (locked: {old})" for name, (old, new) in changed.items() if name in direct)
     with tempfile.TemporaryDirectory() as out:

@@ -74,7 +74,6 @@ def add_verbs(to: Any, group: Callable[[str, str], Any], verb: Callable[..., Arg
     made.add_argument("--to", type=Path, metavar="DIR", help=text)
 
     example = "lit-eemllm shrink tiny configs/presets/ee_mllm_7b_pretrain.yaml"
-    example += "\n  lit-eemllm fit configs/presets/ee_mllm_7b_pretrain.yaml tiny/shrink.yaml"
     text = "Make a preset small, for two steps on a CPU: tiny parts, data, and overrides to put behind it."
     made = verb(to, "shrink", _shrink, text, example)
     made.add_argument("out", type=Path, metavar="DIR", help="for the parts, the data and shrink.yaml")

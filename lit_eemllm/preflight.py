@@ -30,10 +30,7 @@ if TYPE_CHECKING:
     from .schema import Config
 
 PYTHON = (3, 10)
-DISK, MEMORY = (
-    1.0,
-    2.0,
-)  # GiB that the demo takes with some to spare: it leaves 0.3 behind, its largest process takes 1.2
+DISK, TEMPORARY, MEMORY = 1.0, 0.5, 2.0  # GiB; `demo` takes 0.14 and 0.2, its largest step 1.4
 MODULES = {"megatron-energon": "megatron.energon", "pyyaml": "yaml", "pillow": "PIL"}
 """Modules that are not called as their packages."""
 SETTINGS = (
@@ -106,17 +103,26 @@ def machine_checks(out: Path) -> list[Check]:
             raise ValueError(f"found {platform.python_version()}, expected {'.'.join(map(str, PYTHON))} or newer")
         return platform.python_version()
 
-    def disk() -> str:
-        out.mkdir(parents=True, exist_ok=True)
-        return _enough(shutil.disk_usage(out).free / 2**30, DISK)
+    def disk(folder: Path, needed: float) -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _enough(shutil.disk_usage(folder).free / 2**30, needed)
 
     def memory() -> str:
         free = free_memory()
         return "not known here, so not checked" if free is None else _enough(free / 2**30, MEMORY)
 
+    temporary = Path(tempfile.gettempdir())
     return [
         Check("Python", python, advice="Install a newer Python and lit_eemllm in an environment of it."),
-        Check(f"disk of {out}", disk, advice="Free some space, or start from a folder on another disk."),
+        Check(
+            f"disk of {out}", partial(disk, out, DISK), (), "Free some space, or start from a folder on another disk."
+        ),
+        Check(
+            f"disk of {temporary}",
+            partial(disk, temporary, TEMPORARY),
+            (),
+            "Free some space, or set TMPDIR to another folder.",
+        ),
         Check("memory", memory, advice="Close other programs, or give the container more."),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from lit_eemllm.errors import UserError
 from lit_eemllm.model import EEMLLM
 
 GIB = 2**30
+TEMPORARY = f"disk of {tempfile.gettempdir()}"
 EE_MLLM = "configs/demo/ee_mllm.yaml"
 
 
@@ -30,7 +32,7 @@ def test_all_is_well_and_nothing_is_left(out: Path, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     assert all(re.match(r"[^:]+: good, .+", line) for line in lines), lines
     names = [line.partition(":")[0] for line in lines]
-    assert names[:3] == ["Python", "disk of runs", "memory"]
+    assert names[:4] == ["Python", "disk of runs", TEMPORARY, "memory"]
     steps = [
         "pictures",
         "tokenizer and encoder",
@@ -47,9 +49,14 @@ def test_all_is_well_and_nothing_is_left(out: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("disk", "memory", "python", "failed"),
     [
-        (0.2, 8, (3, 10), {"disk of runs": "ValueError: 0.2 GiB are free, 1 GiB are needed"}),
+        (
+            0.2,
+            8,
+            (3, 10),
+            {"disk of runs": "ValueError: 0.2 GiB are free, 1 GiB are needed", TEMPORARY: ": 0.2 GiB are free, 0.5 "},
+        ),
         (8, 0.5, (3, 10), {"memory": "ValueError: 0.5 GiB are free, 2 GiB are needed"}),
-        (0.2, 0.5, (3, 10), {"disk of runs": "ValueError: 0.2 ", "memory": "ValueError: 0.5 "}),
+        (0.7, 0.5, (3, 10), {"disk of runs": "ValueError: 0.7 ", "memory": "ValueError: 0.5 "}),
         (8, 8, (4, 1), {"Python": "expected 4.1 or newer"}),
     ],
 )
@@ -64,12 +71,12 @@ def test_too_small_a_machine(out, monkeypatch, capsys, disk, memory, python, fai
     assert found.keys() == failed.keys() and all(text in found[name] for name, text in failed.items())
     advice = [line for line in lines if line.startswith("    ")]
     assert len(advice) == len(failed), "what to do, and no library is blamed"
-    assert len(lines) == 3 + len(failed), "no step is tried"
+    assert len(lines) == 4 + len(failed), "no step is tried"
 
 
 def test_memory_that_is_not_known_is_not_asked_for(out, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "free_memory", lambda: None)
-    assert preflight.passes(preflight.machine_checks(out)[2])
+    assert preflight.passes(preflight.machine_checks(out)[3])
     assert capsys.readouterr().out == "memory: good, not known here, so not checked\n"
 
 

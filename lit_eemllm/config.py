@@ -167,8 +167,8 @@ class _Merge:
     # --- reading
     def file(self, path: Path, named_by: tuple[Path, ...] = ()) -> None:
         """Merge a file, before it the files of its ``defaults``. named_by: the chain of files that led here."""
-        real = find(path).resolve()
-        if real in [find(other).resolve() for other in named_by]:
+        real = path.resolve()
+        if real in [other.resolve() for other in named_by]:
             circle = " -> ".join(map(str, (*named_by, path)))
             self.fail(str(named_by[-1]), "defaults", f"the files build on each other in a circle: {circle}")
             return

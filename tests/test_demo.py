@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lit_eemllm import cli, demo, preflight
 from lit_eemllm.errors import UserError
@@ -146,6 +147,10 @@ def test_an_error_of_our_own_code_blames_what_the_step_uses(capsys):
 
     assert not preflight.passes(preflight.Check("step", broken, ("torch", "no-such-package")))
     assert f"    This probably comes from torch {metadata.version('torch')}. If" in capsys.readouterr().out
+
+    called_back = torch.inference_mode()(broken)  # a frame of torch lies around ours, which has not failed
+    assert not preflight.passes(preflight.Check("step", called_back, ("transformers",)))
+    assert f"    This probably comes from transformers {metadata.version('transformers')}. " in capsys.readouterr().out
 
     def refused() -> str:
         print("what was said before")

@@ -45,6 +45,11 @@ def test_own_file_then_the_shipped_one() -> None:
     assert find("configs/sweeps/../demo/ee_mllm.yaml") == Path(EE_MLLM), "also through a folder that is not there"
     assert find("configs/demo/llava.yaml") == REPOSITORY / "configs/demo/llava.yaml"
     assert find("configs") == Path("configs")
+    Path("elsewhere/deep").mkdir(parents=True)
+    Path("link").symlink_to("elsewhere/deep")
+    put("elsewhere/x.yaml", "")
+    put("x.yaml", "")
+    assert find("link/../x.yaml").resolve() == Path("elsewhere/x.yaml").resolve(), "own paths are the system's"
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         (folder,) = {name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name}
         about = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
         commands = archive.read(f"{folder}/entry_points.txt").decode()
-    assert (about["Name"], about["Version"]) == ("lit_eemllm", __version__)
+    assert (about["Name"], about["Version"], about["Metadata-Version"]) == ("lit_eemllm", __version__, "2.4")
     assert about["Author"] == "lit_eemllm maintainers" and about["License-Expression"] == "Apache-2.0"
     assert "LLaVA" in about["Keywords"] and "Typing :: Typed" in about.get_all("Classifier", [])
     assert "Mechanism as data" in str(about.get_payload()), "the README"

@@ -80,7 +80,7 @@ def test_what_is_nowhere_is_said_with_where_it_was_looked_for(folder: Path) -> N
         if "README" not in str(error.value):
             assert f"looked for in {folder} and among the files that come with lit_eemllm" in str(error.value)
             assert "See: lit-eemllm configs list" in str(error.value)
-    assert "did you mean configs/demo/ee_mllm.yaml? See" in nowhere("configs/demo/ee_mlm.yaml")
+    assert "Did you mean configs/demo/ee_mllm.yaml? See" in nowhere("configs/demo/ee_mlm.yaml")
     assert nowhere("/configs/demo/ee_mlm.yaml") == "", "an absolute name is looked for in one place"
 
 

@@ -136,7 +136,7 @@ def read_recipe(path: str | Path, split: str) -> Recipe:
     if not file.exists():
         raise UserError(
             f"{path}: no such recipe file or shard folder{nowhere(path)}. `lit-eemllm shards make` makes shards, "
-            "`lit-eemllm demo` those of the demo."
+            "with `--source shapes --out runs/demo/data` those of the demo."
         )
     document = _mapping(read_yaml(file), path, "the recipe", required=("splits",), optional=tuple(HEADER))
     for key, expected in HEADER.items():

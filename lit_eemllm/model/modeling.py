@@ -247,7 +247,7 @@ class EEMLLM(PreTrainedModel, GenerationMixin):
     def use_liger(self) -> None:
         """Replace norms, feed-forward networks and the loss by liger-kernel's fused ones. Raises ConfigError without it."""
         if find_spec("liger_kernel") is None or not torch.cuda.is_available():
-            raise ConfigError("model.liger: needs a CUDA device and liger-kernel; pip install '.[liger]'")
+            raise ConfigError("model.liger: needs a CUDA device and liger-kernel; pip install 'lit_eemllm[liger]'")
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 

@@ -45,7 +45,7 @@ def quantized(how: str, compute: torch.dtype) -> Any:
         ConfigError: bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        raise ConfigError(f"model.quantization={how}: bitsandbytes is not installed; pip install '.[qlora]'")
+        raise ConfigError(f"model.quantization={how}: bitsandbytes is not installed; pip install 'lit_eemllm[qlora]'")
     if how == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -42,7 +42,7 @@ def nowhere(path: str | Path) -> str:
         return ""
     name = os.path.normpath(path)
     alike = get_close_matches(name, names(), n=1, cutoff=0.8) if name.startswith(("configs", "data_recipes")) else []
-    hint = f"did you mean {alike[0]}? " if alike else ""
+    hint = f"Did you mean {alike[0]}? " if alike else ""
     return f"; looked for in {Path.cwd()} and among the files that come with lit_eemllm. {hint}See: lit-eemllm configs list"
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .errors import UserError
 
 if TYPE_CHECKING:
     from .schema import Config
@@ -85,7 +86,7 @@ def passes(check: Check) -> bool:
             warnings.simplefilter("ignore")
             found = check.run()
     except Exception as error:  # noqa: BLE001  a library may break in any way; that is what is looked for
-        print(f"FAILED: {describe(error)}")
+        print(f"FAILED: {error if isinstance(error, UserError) else describe(error)}")
         for line in (blame(error, check.uses), check.advice, *said.getvalue().splitlines()[-5:]):
             if line:
                 print(f"    {line}")
@@ -100,7 +101,7 @@ def machine_checks(out: Path) -> list[Check]:
 
     def python() -> str:
         if sys.version_info < PYTHON:
-            raise ValueError(f"found {platform.python_version()}, expected {'.'.join(map(str, PYTHON))} or newer")
+            raise UserError(f"found {platform.python_version()}, expected {'.'.join(map(str, PYTHON))} or newer")
         return platform.python_version()
 
     def disk(folder: Path, needed: float) -> str:
@@ -128,9 +129,9 @@ def machine_checks(out: Path) -> list[Check]:
 
 
 def _enough(free: float, needed: float) -> str:
-    """The two numbers, GiB. Raises ValueError if it is too little."""
+    """The two numbers, GiB. Raises UserError if it is too little."""
     if free < needed:
-        raise ValueError(f"{free:.1f} GiB are free, {needed:g} GiB are needed")
+        raise UserError(f"{free:.1f} GiB are free, {needed:g} GiB are needed")
     return f"{free:.1f} GiB are free, {needed:g} GiB are needed"
 
 
@@ -157,12 +158,14 @@ def library_checks() -> list[Check]:
 
     def check(one: Requirement) -> Check:
         def load() -> str:
+            if not _installed(one.name):
+                raise UserError(f"not installed; pip install '{one}'")
             version = metadata.version(one.name)
             import_module(MODULES.get(one.name, one.name))
             tested = one.specifier.contains(version, prereleases=True)
             return version + ("" if tested else f", but {one.specifier} is what lit_eemllm was tested with")
 
-        return Check(one.name, load, (one.name,), f"Install it anew: pip install --force-reinstall '{one}'")
+        return Check(one.name, load, (one.name,))
 
     return [check(one) for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
 
@@ -242,30 +245,30 @@ def blame(error: BaseException, uses: Sequence[str]) -> str:
 
     Empty for a message of ours, which says itself what to do.
     """
-    from .errors import UserError
-
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, UserError):
         return ""
-    ours, found = __name__.partition(".")[0], list(uses)
-    installed = metadata.packages_distributions()
+    ours, installed = __name__.partition(".")[0], metadata.packages_distributions()
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         top = str(frame.f_globals.get("__name__")).partition(".")[0]
         if top == ours:
             break
         if top in installed:
-            found = installed[top][:1]
-            file = "/".join(Path(frame.f_code.co_filename).parts[-3:])
-            versions = f"{found[0]} {metadata.version(found[0])}, in {file}, line {line}"
-            return f"This comes from {versions}. {_older(found)}"
-    versions = " or ".join(f"{name} {metadata.version(name)}" for name in found if _installed(name))
-    return f"This probably comes from {versions}. {_older(found)}" if versions else ""
+            name, file = installed[top][0], "/".join(Path(frame.f_code.co_filename).parts[-3:])
+            return f"This comes from {_versions([name])}, in {file}, line {line}. {_mend([name])}"
+    names = [name for name in uses if _installed(name)]
+    return f"This probably comes from {_versions(names)}. {_mend(names)}" if names else ""
 
 
-def _older(names: Sequence[str]) -> str:
-    older = " ".join(f"'{name}<{metadata.version(name)}'" for name in names if _installed(name))
-    return f"If it is newer than lit_eemllm {__version__}, try an older one: pip install {older}"
+def _versions(names: Sequence[str]) -> str:
+    return " or ".join(f"{name} {metadata.version(name)}" for name in names)
+
+
+def _mend(names: Sequence[str]) -> str:
+    older = " ".join(f"'{name}<{metadata.version(name)}'" for name in names)
+    again = f"if its files are damaged, install it anew: pip install --force-reinstall --no-deps {' '.join(names)}"
+    return f"If it is newer than lit_eemllm {__version__}, try an older one: pip install {older}; {again}"
 
 
 def _installed(name: str) -> bool:

@@ -106,6 +106,7 @@ def machine_checks(out: Path) -> list[Check]:
 
     def disk(folder: Path, needed: float) -> str:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # it can be written
         return _enough(shutil.disk_usage(folder).free / 2**30, needed)
 
     def memory() -> str:

@@ -75,6 +75,16 @@ def test_too_small_a_machine(out, monkeypatch, capsys, disk, memory, python, fai
     assert len(lines) == 4 + len(failed), "no step is tried"
 
 
+def test_a_folder_that_cannot_be_written(out, monkeypatch, capsys):
+    def refused(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    assert not preflight.passes(preflight.machine_checks(out)[1])
+    said = capsys.readouterr().out
+    assert "disk of runs: FAILED: PermissionError: [Errno 13]" in said and "another disk" in said
+
+
 def test_memory_that_is_not_known_is_not_asked_for(out, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "free_memory", lambda: None)
     assert preflight.passes(preflight.machine_checks(out)[3])

@@ -19,13 +19,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED) ## train and ask a tiny model, from nothing, on a CPU
-	$(BIN)/python tools/demo.py
+	$(BIN)/lit-eemllm demo
 
 compare: $(INSTALLED) ## the longer demo: EE-MLLM and self-attention, three seeds each
-	$(BIN)/python tools/demo.py compare
+	$(BIN)/lit-eemllm demo compare
 
 mechanisms: $(INSTALLED) ## every mechanism on the demo's data: accuracy and costs side by side
-	$(BIN)/python tools/demo.py mechanisms
+	$(BIN)/lit-eemllm demo mechanisms
 
 test: $(INSTALLED) ## the tests, in minutes
 	$(BIN)/python -m pytest -m "not slow"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_eemllm import __version__
+from lit_eemllm.cli_start import add_verbs
 from lit_eemllm.data.sources import SOURCES
 from lit_eemllm.errors import ConfigError, UserError, not_one_of
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lit_eemllm.schema import Config
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
-# Procedural data sets of the repository: name -> "file:function" in data_recipes/. The function (out, split, number of
+# Procedural data sets: name -> "file:function" in data_recipes/. The function (out, split, number of
 # rows) writes out/images/ and returns the path of the rows' JSON file.
 _SOURCES = {
     "shapes": "shapes.py:write",
@@ -146,7 +147,7 @@ def _shards_make(args: Namespace) -> None:
     if args.source in SOURCES:
         if args.root is None:
             raise UserError(f"shards make: --source {args.source} needs --root, the folder of the release; "
-                            f"data_recipes/{args.source}.py says what is expected there")  # fmt: skip
+                            f"lit-eemllm configs show data_recipes/{args.source}.py says what is expected there")  # fmt: skip
         from lit_eemllm.data.sources import convert
 
         wishes = {"splits": args.splits, "turns": args.turns, "format_prompts": not args.bare, "holdout": args.holdout}
@@ -423,6 +424,8 @@ def build_parser() -> ArgumentParser:
     takes_config(verb(config, "show", _config_show, "Print what `fit` would use, every key explained.", example))
     example = "lit-eemllm config check configs/demo/ee_mllm.yaml configs/demo/llava.yaml"
     takes_config(verb(config, "check", _config_check, "Check each file on its own, list all mistakes.", example))
+
+    add_verbs(verbs, group, verb)
     return parser
 
 

@@ -3,7 +3,7 @@
 Order: defaults of the schema <- files, left to right <- ``key=value``, left to right; ``${...}`` is resolved last, so
 an override also changes whatever refers to it in any file. A file may begin with ``defaults: [other.yaml]``: those
 files, named relative to it, are merged before it, each at most once. Every other path is relative to the current
-directory.
+directory. Where there is no such file, the one that comes with the package is meant (`shipped`).
 
 A configuration is data: it may come from the internet, so it names nothing to import, reads no environment (only plain
 references such as ``${out}``, no resolvers such as ``${oc.env:HOME}``) and no YAML tag or alias. All mistakes are
@@ -38,6 +38,7 @@ from yaml.composer import ComposerError
 from lit_eemllm import schema
 from lit_eemllm.errors import MOST_HINTS, ConfigError, did_you_mean
 from lit_eemllm.schema import Config, Mistake, check
+from lit_eemllm.shipped import find, nowhere
 
 MAX_FILES = 64  # files that one configuration may be built from
 MAX_FILE_BYTES = 256 * 1024
@@ -188,16 +189,17 @@ class _Merge:
 
     def content(self, path: Path, named_by: tuple[Path, ...]) -> bytes | None:
         named = f" (named under defaults of {named_by[-1]})" if named_by else ""
-        problem = None
+        problem, file = None, find(path)
         if len(self.merged) > MAX_FILES:
             problem = f"the configuration is built from more than {MAX_FILES} files"
-        elif not os.path.exists(path):
-            problem = "no such file" if named_by else "no such run directory or file"
+        elif not os.path.exists(file):
+            problem = ("no such file" if named_by else "no such run directory or file") + named + nowhere(path)
+            named = ""
         elif path.suffix not in (".yaml", ".yml"):
             problem = "a configuration file ends in .yaml or .yml"
         else:
             try:
-                with path.open("rb") as stream:
+                with file.open("rb") as stream:
                     content = stream.read(MAX_FILE_BYTES + 1)
                 if len(content) <= MAX_FILE_BYTES:
                     return content

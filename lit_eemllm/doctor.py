@@ -30,6 +30,7 @@ from lit_eemllm.attention import probe, registered_backends
 from lit_eemllm.attention.base import Probe
 from lit_eemllm.console import console, progress
 from lit_eemllm.errors import UserError
+from lit_eemllm.preflight import describe
 
 PACKAGES = {
     "torch": "torch",
@@ -123,7 +124,7 @@ def try_backend(name: str, device: torch.device, dtype: torch.dtype, head_size: 
         try:
             return probe(name, device, dtype, training, head_size)
         except Exception as error:  # noqa: BLE001  a user's backend may fail in any way, also before it is tried
-            return Probe(None, {"": _describe(error)})
+            return Probe(None, {"": describe(error)})
 
     trained = attempt(training=True)
     if trained.backend is not None:
@@ -152,7 +153,7 @@ def version_of(distribution: str, module: str) -> str:
     except Exception as error:  # noqa: BLE001  a broken package may fail in any way; that is what we are here to say
         if version is None and isinstance(error, metadata.PackageNotFoundError):
             return "not installed"
-        return f"{version or 'installed'}, but importing it fails: {_describe(error)}"
+        return f"{version or 'installed'}, but importing it fails: {describe(error)}"
     return version
 
 
@@ -215,7 +216,7 @@ def _cuda_devices(driver: str | None) -> tuple[list[dict[str, Any]], str | None]
         torch.cuda.init()
         found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     except Exception as error:  # noqa: BLE001  no driver, an old one, no device: its own words say it best
-        return [], _describe(error)
+        return [], describe(error)
     return [
         {"name": it.name, "memory_gib": _gib(it.total_memory), "capability": f"{it.major}.{it.minor}"} for it in found
     ], None
@@ -236,10 +237,6 @@ def _gib(size: int) -> float:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip()
 
 
 # --- for people

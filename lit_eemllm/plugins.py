@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lit_eemllm.errors import UserError
+from lit_eemllm.shipped import find, nowhere
 
 GROUP = "lit_eemllm.plugins"
 """Entry point group; an entry names a module, which registers what it has when it is imported."""
@@ -28,9 +29,10 @@ def import_user_code(files: Iterable[Path]) -> None:
 
 def run_file(file: Path) -> ModuleType:
     """Run a Python file as a module. Raises UserError if there is none."""
-    spec = spec_from_file_location(f"lit_eemllm_user_{file.stem}", file) if file.is_file() else None
+    found = find(file)
+    spec = spec_from_file_location(f"lit_eemllm_user_{file.stem}", found) if found.is_file() else None
     if spec is None or spec.loader is None:
-        raise UserError(f"{file}: no such Python file (.py)")
+        raise UserError(f"{file}: no such Python file (.py){'' if found.is_file() else nowhere(file)}")
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and loader processes look modules up by name
     spec.loader.exec_module(module)

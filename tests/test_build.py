@@ -28,8 +28,8 @@ def test_missing_and_foreign_folders_are_named(parts):
     for override, message in [
         ("model.decoder=nowhere/at-all", r"model\.decoder: AutoConfig cannot load 'nowhere/at-all'"),
         ("model.decoder=/nope", r"^model\.decoder: no such folder: /nope$"),
-        ("model.decoder=./nope", r"^model\.decoder: no such folder: \./nope$"),
-        ("model.vision.path=a/b/c", r"^model\.vision\.path: no such folder: a/b/c$"),
+        ("model.decoder=./nope", r"^model\.decoder: no such folder: \./nope; looked for in "),
+        ("model.vision.path=a/b/c", r"^model\.vision\.path: no such folder: a/b/c; looked for in "),
         ("model.tokenizer=~/nope", r"^model\.tokenizer: no such folder: ~/nope; ~ is not expanded"),
         (f"model.decoder={parts / 'encoder'}", r"model\.decoder: this decoder is not supported: model_type"),
         (f"model.tokenizer={parts / 'encoder'}", r"model\.tokenizer: AutoTokenizer cannot load"),

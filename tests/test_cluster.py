@@ -1,6 +1,6 @@
 """docs/cluster.md from its first to its last command, in miniature.
 
-The releases are those of tests/test_sources.py, the parts those of tools/shrink.py; `sbatch ... tools/slurm.sh` becomes `fit` in
+The releases are those of tests/test_sources.py, the parts those of `lit-eemllm shrink`; `sbatch ... tools/slurm.sh` becomes `fit` in
 this process (tests/test_distributed.py tests the script itself).
 """
 
@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from test_cli import commands
 from test_sources import RELEASES
 
-from lit_eemllm import cli
+from lit_eemllm import cli, shrink
 from lit_eemllm.config import load_config
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "tools"))
-import shrink  # noqa: E402
-
 PAGE = (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
@@ -30,19 +25,12 @@ def test_every_command_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("configs", "data_recipes", "tools"):
-        Path(folder).symlink_to(REPOSITORY / folder)
     (suite,) = re.findall(r"```yaml\n# suite.yaml\n(.*?)```", PAGE, re.DOTALL)
     Path("suite.yaml").write_text(suite)
     done: list[str] = []
     for words in commands(PAGE):
         capsys.readouterr()
-        if words[0] == "cp":
-            for blend in Path().glob(words[1]):
-                shutil.copy(blend, words[2])
-        elif words[0] == "python":
-            assert words[1] == "tools/shrink.py" and shrink.main(words[2:]) == 0
-        elif words[0] == "sbatch":
+        if words[0] == "sbatch":
             (preset,) = words[words.index("tools/slurm.sh") + 1 :]
             again = done.count(" ".join(words))
             config = load_config([preset])

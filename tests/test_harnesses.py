@@ -440,7 +440,7 @@ def started(*command, place, **environment):
 def lmms_eval(place):
     """A folder of two tasks, questions and choices, for the real lmms-eval."""
     if find_spec("lmms_eval") is None:
-        pytest.skip("needs lmms-eval: pip install '.[lmms-eval]'")
+        pytest.skip("needs lmms-eval: pip install 'lit_eemllm[lmms-eval]'")
     if "lit_eemllm" not in entry_points(group="lmms_eval.models").names:
         pytest.skip("installed before it had an entry point: pip install again")
     folder = place.folder / "tasks"

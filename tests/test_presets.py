@@ -1,4 +1,4 @@
-"""Every preset trains: two optimiser steps on a CPU through the command line, shrunk by tools/shrink.py and nothing else."""
+"""Every preset trains: two optimiser steps on a CPU through the command line, shrunk by `lit-eemllm shrink` and nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,16 +16,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from lit_eemllm import cli
+from lit_eemllm import cli, shrink
 from lit_eemllm.config import load_config
 from lit_eemllm.data import shards
 from lit_eemllm.images import ImageTransform
 from lit_eemllm.resolutions import NativeTransform, with_policy
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "tools"))
-import shrink  # noqa: E402
-
 PRESETS = [
     path for path in sorted((REPOSITORY / "configs" / "presets").glob("*.yaml")) if not path.stem.startswith("base_")
 ]

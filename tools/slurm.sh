@@ -1,5 +1,6 @@
 #!/bin/bash
-# `lit-eemllm fit` on one or many machines, under Slurm or by torchrun. Call it from the repository (or set PYTHON).
+# `lit-eemllm fit` on one or many machines, under Slurm or by torchrun. Its Python is
+# $PYTHON, else that of .venv in the current folder, else python3.
 #
 #   sbatch --nodes=2 --gpus-per-node=8 tools/slurm.sh CONFIG... [KEY=VALUE...]
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 tools/slurm.sh CONFIG... [KEY=VALUE...]      # on each machine, NODE_RANK=0, 1

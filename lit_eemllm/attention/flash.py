@@ -97,7 +97,7 @@ class Flash(VarlenBackend):
         try:
             self.bound = bind(getattr(import_module(module), function))
         except ModuleNotFoundError as error:
-            hint = "; pip install '.[flash]'" if provider == "flash-attn 2" else ""
+            hint = "; pip install 'lit_eemllm[flash]'" if provider == "flash-attn 2" else ""
             raise ModuleNotFoundError(f"{error.name} is not installed{hint}") from None
         self.provider, self.grouped = provider, self.bound.grouped
 

@@ -27,7 +27,7 @@ class XFormers(VarlenBackend):
             from xformers.ops import memory_efficient_attention
             from xformers.ops.fmha import attn_bias
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{error.name} is not installed; pip install '.[xformers]'") from None
+            raise ModuleNotFoundError(f"{error.name} is not installed; pip install 'lit_eemllm[xformers]'") from None
         self._attention, self._masks = memory_efficient_attention, attn_bias
 
     @classmethod

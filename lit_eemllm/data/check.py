@@ -13,6 +13,7 @@ from lit_eemllm.data.samples import SampleEncoder, read_members
 from lit_eemllm.data.shards import Report, read_shard, shard_names
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.images import read_picture
+from lit_eemllm.shipped import find
 
 _T = TypeVar("_T")
 
@@ -47,7 +48,7 @@ def _listed(path: Path, report: Report) -> Iterable[Path]:
         for split in _splits(path, report):
             _try(report, "not_prepared", partial(read_folder, path, split, 1.0))
         return [path / name for name in shard_names(path)]
-    document = read_yaml(path) if path.is_file() else None
+    document = read_yaml(find(path)) if find(path).is_file() else None
     splits = document.get("splits") if isinstance(document, dict) else None
     sources: dict[Path, Source] = {}
     for split in splits if isinstance(splits, dict) and splits else ["train"]:

@@ -35,6 +35,7 @@ import yaml
 from yaml.composer import ComposerError
 
 from lit_eemllm.errors import UserError
+from lit_eemllm.shipped import find, nowhere
 
 META = ".nv-meta"
 MAX_META_BYTES = 16 * 2**20
@@ -129,13 +130,15 @@ def read_recipe(path: str | Path, split: str) -> Recipe:
         raise UserError(
             f"{path}: remote data is not supported. Copy the shards to a local folder and name that folder."
         )
-    if path.is_dir():
-        return Recipe(path, "weight", (read_folder(path.absolute(), split, 1.0),))
-    if not path.exists():
+    file = find(path)
+    if file.is_dir():
+        return Recipe(path, "weight", (read_folder(file.absolute(), split, 1.0),))
+    if not file.exists():
         raise UserError(
-            f"{path}: no such recipe file or shard folder. `lit-eemllm shards make` makes shards, `make demo` those of the demo."
+            f"{path}: no such recipe file or shard folder{nowhere(path)}. `lit-eemllm shards make` makes shards, "
+            "with `--source shapes --out runs/demo/data` those of the demo."
         )
-    document = _mapping(read_yaml(path), path, "the recipe", required=("splits",), optional=tuple(HEADER))
+    document = _mapping(read_yaml(file), path, "the recipe", required=("splits",), optional=tuple(HEADER))
     for key, expected in HEADER.items():
         if document.get(key, expected) != expected:
             raise UserError(
@@ -182,6 +185,8 @@ def _source(entry: Any, recipe: Path, where: str, split: str, share: str | None)
             )
     if not folder.is_dir():
         kind = "a file; recipes cannot be nested, list shard folders" if folder.is_file() else "not there"
+        if not recipe.exists():  # a shipped one
+            kind += f"; to have it beside your shards: lit-eemllm configs copy {recipe} --to SHARDS"
         raise UserError(f"{recipe}: '{where}.path' is {text!r}: {folder} is {kind}.")
     return read_folder(folder, part, float(value))
 

@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 from lit_eemllm.chat import IMAGE, leading_answer
 from lit_eemllm.data.json_rows import read_json
 from lit_eemllm.errors import SampleError, UserError, not_one_of
+from lit_eemllm.shipped import ROOT
 
 if TYPE_CHECKING:
     from lit_eemllm.data.writing import Report
 
-RECIPES = Path(__file__).resolve().parents[2] / "data_recipes"
+RECIPES = ROOT / "data_recipes"
 SOURCES = (
     "alpaca", "blip_laion_cc_sbu_558k", "chartqa", "clevr", "docvqa", "dvqa", "easy_vqa", "grocery", "iconqa", "laion_gpt4v",
     "llava_v1_5_mix665k", "localized_narratives", "lvis_instruct4v", "nlvr", "openstax", "plotqa", "scienceqa", "sharegpt",
@@ -143,11 +144,9 @@ def convert(
 
 
 def run_recipe(file: str) -> ModuleType:
-    """A file of ``data_recipes/``. Raises UserError where the package was installed without the repository."""
+    """A shipped file of ``data_recipes/``, never one of the current folder, which may have come with the data."""
     from lit_eemllm.plugins import run_file
 
-    if not RECIPES.is_dir():
-        raise UserError(f"data_recipes/{file} is not in the installed package; it needs a clone of the repository")
     return run_file(RECIPES / file)
 
 

@@ -248,7 +248,7 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
     def use_liger(self) -> None:
         """Replace norms, feed-forward networks and the loss by liger-kernel's fused ones. Raises ConfigError without it."""
         if find_spec("liger_kernel") is None or not torch.cuda.is_available():
-            raise ConfigError("model.liger: needs a CUDA device and liger-kernel; pip install '.[liger]'")
+            raise ConfigError("model.liger: needs a CUDA device and liger-kernel; pip install 'lit_eemllm[liger]'")
         import liger_kernel.transformers as liger
 
         parts = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}

@@ -10,6 +10,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from ..errors import CheckpointError, ConfigError
+from ..shipped import find, nowhere
 
 
 def load_pretrained(kind: Any, path: str, key: str, **options: Any) -> Any:
@@ -17,18 +18,21 @@ def load_pretrained(kind: Any, path: str, key: str, **options: Any) -> Any:
 
     Args:
         kind: a class of transformers.
-        path: folder or hub id.
+        path: folder, the user's own or a shipped one, or hub id.
         key: the configuration key that named it, for messages.
 
     Raises:
         ConfigError: it is not there, or not of this kind.
     """
+    folder = find(path)
     # what cannot be a hub id is not looked for on the hub
-    if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not os.path.exists(path):
+    if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not os.path.exists(folder):
         home = "; ~ is not expanded after a key, write your home folder out" if path.startswith("~") else ""
-        raise ConfigError(f"{key}: no such folder: {path}{home}")
+        raise ConfigError(f"{key}: no such folder: {path}{home or nowhere(path)}")
     try:
-        return kind.from_pretrained(path, trust_remote_code=False, **options)
+        return kind.from_pretrained(
+            str(folder) if path and folder.is_dir() else path, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"{key}: {kind.__name__} cannot load {path!r}: {reason}") from error
@@ -41,7 +45,7 @@ def quantized(how: str, compute: torch.dtype) -> Any:
         ConfigError: bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
-        raise ConfigError(f"model.quantization={how}: bitsandbytes is not installed; pip install '.[qlora]'")
+        raise ConfigError(f"model.quantization={how}: bitsandbytes is not installed; pip install 'lit_eemllm[qlora]'")
     if how == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

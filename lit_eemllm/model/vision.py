@@ -27,6 +27,7 @@ from ..errors import ConfigError
 from ..images import ImageTransform, Transform
 from ..layout import Pixels
 from ..resolutions import NativeTransform, transform_from_dict, with_policy
+from ..shipped import find
 from .pretrained import load_pretrained, load_weighted
 
 
@@ -144,7 +145,7 @@ class TransformersVision(VisionEncoder):
             mapping, transform = {r"^vision\.model\.": ""}, transform_from_dict(made["transform"])
         else:
             try:
-                preprocessor = json.loads(file_of(path, "preprocessor_config.json").read_text())
+                preprocessor = json.loads(file_of(str(find(path)), "preprocessor_config.json").read_text())
             except (OSError, ValueError) as error:
                 raise ConfigError(
                     f"model.vision.path: no readable preprocessor_config.json in {path!r}: {error}"

@@ -21,6 +21,7 @@ from typing import IO, Any, Protocol
 
 from ..errors import UserError
 from ..schema import Config
+from ..shipped import find, nowhere
 from .plan import Plan, Task, make_plan
 from .spec import Sweep
 from .status import Board, last_lines
@@ -181,7 +182,7 @@ class Local:
         configs = [task.config for task in tasks if task.config is not None]
         data = [(c.data.train, c.data.val, c.eval.data, c.eval.images, c.eval.suite) for c in configs]
         paths = dict.fromkeys(path for some in data for path in some if path is not None)
-        missing = [f"{path}: no such data" for path in paths if not Path(path).exists()]
+        missing = [f"{path}: no such data{nowhere(path)}" for path in paths if not find(path).exists()]
         most = max(map(devices, configs), default=0)
         if 0 < self.all_devices < most:
             missing.append(

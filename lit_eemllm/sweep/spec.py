@@ -18,6 +18,7 @@ import yaml
 
 from ..config import MAX_FILE_BYTES, Loader, is_key, nearest_key
 from ..errors import MOST_HINTS, ConfigError, did_you_mean
+from ..shipped import find, nowhere
 
 RESERVED = ("search", "report", "slurm")  # folders of a sweep directory that are no cell's
 MOST_CELLS = 1000
@@ -147,9 +148,11 @@ class _Reader:
         return f"; {did_you_mean(name, known) or 'expected ' + '; '.join(known)}"
 
     def document(self) -> Any:
-        if not self.file.is_file() or self.file.suffix not in (".yaml", ".yml"):
-            raise ConfigError(f"{self.file}: expected a sweep file (.yaml), see configs/sweeps/")
-        with self.file.open("rb") as stream:
+        file = find(self.file)
+        if not file.is_file() or file.suffix not in (".yaml", ".yml"):
+            where = "" if file.exists() else nowhere(self.file)
+            raise ConfigError(f"{self.file}: expected a sweep file (.yaml), see configs/sweeps/{where}")
+        with file.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
             raise ConfigError(f"{self.file}: more than {MAX_FILE_BYTES} bytes: not a sweep file")

@@ -1,6 +1,6 @@
-"""The switch that shrinks a preset: stand-ins for its decoder and encoder, data, and a file of overrides that goes last.
+"""`lit-eemllm shrink`: a preset made small: stand-ins for its decoder and encoder, data, and a file of overrides that goes last.
 
-    python tools/shrink.py tiny configs/presets/ee_mllm_7b_pretrain.yaml
+    lit-eemllm shrink tiny configs/presets/ee_mllm_7b_pretrain.yaml
     lit-eemllm fit configs/presets/ee_mllm_7b_pretrain.yaml tiny/shrink.yaml        # two steps on a CPU, in seconds
 
 The parts have random weights and the families of the real ones. What a preset says stays as it is: mechanism and its layer
@@ -13,11 +13,9 @@ estimate`, which reads no weights, where the model hub is out of reach.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +31,13 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lit_eemllm.config import load_config
-from lit_eemllm.data import shards
-from lit_eemllm.errors import ConfigError, UserError
-from lit_eemllm.model.vision import NATIVE, TransformersVision
-from lit_eemllm.plugins import run_file
-from lit_eemllm.schema import Config
-from lit_eemllm.weightless import CLIP_L, SHAPES
+from .data import shards
+from .data.sources import RECIPES, run_recipe
+from .errors import ConfigError
+from .model.vision import NATIVE, TransformersVision
+from .schema import Config
+from .weightless import CLIP_L, SHAPES
 
-RECIPES = Path(__file__).resolve().parents[1] / "data_recipes"
 TOKENIZER = RECIPES / "parts" / "decoder"
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -152,29 +148,10 @@ def shrink(config: Config, out: Path, published: bool = False) -> Path:
     if not published:
         data = out / "data"
         if not data.exists():
-            rows = run_file(RECIPES / "shapes.py").write(out / "raw", "train", 64)
+            rows = run_recipe("shapes.py").write(out / "raw", "train", 64)
             asked_once = [row for row in json.loads(rows.read_text()) if len(row["conversations"]) == 2]
             rows.write_text(json.dumps(asked_once))  # the template of stage 1 takes no more
             shards.make({"train": rows}, out / "raw" / "images", data, shard_size=32)
         overrides["data"]["train"] = str(data.absolute())
     (out / "shrink.yaml").write_text(yaml.safe_dump(overrides))
     return out / "shrink.yaml"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for the parts, the data and shrink.yaml")
-    parser.add_argument("inputs", nargs="+", metavar="CONFIG|key=value", help="as for lit-eemllm fit")
-    parser.add_argument("--published", action="store_true", help="config files in published size only")
-    args = parser.parse_args(arguments)
-    files = [text for text in args.inputs if "=" not in text]
-    try:
-        print(shrink(load_config(files, [text for text in args.inputs if "=" in text]), args.out, args.published))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

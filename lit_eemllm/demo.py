@@ -1,16 +1,16 @@
-"""The whole journey on a CPU: make data, train EE-MLLM and self-attention, ask both about pictures they have not seen, compare.
+"""`lit-eemllm demo`: the whole journey on a CPU: make data, train EE-MLLM and self-attention, ask both about pictures they have
+not seen, compare.
 
-    make demo         one seed each, a few minutes
-    make compare      longer training, three seeds each
-    make mechanisms   every mechanism, one seed each
+    lit-eemllm demo               one seed each, a few minutes
+    lit-eemllm demo compare       longer training, three seeds each
+    lit-eemllm demo mechanisms    every mechanism, one seed each
 
-Every step is an ordinary command, printed before it runs, so that it can be repeated by hand. Runs that are finished are
-not trained again; remove `runs/demo` to start over.
+What it needs is tried first (`preflight`). Every step is an ordinary command, printed before it runs, so that it can be
+repeated by hand. Runs that are finished are not trained again; remove `runs/demo` to start over.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -18,9 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
+from .errors import UserError
+from .preflight import preflight
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small gain nothing from a second thread
 COMMAND = [sys.executable, "-m", "lit_eemllm"]
 DATA = Path("runs/demo/data")
 TRAINED = ("llava", "ee_mllm", "naavit", "shortv", "saisa", "vica", "flamingo")
@@ -29,7 +29,7 @@ JOURNEYS = {"demo": (("ee_mllm", "llava"), 1), "compare": (("ee_mllm", "llava"),
 
 
 def run(*words: object) -> None:
-    """Run one command of the program, visibly. Stops the demo if it fails."""
+    """Run one command of the program, visibly. Exits with its status if it fails."""
     print(f"\n$ lit-eemllm {' '.join(map(str, words))}", flush=True)
     result = subprocess.run([*COMMAND, *map(str, words)], check=False)
     if result.returncode:
@@ -38,6 +38,8 @@ def run(*words: object) -> None:
 
 def kill_and_resume(config: str, folder: Path) -> None:
     """20 steps at once, and 20 steps killed after the tenth and continued: compare the two last checkpoints bit by bit."""
+    import torch
+
     options = [
         config,
         "resume=auto",
@@ -68,11 +70,26 @@ def kill_and_resume(config: str, folder: Path) -> None:
         sys.exit("resume is not exact: " + ", ".join(different))
 
 
-def main(name: str) -> None:
+def demo(name: str, force: bool = False) -> None:
+    """Walk one of the journeys.
+
+    Args:
+        name: of `JOURNEYS`.
+        force: go on where the preflight has failed.
+
+    Raises:
+        UserError: something that it needs is missing or broken.
+    """
     start = time.perf_counter()
+    mechanisms, seeds = JOURNEYS[name]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small gain nothing from a second thread
+    if not preflight([f"configs/demo/{mechanism}.yaml" for mechanism in mechanisms], Path("runs")) and not force:
+        raise UserError(
+            "the demo would fail, so nothing was trained; mend what failed above, or try all the same: --force"
+        )
+    print(f"All is well, after {time.perf_counter() - start:.0f} s.")
     if not DATA.is_dir():
         run("shards", "make", "--source", "shapes", "--out", DATA)
-    mechanisms, seeds = JOURNEYS[name]
     runs = []
     for mechanism in mechanisms:
         for seed in range(seeds):
@@ -92,9 +109,3 @@ def main(name: str) -> None:
     run("report", *runs, "--out", Path("runs") / name / "report")
     print(f"\npictures with answers: {', '.join(str(out / 'eval' / 'samples.png') for out in runs)}")
     print(f"{name} took {(time.perf_counter() - start) / 60:.1f} minutes")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("journey", choices=JOURNEYS, nargs="?", default="demo")
-    main(parser.parse_args().journey)

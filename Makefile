@@ -1,6 +1,8 @@
 # A fresh machine needs only Python 3.10 or newer with its venv module. `make help` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests: one a CPU, or as many as memory is for. 0: none but pytest's own, for a debugger.
+WORKERS ?= auto
 BIN := $(VENV)/bin
 # The environment is made once, and again when the dependencies change.
 INSTALLED := $(VENV)/.installed
@@ -28,10 +30,10 @@ mechanisms: $(INSTALLED) ## every mechanism on the demo's data: accuracy and cos
 	$(BIN)/python tools/demo.py mechanisms
 
 test: $(INSTALLED) ## the tests, in minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 slow: $(INSTALLED) ## the tests that take longer: several processes, kills, measured peaks of memory
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 stress: $(INSTALLED) ## kill a tiny run 30 times at random moments; it must end as an unbroken one
 	$(BIN)/python tools/stress.py

@@ -148,6 +148,11 @@ def _defaults() -> DictConfig:
     return OmegaConf.structured(Config)
 
 
+@cache
+def _required() -> set[str]:
+    return OmegaConf.missing_keys(_defaults())
+
+
 class _Unusable(ValueError):
     """A YAML node that cannot be a value: (node, why)."""
 
@@ -304,14 +309,17 @@ class _Merge:
     def resolve(self) -> Config:
         """Replace references by values. A key that is missing or unresolvable is noted and gets a harmless value."""
         defaults = _defaults()
-        required = OmegaConf.missing_keys(defaults)
+        required = _required()
         harmless = {int: 1, float: 1.0, str: "?"}
         for key in [*(key for key in _KEYS if key != "trainer"), *(f"trainer.{name}" for name in self.tree.trainer)]:
             section, _, name = key.rpartition(".")
             parent = OmegaConf.select(self.tree, section) if section else self.tree
             try:
                 value = parent[name]
-                value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+                if OmegaConf.is_config(value):
+                    value = OmegaConf.to_container(value, resolve=True)
+                elif not OmegaConf.is_interpolation(parent, name):
+                    continue  # as most: it is a value already
             except OmegaConfBaseException as error:
                 if key not in self.wrong:
                     raw: Any = OmegaConf.to_container(parent)

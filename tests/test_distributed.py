@@ -5,6 +5,7 @@ Run as a script this file is one of the two ranks, so that nothing but files is 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -47,7 +48,8 @@ from lit_eemllm.training.runlog import RunLog
 from lit_eemllm.training.tuning import parameter_groups
 from lit_eemllm.training.zero import DeepSpeed, Trained, full_gradient
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several processes, one after the other, on few cores
+# Several processes, one after the other, on few cores. One worker of xdist takes all: what two fixtures train takes minutes.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("distributed")]
 
 LORA = ("optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=4", "optim.lora.dropout=0")
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configuration
@@ -173,6 +175,7 @@ def logged_fit(config: Config) -> None:
 
 def main(verb: str, *arguments: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # see tests/conftest.py
     rank = int(os.environ["LOCAL_RANK"])
     if verb == "train":
         folder = Path(arguments[0])

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Processes that share the tests: one a CPU, or as many as memory is for. 0: none but pytest's own, for a debugger.
+# What slow tests of a module share takes minutes to train, so one process takes a whole module of them.
 WORKERS ?= auto
 BIN := $(VENV)/bin
 # The environment is made once, and again when the dependencies change.
@@ -33,7 +34,7 @@ test: $(INSTALLED) ## the tests, in minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 slow: $(INSTALLED) ## the tests that take longer: several processes, kills, measured peaks of memory
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow
 
 stress: $(INSTALLED) ## kill a tiny run 30 times at random moments; it must end as an unbroken one
 	$(BIN)/python tools/stress.py

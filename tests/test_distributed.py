@@ -48,8 +48,7 @@ from lit_eemllm.training.runlog import RunLog
 from lit_eemllm.training.tuning import parameter_groups
 from lit_eemllm.training.zero import DeepSpeed, Trained, full_gradient
 
-# Several processes, one after the other, on few cores. One worker of xdist takes all: what two fixtures train takes minutes.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several processes, one after the other, on few cores
 
 LORA = ("optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=4", "optim.lora.dropout=0")
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configuration

@@ -88,4 +88,5 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if left_out := config.stash.get(LEFT_OUT, 0):
-        terminalreporter.write_line(f"{left_out} tests that need a GPU were not run (no CUDA device)")
+        tests = "1 test that needs a GPU was" if left_out == 1 else f"{left_out} tests that need a GPU were"
+        terminalreporter.write_line(f"{tests} not run (no CUDA device)")

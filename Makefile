@@ -1,6 +1,9 @@
 # A fresh machine needs only Python 3.10 or newer with its venv module. `make help` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests: one a CPU, or as many as memory is for. 0: none but pytest's own, for a debugger.
+# What slow tests of a module share takes minutes to train, so one process takes a whole module of them.
+WORKERS ?= auto
 BIN := $(VENV)/bin
 # The environment is made once, and again when the dependencies change.
 INSTALLED := $(VENV)/.installed
@@ -28,10 +31,10 @@ mechanisms: $(INSTALLED) ## every mechanism on the demo's data: accuracy and cos
 	$(BIN)/lit-eemllm demo mechanisms
 
 test: $(INSTALLED) ## the tests, in minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 slow: $(INSTALLED) ## the tests that take longer: several processes, kills, measured peaks of memory
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow
 
 stress: $(INSTALLED) ## kill a tiny run 30 times at random moments; it must end as an unbroken one
 	$(BIN)/python tools/stress.py

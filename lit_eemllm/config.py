@@ -13,6 +13,7 @@ reported at once, in one `ConfigError`.
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import inspect
 import json
@@ -21,6 +22,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -141,6 +143,17 @@ def nearest_key(key: str, others: Iterable[str] = (), without: Collection[str] =
     return f"{section or 'the top level'} has: {', '.join(names)}"
 
 
+@cache
+def _defaults() -> DictConfig:
+    """The schema as OmegaConf's tree, not to be changed. To make it takes longer than all else that a configuration needs."""
+    return OmegaConf.structured(Config)
+
+
+@cache
+def _required() -> set[str]:
+    return OmegaConf.missing_keys(_defaults())
+
+
 class _Unusable(ValueError):
     """A YAML node that cannot be a value: (node, why)."""
 
@@ -149,7 +162,7 @@ class _Merge:
     """A configuration being put together, with every mistake met on the way."""
 
     def __init__(self) -> None:
-        self.tree: DictConfig = OmegaConf.structured(Config)
+        self.tree = copy.deepcopy(_defaults())
         self.mistakes: list[str] = []
         self.wrong: set[str] = set()  # keys that have a message, or follow from a key that has one
         self.origin: dict[str, str] = {}  # key -> the file and line, or _COMMAND_LINE, that set it last
@@ -297,15 +310,18 @@ class _Merge:
     # --- resolving
     def resolve(self) -> Config:
         """Replace references by values. A key that is missing or unresolvable is noted and gets a harmless value."""
-        defaults = OmegaConf.structured(Config)
-        required = OmegaConf.missing_keys(defaults)
+        defaults = _defaults()
+        required = _required()
         harmless = {int: 1, float: 1.0, str: "?"}
         for key in [*(key for key in _KEYS if key != "trainer"), *(f"trainer.{name}" for name in self.tree.trainer)]:
             section, _, name = key.rpartition(".")
             parent = OmegaConf.select(self.tree, section) if section else self.tree
             try:
                 value = parent[name]
-                value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+                if OmegaConf.is_config(value):
+                    value = OmegaConf.to_container(value, resolve=True)
+                elif not OmegaConf.is_interpolation(parent, name):
+                    continue  # as most: it is a value already
             except OmegaConfBaseException as error:
                 if key not in self.wrong:
                     raw: Any = OmegaConf.to_container(parent)

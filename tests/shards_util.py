@@ -5,6 +5,7 @@ Run as a script it trains or restores in a process of its own, so that nothing b
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -188,6 +189,7 @@ def take(data: ShardDataModule, number: int) -> Iterator[str]:
 
 def main(verb: str, *arguments: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # see tests/conftest.py
     if verb == "kill":  # train until killed in the middle of a step
         recipe, out, workers, accumulate, kill_at = arguments
         data = module(Path(recipe), workers=int(workers))

@@ -5,6 +5,7 @@ Run as a script this file is one of the two ranks, so that nothing but files is 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -173,6 +174,7 @@ def logged_fit(config: Config) -> None:
 
 def main(verb: str, *arguments: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # see tests/conftest.py
     rank = int(os.environ["LOCAL_RANK"])
     if verb == "train":
         folder = Path(arguments[0])

@@ -1,4 +1,7 @@
-"""LoRA through peft: adapters beside a component's linear layers, merged into them or written as peft's own folder."""
+"""LoRA through peft: adapters beside a component's linear layers, merged into them or written as peft's own folder.
+
+peft is imported where it is used: with bitsandbytes, which it loads, that takes longer than PyTorch, and most runs have no adapter.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
 
-from ..compat.peft import LoraLayer, adapter_delta, dequantized_weight, is_quantized
 from ..console import write_atomically
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from ..model import EEMLLM
     from ..schema import LoraConfig as LoraSection
 
@@ -38,6 +41,8 @@ def add_adapters(part: nn.Module, section: LoraSection, key: str) -> None:
     Raises:
         ConfigError: a target that the component has not.
     """
+    from peft import inject_adapter_in_model
+
     layers = linear_layers(part)
     known = {_last(name) for name in layers}
     targets = known if section.targets is None else set(section.targets)
@@ -57,6 +62,8 @@ def _last(name: str) -> str:
 
 
 def _peft_config(section: LoraSection, targets: list[str], **more: Any) -> LoraConfig:
+    from peft import LoraConfig
+
     return LoraConfig(
         r=section.r, lora_alpha=section.alpha, lora_dropout=section.dropout, use_rslora=section.rslora,
         use_dora=section.dora, target_modules=targets, bias="none", **more,
@@ -65,6 +72,8 @@ def _peft_config(section: LoraSection, targets: list[str], **more: Any) -> LoraC
 
 def merge_adapters(model: EEMLLM) -> int:
     """Fold all adapters into their layers, in place; returns how many there were. Quantised layers become ordinary ones."""
+    from ..compat.peft import LoraLayer, adapter_delta, is_quantized
+
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, layer in layers:
         base = layer.get_base_layer()
@@ -84,6 +93,8 @@ def merge_adapters(model: EEMLLM) -> int:
 
 
 def _dequantized(module: Any) -> nn.Linear:
+    from ..compat.peft import dequantized_weight
+
     plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
     plain.weight.data = dequantized_weight(module)
     if module.bias is not None:
@@ -98,6 +109,10 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def save_adapter(decoder: nn.Module, base: str, section: LoraSection, folder: Path) -> None:
     """The decoder's adapter as a folder that plain peft loads on top of the base model `base`."""
+    from peft import get_peft_model_state_dict
+
+    from ..compat.peft import LoraLayer
+
     state = get_peft_model_state_dict(decoder, adapter_name="default", save_embedding_layers=False)
     save_file(
         {f"base_model.model.{name}": x.contiguous() for name, x in state.items()}, folder / "adapter_model.safetensors"

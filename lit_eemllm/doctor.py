@@ -29,8 +29,7 @@ from lit_eemllm import __version__
 from lit_eemllm.attention import probe, registered_backends
 from lit_eemllm.attention.base import Probe
 from lit_eemllm.console import console, progress
-from lit_eemllm.errors import UserError
-from lit_eemllm.preflight import describe
+from lit_eemllm.errors import UserError, describe
 
 PACKAGES = {
     "torch": "torch",

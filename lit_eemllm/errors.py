@@ -80,5 +80,10 @@ def not_one_of(found: Any, known: Collection[str]) -> str:
     return f"found {found!r}, expected {' or '.join(known)}" + (f"; {hint}" if hint else "")
 
 
+def describe(error: BaseException) -> str:
+    """An exception of another library in a line: its type and what it says."""
+    return f"{type(error).__name__}: {error}".strip()
+
+
 def _stands_for(short: str, words: Sequence[str]) -> bool:
     return len(words) > 1 and short == "".join(word[0] for word in words)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import UserError
+from .errors import UserError, describe
 
 if TYPE_CHECKING:
     from .schema import Config
@@ -237,10 +237,6 @@ def step_checks(configs: Sequence[str], folder: Path) -> Iterator[Check]:
 
 
 # --- what is said of an error
-def describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip()
-
-
 def blame(error: BaseException, uses: Sequence[str]) -> str:
     """Which library an error comes from, with its version: the one that raised it or, if our own code did, those it uses.
 

@@ -26,6 +26,7 @@ import shrink  # noqa: E402
 PAGE = (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def _fit(args: Namespace) -> None:
 
     # What is imported by now stays, so the garbage collector need not know it. Else each loader process, and every validation
     # starts its own, walks half a million objects when it starts, and both sides copy the memory that they share: half a second.
+    gc.collect()  # what nobody needs any more shall not stay
     gc.freeze()
     fit(config)
 

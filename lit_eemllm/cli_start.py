@@ -11,10 +11,13 @@ from typing import Any
 from .errors import UserError
 
 
-def _demo(args: Namespace) -> None:
-    from .demo import demo
+def _demo(args: Namespace) -> int:
+    from .demo import check, demo
 
+    if args.check:
+        return 0 if check(args.journey) else 2
     demo(args.journey, args.force)
+    return 0
 
 
 def _configs_list(args: Namespace) -> None:
@@ -57,6 +60,7 @@ def add_verbs(to: Any, group: Callable[[str, str], Any], verb: Callable[..., Arg
     made = verb(to, "demo", _demo, text, example)
     text = "compare: trains longer, with three seeds each; mechanisms: every mechanism, one seed each"
     made.add_argument("journey", choices=("demo", "compare", "mechanisms"), nargs="?", default="demo", help=text)
+    made.add_argument("--check", action="store_true", help="only try what it needs")
     made.add_argument("--force", action="store_true", help="go on where a check has failed")
 
     configs = group("configs", "List, show or copy the configurations and recipes that come with lit_eemllm.")
@@ -70,7 +74,7 @@ def add_verbs(to: Any, group: Callable[[str, str], Any], verb: Callable[..., Arg
     text = "Copy files and folders, to change them: your own file wins over the one of the same name."
     made = verb(configs, "copy", _configs_copy, text, example)
     made.add_argument("names", nargs="+", metavar="NAME")
-    text = "folder for the files and for what is in folders; default: the same names in the current folder"
+    text = "folder for the files and for what is in folders; default: the same names in the current folder, as files need that name others"
     made.add_argument("--to", type=Path, metavar="DIR", help=text)
 
     example = "lit-eemllm shrink tiny configs/presets/ee_mllm_7b_pretrain.yaml"

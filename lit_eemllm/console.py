@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .errors import UserError
 
+COMMAND = (sys.executable, str(Path(__file__).with_name("__main__.py")))
+"""Starts this program as a process of its own, which takes no library from the current folder."""
 WIDTH = None if sys.stdout.isatty() else 120  # columns; a file has no width of its own
 console = Console(highlight=False, soft_wrap=True, markup=False, width=WIDTH)
 

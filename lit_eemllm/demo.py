@@ -5,7 +5,7 @@ not seen, compare.
     lit-eemllm demo compare       longer training, three seeds each
     lit-eemllm demo mechanisms    every mechanism, one seed each
 
-What it needs is tried first (`preflight`). Every step is an ordinary command, printed before it runs, so that it can be
+What it needs is tried first (`preflight`, alone with `--check`). Every step is an ordinary command, printed before it runs, so that it can be
 repeated by hand. Runs that are finished are not trained again; remove `runs/demo` to start over.
 """
 
@@ -18,10 +18,10 @@ import sys
 import time
 from pathlib import Path
 
+from .console import COMMAND
 from .errors import UserError
 from .preflight import preflight
 
-COMMAND = [sys.executable, "-m", "lit_eemllm"]
 DATA = Path("runs/demo/data")
 TRAINED = ("llava", "ee_mllm", "naavit", "shortv", "saisa", "vica", "flamingo")
 JOURNEYS = {"demo": (("ee_mllm", "llava"), 1), "compare": (("ee_mllm", "llava"), 3), "mechanisms": (TRAINED, 1)}
@@ -70,6 +70,15 @@ def kill_and_resume(config: str, folder: Path) -> None:
         sys.exit("resume is not exact: " + ", ".join(different))
 
 
+def check(name: str) -> bool:
+    """Try what a journey needs, and say what came of it."""
+    start = time.perf_counter()
+    well = preflight([f"configs/demo/{mechanism}.yaml" for mechanism in JOURNEYS[name][0]], Path("runs"))
+    if well:
+        print(f"All is well, after {time.perf_counter() - start:.0f} s.")
+    return well
+
+
 def demo(name: str, force: bool = False) -> None:
     """Walk one of the journeys.
 
@@ -83,11 +92,11 @@ def demo(name: str, force: bool = False) -> None:
     start = time.perf_counter()
     mechanisms, seeds = JOURNEYS[name]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small gain nothing from a second thread
-    if not preflight([f"configs/demo/{mechanism}.yaml" for mechanism in mechanisms], Path("runs")) and not force:
+    # a process of its own: it may be taken down by a library, and gives back its memory
+    if subprocess.run([*COMMAND, "demo", name, "--check"], check=False).returncode and not force:
         raise UserError(
             "the demo would fail, so nothing was trained; mend what failed above, or try all the same: --force"
         )
-    print(f"All is well, after {time.perf_counter() - start:.0f} s.")
     if not DATA.is_dir():
         run("shards", "make", "--source", "shapes", "--out", DATA)
     runs = []

@@ -9,6 +9,7 @@ Nothing is imported above that may be broken: a library's import is a check of i
 from __future__ import annotations
 
 import io
+import math
 import platform
 import re
 import shutil
@@ -131,9 +132,10 @@ def machine_checks(out: Path) -> list[Check]:
 
 def _enough(free: float, needed: float) -> str:
     """The two numbers, GiB. Raises UserError if it is too little."""
+    found = f"{math.floor(100 * free + 1e-6) / 100:g} GiB are free, {needed:g} GiB are needed"  # 1.99, not 2
     if free < needed:
-        raise UserError(f"{free:.1f} GiB are free, {needed:g} GiB are needed")
-    return f"{free:.1f} GiB are free, {needed:g} GiB are needed"
+        raise UserError(found)
+    return found
 
 
 def free_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -413,3 +413,14 @@ def test_makefile_and_ci_name_what_exists():
         ["make", "--no-print-directory", "help"], capture_output=True, text=True, cwd=REPOSITORY, timeout=60
     ).stdout
     assert {line.split()[1] for line in shown.splitlines()} == targets
+
+
+@pytest.mark.parametrize("start", ["COMMAND", "lit-eemllm"])
+def test_nothing_in_the_current_folder_is_taken_for_a_library(tmp_path, start):
+    """A data set that is unpacked there may bring a yaml.py."""
+    for name in ("yaml", "omegaconf", "rich", "json", "lit_eemllm"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('executed')")
+    command = COMMAND if start == "COMMAND" else [str(Path(sys.executable).with_name("lit-eemllm"))]
+    line = [*command, "config", "show", "configs/demo/ee_mllm.yaml"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and "preset: ee_mllm" in done.stdout

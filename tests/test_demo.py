@@ -57,6 +57,7 @@ def test_all_is_well_and_nothing_is_left(out: Path, capsys: pytest.CaptureFixtur
             {"disk of runs": "FAILED: 0.2 GiB are free, 1 GiB are needed", TEMPORARY: ": 0.2 GiB are free, 0.5 "},
         ),
         (8, 0.5, (3, 10), {"memory": "FAILED: 0.5 GiB are free, 2 GiB are needed"}),
+        (8, 1.996, (3, 10), {"memory": "FAILED: 1.99 GiB are free, 2 GiB are needed"}),
         (0.7, 0.5, (3, 10), {"disk of runs": "FAILED: 0.7 ", "memory": "FAILED: 0.5 "}),
         (8, 8, (4, 1), {"Python": "expected 4.1 or newer"}),
     ],
@@ -201,6 +202,19 @@ def test_nothing_is_trained_where_a_check_fails(monkeypatch, capsys):
     monkeypatch.setattr(demo, "run", lambda *words: commands.append(words))
     monkeypatch.setattr(demo, "kill_and_resume", lambda *_: None)
     monkeypatch.setattr(demo, "preflight", lambda configs, out: False)
+    assert cli.main(["demo", "--check"]) == 2
+    asked = []
+
+    def checked(command: list[str], check: bool) -> SimpleNamespace:
+        asked.append(command[2:])
+        return SimpleNamespace(returncode=cli.main(command[2:]))
+
+    monkeypatch.setattr(demo.subprocess, "run", checked)
     assert cli.main(["demo"]) == 2 and not commands
-    assert "mend what failed above, or try all the same: --force" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "mend what failed above, or try all the same: --force" in said.err and "All is well" not in said.out
     assert cli.main(["demo", "--force"]) == 0 and commands
+    assert asked == [["demo", "demo", "--check"]] * 2
+    monkeypatch.setattr(demo, "preflight", lambda configs, out: True)
+    capsys.readouterr()
+    assert cli.main(["demo", "--check"]) == 0 and capsys.readouterr().out.startswith("All is well, after 0 s.")

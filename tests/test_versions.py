@@ -80,7 +80,7 @@ CHANGED = {"torch": ("2.13.0", "2.13.1"), "peft": ("0.21.2", "0.22.0"), "rich": 
 def test_a_contract_names_the_library(versions, monkeypatch):
     monkeypatch.setattr(versions, "run", lambda *_: pytest.fail("nothing needs to be tried"))
     error = "Failed: peft 0.22.0: a LoraLayer tells what its adapter adds"
-    assert versions.culprit(Path(), versions.STEPS[0], error, CHANGED, "") == "peft 0.22.0 (locked: 0.21.2)"
+    assert versions.culprit(Path(), versions.STEPS[0], error, CHANGED) == "peft 0.22.0 (locked: 0.21.2)"
 
 
 def test_without_a_contract_the_library_is_found_by_putting_back(versions, monkeypatch):
@@ -88,17 +88,64 @@ def test_without_a_contract_the_library_is_found_by_putting_back(versions, monke
     monkeypatch.setattr(versions, "pip", lambda python, *words: back.append(words[-1]))
     monkeypatch.setattr(versions, "run", lambda *_: "" if "peft==0.21.2" in back else "TypeError: ...")
     step = versions.STEPS[-1]
-    assert versions.culprit(Path(), step, "TypeError: ...", CHANGED, "") == "peft 0.22.0 (locked: 0.21.2)"
+    assert versions.culprit(Path(), step, "TypeError: ...", CHANGED) == "peft 0.22.0 (locked: 0.21.2)"
     assert back == ["torch==2.13.0", "peft==0.21.2"]
     monkeypatch.setattr(versions, "run", lambda *_: "TypeError: ...")
-    assert versions.culprit(Path(), step, "", CHANGED, "").startswith("one of torch 2.13.1 (locked: 2.13.0), peft")
-    assert versions.culprit(Path(), step, "", {}, "") == "no library: these are the locked versions"
+    assert versions.culprit(Path(), step, "", CHANGED).startswith("one of torch 2.13.1 (locked: 2.13.0), peft")
+    assert versions.culprit(Path(), step, "", {}) == "no library: these are the locked versions"
+
+
+def test_a_step_that_stands_on_others_is_tried_again_from_nothing(versions, monkeypatch):
+    """A run that ended after its last checkpoint would be found finished in its folder."""
+    tried = []
+    monkeypatch.setattr(versions, "pip", lambda *_: None)
+    monkeypatch.setattr(versions, "run", lambda python, step, out: tried.append((step[0], out)) or "")
+    versions.culprit(Path(), versions.STEPS[4], "", CHANGED)
+    assert [name for name, _ in tried] == ["shards", "fit", "resume"] and len({out for _, out in tried}) == 1
+    tried.clear()
+    versions.culprit(Path(), versions.STEPS[1], "", CHANGED)
+    assert [name for name, _ in tried] == ["parity"]
+
+
+@pytest.mark.parametrize("refused", ["", "peft==0.21.2", "torch"])
+def test_the_whole_of_it_ends_in_one_line(versions, monkeypatch, capsys, refused):
+    """With a peft that breaks `fit`; with a pip that refuses the locked peft, or everything."""
+    here = {"torch": "2.13.0", "peft": "0.22.0", "rich": "15.0.0"}
+
+    def pip(python, *words):
+        if refused and any(refused in word for word in words):
+            raise versions.subprocess.CalledProcessError(1, "pip", "no such version")
+        here.update({words[-1].split("==")[0]: words[-1].split("==")[1]} if "==" in words[-1] else {})
+
+    monkeypatch.setattr(versions, "pip", pip)
+    monkeypatch.setattr(versions.venv, "create", lambda *_, **__: None)
+    monkeypatch.setattr(
+        versions, "installed", lambda python: dict(here) | ({} if "newest" in str(python) else {"peft": "0.21.2"})
+    )
+    monkeypatch.setattr(versions, "requires", lambda name: ["torch<2.14,>=2.10", "peft<0.22,>=0.19", "rich>=13,<16"])
+    monkeypatch.setattr(
+        versions, "run", lambda p, step, out: "KeyError: 'x'" if step[0] == "fit" and here["peft"] > "0.21.9" else ""
+    )
+    assert versions.main("newest") == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        last
+        == {
+            "": "newest: BROKEN by peft 0.22.0 (locked: 0.21.2) in `fit`: KeyError: 'x'",
+            "peft==0.21.2": "newest: BROKEN by one of peft 0.22.0 (locked: 0.21.2) in `fit`: KeyError: 'x'",
+            "torch": "newest: BROKEN: these versions cannot be installed together, see above",
+        }[refused]
+    )
+    here["peft"] = "0.21.2"
+    if refused != "torch":
+        assert versions.main("newest") == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "newest: good; not as locked: none"
 
 
 def test_the_first_step_that_fails_is_told(versions, monkeypatch, capsys):
     found = {"fit": "TypeError: forward() got an unexpected keyword argument 'cache'"}
     monkeypatch.setattr(versions, "run", lambda python, step, out: found.get(step[0], ""))
-    step, error = versions.job(Path(), "out")
+    step, error = versions.job(Path())
     assert step[0] == "fit" and "'cache'" in error
     assert capsys.readouterr().out.split("\n")[:3] == ["  contracts: good", "  parity: good", "  shards: good"]
 

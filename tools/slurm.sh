@@ -18,6 +18,7 @@ if [ $# -eq 0 ]; then
   echo "usage: $0 CONFIG... [KEY=VALUE...]" >&2
   exit 2
 fi
+export PYTHONSAFEPATH=1 # what lies in the current folder is not taken for a library (Python 3.11 and newer)
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then # one task per device; Lightning reads rank and address from Slurm

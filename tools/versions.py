@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Sequence
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -85,24 +86,31 @@ def run(python: Path, step: tuple[str, ...], out: str) -> str:
     return (told or lines or [""])[0 if "pytest" in words else -1]
 
 
-def job(python: Path, out: str) -> tuple[tuple[str, ...], str] | None:
-    """The first step that fails, and what it says."""
-    for step in STEPS:
-        if error := run(python, step, out):
-            return step, error
-        print(f"  {step[0]}: good", flush=True)
+def job(python: Path, steps: Sequence[tuple[str, ...]] = STEPS) -> tuple[tuple[str, ...], str] | None:
+    """The first step that fails, and what it says. Each job has a folder of its own: a run that is there would be continued."""
+    with tempfile.TemporaryDirectory() as out:
+        for step in steps:
+            if error := run(python, step, out):
+                return step, error
+            print(f"  {step[0]}: good", flush=True)
     return None
 
 
-def culprit(python: Path, step: tuple[str, ...], error: str, changed: dict[str, tuple[str, str]], out: str) -> str:
+def culprit(python: Path, step: tuple[str, ...], error: str, changed: dict[str, tuple[str, str]]) -> str:
     """Which of the changed packages, (locked, here) by name, is to blame."""
     for name, (locked, here) in changed.items():
         if f"{name} {here}: " in error:  # a contract says it
             return f"{name} {here} (locked: {locked})"
+    alone = step[0] in ("contracts", "parity")  # the others stand on those before them
+    steps = [step] if alone else STEPS[2 : STEPS.index(step) + 1]
     for name, (locked, here) in list(changed.items())[:MOST_TRIES]:
-        pip(python, "--no-deps", f"{name}=={locked}")
-        with tempfile.TemporaryDirectory() as again:
-            if not run(python, step, again if step[0] in ("contracts", "parity", "shards") else out):
+        print(f"  once more with {name} {locked}", flush=True)
+        try:
+            pip(python, "--no-deps", f"{name}=={locked}")
+        except subprocess.CalledProcessError as refused:
+            print(refused.stdout)
+        else:
+            if job(python, steps) is None:
                 return f"{name} {here} (locked: {locked})"
     rest = ", ".join(f"{name} {here} (locked: {locked})" for name, (locked, here) in changed.items())
     return f"one of {rest}" if rest else "no library: these are the locked versions"
@@ -117,9 +125,8 @@ def pip(python: Path, *words: str) -> None:
 def main(which: str) -> int:
     folder = ROOT / f".venv-{which}"
     python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
     print(f"{which}: installing into {folder.name}", flush=True)
+    venv.create(folder, clear=True, with_pip=True)
     try:
         pip(python, "--upgrade", "pip")
         pip(python, "--upgrade", *wanted(which))
@@ -132,13 +139,12 @@ def main(which: str) -> int:
     order = [*direct, *sorted(here.keys() - {*direct, "pip", "setuptools", "lit-eemllm"})]
     changed = {n: (locked[n], here[n]) for n in order if n in here and n in locked and here[n] != locked[n]}
     other = ", ".join(f"{name} {new} (locked: {old})" for name, (old, new) in changed.items() if name in direct)
-    with tempfile.TemporaryDirectory() as out:
-        failed = job(python, out)
-        if failed is None:
-            print(f"{which}: good; not as locked: {other or 'none'}")
-            return 0
-        step, error = failed
-        print(f"{which}: BROKEN by {culprit(python, step, error, changed, out)} in `{step[0]}`: {error}")
+    failed = job(python)
+    if failed is None:
+        print(f"{which}: good; not as locked: {other or 'none'}")
+        return 0
+    step, error = failed
+    print(f"{which}: BROKEN by {culprit(python, step, error, changed)} in `{step[0]}`: {error}")
     return 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class Packing(PackingDataset):
 
 # --- the loader
 class CountingLoader(SavableDataLoader):
-    """Energon's savable loader, whose place among its workers' batches can be read and set; answers are waited for by `answer`."""
+    """Energon's savable loader, whose place among its workers' batches can be read and set; whose answers a subclass waits for."""
 
     _worker_sample_counters: list[int]
     _next_worker_id: int
@@ -83,16 +83,16 @@ class CountingLoader(SavableDataLoader):
     def counters(self, value: tuple[list[int], int]) -> None:
         self._worker_sample_counters, self._next_worker_id = value
 
-    def answer(self, answers: Any) -> dict[int, Any]:
-        """What a worker put into its queue of answers."""
+    def answers(self, queues: Sequence[Any]) -> Iterable[dict[int, Any]]:
+        """What each worker puts into its queue of answers."""
         raise NotImplementedError
 
     def _worker_command(self, *command: Any) -> list[Any]:
         for commands in self.cmd_queues:
             commands.put(command)
         results: dict[int, Any] = {}
-        for answers in self.result_queues:
-            results |= self.answer(answers)
+        for answer in self.answers(self.result_queues):
+            results |= answer
         for result in results.values():
             if isinstance(result, Exception):
                 raise result

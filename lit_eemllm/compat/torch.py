@@ -72,5 +72,6 @@ def worker_processes(loader: Any) -> list[BaseProcess]:
 
 def end_workers(loader: Any) -> None:
     """Tell the processes of a DataLoader to end, and forget them."""
-    loader._iterator._shutdown_workers()
-    loader._iterator = None
+    if loader.num_workers and loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None

@@ -9,10 +9,8 @@ from typing import Any
 
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
-from transformers.utils import cached_file
 
 __all__ = ["CACHE", "Generating", "Idefics2VisionTransformer", "best_grid", "file_of", "naflex_size", "rendered"]
 
@@ -37,6 +35,8 @@ class Generating(GenerationMixin):
 
 def file_of(model: str, name: str) -> Path:
     """A file of a model, in a folder or on the hub. Raises OSError."""
+    from transformers.utils import cached_file
+
     return Path(cached_file(model, name))
 
 
@@ -68,4 +68,6 @@ def naflex_size(height: int, width: int, patch: int, most: int) -> tuple[int, in
 
 def best_grid(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Of possible heights and widths, the one that LLaVA-1.6 takes for a picture."""
+    from transformers.image_processing_utils import select_best_resolution
+
     return select_best_resolution(size, list(sizes))

@@ -16,7 +16,7 @@ import tarfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import wait
@@ -205,20 +205,22 @@ class PositionLoader(CountingLoader):
         _prepare(self)
         self.patience = timeout
 
-    def answer(self, answers: Any) -> dict[int, Any]:
+    def answers(self, queues: Sequence[Any]) -> Iterator[dict[int, Any]]:
         """Energon would wait for ever for a worker that is dead or hangs. Raises UserError."""
         deadline = time.monotonic() + self.patience
-        while True:
-            try:
-                return answers.get(timeout=1)
-            except queue.Empty:
-                workers = worker_processes(self)
-                if not workers or not all(worker.is_alive() for worker in workers):
-                    raise UserError(f"a loader process died. {_AFTER_DEATH}") from None
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"a loader process has not answered for {self.patience:g} s. {_AFTER_SILENCE}"
-                    ) from None
+        for answers in queues:
+            while True:
+                try:
+                    yield answers.get(timeout=1)
+                    break
+                except queue.Empty:
+                    workers = worker_processes(self)
+                    if not workers or not all(worker.is_alive() for worker in workers):
+                        raise UserError(f"a loader process died. {_AFTER_DEATH}") from None
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"a loader process has not answered for {self.patience:g} s. {_AFTER_SILENCE}"
+                        ) from None
 
     def state_at(self, position: Position) -> SavableDataLoaderState | None:
         """To be restored, and followed by `position.offset` batches to skip. None: the very beginning."""

@@ -90,7 +90,7 @@ def copy(wanted: Sequence[str], to: Path | None = None) -> list[Path]:
         The files written.
 
     Raises:
-        UserError: there is no such name, or one of the files is there already; nothing was copied.
+        UserError: there is no such name, a file is there already, or two would get one name; nothing was copied.
     """
     copies: dict[Path, Path] = {}
     for name in map(Path, map(os.path.normpath, wanted)):
@@ -100,6 +100,10 @@ def copy(wanted: Sequence[str], to: Path | None = None) -> list[Path]:
         inside = [file for file in sorted(start.rglob("*")) if file.is_file() and file.suffix != ".pyc"]
         for file in inside if start.is_dir() else [start]:
             place = file.relative_to(ROOT) if to is None else to / file.relative_to(start if inside else start.parent)
+            if place in copies and copies[place] != file:
+                raise UserError(
+                    f"{place}: two files would get this name, nothing was copied; copy one folder at a time"
+                )
             copies[place] = file
     if there := [place for place in copies if os.path.lexists(place)]:
         raise UserError(f"{there[0]}: is there already, nothing was copied; remove it, or name a folder: --to DIR")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ..console import console, write_atomically
+from ..console import COMMAND, console, write_atomically
 from ..errors import ConfigError, UserError
-from .execute import COMMAND, Local, Place, locked, run_all
+from .execute import Local, Place, locked, run_all
 from .plan import Plan, Task, make_plan, score, scored_on
 from .spec import Search, Sweep, pairs, read_sweep
 from .status import Board, logged

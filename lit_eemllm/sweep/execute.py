@@ -9,7 +9,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,6 @@ from .plan import Plan, Task, make_plan
 from .spec import Sweep
 from .status import Board, last_lines
 
-COMMAND = (sys.executable, "-m", "lit_eemllm")
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL = 0.2  # seconds
 

@@ -47,7 +47,7 @@ class Miniature:
     def train(self, preset: Path) -> Path:
         """A preset, and before it what it starts from. Returns the run directory."""
         config = ASKED[preset]
-        if Path(config.out, "config.yaml").exists():
+        if Path(config.out, "checkpoints").exists():  # a command alone leaves other files there
             return Path(config.out)
         if config.init_from in OF_RUN:
             self.train(OF_RUN[config.init_from])

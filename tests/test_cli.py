@@ -18,6 +18,7 @@ import pytest
 
 from lit_eemllm import cli
 from lit_eemllm.config import Config, flat, load_config, to_yaml
+from lit_eemllm.console import COMMAND
 from lit_eemllm.errors import UserError
 from lit_eemllm.schema import check_names
 

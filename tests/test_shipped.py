@@ -157,6 +157,7 @@ def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, message in (
         (["copy", "configs/demo"], "is there already, nothing was copied"),
         (["copy", "configs/../README.md"], "README.md: does not come with lit_eemllm"),
+        (["copy", "configs/demo", "configs/hard", "--to", "both"], "both/base.yaml: two files would get this name"),
         (["copy", "../x"], "../x: does not come with lit_eemllm"),
         (["show", "configs/stages"], "configs/stages: a folder, expected a file"),
         (["show", "data_recipes/parts/decoder/model.safetensors"], "not a text"),
@@ -165,6 +166,7 @@ def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["configs", *wrong]) == 2
         assert message in capsys.readouterr().err
     assert Path(EE_MLLM).read_text() == "mine: 1" and not Path("configs/demo/vica.yaml").exists()
+    assert not Path("both").exists()
 
 
 def test_what_is_shipped_is_in_the_repository() -> None:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 __all__ = [
-    "DEAD_WORKER", "FakeTensorMode", "FlopCounterMode", "allow_recompiles", "changes", "end_workers", "flop_counter", "scale_",
+    "DEAD_WORKER", "FakeTensorMode", "allow_recompiles", "changes", "end_workers", "flop_counter", "scale_",
     "shared_storage", "storage_id", "worker_processes",
 ]  # fmt: skip
 

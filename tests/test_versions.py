@@ -155,3 +155,6 @@ def test_a_step_says_its_error_in_one_line(versions, tmp_path):
     assert versions.run(python, ("fit", "-c", code), str(tmp_path)) == "error: key: found 1, expected 2"
     assert versions.run(python, ("fit", "-c", "raise KeyError('cache: none')"), "") == "KeyError: 'cache: none'"
     assert versions.run(python, ("fit", "-c", "print('Error: no')"), "") == ""
+    chain = "E   KeyError: 'x'\nthe cause of\nE   Failed: peft 0.22.0: it was so. Mend ...: KeyError('x')"
+    said = versions.run(python, ("contracts", "-c", f"import sys; print({chain!r}); sys.exit(1)"), "")
+    assert said == "Failed: peft 0.22.0: it was so. Mend ...: KeyError('x')"

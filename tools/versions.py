@@ -82,8 +82,9 @@ def run(python: Path, step: tuple[str, ...], out: str) -> str:
     if not done.returncode:
         return ""
     lines = [line.removeprefix("E").strip() for line in done.stdout.splitlines()]
-    told = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|error)\b.*: ", line)]
-    return (told or lines or [""])[0 if "pytest" in words else -1]
+    told = [line for line in lines if re.match(r"[\w.]*(Error|Exception|error)\b.*: ", line)]
+    broken = [line for line in lines if line.startswith("Failed: ")]  # a contract, which names the library
+    return broken[0] if broken else (told or lines or [""])[0 if "pytest" in words else -1]
 
 
 def job(python: Path, steps: Sequence[tuple[str, ...]] = STEPS) -> tuple[tuple[str, ...], str] | None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -459,10 +460,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from lit_eemllm.plugins import import_user_code
 
             import_user_code(args.imports)
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 141  # as of a process that SIGPIPE has ended
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed any more, such as `head` that has seen enough; if so, it is thrown away from here on."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone

@@ -50,7 +50,9 @@ def _shrink(args: Namespace) -> None:
     from .shrink import shrink
 
     files = [text for text in args.inputs if "=" not in text]
-    print(shrink(load_config(files, [text for text in args.inputs if "=" in text]), args.out, args.published))
+    made = shrink(load_config(files, [text for text in args.inputs if "=" in text]), args.out, args.published)
+    verb = "estimate" if args.published else "fit"
+    print(f"{made}: goes behind the others: lit-eemllm {verb} {' '.join(args.inputs)} {made}")
 
 
 def add_verbs(to: Any, group: Callable[[str, str], Any], verb: Callable[..., ArgumentParser]) -> None:

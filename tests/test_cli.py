@@ -425,3 +425,28 @@ def test_nothing_in_the_current_folder_is_taken_for_a_library(tmp_path, start):
     line = [*command, "config", "show", "configs/demo/ee_mllm.yaml"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "") and "preset: ee_mllm" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    line = f"{shlex.quote(str(Path(sys.executable).with_name('lit-eemllm')))} configs list; echo ended with $? >&2"
+    done = subprocess.run(["bash", "-c", f"({line}) | head -1"], capture_output=True, text=True, cwd=REPOSITORY)
+    assert len(done.stdout.splitlines()) == 1 and done.stderr.strip() in ("ended with 141", "ended with 0")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_hidden(monkeypatch):
+    def broken(_):
+        raise BrokenPipeError("a loader process")
+
+    monkeypatch.setattr(cli, "parse", lambda _: SimpleNamespace(imports=None, run=broken))
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    with pytest.raises(BrokenPipeError, match="loader"):
+        cli.main([])
+
+
+def test_rows_given_for_a_recipe_are_not_printed(tmp_path, capsys):
+    rows = tmp_path / "train.json"
+    rows.write_text("[" + ", ".join(['{"id": "1"}'] * 5000) + "]")
+    options = [f"data.train={rows}", "data.val=null", f"out={tmp_path / 'run'}"]
+    assert cli.main(["fit", str(REPOSITORY / "configs/demo/ee_mllm.yaml"), *options]) == 2
+    said = capsys.readouterr().err
+    assert f"lit-eemllm shards make --rows train={rows} --images DIR" in said and len(said) < 600

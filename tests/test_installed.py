@@ -260,7 +260,8 @@ def test_converters_and_blends(installed: Installed) -> None:
 
 def test_a_shrunk_preset_trains(installed: Installed) -> None:
     preset = "configs/presets/ee_mllm_7b_pretrain.yaml"
-    assert installed("shrink", "tiny", preset).endswith("tiny/shrink.yaml\n")
+    told = installed("shrink", "tiny", preset).splitlines()[-1]
+    assert told == f"tiny/shrink.yaml: goes behind the others: lit-eemllm fit {preset} tiny/shrink.yaml"
     installed("fit", preset, "tiny/shrink.yaml", "out=runs/tiny")
     assert (installed.folder / "runs" / "tiny" / "checkpoints" / "step-2.ckpt").is_file()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_eemllm import cli
+from lit_eemllm import cli, shipped
 from lit_eemllm.config import load_config
 from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.errors import ConfigError, UserError
@@ -132,7 +132,7 @@ def test_own_code_is_found_by_import_alone(capsys: pytest.CaptureFixture[str]) -
     assert "mine" in capsys.readouterr().out
 
 
-def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_show_and_copy(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     assert cli.main(["configs", "list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     files = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "configs").rglob("*.yaml")}
@@ -154,6 +154,13 @@ def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
 
     put(EE_MLLM, "mine: 1")
     Path("configs/demo/vica.yaml").unlink()
+    shipped._tell.cache_clear()
+    caplog.clear()
+    with caplog.at_level("INFO", "lit_eemllm"):
+        assert shipped.find(EE_MLLM) == shipped.find(EE_MLLM) == Path(EE_MLLM)
+        shipped.find("configs/demo/saisa.yaml")
+    told = [record.getMessage().partition(" in place")[0] for record in caplog.records]
+    assert told == [f"uses your own {EE_MLLM}", "uses your own configs/demo/saisa.yaml"]
     for wrong, message in (
         (["copy", "configs/demo"], "is there already, nothing was copied"),
         (["copy", "configs/../README.md"], "README.md: does not come with lit_eemllm"),

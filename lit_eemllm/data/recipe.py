@@ -138,25 +138,33 @@ def read_recipe(path: str | Path, split: str) -> Recipe:
             f"{path}: no such recipe file or shard folder{nowhere(path)}. `lit-eemllm shards make` makes shards, "
             "with `--source shapes --out runs/demo/data` those of the demo."
         )
-    document = _mapping(read_yaml(file), path, "the recipe", required=("splits",), optional=tuple(HEADER))
+    found = read_yaml(file)
+    if isinstance(found, list):
+        raise UserError(
+            f"{path}: a list of {len(found):,} rows, expected a recipe or a folder of shards. Make shards of them first: "
+            f"lit-eemllm shards make --rows {split}={path} --images DIR --out shards/NAME"
+        )
+    document = _mapping(found, path, "the recipe", required=("splits",), optional=tuple(HEADER))
     for key, expected in HEADER.items():
         if document.get(key, expected) != expected:
             raise UserError(
-                f"{path}: key '{key}' is {document[key]!r}, but a recipe may name nothing to import; "
+                f"{path}: key '{key}' is {document[key]!r:.200}, but a recipe may name nothing to import; "
                 f"the only accepted value is {expected!r}. Nothing was imported or executed."
             )
     splits = document["splits"]
     if not isinstance(splits, dict) or split not in splits:
-        found = ", ".join(map(str, splits)) if isinstance(splits, dict) else type(splits).__name__
-        raise UserError(f"{path}: no split {split!r} under 'splits' (found: {found}).")
+        there = ", ".join(map(str, splits)) if isinstance(splits, dict) else type(splits).__name__
+        raise UserError(f"{path}: no split {split!r} under 'splits' (found: {there:.200}).")
     where, body = f"splits.{split}", splits[split]
     if not isinstance(body, dict):
-        raise UserError(f"{path}: '{where}' is {body!r}, expected a mapping with 'path', 'blend' or 'blend_epochized'.")
+        raise UserError(
+            f"{path}: '{where}' is {body!r:.200}, expected a mapping with 'path', 'blend' or 'blend_epochized'."
+        )
     for blend, share in _SHARES.items():
         if blend in body:
             entries = _mapping(body, path, where, required=(blend,))[blend]
             if not isinstance(entries, list) or not entries:
-                raise UserError(f"{path}: '{where}.{blend}' is {entries!r}, expected a list of {{path, {share}}}.")
+                raise UserError(f"{path}: '{where}.{blend}' is {entries!r:.200}, expected a list of {{path, {share}}}.")
             sources = tuple(
                 _source(entry, path, f"{where}.{blend}[{i}]", split, share) for i, entry in enumerate(entries)
             )
@@ -168,26 +176,30 @@ def _source(entry: Any, recipe: Path, where: str, split: str, share: str | None)
     entry = _mapping(entry, recipe, where, ("path",), ("split_part", *([share] if share else [])))
     text, part = entry["path"], entry.get("split_part", split)
     if not isinstance(text, str) or not isinstance(part, str):
-        raise UserError(f"{recipe}: 'path' and 'split_part' of '{where}' must be text, found {text!r} and {part!r}.")
+        raise UserError(
+            f"{recipe}: 'path' and 'split_part' of '{where}' must be text, found {text!r:.200} and {part!r}."
+        )
     value = entry.get(share, 1) if share else 1
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise UserError(f"{recipe}: '{where}.{share}' is {value!r}, expected a number above 0.")
+        raise UserError(f"{recipe}: '{where}.{share}' is {value!r:.200}, expected a number above 0.")
     if _URL.match(text):
-        raise UserError(f"{recipe}: '{where}.path' is {text!r}; remote data is not supported, name a local folder.")
+        raise UserError(
+            f"{recipe}: '{where}.path' is {text!r:.200}; remote data is not supported, name a local folder."
+        )
     folder = Path(text)
     if not folder.is_absolute():
         base = recipe.absolute().parent
         folder = base / folder
         if not folder.resolve().is_relative_to(base.resolve()):
             raise UserError(
-                f"{recipe}: '{where}.path' is {text!r}, which leaves the recipe's own folder {base}. "
+                f"{recipe}: '{where}.path' is {text!r:.200}, which leaves the recipe's own folder {base}. "
                 "If that is meant, write the absolute path."
             )
     if not folder.is_dir():
         kind = "a file; recipes cannot be nested, list shard folders" if folder.is_file() else "not there"
         if not recipe.exists():  # a shipped one
             kind += f"; to have it beside your shards: lit-eemllm configs copy {recipe} --to SHARDS"
-        raise UserError(f"{recipe}: '{where}.path' is {text!r}: {folder} is {kind}.")
+        raise UserError(f"{recipe}: '{where}.path' is {text!r:.200}: {folder} is {kind}.")
     return read_folder(folder, part, float(value))
 
 
@@ -265,7 +277,7 @@ def _check_shard(folder: Path, name: str, count: int) -> None:
 def _expand(patterns: Any, path: Path, where: str) -> list[str]:
     """``a-{000..002}.tar`` -> three names. One numeric range per name, which is what `prepare` writes, and no more."""
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise UserError(f"{path}: '{where}' is {patterns!r}, expected a list of shard names.")
+        raise UserError(f"{path}: '{where}' is {patterns!r:.200}, expected a list of shard names.")
     names: list[str] = []
     for pattern in patterns:
         match = _RANGE.search(pattern)
@@ -320,7 +332,7 @@ def _mapping(
 ) -> Mapping[str, Any]:
     """`value` is a mapping with these keys and no others."""
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {where} is {value!r}, expected a mapping with {', '.join(required)}.")
+        raise UserError(f"{path}: {where} is {value!r:.200}, expected a mapping with {', '.join(required)}.")
     allowed = (*required, *optional)
     if unknown := [key for key in value if key not in allowed]:
         names = ", ".join(f"'{key}'" for key in unknown)

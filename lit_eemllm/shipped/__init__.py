@@ -11,16 +11,19 @@ current folder. A file of the user's own is run only if `--import` names it.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 from ..errors import UserError
 
 SHIPPED = ("configs", "data_recipes", "tools/efficientnet_lite.py", "tools/slurm.sh")
 """Files and folders; pyproject.toml puts the same into the wheel."""
+_log = logging.getLogger("lit_eemllm")
 _HERE = Path(__file__).resolve().parent
 ROOT = _HERE if (_HERE / "configs").is_dir() else _HERE.parents[1]
 """The folder that shipped names are relative to."""
@@ -30,10 +33,18 @@ def find(path: str | Path) -> Path:
     """The file or folder that a name means: the user's own, else the shipped one; the name itself if there is neither."""
     given, name = Path(path), Path(os.path.normpath(path))
     if given.is_absolute() or os.path.exists(given):
+        _tell(given, name)
         return given
     if os.path.exists(name):  # through a folder that only the shipped name has: configs/sweeps/../demo/mine.yaml
         return name
     return ROOT / name if _is_shipped(name) else given
+
+
+@cache
+def _tell(own: Path, name: Path) -> None:
+    """Once of each: that a whole file of the user's own stands in for a shipped one, in case it was forgotten or is meant to be merged."""
+    if own.is_file() and not own.is_absolute() and _is_shipped(name) and not own.samefile(ROOT / name):
+        _log.info(f"uses your own {own} in place of the whole file that comes with lit_eemllm")
 
 
 def nowhere(path: str | Path) -> str:
@@ -70,8 +81,12 @@ def about(name: str) -> str:
 def show(name: str) -> str:
     """The text of the file that a name means. Raises UserError if it is not there, or not a text."""
     file = find(name)
+    if file.is_dir():
+        raise UserError(
+            f"{name}: a folder, expected a file; to see what is in it: lit-eemllm configs copy {name} --to DIR"
+        )
     if not file.is_file():
-        raise UserError(f"{name}: {'a folder, expected a file' if file.is_dir() else 'no such file'}{nowhere(name)}")
+        raise UserError(f"{name}: no such file{nowhere(name)}")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -82,6 +82,11 @@ def lacks(name: str) -> Callable[[pytest.MonkeyPatch], None]:
     return broken
 
 
+def no_attribute(cls: str, name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """A library whose objects have no attribute of this name, and cannot be given one."""
+    return lambda patch: patch.setattr(f"{cls}.{name}", property(), raising=False)
+
+
 def compat(library: str) -> Any:
     return importlib.import_module(f"lit_eemllm.compat.{library}")
 
@@ -330,7 +335,7 @@ class Dies:
 @contract(
     "torch",
     "a DataLoader has processes, which can be ended",
-    lacks("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown_workers"),
+    no_attribute("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", "_workers"),
 )
 def loaders_have_processes():
     from torch.utils.data import DataLoader
@@ -340,14 +345,10 @@ def loaders_have_processes():
     next(iter(loader))
     processes = module.worker_processes(loader)
     assert len(processes) == 2 and all(process.is_alive() for process in processes)
-    try:
-        module.end_workers(loader)
-        for process in processes:
-            process.join(10)
-        assert not any(process.is_alive() for process in processes) and module.worker_processes(loader) == []
-    finally:
-        for process in processes:  # or the garbage collector waits for them
-            process.kill()
+    module.end_workers(loader)
+    for process in processes:
+        process.join(10)
+    assert not any(process.is_alive() for process in processes) and module.worker_processes(loader) == []
 
 
 @contract(
@@ -391,11 +392,6 @@ def trained_steps(train: bool = True) -> tuple[Any, Any]:
     if train:
         trainer.fit(module, DataLoader(torch.ones(8)))
     return module, trainer
-
-
-def no_attribute(cls: str, name: str) -> Callable[[pytest.MonkeyPatch], None]:
-    """A library whose objects have no attribute of this name, and cannot be given one."""
-    return lambda patch: patch.setattr(f"{cls}.{name}", property(), raising=False)
 
 
 @contract(

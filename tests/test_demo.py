@@ -180,13 +180,26 @@ def test_an_error_of_our_own_code_blames_what_the_step_uses(capsys):
     assert capsys.readouterr().out == said, "a message of ours says itself what to do"
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What the demo asks of a process of its own, run in this one."""
+    found: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        found.append(command[2:])
+        return SimpleNamespace(returncode=cli.main(command[2:]))
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    return found
+
+
 @pytest.mark.parametrize("name", demo.JOURNEYS)
-def test_every_command_of_a_journey_is_one(name, monkeypatch, capsys):
+def test_every_command_of_a_journey_is_one(name, monkeypatch, capsys, asked):
     commands: list[list[str]] = []
     monkeypatch.setattr(demo, "run", lambda *words: commands.append([str(word) for word in words]))
     monkeypatch.setattr(demo, "kill_and_resume", lambda *_: None)
     monkeypatch.setattr(demo, "preflight", lambda configs, out: all(cli.parse(["fit", config]) for config in configs))
-    assert cli.main(["demo", name]) == 0
+    assert cli.main(["demo", name]) == 0 and asked == [["demo", name, "--check"]]
     for words in commands:
         cli.parse(words)
         for word in words:
@@ -197,19 +210,12 @@ def test_every_command_of_a_journey_is_one(name, monkeypatch, capsys):
     assert len(commands[-1]) - 3 == len(trained) + (name == "mechanisms")
 
 
-def test_nothing_is_trained_where_a_check_fails(monkeypatch, capsys):
+def test_nothing_is_trained_where_a_check_fails(monkeypatch, capsys, asked):
     commands: list[tuple] = []
     monkeypatch.setattr(demo, "run", lambda *words: commands.append(words))
     monkeypatch.setattr(demo, "kill_and_resume", lambda *_: None)
     monkeypatch.setattr(demo, "preflight", lambda configs, out: False)
     assert cli.main(["demo", "--check"]) == 2
-    asked = []
-
-    def checked(command: list[str], check: bool) -> SimpleNamespace:
-        asked.append(command[2:])
-        return SimpleNamespace(returncode=cli.main(command[2:]))
-
-    monkeypatch.setattr(demo.subprocess, "run", checked)
     assert cli.main(["demo"]) == 2 and not commands
     said = capsys.readouterr()
     assert "mend what failed above, or try all the same: --force" in said.err and "All is well" not in said.out

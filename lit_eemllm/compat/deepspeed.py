@@ -1,10 +1,18 @@
-"""What we use of DeepSpeed's ZeRO optimiser that is private. Its package is an extra: it is imported nowhere here."""
+"""What we use of DeepSpeed's ZeRO optimiser that is private. Its package is an extra, so it is imported where it is used."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def compile_nothing() -> None:
+    """On a CPU it would compile an all-reduce of its own at the first start, for a minute and with a compiler; gloo's does."""
+    import deepspeed
+
+    compatible = deepspeed.ops.__compatible_ops__
+    compatible.update(dict.fromkeys(compatible, False))
 
 
 def gradient_shares(zero: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..compat.deepspeed import gradient_shares, is_shared_out, link_states
+from ..compat.deepspeed import compile_nothing, gradient_shares, is_shared_out, link_states
 from ..compat.lightning import Stepping
 from ..errors import ConfigError
 
@@ -68,6 +68,8 @@ class DeepSpeed(Stepping):
         os.environ |= {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(self.local_rank)}
         import deepspeed
 
+        if device.type == "cpu":
+            compile_nothing()
         super().setup_optimizers(trainer)
         (optimizer,) = self.optimizers
         self._groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]

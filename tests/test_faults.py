@@ -368,6 +368,27 @@ def test_a_worker_that_dies_while_its_batch_is_fetched(tmp_path, shapes, monkeyp
         next(loader)  # the error, or the signal of the death, whichever is first
 
 
+def raised(first: Exception, then: Exception) -> None:
+    """Under the guard of a training: an error, and another while it passes."""
+    with guard.guarded():
+        try:
+            raise first
+        finally:
+            raise then
+
+
+def test_what_is_known_is_told_rather_than_the_death_that_followed():
+    """Workers that are ended for it die too, and PyTorch may say so at any place, also while the error passes."""
+    death = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    with pytest.raises(UserError, match=r"^no batch came") as told:
+        raised(UserError("no batch came within 3 s"), RuntimeError(death))
+    assert told.value.__suppress_context__
+    with pytest.raises(UserError, match=r"^a loader process died: DataLoader worker"):
+        raised(RuntimeError(death), KeyError("made of it"))
+    with pytest.raises(KeyError, match="another"):
+        raised(ValueError("one"), KeyError("another"))
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_dies_or_hangs_is_told_and_bounded(tmp_path, parts, shapes, monkeypatch, capfd, how):
     """A stopped process stands for one whose read never returns."""

@@ -228,12 +228,16 @@ def guarded() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(error, UserError):
-            if (lost := lost_worker(cause)) is not None:
-                raise lost from None
-            cause = cause.__cause__ or cause.__context__
-        raise
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        known = next(
+            (cause for cause in causes if isinstance(cause, UserError)), None
+        )  # before a process was ended for it
+        told = known or next(filter(None, map(lost_worker, causes)), None)
+        if told is None or told is error:
+            raise
+        raise told from None
     finally:
         if _may_listen():
             for number, handler in handlers.items():

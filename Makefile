@@ -34,7 +34,7 @@ test: $(INSTALLED) ## the tests, in minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 slow: $(INSTALLED) ## the tests that take longer: several processes, kills, measured peaks of memory
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m slow
 
 stress: $(INSTALLED) ## kill a tiny run 30 times at random moments; it must end as an unbroken one
 	$(BIN)/python tools/stress.py

@@ -140,12 +140,12 @@ class Counted(AttentionBackend):
 
 
 class _Attention(torch.autograd.Function):
+    """The products alone: each is one operator, of which a trace of many layers has enough."""
+
     @staticmethod
     def forward(ctx: Any, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> Tensor:
-        groups = q_QNH.shape[1] // k_SKH.shape[1]
-        k_SNH, v_SNH = (x.repeat_interleave(groups, dim=1) for x in (k_SKH, v_SKH))
-        scores_NQS = torch.einsum("qnh,snh->nqs", q_QNH, k_SNH)
-        out_QNH = torch.einsum("nqs,snh->qnh", scores_NQS, v_SNH)
+        q_NQH, k_NSH, v_NSH = _by_head(q_QNH, k_SKH, v_SKH)
+        out_QNH = torch.bmm(torch.bmm(q_NQH, k_NSH.mT), v_NSH).transpose(0, 1)
         row_QN = q_QNH.new_empty(q_QNH.shape[:2], dtype=torch.float32)  # logarithm of the sum of exponentials
         ctx.save_for_backward(q_QNH, k_SKH, v_SKH, out_QNH, row_QN)
         return out_QNH
@@ -154,10 +154,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The four products."""
         (gradient_QNH,), (q_QNH, k_SKH, v_SKH, *_) = gradients, ctx.saved_tensors
-        groups = q_QNH.shape[1] // k_SKH.shape[1]
-        k_SNH, v_SNH = (x.repeat_interleave(groups, dim=1) for x in (k_SKH, v_SKH))
-        scores_NQS = torch.einsum("qnh,snh->nqs", gradient_QNH, v_SNH)
-        torch.einsum("nqs,qnh->snh", scores_NQS, gradient_QNH)  # of the values
-        torch.einsum("nqs,snh->qnh", scores_NQS, k_SNH)  # of the queries
-        torch.einsum("nqs,qnh->snh", scores_NQS, q_QNH)  # of the keys
+        q_NQH, k_NSH, v_NSH = _by_head(q_QNH, k_SKH, v_SKH)
+        gradient_NQH = gradient_QNH.transpose(0, 1)
+        scores_NQS = torch.bmm(gradient_NQH, v_NSH.mT)
+        torch.bmm(scores_NQS.mT, gradient_NQH)  # of the values
+        torch.bmm(scores_NQS, k_NSH)  # of the queries
+        torch.bmm(scores_NQS.mT, q_NQH)  # of the keys
         return torch.empty_like(q_QNH), torch.empty_like(k_SKH), torch.empty_like(v_SKH)
+
+
+def _by_head(q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, and keys and values for each of their heads."""
+    keys, heads, size = len(k_SKH), *q_QNH.shape[1:]
+    return q_QNH.transpose(0, 1), k_SKH.new_empty(heads, keys, size), v_SKH.new_empty(heads, keys, size)

@@ -63,6 +63,13 @@ def pytest_collection_finish() -> None:
 LEFT_OUT = pytest.StashKey[int]()
 
 
+# Modules that take a worker minutes begin first, the longest before the others, so that workers end together.
+LONGEST = [
+    f"test_{name}.py"
+    for name in ("distributed", "installed", "presets", "faults", "sweep", "training", "sources", "evaluation")
+]  # fmt: skip
+
+
 @pytest.hookimpl(trylast=True)  # when -m and -k have left out what they leave out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
@@ -72,6 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=without)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
         config.stash[LEFT_OUT] = len(without)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(trylast=True)

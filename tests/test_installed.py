@@ -130,6 +130,17 @@ class Installed:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
+    def together(self, *commands: Sequence[object]) -> list[str]:
+        """Likewise several commands, in one process, which imports once. Returns what each wrote to standard output."""
+        all_words, mark = [[*map(str, words)] for words in commands], "--- end of a command"
+        code = f"""
+from lit_eemllm.cli import main
+for words in {all_words!r}:
+    assert main(words) == 0, words
+    print({mark!r}, flush=True)
+"""
+        return self(code, code=True).split(f"{mark}\n")[:-1]
+
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
@@ -150,8 +161,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
 @pytest.fixture(scope="module")
 def trained(installed: Installed) -> str:
     """A run on the demo's data, a few of them."""
-    installed("shards", "make", "--source", "shapes", "--train", 200, "--val", 40, "--out", "runs/demo/data")
-    installed("fit", "configs/demo/ee_mllm.yaml", *SMALL, "out=runs/mine")
+    installed.together(
+        ["shards", "make", "--source", "shapes", "--train", 200, "--val", 40, "--out", "runs/demo/data"],
+        ["fit", "configs/demo/ee_mllm.yaml", *SMALL, "out=runs/mine"],
+    )
     return "runs/mine"
 
 
@@ -172,12 +185,14 @@ except PermissionError as error:
 
 def test_names_and_version(installed: Installed) -> None:
     assert installed("--version").strip() == __version__
-    assert [line.split()[0] for line in installed("configs", "list").splitlines()] == names(), (
-        "the same as in the clone"
-    )
     file = "configs/sweeps/aligner.yaml"
-    assert installed("configs", "show", file) == (REPOSITORY / file).read_text()
-    installed("configs", "copy", "tools/slurm.sh", file, "--to", "copied")
+    listed, shown, _ = installed.together(
+        ["configs", "list"],
+        ["configs", "show", file],
+        ["configs", "copy", "tools/slurm.sh", file, "--to", "copied"],
+    )
+    assert [line.split()[0] for line in listed.splitlines()] == names(), "the same as in the clone"
+    assert shown == (REPOSITORY / file).read_text()
     for name in ("tools/slurm.sh", file):
         copied = installed.folder / "copied" / Path(name).name
         assert copied.read_bytes() == (REPOSITORY / name).read_bytes()
@@ -193,23 +208,25 @@ def test_every_configuration_is_as_good_as_in_the_clone(
     good = [name for name in files if cli.main(["config", "check", name]) == 0]
     capsys.readouterr()
     assert len(good) > 30
-    assert installed("config", "check", *good).splitlines() == [f"{name}: good" for name in good]
     keys = ["model.decoder=x", "model.vision.path=y", "data.train=z", "optim.lr=1", "optim.max_steps=1"]
-    for name in (
-        "configs/real/base.yaml",
-        "configs/stages/lora.yaml",
-    ):  # whose encoder a shipped file registers; an overlay
+    # An overlay; one whose encoder a shipped file registers.
+    others = [["configs/stages/lora.yaml"], ["configs/real/base.yaml", "--import", "tools/efficientnet_lite.py"]]
+    shown = []
+    for name, *words in others:
         assert name not in good
-        words = [name, *keys, *(["--import", "tools/efficientnet_lite.py"] if "real" in name else [])]
-        assert cli.main(["config", "show", *words]) == 0
-        assert capsys.readouterr().out == installed("config", "show", *words)
+        assert cli.main(["config", "show", name, *keys, *words]) == 0
+        shown.append(capsys.readouterr().out)
+    checked, *theirs = installed.together(
+        ["config", "check", *good], *(["config", "show", name, *keys, *words] for name, *words in others)
+    )
+    assert checked.splitlines() == [f"{name}: good" for name in good] and theirs == shown
 
 
 def test_train_validate_generate(installed: Installed, trained: str) -> None:
-    installed("validate", trained)
-    assert json.loads((installed.folder / trained / "eval" / "results.json").read_text())["loss"] > 0
     (installed.folder / "picture.png").write_bytes(picture(0, "PNG"))
-    installed("generate", trained, "--image", "picture.png", "--prompt", "What is it?")
+    ask = ["generate", trained, "--image", "picture.png", "--prompt", "What is it?"]
+    installed.together(["validate", trained], ask)
+    assert json.loads((installed.folder / trained / "eval" / "results.json").read_text())["loss"] > 0
     assert "decoder: data_recipes/parts/decoder\n" in (installed.folder / trained / "config.yaml").read_text()
 
 
@@ -226,7 +243,7 @@ def test_runs_go_between_clone_and_package(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(installed.folder / trained, tmp_path / "theirs")
     assert cli.main(["generate", "theirs", *words]) == 0
-    assert capsys.readouterr().out == installed("generate", trained, *words), "the clone reads a run of the package"
+    of_theirs = capsys.readouterr().out
 
     data = f"data.train={installed.folder / 'runs/demo/data'}"
     assert (
@@ -234,37 +251,50 @@ def test_runs_go_between_clone_and_package(
     )
     capsys.readouterr()
     assert cli.main(["generate", "ours", *words]) == 0
-    assert capsys.readouterr().out == installed("generate", tmp_path / "ours", *words), "and the other way round"
+    of_ours = capsys.readouterr().out
+    answers = installed.together(["generate", trained, *words], ["generate", tmp_path / "ours", *words])
+    assert answers == [of_theirs, of_ours], "the clone reads a run of the package, and the other way round"
 
 
 def test_sweeps(installed: Installed, trained: str) -> None:
-    assert "0 of 15 done, 15 to run" in installed("sweep", "configs/sweeps/aligner.yaml", "--dry-run")
-    assert "8 to run" in installed("sweep", "configs/sweeps/table4_7b.yaml", "seeds=[0]", "--dry-run")
     few = ["seeds=[0]", "cells={a: {files: [../demo/llava.yaml]}}", "baseline=a", "out=runs/sweep", *SMALL]
-    assert "1 of 1 done" in installed("sweep", "configs/sweeps/aligner.yaml", *few), "its processes find the files too"
+    planned, published, done = installed.together(
+        ["sweep", "configs/sweeps/aligner.yaml", "--dry-run"],
+        ["sweep", "configs/sweeps/table4_7b.yaml", "seeds=[0]", "--dry-run"],
+        ["sweep", "configs/sweeps/aligner.yaml", *few],
+    )
+    assert "0 of 15 done, 15 to run" in planned and "8 to run" in published
+    assert "1 of 1 done" in done, "its processes find the files too"
 
 
 def test_converters_and_blends(installed: Installed) -> None:
+    makes = []
     for source, out in (
         ("chartqa", "shards/chartqa"),
         ("llava_v1_5_mix665k", "data_recipes/blends/llava_v1_5_mix665k"),
     ):
         (installed.folder / source).mkdir()
         RELEASES[source](installed.folder / source)
-        words = ["--source", source, "--root", source, "--workers", 1, "--out", out]
-        assert "good samples" in installed("shards", "make", *words)
-    installed("shards", "check", "data_recipes/blends/llava_v1_5.yaml")
-    installed("configs", "copy", "data_recipes/blends", "--to", "shards")
+        makes.append(["shards", "make", "--source", source, "--root", source, "--workers", 1, "--out", out])
+    *made, _, _ = installed.together(
+        *makes,
+        ["shards", "check", "data_recipes/blends/llava_v1_5.yaml"],
+        ["configs", "copy", "data_recipes/blends", "--to", "shards"],
+    )
+    assert all("good samples" in told for told in made)
     shutil.move(installed.folder / "data_recipes/blends/llava_v1_5_mix665k", installed.folder / "shards")
-    installed("shards", "check", "shards/llava_v1_5.yaml")
-    installed("shards", "make", "--source", "puzzles", "--train", 4, "--val", 2, "--out", "shards/puzzles")
+    installed.together(
+        ["shards", "check", "shards/llava_v1_5.yaml"],
+        ["shards", "make", "--source", "puzzles", "--train", 4, "--val", 2, "--out", "shards/puzzles"],
+    )
 
 
 def test_a_shrunk_preset_trains(installed: Installed) -> None:
     preset = "configs/presets/ee_mllm_7b_pretrain.yaml"
-    told = installed("shrink", "tiny", preset).splitlines()[-1]
-    assert told == f"tiny/shrink.yaml: goes behind the others: lit-eemllm fit {preset} tiny/shrink.yaml"
-    installed("fit", preset, "tiny/shrink.yaml", "out=runs/tiny")
+    told, _ = installed.together(["shrink", "tiny", preset], ["fit", preset, "tiny/shrink.yaml", "out=runs/tiny"])
+    assert (
+        told.splitlines()[-1] == f"tiny/shrink.yaml: goes behind the others: lit-eemllm fit {preset} tiny/shrink.yaml"
+    )
     assert (installed.folder / "runs" / "tiny" / "checkpoints" / "step-2.ckpt").is_file()
 
 

@@ -15,7 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 from lit_eemllm.errors import ConfigError, SampleError, UserError
@@ -131,9 +131,11 @@ class SpanTokenizer:
     special tokens themselves, so after one the context starts anew from it, and the cost stays linear.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, special: Mapping[str, int] | None = None) -> None:
+        """`special`: tokens that are to count as special, though the tokenizer only has them as added."""
         self.tokenizer = tokenizer
         self.special: dict[str, int] = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.special |= special or {}
         self.special |= {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._endings = tuple(sorted(self.special, key=len, reverse=True))
         self._special_ids = frozenset(self.special.values()) - {tokenizer.unk_token_id}
@@ -192,6 +194,7 @@ class ChatTemplate(ABC):
 
     name: str
     end_of_turn: str
+    lead: str = ""  # what the model says before its answer proper, without white space around it
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -311,8 +314,10 @@ class JinjaTemplate(ChatTemplate):
     """The tokenizer's own chat template, rendered in transformers' sandbox; it writes BOS and everything else itself.
 
     Where it has ``{% generation %}`` marks, they say what is trained. Otherwise it is the text an answer adds to its
-    generation prompt, through the end-of-turn token (not the newline after it); this needs a template that leaves the
-    text up to a turn as it is when turns follow, and any other is refused.
+    generation prompt, through the end-of-turn token (not the newline after it). That may be more than the answer: Qwen3 writes
+    an empty thinking block before the last answer of a conversation, which is trained with it, and taken off what is generated.
+    A template that shows an answer, or what stands before its turn, differently when turns follow is refused, and one that ends
+    a turn with what is no single token, at which generation could not stop.
     """
 
     name = "jinja"
@@ -323,30 +328,56 @@ class JinjaTemplate(ChatTemplate):
             raise UserError("the tokenizer has no chat template of its own; choose template 'vicuna_v1' or 'plain'")
         self.source: str = tokenizer.get_chat_template()
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
-        # refuse an unsuitable template before any data is read, and learn which token ends a turn
+        # refuse an unsuitable template before any data is read, and learn what stands before an answer, and which token ends it
         turns = (Turn("human", "alpha"), Turn("gpt", "beta"), Turn("human", "gamma"), Turn("gpt", "delta"))
         probe = Conversation("probe", turns, 0)
         try:
-            prompt, _ = self._jinja(probe, 3, generation=True)
-            *before, last, _ = [Span("", False), *self._render(probe)]
+            prompt, (full, _) = self._jinja(probe, turns[:3], generation=True)[0], self._jinja(probe, turns)
+            self.header, after = prompt.rpartition("gamma")[2], full.rpartition("delta")[2]
+            self.end_of_turn = self._through_token(after)
+            spans = list(self._render(probe))
         except SampleError as error:
             raise UserError(f"the tokenizer's chat template cannot be used: {error}") from error
-        lead, _, self.end_of_turn = last.text.partition("delta")
-        prompted = prompt == "".join(span.text for span in before) and (self.marked or not lead.strip())
-        if not (prompted and self.end_of_turn):
+        first, last = ([span.text for span in spans if span.supervised] + ["", ""])[:2]
+        lead, _, end = last.partition("delta")
+        self.lead = self.spans.control.sub("", lead).strip()
+        if after and not self.end_of_turn:
+            raise self._endless(after)
+        prompted = full.startswith(prompt + last) and (self.marked or not first.partition("beta")[0].strip())
+        if not (prompted and end):
             raise UserError(
                 "the tokenizer's chat template cannot be used: right after the generation prompt an answer and its "
                 f"end-of-turn must be trained; but the prompt ends with {prompt[-40:]!r} and for the answer 'delta' "
-                f"{last.text!r} is trained; mend the template or its {{% generation %}} marks"
+                f"{last!r} is trained; mend the template or its {{% generation %}} marks"
             )
-        if ending := self.spans.ending(last.text):
-            self.stop_ids = list(dict.fromkeys([*self.stop_ids, self.spans.special[ending]]))
+        encoded, stop = self.encode(probe), self.spans.special.get(self.spans.ending(last))
+        if [token for token, trained in zip(encoded.ids, encoded.supervised, strict=True) if trained][-1] != stop:
+            raise self._endless(end)
+        self.stop_ids = list(dict.fromkeys([*self.stop_ids, stop]))
+
+    def _endless(self, end: str) -> UserError:
+        return UserError(
+            f"the tokenizer's chat template ends an answer with {end!r}, in which there is no single token of the tokenizer that "
+            "marks the end, so generation would never stop. Let the template write {{ eos_token }} after an answer, in a copy of "
+            "the tokenizer's folder that model.tokenizer names; or take a decoder whose tokenizer has such a token (with "
+            "split_special_tokens off), or set model.template=vicuna_v1"
+        )
+
+    def _through_token(self, after: str) -> str:
+        """Of the text after an answer, what ends its turn: through the first token that the tokenizer never splits."""
+        added = {
+            token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()
+        } | self.spans.special
+        known = "|".join(re.escape(text) for text in sorted(added, key=len, reverse=True) if text != IMAGE)
+        if not (known and (found := re.search(known, after))):
+            return ""
+        self.spans = SpanTokenizer(self.tokenizer, {found.group(): added[found.group()]})
+        return after[: found.end()]
 
     def _render(self, conversation: Conversation) -> Iterator[Span]:
-        roles = conversation.roles
-        full, answers = self._jinja(conversation, len(roles), generation=roles[-1] == "human")
+        full, marked = self._jinja(conversation, conversation.turns, generation=conversation.turns[-1].role == "human")
         position = 0
-        for start, end in answers if self.marked else self._answers(conversation, full):
+        for start, end in marked if self.marked else self._answers(conversation, full):
             answer = full[start:end]
             if self.spans.ending(answer.rstrip()):
                 answer = answer.rstrip()
@@ -355,27 +386,64 @@ class JinjaTemplate(ChatTemplate):
             position = start + len(answer)
         yield Span(full[position:], False)
 
-    def _answers(self, conversation: Conversation, full: str) -> Iterator[tuple[int, int]]:
-        """Start and end of each answer in the full text: what lies between the text with its prompt and with it."""
-        texts = [""]
-        for number in (i for i, role in enumerate(conversation.roles) if role == "gpt"):
-            texts.append(self._jinja(conversation, number, generation=True)[0])
-            texts.append(self._jinja(conversation, number + 1, generation=False)[0])
-        texts.append(full)
-        if not all(after.startswith(before) for before, after in pairwise(texts)):
-            why = "the chat template has no {% generation %} marks and changes earlier text when turns are added"
-            how = "so training would show other text than generation; add marks or choose another template"
-            raise conversation.refusal("unstable_template", f"{why}, {how}")
-        return zip(map(len, texts[1:-1:2]), map(len, texts[2:-1:2]), strict=True)
+    def _answers(self, conversation: Conversation, full: str) -> list[tuple[int, int]]:
+        """Start and end of each answer in the full text: from the end of its generation prompt through its end-of-turn.
 
-    def _jinja(self, conversation: Conversation, turns: int, *, generation: bool) -> tuple[str, list[tuple[int, int]]]:
-        """Rendered text of the first turns and, if the template has them, the marked (start, end) in it."""
+        To find them costs one more rendering, with a sign at the end of every turn's text, however many turns there are; the
+        prompts are compared with those of the conversation's first turns for the last answer, the one in the middle before it,
+        and so on, which costs two renderings in all.
+        """
+        turns = conversation.turns
+        pairs = [i for i in range(len(turns) - 1) if turns[i].role == "human" and turns[i + 1].text.strip()]
+        if not pairs:
+            return []
+        signed = {number for i in pairs for number in (i, i + 1)}
+        sign = next((chr(code) for code in range(0xE000, 0xF900) if chr(code) not in full), "\ue000")  # of private use
+        texts = [(turn.text.rstrip(), turn.text[len(turn.text.rstrip()) :]) for turn in turns]
+        shown = [Turn(t.role, sign.join(texts[i]) if i in signed else t.text) for i, t in enumerate(turns)]
+        pieces = self._jinja(conversation, shown, generation=turns[-1].role == "human")[0].split(sign)
+        if "".join(pieces) != full or len(pieces) != len(signed) + 1:
+            raise self._unstable(conversation)
+        borders = dict(zip(sorted(signed), accumulate(map(len, pieces)), strict=False))
+
+        def after(number: int, text: str) -> int:
+            """Where this text ends behind that of a turn, whose white space the template may keep or strip."""
+            for space in ("", texts[number][1]):
+                if full.startswith(space + text, borders[number]):
+                    return borders[number] + len(space + text)
+            raise self._unstable(conversation)
+
+        found = []
+        for i in pairs:
+            start, end = after(i, self.header), after(i + 1, self.end_of_turn)
+            if texts[i + 1][0].lstrip() not in full[start:end]:
+                raise self._unstable(conversation)
+            found.append((start, end))
+        compared = len(pairs)
+        while compared:
+            prompt, _ = self._jinja(conversation, turns[: pairs[compared - 1] + 1], generation=True)
+            if full[: found[compared - 1][0]] != prompt:
+                raise self._unstable(conversation)
+            compared //= 2
+        return found
+
+    def _unstable(self, conversation: Conversation) -> SampleError:
+        why = (
+            "the chat template has no {% generation %} marks and changes earlier text or an answer when turns are added"
+        )
+        how = "so training would show other text than generation; add marks or choose another template"
+        return conversation.refusal("unstable_template", f"{why}, {how}")
+
+    def _jinja(
+        self, conversation: Conversation, turns: Sequence[Turn], *, generation: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Rendered text of turns of the conversation and, if the template has them, the marked (start, end) in it."""
         from jinja2.exceptions import TemplateError
 
         from lit_eemllm.compat.transformers import rendered
 
         roles = {"system": "system", "human": "user", "gpt": "assistant"}
-        messages = [{"role": roles[turn.role], "content": turn.text} for turn in conversation.turns[:turns]]
+        messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
         try:
             special = cast(Any, self.tokenizer.special_tokens_map)
             return rendered(messages, self.source, self.marked, generation, special)

@@ -14,8 +14,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import lit_eemllm.compat.transformers as compat
 from lit_eemllm.chat import IMAGE, IMAGE_SLOT, Conversation, SpanTokenizer, Turn, get_template, parse_conversation
 from lit_eemllm.errors import ConfigError, SampleError, UserError
+from lit_eemllm.model.processor import Processor
 
 # ----------------------------------------------------------------------------------------- tokenizers, trained here
 
@@ -44,8 +46,8 @@ INST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
     "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
 )
-SPACED = (  # the prompt ends with a space, which tokenizers like to merge with the next word; no special end-of-turn
-    "{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}##{% else %}"
+SPACED = (  # the prompt ends with a space, which tokenizers like to merge with the next word; a turn ends with more than a token
+    "{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}##{{ eos_token }}{% else %}"
     "Human: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 
@@ -194,7 +196,7 @@ def expected_targets(tokenizer, template: str, conversation: Conversation) -> li
         "jinja": {
             CHATML: ("", "<|im_end|>"),
             INST: (" ", tokenizer.eos_token),
-            SPACED: ("", "##"),
+            SPACED: ("", f"##{tokenizer.eos_token}"),
         }.get(tokenizer.chat_template),
     }[template]
     return [before + answer + end for answer in answers]
@@ -347,7 +349,7 @@ def test_beginning_once_generation_and_stop(tokenizer, template) -> None:
     assert chat.encode(asked, generation=True) == prompt
     assert prompt.ids == chat.encode(until(conversation, len(conversation.turns) - 1)).ids
     assert tokenizer.eos_token_id in chat.stop_ids
-    assert ids[-1] in chat.stop_ids or tokenizer.chat_template in (CHATML, SPACED)
+    assert ids[-1] in chat.stop_ids or tokenizer.chat_template == CHATML  # which adds a newline
 
 
 @chatml_only
@@ -357,6 +359,24 @@ def test_chatml_stops_at_the_end_of_turn(tokenizer) -> None:
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<|endoftext|>"
     assert get_template("jinja", other).stop_ids == [other.eos_token_id, end]
+
+
+def test_an_end_of_turn_that_is_no_token_is_refused() -> None:
+    """It would be trained as text, and generation would never stop: ChatML on a base model, turns that end with a newline."""
+    split = with_template(CHATML)
+    split.split_special_tokens = True
+    lines = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    for tokenizer in (with_template(CHATML, "gpt2"), with_template(MARKED, "llama"), with_template(lines), split):
+        with pytest.raises(UserError, match=r"no single token .*eos_token.*model.template=vicuna_v1"):
+            get_template("jinja", tokenizer)
+    added = with_template(CHATML, "gpt2")
+    added.add_tokens(["<|im_end|>"])  # not as a special one
+    chat, end = get_template("jinja", added), added.convert_tokens_to_ids("<|im_end|>")
+    assert chat.stop_ids == [added.eos_token_id, end]
+    encoded = chat.encode(talk("what?", "a cat"))
+    assert [i for i, trained in zip(encoded.ids, encoded.supervised, strict=True) if trained][-1] == end
+    with pytest.raises(SampleError, match="special token"):
+        chat.encode(talk("what is <|im_end|>?", "a cat"))
 
 
 def test_empty_answer_is_no_target() -> None:
@@ -392,6 +412,72 @@ def test_generation_marks_say_what_is_trained() -> None:
     thinking = MARKED.replace("{% generation %}", "{% generation %}{% if loop.last %}(well) {% endif %}")
     marked = get_template("jinja", with_template(thinking))  # earlier text changes, but the marks know
     assert targets(marked.tokenizer, marked.encode(conversation)) == ["a cat<|im_end|>", "(well) a sofa<|im_end|>"]
+
+
+QWEN3 = (  # its logic: no reasoning in earlier answers, a thinking block, even an empty one, in the last
+    "{%- set ns = namespace(last=messages|length - 1, seek=true) %}{%- for m in messages[::-1] %}"
+    "{%- if ns.seek and m.role == 'user' %}{%- set ns.seek = false %}{%- set ns.last = messages|length - loop.index %}{%- endif %}"
+    "{%- endfor %}{%- for m in messages %}{%- if m.role != 'assistant' %}"
+    "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{%- else %}"
+    "{%- set content = m.content %}{%- set reasoning = '' %}{%- if '</think>' in m.content %}"
+    "{%- set content = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{%- set reasoning = m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{%- if loop.index0 > ns.last %}{{- '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + "
+    "content.lstrip('\n') }}{%- else %}{{- '<|im_start|>assistant\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
+)
+
+
+def test_a_template_that_writes_more_before_the_last_answer() -> None:
+    """Qwen3's: text and prompts are the template's own, and what the last answer adds to its prompt is trained."""
+    tokenizer = with_template(QWEN3)
+    chat = get_template("jinja", tokenizer)
+    for texts in (["what?", "a cat"], [f"{IMAGE}\nwhat? ", "a cat ", "and?", " \n", "so?", "a sofa", "why?", "it is"]):
+        conversation = talk(*texts, system="s")
+        messages = [{"role": {"human": "user", "gpt": "assistant"}.get(t.role, t.role), "content": t.text} for t in conversation.turns]  # fmt: skip
+        full = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert "".join(span.text for span in chat.render(conversation)) == full
+        answers = [turn.text + "<|im_end|>" for turn in conversation.turns if turn.role == "gpt" and turn.text.strip()]
+        answers[-1] = f"<think>\n\n</think>\n\n{answers[-1]}"
+        encoded = chat.encode(conversation)
+        assert targets(tokenizer, encoded) == answers
+        for number in range(2, len(conversation.turns), 2):
+            prompt = chat.encode(until(conversation, number), generation=True)
+            text = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+            assert "".join(span.text for span in chat.render(until(conversation, number))) == text
+            assert encoded.ids[: len(prompt.ids)] == prompt.ids
+    reasoned = "<think>\nis it?\n</think>\n\na cat"
+    assert targets(tokenizer, chat.encode(talk("what?", reasoned))) == [f"{reasoned}<|im_end|>"]
+    with pytest.raises(SampleError, match="changes earlier text or an answer"):  # training would drop what the row says
+        chat.encode(talk("what?", reasoned, "and?", "a sofa"))
+    processor = Processor(tokenizer, "jinja", None, 0)
+    said = tokenizer(
+        "<think>\n\n</think>\n\na cat<|im_end|>\nx", add_special_tokens=False, return_tensors="pt"
+    ).input_ids
+    plain = tokenizer("a cat", add_special_tokens=False, return_tensors="pt").input_ids
+    assert processor.answers(said, 0) + processor.answers(plain, 0) == ["a cat", "a cat"]
+
+
+@pytest.mark.parametrize("source", [CHATML, MARKED, QWEN3])
+def test_the_cost_of_rendering_is_linear(source, monkeypatch) -> None:
+    chat, rendered, count = get_template("jinja", with_template(source)), compat.rendered, []
+    monkeypatch.setattr(
+        compat, "rendered", lambda messages, *rest: count.append(len(messages)) or rendered(messages, *rest)
+    )
+    conversation = talk(*(f"text {i}" for i in range(400)))
+    assert len(targets(chat.tokenizer, chat.encode(conversation))) == 200
+    assert sum(count) <= 4 * 400
+
+
+@pytest.mark.parametrize("turns", range(4, 12, 2))
+def test_a_template_that_shows_long_conversations_differently_is_refused(turns) -> None:
+    chat = get_template(
+        "jinja", with_template("{% if messages|length > " + str(turns) + " %}<|im_start|>long{% endif %}" + CHATML)
+    )
+    chat.encode(talk(*["a", "b"] * (turns // 2)))
+    with pytest.raises(SampleError, match="changes earlier text"):
+        chat.encode(talk(*["a", "b"] * (turns // 2 + 1)))
 
 
 @pytest.mark.parametrize(

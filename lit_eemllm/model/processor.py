@@ -78,5 +78,6 @@ class Processor:
         texts = []
         for row in ids_BL[:, prompt_length:].tolist():
             end = next((i for i, token in enumerate(row) if token in self.template.stop_ids), len(row))
-            texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
+            text = self.tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+            texts.append(text.removeprefix(self.template.lead).strip())
         return texts

@@ -116,6 +116,10 @@ def parse_conversation(row: Mapping[str, Any], num_images: int, key: str) -> Con
     if kind is not None and not isinstance(kind, str):
         raise SampleError("bad_conversation", f"sample {key!r}: 'type' must be a string, found {str(kind)[:80]!r}")
     conversation = Conversation(key, tuple(turns), num_images, kind)
+    if not num_images and row.get("image"):
+        raise conversation.refusal(
+            "missing_image", f"its row names {str(row['image'])[:80]!a}, but no image comes with it"
+        )
     if not any(turn.role == "gpt" and turn.text.strip() for turn in turns):
         raise conversation.refusal("no_target", "no gpt turn holds an answer, so there is nothing to train on")
     return conversation

@@ -376,10 +376,10 @@ def build_parser() -> ArgumentParser:
     example = "lit-eemllm shards make --rows train=train.json --rows val=val.json --images images --out shards"
     example += "\n  lit-eemllm shards make --source shapes --train 1000 --val 100 --out shards"
     example += "\n  lit-eemllm shards make --source chartqa --root 'ChartQA Dataset' --out shards"
-    text = "Turn LLaVA-style JSON and images into shards; every image is decoded once, damaged ones are left out."
+    text = "Turn rows of JSON and images into shards; every image is decoded once, damaged ones are left out."
     made = verb(shards, "make", _shards_make, text, example)
     what = made.add_mutually_exclusive_group(required=True)
-    text = "LLaVA-style rows (JSON or JSON lines) of train, val or test; repeatable"
+    text = "rows (JSON or JSON lines) of train, val or test, in the form of LLaVA, LLaMA-Factory, ms-swift or TRL; repeatable"
     what.add_argument(
         "--rows", type=lambda text: text.partition("="), action="append", default=[], metavar="SPLIT=JSON", help=text
     )

@@ -282,13 +282,14 @@ def test_unusable_rows_are_named_by_reason(files, tmp_path):
         "missing_image": [{**good, "image": "d.png"}],
         "bad_image": [{**good, "image": "broken.png"}],
         "bad_json": ["text", 3],
-        "bad_question": [{"answer": "x"}, {"question": " ", "answer": "x"}, {**good, "answer": [True]}, {**good, "image": [3]},
+        "bad_question": [{"answer": "x"}, {"question": " ", "answer": "x"}, {**good, "answer": [True]},
                          {**good, "answers": ["\ud800"]}, {**good, "type": "\x1b[31m"}, {**good, "metric": 3},
                          {**good, "choices": ["x"] * 27}],
         "no_answer": [{"question": "What?"}, {"question": "What?", "choices": ["a", "b"], "answer": 2}],
         "unknown_metric": [{**good, "metric": "bleu"}],
         "bad_truth": [{**good, "metric": "pope"}, {**good, "metric": "multiple_choice", "choices": ["a", "b"]}],
-        "bad_conversation": [{"conversations": "x"}, {"conversations": []}, {**good, "type": ["x"]}],
+        "bad_conversation": [{"conversations": "x"}, {"conversations": []}, {**good, "type": ["x"]}, {**good, "image": [3]}],
+        "unread_key": [{**good, "video": "a.mp4"}, {**good, "imgae": "a.png"}],
         "placeholder_mismatch": [{**good, "question": "<image> What?"}],
     }  # fmt: skip
     lines = [json.dumps(row) for rows in bad.values() for row in rows]

@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_eemllm.chat import IMAGE_SLOT, ChatTemplate, Conversation, parse_conversation
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.images import Transform, image_size, read_picture
+from lit_eemllm.rows import as_llava
 
 MAX_JSON_BYTES = 4 * 2**20
 TRUNCATION = ("drop", "truncate", "error")
@@ -156,7 +157,7 @@ def read_members(key: str, members: Mapping[str, bytes]) -> tuple[Conversation, 
 
 
 def read_row(key: str, members: Mapping[str, bytes]) -> tuple[Mapping[str, Any], dict[str, bytes]]:
-    """A sample's row as it stands, with fields that only evaluation knows, and its images in order, by member name."""
+    """A sample's row in LLaVA's form, with fields that only evaluation knows, and its images in order, by member name."""
     numbered: dict[int, str] = {}
     for name in members:
         if name == "json":
@@ -175,7 +176,8 @@ def read_row(key: str, members: Mapping[str, bytes]) -> tuple[Mapping[str, Any],
         numbered[index] = name
     if sorted(numbered) != list(range(len(numbered))):
         raise SampleError("missing_image", f"{key}: images {sorted(numbered)} found, expected 0 to {max(numbered)}")
-    return _parse_json(key, members.get("json")), {name: members[name] for _, name in sorted(numbered.items())}
+    row = as_llava(_parse_json(key, members.get("json")), key, len(numbered))
+    return row, {name: members[name] for _, name in sorted(numbered.items())}
 
 
 def _parse_json(key: str, data: bytes | None) -> Mapping[str, Any]:

@@ -34,6 +34,7 @@ from lit_eemllm.chat import leading_answer, parse_conversation
 from lit_eemllm.console import progress, progress_bar, write_atomically
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.images import read_picture
+from lit_eemllm.rows import as_llava, paths_of
 
 EXAMPLES = 5
 """Samples named per reason in a report."""
@@ -271,7 +272,7 @@ def _write_shard(block: Block, folder: Path, options: Options, report: Report) -
     with unfinished.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
         for number, row in block.rows:
             try:
-                members = _members(row, _name(block.split, number, row), options)
+                row, members = _members(row, _name(block.split, number, row), options)
             except SampleError as error:
                 report.drop(error.reason, f"{block.split}: {error.message}" if error is row else error.message)
                 continue
@@ -307,15 +308,14 @@ def _name(split: str, number: int, row: Any) -> str:
     return f"{split} row {number} ({id})"
 
 
-def _members(row: Any, name: str, options: Options) -> dict[str, bytes]:
+def _members(row: Any, name: str, options: Options) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The row in LLaVA's form, and what is written of it."""
     if isinstance(row, SampleError):
         raise row
     if not isinstance(row, dict):
         raise SampleError("bad_json", f"{name}: {str(row)[:200]!r} is not a JSON object")
-    listed = row.get("image") or []
-    paths = listed if isinstance(listed, list) else [listed]
-    if not all(isinstance(path, str) for path in paths):
-        raise SampleError("bad_conversation", f"{name}: 'image' is {listed!r}, expected a path or a list of paths")
+    row = as_llava(row, name)
+    paths = paths_of(row)
     parse_conversation(row, len(paths), name)
     try:
         members = {"json": json.dumps(row, ensure_ascii=False, sort_keys=True).encode()}
@@ -328,7 +328,7 @@ def _members(row: Any, name: str, options: Options) -> dict[str, bytes]:
             raise SampleError("bad_image", f"{name}: {path} begins with {data[:8]!r}, which is no known image format")
         read_picture(data, f"{name}, {path}", options.max_pixels)
         members[f"{number}.{extension}"] = data
-    return members
+    return row, members
 
 
 def image_bytes(path: str, name: str, options: Options) -> bytes:

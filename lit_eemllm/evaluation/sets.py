@@ -31,6 +31,7 @@ from ..data.shards import read_shard
 from ..data.writing import Options, Report, image_bytes
 from ..errors import ConfigError, SampleError, UserError, did_you_mean, not_one_of
 from ..images import image_size
+from ..rows import as_llava, paths_of
 from .metrics import METRICS
 from .questions import QUESTION, Picture, Question, first, make_question
 
@@ -244,12 +245,8 @@ def row_samples(source: QuestionSet, max_pixels: int) -> tuple[int, Iterator[tup
     def load(key: str, row: Any) -> tuple[Mapping[str, Any], list[Picture]]:
         if not isinstance(row, Mapping):
             raise SampleError("bad_json", f"{key}: {str(row)[:200]!a} is not a JSON object")
-        listed = first(row, "image", "image_path") or []
-        paths = listed if isinstance(listed, list) else [listed]
-        if not all(isinstance(path, str) for path in paths):
-            raise SampleError(
-                "bad_question", f"{key}: 'image' is {str(listed)[:200]!a}, expected a path or a list of paths"
-            )
+        row = as_llava(row, key)
+        paths = paths_of(row)
         for path in paths:
             if path not in known:
                 read = partial(image_bytes, path, key, options)

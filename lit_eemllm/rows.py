@@ -1,0 +1,172 @@
+"""Rows of JSON as people have them, to the one form that is read everywhere: LLaVA's.
+
+::
+
+    {"image": "a.jpg" or ["a.jpg", …], "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", …}]}      LLaVA
+    {"images": ["a.jpg"], "conversations": …, "system": "…"}                                                LLaMA-Factory
+    {"images": ["a.jpg" or {"path": "a.jpg"}], "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", …}]}  ms-swift
+    {"images": ["a.jpg"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}, …]}     TRL
+
+What would change what is trained and is not read is an error by its key, above all pictures under a name that nobody looks at:
+without a placeholder such a row would pass as text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
+from typing import Any
+
+from lit_eemllm.chat import IMAGE
+from lit_eemllm.errors import SampleError
+
+ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
+PICTURES = ("image", "images", "image_path")
+_UNREAD = re.compile(r"videos?|audios?|tools|history|chosen|rejected(_.*)?")
+_OF_MEDIA = re.compile(r"image|img|picture|photo|video|audio|pixel", re.IGNORECASE)
+_FILE = re.compile(r".+\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|mp3|wav|flac)", re.IGNORECASE)
+
+
+def as_llava(row: Mapping[str, Any], key: str, members: int = 0) -> dict[str, Any]:
+    """The row in LLaVA's form, with all its other fields; one in that form, or a question without turns, stays as it is.
+
+    Pictures that no placeholder shows (of `images` or `messages`) go before the first question, as ms-swift and TRL have it;
+    the row names that in ``mended``.
+
+    Args:
+        row: as above.
+        key: names it in messages.
+        members: pictures that come with it otherwise, as in a shard.
+
+    Raises:
+        SampleError: ``unread_key``, or ``bad_conversation`` for what has the wrong form.
+    """
+    wrong = [name for name, value in row.items() if value and _UNREAD.fullmatch(name)]
+    if wrong:
+        raise _error("unread_key", key, f"it has {wrong[0]!r}, which is not read; remove the key, or leave the row out")
+    found = dict(row)
+    listed = {name: pictures for name in PICTURES if (pictures := _paths(found.pop(name, None), name, key))}
+    named = next(iter(listed.values()), [])
+    if any(pictures != named for pictures in listed.values()):
+        raise _error(
+            "unread_key", key, f"it names different pictures under {' and '.join(map(repr, listed))}; keep one key"
+        )
+    if row.get("messages") is not None:
+        if row.get("conversations") is not None:
+            raise _error("unread_key", key, "it has both 'messages' and 'conversations'; keep one of them")
+        of_parts = list[str]()
+        found["conversations"] = [
+            _turn(message, key, of_parts) for message in _list(found.pop("messages"), "messages", key)
+        ]
+        if of_parts and named and of_parts != named:
+            raise _error("unread_key", key, f"its messages name other pictures than {next(iter(listed))!r}; keep one")
+        named = named or of_parts
+    turns = found.get("conversations")
+    if system := found.pop("system", None):
+        if not isinstance(system, str) or (isinstance(turns, list) and {"system"} & {_speaker(turn) for turn in turns}):
+            raise _error("unread_key", key, "it has 'system' beside a system turn, or one that is no text; keep one")
+        found["conversations"] = turns = [{"from": "system", "value": system}, *_list(turns, "conversations", key)]
+    if not (named or members) and (name := next(_like_pictures(found), None)):
+        how = "name the pictures under 'image' or 'images', or remove the key"
+        raise _error("unread_key", key, f"{name!r} looks like pictures, which are not read under this name; {how}")
+    if named:
+        found["image"] = named[0] if isinstance(row.get("image"), str) else named
+    if ("images" in listed or "messages" in row) and isinstance(turns, list):
+        _show(found, turns, len(named) or members)
+    return found
+
+
+def paths_of(row: Mapping[str, Any]) -> list[str]:
+    """The pictures of a row in LLaVA's form."""
+    listed = row.get("image") or []
+    return listed if isinstance(listed, list) else [listed]
+
+
+def _show(row: dict[str, Any], turns: list[Any], pictures: int) -> None:
+    """Put placeholders before the first question, if there is none anywhere."""
+    asked = next((i for i, turn in enumerate(turns) if _speaker(turn) == "human"), None)
+    texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)]
+    if pictures and asked is not None and all(isinstance(text, str) and IMAGE not in text for text in texts):
+        shown = {**turns[asked], "value": f"{IMAGE}\n" * pictures + turns[asked]["value"]}
+        row["conversations"] = [*turns[:asked], shown, *turns[asked + 1 :]]
+        mended = row.get("mended")
+        row["mended"] = [*(mended if isinstance(mended, list) else []), "placeholder"]
+
+
+def _speaker(turn: Any) -> Any:
+    return turn.get("from") if isinstance(turn, Mapping) else None
+
+
+def _turn(message: Any, key: str, pictures: list[str]) -> dict[str, str]:
+    """A message as a turn; the paths that its parts name are added to `pictures`."""
+    message = _mapping(message, "a message", {"role", "content"}, key)
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise _error("bad_conversation", key, f"a message's role is {str(role)[:80]!r}, expected {', '.join(ROLES)}")
+    if isinstance(content, str):
+        return {"from": ROLES[role], "value": content}
+    text = ""
+    for part in _list(content, "content", key):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            added = _mapping(part, "a part of text", {"type", "text"}, key).get("text")
+            if not isinstance(added, str):
+                raise _error("bad_conversation", key, f"the 'text' of a part is {str(added)[:80]!a}, expected a text")
+            separate = text.endswith(IMAGE) and not added.startswith("\n")
+            text += "\n" * separate + added
+        elif kind in ("image", "image_url"):
+            part = _mapping(part, "a part of an image", {"type", "image", "path", "url", "image_url"}, key)
+            path = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name)), None)
+            pictures += _paths(
+                {"path": path.get("url")} if kind == "image_url" and isinstance(path, Mapping) else path, kind, key
+            )
+            text += "\n" * text.endswith(IMAGE) + IMAGE
+        else:
+            raise _error(
+                "unread_key", key, f"a part of a message has the type {str(kind)[:80]!r}; only text and image are read"
+            )
+    return {"from": ROLES[role], "value": text}
+
+
+def _paths(value: Any, name: str, key: str) -> list[str]:
+    """The paths in a path, a mapping with one, or a list of such. None and empty values give none."""
+    found = []
+    for item in value if isinstance(value, list) else [value] if value else []:
+        path = _mapping(item, f"{name!r}", {"path"}, key).get("path") if isinstance(item, Mapping) else item
+        if not isinstance(path, str):
+            raise _error(
+                "bad_conversation", key, f"{name!r} is {str(value)[:80]!a}, expected a path or a list of paths"
+            )
+        found.append(path)
+    return found
+
+
+def _like_pictures(row: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that look like pictures or other media, by their name or by what they hold."""
+    for name, value in row.items():
+        item = value[0] if isinstance(value, list) and value else value
+        if name in ("conversations", "id") or not item or not isinstance(item, str | Mapping):
+            continue
+        alike = max(SequenceMatcher(None, name.lower(), word).ratio() for word in ("image", "images"))
+        if _OF_MEDIA.search(name) or alike >= 0.8 or (isinstance(item, str) and _FILE.fullmatch(item)):
+            yield name
+
+
+def _list(value: Any, name: str, key: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _error("bad_conversation", key, f"{name!r} is {str(value)[:80]!a}, expected a list")
+    return value
+
+
+def _mapping(value: Any, name: str, known: set[str], key: str) -> Mapping[str, Any]:
+    """A mapping that says nothing but what is read; a field without a value says nothing."""
+    if not isinstance(value, Mapping):
+        raise _error("bad_conversation", key, f"{name} is {str(value)[:80]!a}, expected a mapping")
+    if unread := [field for field, said in value.items() if field not in known and said is not None]:
+        raise _error("unread_key", key, f"{name} has {unread[0]!r}, which is not read; remove it")
+    return value
+
+
+def _error(reason: str, key: str, message: str) -> SampleError:
+    return SampleError(reason, f"sample {key!r}: {message}")

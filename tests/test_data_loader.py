@@ -14,6 +14,7 @@ from megatron.energon.wrappers import ShuffleBufferDataset
 from shards_util import blend, fingerprint, module, picture, row, sample, take, write_shards, write_tar
 from test_data_packing import BAD
 
+from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.samples import SampleEncoder
 from lit_eemllm.data.shards import prepare
 from lit_eemllm.errors import ConfigError, SampleError, UserError
@@ -123,6 +124,49 @@ def test_too_long_with_policy_error_stops_at_once(folder: Path) -> None:
     assert max(batch.layout.num_tokens for batch in islice(data.train_dataloader(), 40)) <= 35 and data.truncated > 5
 
 
+def test_a_budget_below_one_image_is_refused(tmp_path: Path) -> None:
+    """Of a blend it would make a run on text alone, of a validation a loss that is no number."""
+    room = "an image takes 4 tokens, with the template and a word to say 10, so data.max_length=9 leaves no room"
+    text = {
+        "json": json.dumps({"conversations": [{**turn, "value": "a"} for turn in row(0, 0)["conversations"]]}).encode()
+    }
+    write_tar(tmp_path / "pictures" / "train.tar", {f"k{i}": sample(i) for i in range(4)})
+    write_tar(tmp_path / "mixed" / "train.tar", {"text": text, **{f"k{i}": sample(i) for i in range(4)}})
+    for name in ("pictures", "mixed"):
+        prepare(tmp_path / name)
+    recipe = blend(tmp_path, {"mixed": 1, "pictures": 1})
+    (tmp_path / "val.yaml").write_text("splits: {val: {path: pictures, split_part: train}}")
+    for data in (module(recipe, max_length=9), module(tmp_path / "mixed", tmp_path / "val.yaml", max_length=9)):
+        with pytest.raises(UserError, match=rf"/pictures: k0: {room}"):
+            data.setup("fit")
+    mixed = module(tmp_path / "mixed", max_length=9)
+    mixed.setup("fit")  # its first sample is text
+    with pytest.raises(UserError, match=room):
+        next(iter(mixed.train_dataloader()))
+    module(recipe, max_length=60).setup("fit")
+
+
+def test_a_source_that_cannot_be_used_is_refused_however_good_the_others(folder: Path, tmp_path: Path) -> None:
+    good = {f"g{i}": sample(i) for i in range(9)}
+    write_tar(tmp_path / "good" / "train.tar", good)
+    write_tar(tmp_path / "bad" / "train.tar", {f"k{i}": {"json": b"{"} for i in range(9)})
+    write_tar(tmp_path / "once" / "train.tar", {"first": sample(1), **{f"l{i}": {"json": b"{"} for i in range(9)}})
+    for name in ("good", "bad", "once"):
+        prepare(tmp_path / name)
+    data = module(blend(tmp_path, {"good": 1, "bad": 1}))
+    with pytest.raises(UserError, match=r"/bad: none of the first 9 samples of its split 'train' (?s:.*)bad_json +9"):
+        data.setup("fit")
+    with pytest.raises(UserError, match="bad: none of the first 4"):
+        module(blend(tmp_path, {"good": 1, "bad": 1}), max_bad_in_a_row=4).setup("fit")
+    later = module(blend(tmp_path, {"good": 1, "once": 1}), max_bad_in_a_row=8, shuffle_buffer=0)
+    later.setup("fit")
+    with pytest.raises(UserError, match=r"^8 samples in a row of once could not be used(?s:.*)once/train.tar: l"):
+        list(islice(later.train_dataloader(), 40))
+    (tmp_path / "val.yaml").write_text("splits: {val: {path: bad, split_part: train}}")
+    with pytest.raises(UserError, match=r"/val.yaml: there is no pack to validate on"):
+        list(module(folder / "a", tmp_path / "val.yaml").val_dataloader())
+
+
 @WORKERS
 def test_validation_is_finite_complete_and_the_same_every_time(folder: Path, workers: int) -> None:
     loader = module(folder / "a", folder / "a", workers=workers, packing_buffer=4, pack_samples=2).val_dataloader()
@@ -157,6 +201,32 @@ def test_epochs_and_blends(folder: Path) -> None:
     assert sorted(epoch.values()) == [1] * 20 + [2] * 8 + [1 + 2] * 4
 
 
+def test_a_blend_gets_the_shares_it_asks_for(folder: Path) -> None:
+    """Also of part of a pass: 1.5 over the 12 of b beside 1 over the 24 of a, and half a pass."""
+    for repetitions, share in (({"a": 1, "b": 1.5}, 18 / 42), ({"a": 0.5, "b": 2}, 24 / 36)):
+        recipe = blend(folder, repetitions, "repetitions")
+        data = module(recipe, pack_samples=1, packing_buffer=4)
+        assert read_recipe(recipe, "train").shares["b"] == pytest.approx(share)
+        assert len(list(islice(data.train_dataloader(), 600))) == 600
+        asked, samples, _ = data.drawn()["b"]
+        assert asked == pytest.approx(share) and abs(samples - share) < 0.06
+
+
+def test_a_folder_that_is_listed_twice_is_one_source(folder: Path) -> None:
+    (folder / "c").symlink_to(folder / "a")
+    recipe, once = folder / "twice.yaml", blend(folder, {"a": 3, "b": 1})
+    for key, name in (("blend", "weight"), ("blend_epochized", "repetitions")):
+        listed = [{"path": "a", name: 1}, {"path": "b", name: 1}, {"path": "c", name: 2}]
+        recipe.write_text(json.dumps({"splits": {"train": {key: listed}}}))
+        once = blend(folder, {"a": 3, "b": 1}, name)
+        assert read_recipe(recipe, "train").fingerprint() == read_recipe(once, "train").fingerprint()
+        assert list(take(module(recipe), 5)) == list(take(module(once), 5))
+    (folder / "c").unlink()
+    listed = [{"path": "a", "weight": 1}, {"path": "a", "weight": 1, "split_part": "val"}]  # other samples
+    recipe.write_text(json.dumps({"splits": {"train": {"blend": listed}}}))
+    assert [source.split for source in read_recipe(recipe, "train").sources] == ["train", "val"]
+
+
 def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -168,6 +238,8 @@ def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
 def test_messages_about_size(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match=r"1 samples cannot feed 1 ranks x 2 workers = 2 loader processes"):
         module(folder / "one", workers=2).train_dataloader()
+    with pytest.raises(UserError, match=r"1 samples cannot feed .* = 2 loader processes: those of .*/one, whose share"):
+        module(blend(folder, {"a": 1, "one": 1}), workers=2).train_dataloader()
     with caplog.at_level(logging.WARNING):
         module(folder / "a", workers=4).train_dataloader()
     assert "3 shards for 4 loader processes" in caplog.text

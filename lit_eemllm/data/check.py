@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from lit_eemllm.console import progress
-from lit_eemllm.data.recipe import META, Source, read_folder, read_recipe, read_yaml
+from lit_eemllm.data.recipe import META, Recipe, Source, read_folder, read_recipe, read_yaml
 from lit_eemllm.data.samples import SampleEncoder, read_members
 from lit_eemllm.data.shards import Report, read_shard, shard_names
 from lit_eemllm.errors import SampleError, UserError
@@ -40,6 +41,30 @@ def check(path: Path, encoder: SampleEncoder | None = None, *, max_image_pixels:
             _check_shard(shard, encoder, max_image_pixels, report)
             advance(1)
     return report
+
+
+def look(recipe: Recipe, encoder: SampleEncoder, most: int) -> None:
+    """Read each source of a recipe as training will, up to the first sample that can be used.
+
+    Raises:
+        UserError: there is none among the first so many samples of a source, whose share others would silently take.
+    """
+    for source in {(source.folder, source.split): source for source in recipe.sources}.values():
+        report = Report()
+        samples = (sample for name, _ in source.shards for sample in read_shard(source.folder / name))
+        for key, members in islice(samples, most):
+            try:
+                encoder.tokenize(key, members)
+                break
+            except SampleError as error:
+                report.drop(error.reason, error.message)
+            except UserError as error:
+                raise UserError(f"{source.folder}: {error}") from None
+        else:
+            raise UserError(
+                f"{source.folder}: none of the first {report.bad.total()} samples of its split {source.split!r} can be used "
+                f"(data.max_bad_in_a_row={most}).\n{report}\nCheck all with: lit-eemllm shards check {recipe.path} CONFIG"
+            )
 
 
 def _listed(path: Path, report: Report) -> Iterable[Path]:
@@ -82,6 +107,8 @@ def _check_shard(shard: Path, encoder: SampleEncoder | None, max_image_pixels: i
                 report.good[shard.parent.name] += 1
             except SampleError as error:
                 report.drop(error.reason, error.message)
+            except UserError as error:  # training would stop here
+                report.drop("too_long", str(error))
     except UserError as error:
         report.drop("bad_shard", str(error))
 

@@ -81,12 +81,14 @@ def worker_config(workers: int, seed: int) -> WorkerConfig:
 def train_dataset(
     recipe: Recipe, task: PackTask, config: WorkerConfig, shuffle_buffer: int, packing_buffer: int
 ) -> SavableDataset:
-    """Endless, shuffled, blended packs. Raises UserError if some process would have no sample."""
+    """Endless, shuffled, blended packs. Raises UserError if some process would have no sample of a source."""
     processes = config.world_size * max(1, config.num_workers)
-    if recipe.num_samples < processes:
+    least = min(recipe.sources, key=lambda source: source.num_samples)
+    if least.num_samples < processes:
         raise UserError(
-            f"{recipe.path}: {recipe.num_samples} samples cannot feed {config.world_size} ranks x "
-            f"{max(1, config.num_workers)} workers = {processes} loader processes. Lower data.workers or add data."
+            f"{recipe.path}: {least.num_samples} samples cannot feed {config.world_size} ranks x "
+            f"{max(1, config.num_workers)} workers = {processes} loader processes: those of {least.folder}, whose share others "
+            "would take. Lower data.workers or add data."
         )
     if (shards := sum(len(source.shards) for source in recipe.sources)) < processes:
         _log.warning(
@@ -328,11 +330,18 @@ class FiniteLoader:
             **_watchdog(self.timeout, config.num_workers),
         )
         _prepare(loader)
-        batches = (packed.batch for packed in tidy_errors(loader, self.timeout))
+        batches, given = (packed.batch for packed in tidy_errors(loader, self.timeout)), 0
         try:
-            yield from _in_step(batches) if config.world_size > 1 else batches
+            for batch in _in_step(batches) if config.world_size > 1 else batches:
+                given += 1
+                yield batch
         finally:
             stop(loader)
+        if not given:
+            path = self.arguments[0].path
+            raise UserError(
+                f"{path}: there is no pack to validate on: no sample of a rank can be used. Try: lit-eemllm shards check {path} CONFIG"
+            )
 
 
 def collective_device() -> str:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_eemllm.compat.lightning import packs
 from lit_eemllm.data import state as loader_state
+from lit_eemllm.data.check import look
 from lit_eemllm.data.loader import (
     EndlessLoader,
     FiniteLoader,
@@ -72,11 +73,11 @@ class ShardDataModule(LightningDataModule):
         self._encoder = SampleEncoder(template, transform, c.max_length, c.truncation, c.max_image_pixels)
 
     def setup(self, stage: str) -> None:
-        """Read the recipes, so that what is wrong with them is said before anything expensive is built."""
-        if stage == "fit":
-            self.recipe("train")
-        if self.config.val is not None:
-            self.recipe("val")
+        """Read the recipes and the first sample of each source, so that what is wrong is said before anything expensive is built."""
+        for split in ["train"] * (stage == "fit") + ["val"] * (self.config.val is not None):
+            recipe = self.recipe(split)
+            if self._encoder is not None:
+                look(recipe, self._encoder, self.config.max_bad_in_a_row)
 
     def recipe(self, split: str) -> Recipe:
         """The checked recipe of split "train" or "val". Raises UserError."""

@@ -26,7 +26,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import normpath
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -74,8 +74,8 @@ class Recipe:
 
     Attributes:
         path: the recipe file, or the shard folder itself.
-        blend: "weight" (draw for ever with these weights) or "repetitions" (so many passes over each source per epoch).
-        sources: at least one.
+        blend: "weight" (draw for ever with these weights) or "repetitions" (so many passes over each source per epoch, whole ones).
+        sources: at least one, each folder and split once.
     """
 
     path: Path
@@ -165,11 +165,24 @@ def read_recipe(path: str | Path, split: str) -> Recipe:
             entries = _mapping(body, path, where, required=(blend,))[blend]
             if not isinstance(entries, list) or not entries:
                 raise UserError(f"{path}: '{where}.{blend}' is {entries!r:.200}, expected a list of {{path, {share}}}.")
-            sources = tuple(
-                _source(entry, path, f"{where}.{blend}[{i}]", split, share) for i, entry in enumerate(entries)
-            )
-            return Recipe(path, share, sources)
+            listed = [_source(entry, path, f"{where}.{blend}[{i}]", split, share) for i, entry in enumerate(entries)]
+            return _blended(Recipe(path, share, tuple(listed)))
     return Recipe(path, "weight", (_source(body, path, where, split, None),))
+
+
+def _blended(recipe: Recipe) -> Recipe:
+    """With each folder once, since Energon draws the same samples in the same order from one that is listed twice; and part of a
+    pass as a weight, since Energon gives less of it the longer a run is."""
+    merged: dict[tuple[Path, str], Source] = {}
+    for source in recipe.sources:
+        same = source.folder.resolve(), source.split
+        before = merged.get(same, replace(source, share=0.0))
+        merged[same] = replace(before, share=before.share + source.share)
+    sources = tuple(merged.values())
+    if recipe.blend == "weight" or all(source.share.is_integer() for source in sources):
+        return replace(recipe, sources=sources)
+    weighted = (replace(source, share=source.share * source.num_samples) for source in sources)
+    return Recipe(recipe.path, "weight", tuple(weighted))
 
 
 def _source(entry: Any, recipe: Path, where: str, split: str, share: str | None) -> Source:

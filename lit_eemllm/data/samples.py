@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from lit_eemllm.chat import IMAGE_SLOT, ChatTemplate, Conversation, parse_conversation
+from lit_eemllm.chat import IMAGE, IMAGE_SLOT, ChatTemplate, Conversation, Turn, parse_conversation
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.images import Transform, image_size, read_picture
 from lit_eemllm.rows import as_llava
@@ -97,7 +98,7 @@ class SampleEncoder:
 
         Raises:
             SampleError: the sample cannot be used; `reason` is the slug under which it is counted.
-            UserError: it is too long and `truncation` is "error".
+            UserError: it is too long and `truncation` is "error", or no image at all fits in `max_length`.
         """
         conversation, images = read_members(key, members)
         encoded = self.template.encode(conversation)
@@ -123,8 +124,20 @@ class SampleEncoder:
             encoded.sizes.append(size)
         return encoded
 
+    @cached_property
+    def _least_with_image(self) -> int:
+        """Tokens of a conversation of one image, a word that asks and one that answers."""
+        encoded = self.template.encode(Conversation("image", (Turn("human", f"{IMAGE}\na"), Turn("gpt", "a")), 1))
+        return len(encoded.ids) - 1 + self.transform.num_tokens(1, 1)
+
     def _shorten(self, sample: TokenSample) -> TokenSample:
         found = f"{sample.key}: {sample.length} tokens with {len(sample.images)} images, at most {self.max_length} are allowed"
+        if sample.images and self.transform.fixed and self._least_with_image > self.max_length:
+            raise UserError(
+                f"{sample.key}: an image takes {sample.image_tokens[0]} tokens, with the template and a word to say "
+                f"{self._least_with_image}, so data.max_length={self.max_length} leaves no room for any. Raise it, and data.pack_tokens "
+                "if need be."
+            )
         if self.truncation == "error":
             raise UserError(f"{found}. Raise data.max_length, or set data.truncation to drop or truncate.")
         if self.truncation == "drop":

@@ -11,6 +11,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from megatron.energon import Cooker, CrudeSample, SavableDataset, SkipSample, TaskEncoder, WorkerConfig, stateless
@@ -70,38 +71,40 @@ class BadSamples:
 
     Args:
         counts: shared by the stages of a worker; emptied with every batch.
-        most_in_a_row: consecutive failures of this stage that stop the run.
+        most_in_a_row: consecutive failures of one source at this stage that stop the run, however good the others are.
     """
 
     def __init__(self, counts: Counter[str], most_in_a_row: int) -> None:
         self.counts = counts
         self.most_in_a_row = most_in_a_row
-        self.in_a_row = 0
+        self.in_a_row: Counter[str] = Counter()  # by source
         self.named: Counter[str] = Counter()
-        self.last: deque[str] = deque(maxlen=3)
+        self.last: dict[str, deque[str]] = {}  # by source
 
-    def attempt(self, origin: str, function: Callable[[], _T]) -> _T:
+    def attempt(self, source: str, origin: str, function: Callable[[], _T]) -> _T:
         """`function()`, or `SkipSample` where it raises `SampleError`."""
         try:
             result = function()
         except SampleError as error:
-            self._count(f"{origin}: {error.message} [{error.reason}]", error.reason)
+            self._count(source, f"{origin}: {error.message} [{error.reason}]", error.reason)
             raise SkipSample from error
-        self.in_a_row = 0
+        self.in_a_row[source] = 0
         return result
 
-    def _count(self, text: str, reason: str) -> None:
+    def _count(self, source: str, text: str, reason: str) -> None:
         self.counts[reason] += 1
         self.named[reason] += 1
-        self.last.append(text)
-        self.in_a_row += 1
+        last = self.last.setdefault(source, deque(maxlen=3))
+        last.append(text)
+        self.in_a_row[source] += 1
         if self.named[reason] <= NAMED_PER_REASON:
             more = "; more of these are only counted" if self.named[reason] == NAMED_PER_REASON else ""
             _log.warning("skipped a sample: %s%s", text, more)
-        if self.in_a_row >= self.most_in_a_row:
+        if self.in_a_row[source] >= self.most_in_a_row:
             raise UserError(
-                f"{self.in_a_row} samples in a row could not be used (data.max_bad_in_a_row={self.most_in_a_row}). The last:\n"
-                + "\n".join(f"  {line}" for line in self.last)
+                f"{self.in_a_row[source]} samples in a row{f' of {source}' * bool(source)} could not be used "
+                f"(data.max_bad_in_a_row={self.most_in_a_row}). The last:\n"
+                + "\n".join(f"  {line}" for line in last)
                 + "\nCheck the data with: lit-eemllm shards check"
             )
 
@@ -139,10 +142,10 @@ class PackTask(TaskEncoder):
 
     @stateless
     def preencode_sample(self, sample: RawSample) -> TokenSample:
-        tokens = self._reading.attempt(sample.origin, lambda: self.encoder.tokenize(sample.key, sample.members))
-        return replace(
-            tokens, source=self.names.get(sample.folder, sample.folder), __restore_key__=sample.__restore_key__
-        )
+        source = self.names.get(sample.folder, sample.folder)
+        read = partial(self.encoder.tokenize, sample.key, sample.members)
+        tokens = self._reading.attempt(source, sample.origin, read)
+        return replace(tokens, source=source, __restore_key__=sample.__restore_key__)
 
     def select_samples_to_pack(self, samples: list[TokenSample]) -> list[list[TokenSample]]:
         packs = plan_packs([sample.length for sample in samples], self.pack_tokens, self.pack_samples)
@@ -150,7 +153,7 @@ class PackTask(TaskEncoder):
 
     @stateless
     def postencode_sample(self, sample: TokenSample) -> EncodedSample:
-        encoded = self._decoding.attempt("decoding", lambda: self.encoder.load_pixels(sample))
+        encoded = self._decoding.attempt(sample.source, "decoding", partial(self.encoder.load_pixels, sample))
         self.truncated += sample.truncated
         return encoded
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import re
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -357,16 +360,128 @@ def test_check_finds_every_planted_fault(tmp_path: Path) -> None:
     (tmp_path / "b.tar").write_bytes(content[: len(content) * 2 // 3])
     for made in (None, encoder()):
         report = check(tmp_path, made)
-        assert {**expected, "bad_shard": 1} == report.bad and 2 < report.good.total() < 6
+        assert {**expected, "not_indexed": 1} == report.bad and report.good.total() == 2
+    (tmp_path / "b.tar").write_bytes(content)
+    prepare(tmp_path)
+    (tmp_path / "b.tar").write_bytes(content[: len(content) * 2 // 3])
+    for made in (None, encoder()):
+        report = check(tmp_path, made)
+        assert {**expected, "not_prepared": 1, "bad_shard": 1} == report.bad and 2 < report.good.total() < 6
     assert report.tokens > 0 and report.longest == 1 + 5 + IMAGE_TOKENS + 10 + 1 + 7 + 1
     text = str(report)
     for name in ("a.tar/broken", "b.tar: truncated", "400000000 pixels", "a.tar/bad8"):
         assert name in text, text
+    (tmp_path / "b.tar").write_bytes(content)
     assert re.search(r"^  pickle +2$", text, re.MULTILINE)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(json.dumps({"splits": {"train": {"path": "."}, "val": {"path": ".", "__module__": "os"}}}))
     report = check(recipe)
     assert report.bad == {**expected, "bad_recipe": 1} and "__module__" in str(report)
+
+
+def appended(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "a") as tar:
+        info = tarfile.TarInfo("k8.json")
+        info.size = len(sample(8, 0)["json"])
+        tar.addfile(info, io.BytesIO(sample(8, 0)["json"]))
+
+
+def longer(folder: Path) -> None:
+    first = sample(0)
+    write_tar(
+        folder / "a.tar",
+        {"k0": {**first, "json": first["json"] + b" " * 900}, **{f"k{i}": sample(i) for i in range(1, 8)}},
+    )
+
+
+def moved(folder: Path) -> None:
+    """As long as before, but the first two samples have exchanged a block."""
+    one, two = sample(0), sample(1)
+    found = {"k0": {**one, "json": one["json"] + b" " * 600}, "k1": two, **{f"k{i}": sample(i) for i in range(2, 8)}}
+    write_tar(folder / "a.tar", found)
+    prepare(folder)
+    found["k0"], found["k1"] = one, {**two, "json": two["json"] + b" " * 600}
+    write_tar(folder / "a.tar", found)
+
+
+def joined(folder: Path) -> None:
+    write_tar(folder / "b.tar", {"k9": sample(9)})
+    with (folder / "a.tar").open("ab") as file:
+        file.write((folder / "b.tar").read_bytes())
+    (folder / "b.tar").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "told", "refused"),
+    [(appended, "is not in the index|the index has nothing", "added to"), (longer, "'k1' begins at byte", "written anew"),
+     (moved, "'k1' begins at byte", None), (joined, "joined", "joined")],
+)  # fmt: skip
+def test_check_vouches_for_what_training_reads(
+    tmp_path: Path, change: Callable[[Path], None], told: str, refused: str | None
+) -> None:
+    """Shards that have changed since they were indexed; where a glance tells it, training does not begin."""
+    write_tar(tmp_path / "a.tar", {f"k{i}": sample(i) for i in range(8)})
+    prepare(tmp_path)
+    assert check(tmp_path).ok
+    change(tmp_path)
+    report = check(tmp_path)
+    assert not report.ok and re.search(told, str(report))
+    if refused:
+        with pytest.raises(UserError, match=rf"a.tar: .*{refused}.*shards prepare"):
+            read_recipe(tmp_path, "train")
+    if change is joined:
+        with pytest.raises(UserError, match=r"a.tar: .*joined \(cat\)"):
+            prepare(tmp_path)
+
+
+def test_shards_that_came_after_the_index_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", {f"k{i}": sample(i) for i in range(4)})
+    prepare(tmp_path)
+    write_tar(tmp_path / "x" / "b.tar", {f"h{i}": sample(i) for i in range(4)})
+    (tmp_path / "r.yaml").write_text("splits: {train: {path: .}}")
+    for data in (tmp_path, tmp_path / "r.yaml"):
+        report = check(data)
+        assert (
+            report.bad == {"not_indexed": 1}
+            and report.good.total() == 4
+            and "x/b.tar: it is not in the index" in str(report)
+        )
+    with caplog.at_level(logging.WARNING):
+        module(tmp_path).setup("fit")
+    assert "1 shards, such as x/b.tar, are not in its index and are not read" in caplog.text
+    prepare(tmp_path)
+    assert check(tmp_path).ok and check(tmp_path).good.total() == 8
+
+
+def test_prepare_says_what_is_wrong_with_a_foreign_shard(tmp_path: Path) -> None:
+    for name in ("valley-0", "testimony", "val/0", "x/Validation_1", "valset", "test2", "tests-1", "retest"):
+        write_tar(tmp_path / "names" / f"{name}.tar", {name.replace("/", "-"): sample(1)})
+    prepare(tmp_path / "names")
+    found = {
+        split: [name for name, _ in read_recipe(tmp_path / "names", split).sources[0].shards]
+        for split in ("train", "val", "test")
+    }
+    assert found == {
+        "train": ["retest.tar", "testimony.tar", "valley-0.tar"],
+        "val": ["val/0.tar", "valset.tar", "x/Validation_1.tar"],
+        "test": ["test2.tar", "tests-1.tar"],
+    }
+    write_tar(tmp_path / "a" / "a.tar", {"k": sample(1)})
+    packed = gzip.compress((tmp_path / "a" / "a.tar").read_bytes())
+    (tmp_path / "a" / "a.tar").write_bytes(packed)
+    with pytest.raises(UserError, match=r"a.tar: compressed.*gunzip < a.tar"):
+        prepare(tmp_path / "a")
+    (tmp_path / "a" / "a.tar").rename(tmp_path / "a" / "a.tar.gz")
+    with pytest.raises(UserError, match=r"no .tar in it. a.tar.gz is compressed"):
+        prepare(tmp_path / "a")
+    for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):  # tar writes the second name of a file as a link
+        write_tar(tmp_path / "links" / "a.tar", {"k0": sample(0), "k1": {"json": sample(1)["json"]}})
+        with tarfile.open(tmp_path / "links" / "a.tar", "a") as tar:
+            info = tarfile.TarInfo("k1.0.png")
+            info.type, info.linkname = kind, "k0.0.png"
+            tar.addfile(info)
+        with pytest.raises(UserError, match=r"'k1.0.png' is a link, which is not read.*--hard-dereference"):
+            prepare(tmp_path / "links")
 
 
 def test_check_finds_an_answer_that_truncation_would_lose(tmp_path: Path) -> None:

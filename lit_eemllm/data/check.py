@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
@@ -9,14 +10,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from lit_eemllm.console import progress
-from lit_eemllm.data.recipe import META, Recipe, Source, read_folder, read_recipe, read_yaml
+from lit_eemllm.data.recipe import META, Recipe, not_indexed, read_folder, read_recipe, read_yaml
 from lit_eemllm.data.samples import SampleEncoder, read_members
-from lit_eemllm.data.shards import Report, read_shard, shard_names
+from lit_eemllm.data.shards import Report, read_shard, shard_names, stale
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.images import read_picture
 from lit_eemllm.shipped import find
 
 _T = TypeVar("_T")
+_log = logging.getLogger("lit_eemllm.data")
 
 
 def check(path: Path, encoder: SampleEncoder | None = None, *, max_image_pixels: int = 50_000_000) -> Report:
@@ -28,8 +30,8 @@ def check(path: Path, encoder: SampleEncoder | None = None, *, max_image_pixels:
         max_image_pixels: for use without an encoder.
 
     Returns:
-        Good samples by folder, and the bad ones by reason: those of `SampleEncoder`, and ``not_prepared``, ``bad_recipe``
-        and ``bad_shard``, which stand for a whole folder, recipe or rest of a shard.
+        Good samples by folder, and the bad ones by reason: those of `SampleEncoder`, and ``not_prepared``, ``bad_recipe``,
+        ``not_indexed``, ``stale_index`` and ``bad_shard``, which stand for a whole folder, recipe, shard or rest of a shard.
 
     Raises:
         UserError: there are no shards, or the recipe file cannot be read at all.
@@ -49,7 +51,12 @@ def look(recipe: Recipe, encoder: SampleEncoder, most: int) -> None:
     Raises:
         UserError: there is none among the first so many samples of a source, whose share others would silently take.
     """
-    for source in {(source.folder, source.split): source for source in recipe.sources}.values():
+    for source in recipe.sources:
+        if unread := not_indexed(source.folder):
+            _log.warning(
+                f"{source.folder}: {len(unread)} shards, such as {unread[0]}, are not in its index and are not read. To read them, "
+                f"run: lit-eemllm shards prepare {source.folder}"
+            )
         report = Report()
         samples = (sample for name, _ in source.shards for sample in read_shard(source.folder / name))
         for key, members in islice(samples, most):
@@ -70,17 +77,26 @@ def look(recipe: Recipe, encoder: SampleEncoder, most: int) -> None:
 def _listed(path: Path, report: Report) -> Iterable[Path]:
     """The shards to read; what is wrong with recipe, index or files goes to the report."""
     if path.is_dir():
-        for split in _splits(path, report):
-            _try(report, "not_prepared", partial(read_folder, path, split, 1.0))
-        return [path / name for name in shard_names(path)]
-    document = read_yaml(find(path)) if find(path).is_file() else None
-    splits = document.get("splits") if isinstance(document, dict) else None
-    sources: dict[Path, Source] = {}
-    for split in splits if isinstance(splits, dict) and splits else ["train"]:
-        recipe = _try(report, "bad_recipe", partial(read_recipe, path, str(split)))
-        for source in recipe.sources if recipe else ():
-            sources |= {source.folder / name: source for name, _ in source.shards}
-    return list(sources)
+        split_sources = [
+            _try(report, "not_prepared", partial(read_folder, path, split, 1.0)) for split in _splits(path, report)
+        ]
+        sources = [source for source in split_sources if source is not None]
+        if len(sources) < len(split_sources):
+            return [path / name for name in shard_names(path)]
+    else:
+        document = read_yaml(find(path)) if find(path).is_file() else None
+        splits = document.get("splits") if isinstance(document, dict) else None
+        sources = []
+        for split in splits if isinstance(splits, dict) and splits else ["train"]:
+            recipe = _try(report, "bad_recipe", partial(read_recipe, path, str(split)))
+            sources += recipe.sources if recipe else ()
+    for folder in dict.fromkeys(source.folder for source in sources):
+        for name in not_indexed(folder):
+            report.drop(
+                "not_indexed",
+                f"{folder / name}: it is not in the index, so it is not read. Run: lit-eemllm shards prepare {folder}",
+            )
+    return list({source.folder / name: source for source in sources for name, _ in source.shards})
 
 
 def _splits(folder: Path, report: Report) -> list[str]:
@@ -109,6 +125,11 @@ def _check_shard(shard: Path, encoder: SampleEncoder | None, max_image_pixels: i
                 report.drop(error.reason, error.message)
             except UserError as error:  # training would stop here
                 report.drop("too_long", str(error))
+        if problem := stale(shard):
+            found = (
+                f"{problem}: training would not read what was checked. Run: lit-eemllm shards prepare {shard.parent}"
+            )
+            report.drop("stale_index", f"{shard}: {found}")
     except UserError as error:
         report.drop("bad_shard", str(error))
 

@@ -39,6 +39,7 @@ from lit_eemllm.shipped import find, nowhere
 
 META = ".nv-meta"
 MAX_META_BYTES = 16 * 2**20
+MAX_TAIL = 4 * 2**20  # bytes of zeros that end a tar; tar itself writes up to 10,240
 HEADER = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 
@@ -226,12 +227,7 @@ def read_folder(folder: Path, split: str, share: float) -> Source:
             raise UserError(f"{folder}: not a prepared shard folder ({META}/{path.name} is missing). "
                             f"Run: lit-eemllm shards prepare {folder}")  # fmt: skip
     check_dataset_yaml(dataset_path)
-    counts = _mapping(_read_json(info_path), info_path, "the index", ("shard_counts",), ("energon_version",))[
-        "shard_counts"
-    ]
-    good = isinstance(counts, dict) and all(type(count) is int and count > 0 for count in counts.values())
-    if not good:
-        raise UserError(f"{info_path}: 'shard_counts' must map shard names to sample counts above 0.")
+    counts = _counts(info_path)
     splits = _mapping(read_yaml(split_path), split_path, "the split file", ("split_parts",), ("exclude",))
     parts = splits["split_parts"]
     if not isinstance(parts, dict) or not parts.get(split):
@@ -250,6 +246,22 @@ def read_folder(folder: Path, split: str, share: float) -> Source:
     for name in names:
         _check_shard(folder, name, counts[name])
     return Source(folder, split, share, tuple((name, counts[name]) for name in names))
+
+
+def _counts(info_path: Path) -> dict[str, int]:
+    """Samples of each shard, by the index."""
+    index = _mapping(_read_json(info_path), info_path, "the index", ("shard_counts",), ("energon_version",))
+    counts = index["shard_counts"]
+    if not isinstance(counts, dict) or not all(type(count) is int and count > 0 for count in counts.values()):
+        raise UserError(f"{info_path}: 'shard_counts' must map shard names to sample counts above 0.")
+    return counts
+
+
+def not_indexed(folder: Path) -> list[str]:
+    """Shards of a prepared folder that are not in its index: added later, and read by nobody."""
+    counts = _counts(folder / META / ".info.json")
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.tar")))
+    return [name for name in names if name not in counts]
 
 
 def check_dataset_yaml(path: Path) -> None:
@@ -285,6 +297,25 @@ def _check_shard(folder: Path, name: str, count: int) -> None:
             f"{shard}: truncated: {shard.stat().st_size:,} bytes, its index expects {end:,}. "
             f"Copy it again, or run: lit-eemllm shards prepare {folder}"
         )
+    if problem := beyond_the_end(shard, end):
+        raise UserError(
+            f"{shard}: where it ends by its index there is {problem}: it was written anew, or added to, since it was indexed. "
+            f"Run: lit-eemllm shards prepare {folder}"
+        )
+
+
+def beyond_the_end(shard: Path, end: int) -> str:
+    """What a tar has behind its last member that is no end of an archive, which is zeros alone; empty if nothing."""
+    with shard.open("rb") as file:
+        file.seek(end)
+        tail = file.read(MAX_TAIL)
+        if tail[:512] != bytes(512):
+            return "no end-of-archive mark after the last member"
+        if tail.count(0) < len(tail) or file.read(1):
+            return (
+                "something after the end-of-archive mark; unpack archives that were joined (cat), and pack them as one"
+            )
+    return ""
 
 
 def _expand(patterns: Any, path: Path, where: str) -> list[str]:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ import yaml
 from lit_eemllm.chat import SURROGATE
 from lit_eemllm.console import progress, write_atomically
 from lit_eemllm.data.json_rows import read_json
-from lit_eemllm.data.recipe import CRUDE, META, read_folder
+from lit_eemllm.data.recipe import CRUDE, META, beyond_the_end, read_folder
 from lit_eemllm.data.writing import DONE, Options, Report, write
 from lit_eemllm.errors import UserError
 
@@ -129,8 +130,9 @@ def prepare(folder: Path, splits: Mapping[str, str] | None = None) -> dict[str, 
 
     Args:
         folder: holds ``*.tar``, also in sub-folders.
-        splits: by split, a regular expression for the beginning of its shards' paths. Default: ``val…`` and ``test…`` are
-            these splits, all others are train.
+        splits: by split, a regular expression for the beginning of its shards' paths. Default: those whose name, or that of a
+            folder above, begins with the word val, valid, validation, valset, or test, tests, testset, are these splits; all
+            others are train.
 
     Returns:
         Number of samples of each split.
@@ -143,14 +145,17 @@ def prepare(folder: Path, splits: Mapping[str, str] | None = None) -> dict[str, 
     from lit_eemllm.compat.energon import collapse
 
     names = shard_names(folder)
-    patterns = splits or {"val": r"(.*/)?val", "test": r"(.*/)?test", "train": r"(?!(.*/)?(val|test))"}
+    val, test = (rf"(?i:(.*/)?({words})(?![a-z]))" for words in ("val(id(ation)?|set)?", "test(s|set)?"))
+    patterns = splits or {"val": val, "test": test, "train": f"(?!{val}|{test})"}
     parts = {split: [name for name in names if re.match(pattern, name)] for split, pattern in patterns.items()}
     seen: dict[str, str] = {}
     counts: Counter[str] = Counter()
     with progress("indexing", len(names)) as advance:
         for name in names:
             advance(1)
-            for key, _ in read_shard(folder / name, names_only=True):
+            for _, key, _ in walk_shard(folder / name, names_only=True):
+                if not key:
+                    continue
                 if key in seen:
                     raise UserError(f"{folder / name}: sample {key!r} is also in {seen[key]}; keys must differ. "
                                     "(A sample's members must lie side by side, and names are cut at the first dot.)")  # fmt: skip
@@ -175,44 +180,91 @@ def shard_names(folder: Path) -> list[str]:
         raise UserError(f"{folder}: no such folder of shards.")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar"))
     if not names:
-        raise UserError(f"{folder}: no .tar in it. Make shards from JSON and images with: lit-eemllm shards make")
+        packed = next(
+            (path.name for path in sorted(folder.rglob("*")) if re.search(r"\.(tar\.\w+|tgz)$", path.name)), None
+        )
+        how = (
+            f"{packed} is compressed: unpack it to a .tar first"
+            if packed
+            else "Make shards from JSON and images with: lit-eemllm shards make"
+        )
+        raise UserError(f"{folder}: no .tar in it. {how}")
     if bad := next((name for name in names if not re.fullmatch(r"[\w./ -]+", name)), None):
         raise UserError(f"{folder}: rename shard {bad!r}: Energon gives braces and the like a meaning of their own.")
     return names
 
 
-def read_shard(path: Path, names_only: bool = False) -> Iterator[tuple[str, dict[str, bytes]]]:
+def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Samples of a tar, without an index: key and members by extension. Nothing is extracted to disk.
 
-    Raises UserError, after the samples before it, where the tar is truncated, damaged, compressed or sparse.
+    Raises UserError, after the samples before it, where the tar is truncated, damaged, compressed, joined or sparse.
     """
+    return ((key, members) for _, key, members in walk_shard(path) if key)
+
+
+def walk_shard(path: Path, names_only: bool = False) -> Iterator[tuple[int, str, dict[str, bytes]]]:
+    """What `read_shard` yields, each sample with the byte at which it begins, and at last where the archive ends, without a key."""
     from lit_eemllm.compat.energon import MEMBER_NAME, SKIPPED_MEMBER
 
-    key: str | None = None
-    members: dict[str, bytes] = {}
+    begin, key, members = 0, "", dict[str, bytes]()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 match = MEMBER_NAME.match(member.name)
-                if not member.isreg() or match is None or SKIPPED_MEMBER.match(member.name):
+                if match is None or SKIPPED_MEMBER.match(member.name):
+                    continue
+                if member.islnk() or member.issym():  # Energon passes over it, so the sample would lose its picture
+                    raise UserError(
+                        f"{path}: {member.name[:200]!a} is a link, which is not read. Make it with tar --hard-dereference -h."
+                    )
+                if not member.isreg():
                     continue
                 if member.issparse():  # a few bytes on disk may claim to be terabytes
                     raise UserError(f"{path}: {member.name} is a sparse file, which is not read.")
                 if SURROGATE.search(member.name):
                     raise UserError(f"{path}: the name {member.name!a} is not UTF-8; rename the member.")
                 if match[1] != key:
-                    if key is not None:
-                        yield key, members
-                    key, members = match[1], {}
+                    if key:
+                        yield begin, key, members
+                    begin, key, members = member.offset, match[1], {}
                 file = None if names_only else tar.extractfile(member)
                 members[match[2]] = file.read() if file else b""
             end = tar.offset
         # tarfile takes a damaged or cut header for the end, so look whether it is one
-        with path.open("rb") as file:
-            file.seek(end)
-            if file.read(512) != bytes(512):
-                raise tarfile.ReadError("no end-of-archive mark after the last member")
+        if problem := beyond_the_end(path, end):
+            raise tarfile.ReadError(problem)
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # numbers in headers may be anything
+        if packer := _compressed(path):
+            raise UserError(f"{path}: compressed. Shards are read at any place, so unpack it first: {packer}") from None
         raise UserError(f"{path}: truncated or damaged after sample {key!r}: {error}. Copy or make it again.") from None
-    if key is not None:
-        yield key, members
+    if key:
+        yield begin, key, members
+    yield end, "", {}
+
+
+def _compressed(path: Path) -> str:
+    """How to unpack a compressed file; empty if it is none."""
+    begin = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        begin = file.read(6)
+    packers = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+    return next(
+        (f"{packer} < {path.name} > FILE.tar" for magic, packer in packers.items() if begin.startswith(magic)), ""
+    )
+
+
+def stale(path: Path) -> str:
+    """How a shard's index differs from the shard; empty if it does not, or there is none. Raises UserError as `read_shard`."""
+    index = path.with_suffix(".tar.idx")
+    if not index.is_file():
+        return ""
+    if index.stat().st_size > path.stat().st_size:
+        return f"the index has {index.stat().st_size:,} bytes, more than the shard"
+    data = index.read_bytes()
+    told = struct.unpack(f"<{len(data) // 8}Q", data[: len(data) // 8 * 8])
+    for number, (begin, key, _) in enumerate(walk_shard(path, names_only=True)):
+        if number >= len(told) or told[number] != begin:
+            what = f"sample {key!r} begins" if key else "the last sample ends"
+            found = told[number] if number < len(told) else "nothing"
+            return f"{what} at byte {begin:,} and the index has {found}"
+    return "" if len(data) == 8 * (number + 1) else f"the index has {len(data) / 8 - 1:g} samples, the shard {number}"

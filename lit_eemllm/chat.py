@@ -11,10 +11,13 @@ A text with a special token of the tokenizer in it ("</s>", "<|im_end|>", ...) i
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
+from hashlib import sha256
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 IMAGE = "<image>"  # placeholder of one image in the text of a human turn
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold and no tokenizer takes
 IMAGE_SLOT = -1  # the one entry that stands for a whole image in `EncodedText.ids`
+DAY = date(
+    2024, 7, 26
+)  # today, for templates that ask for it: a run must not change at midnight. (Llama 3's own, without a clock.)
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -209,6 +215,13 @@ class ChatTemplate(ABC):
         self.begin_ids: list[int] = []
         self.stop_ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of what decides the ids of a conversation: this template's text, and all of the tokenizer."""
+        special = cast(Any, self.tokenizer.special_tokens_map)
+        told = [self.name, getattr(self, "source", ""), special, self.begin_ids, self.stop_ids]
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()
+        return sha256(json.dumps([*told, tokenizer], sort_keys=True, default=str).encode()).hexdigest()[:16]
+
     @abstractmethod
     def _render(self, conversation: Conversation) -> Iterable[Span]:
         """What `render` returns, before its checks."""
@@ -315,7 +328,8 @@ class VicunaTemplate(StringTemplate):
 
 
 class JinjaTemplate(ChatTemplate):
-    """The tokenizer's own chat template, rendered in transformers' sandbox; it writes BOS and everything else itself.
+    """The tokenizer's own chat template, rendered in transformers' sandbox; it writes BOS and everything else itself. If it asks
+    for today's date, that is always `DAY`.
 
     Where it has ``{% generation %}`` marks, they say what is trained. Otherwise it is the text an answer adds to its
     generation prompt, through the end-of-turn token (not the newline after it). That may be more than the answer: Qwen3 writes
@@ -450,7 +464,7 @@ class JinjaTemplate(ChatTemplate):
         messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
         try:
             special = cast(Any, self.tokenizer.special_tokens_map)
-            return rendered(messages, self.source, self.marked, generation, special)
+            return rendered(messages, self.source, self.marked, generation, special, DAY)
         except (TemplateError, TypeError, ValueError) as error:  # the template may refuse a role or an order of turns
             raise conversation.refusal("bad_conversation", f"the chat template refuses it: {error}") from error
 

@@ -45,6 +45,9 @@ class CharTemplate:
     def __init__(self) -> None:
         self.tokenizer = self
 
+    def fingerprint(self) -> str:
+        return self.name
+
     def decode(self, ids: Iterable[int]) -> str:
         return "".join({BEGIN: "<s>", END: "</s>"}.get(i, chr(i)) for i in ids)
 

@@ -515,6 +515,27 @@ def test_unsuitable_jinja_templates_are_refused_at_once(source, message) -> None
         get_template("jinja", with_template(source))
 
 
+def test_a_template_that_asks_for_today_gets_one_day_for_ever() -> None:
+    """Else a run that goes on tomorrow would train on other prompts."""
+    dated = CHATML.replace("{%", "{{ strftime_now('%d %b %Y') }}{%", 1)
+    rendered = get_template("jinja", with_template(dated)).render(talk("a", "b"))
+    assert rendered[0].text.startswith("26 Jul 2024<|im_start|>user\na")
+
+
+def test_a_fingerprint_is_of_all_that_decides_ids() -> None:
+    """The template's text, and the tokenizer beyond its vocabulary."""
+
+    def fingerprint(template: str = CHATML, lower: bool = False) -> str:
+        tokenizer = with_template(template)
+        if lower:
+            tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        return get_template("jinja", tokenizer).fingerprint()
+
+    assert fingerprint() == fingerprint()
+    other = fingerprint("{# edited #}" + CHATML), fingerprint(lower=True)
+    assert len({fingerprint(), *other, get_template("vicuna_v1", with_template(CHATML)).fingerprint()}) == 4
+
+
 def test_jinja_refusals_of_single_samples() -> None:
     forgets = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('=>')[-1] }}")
     chat = get_template("jinja", with_template(forgets))

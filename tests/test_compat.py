@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -193,8 +194,24 @@ def templates_mark_answers():
     template = "{% for m in messages %}{% if m.role == 'user' %}> {{ m.content }} {% else %}"
     template += "{% generation %}{{ m.content }}{{ eos }}{% endgeneration %}{% endif %}{% endfor %}"
     messages = [{"role": "user", "content": "hi!"}, {"role": "assistant", "content": "yes"}]
-    text, marks = compat("transformers").rendered(messages, template, True, False, {"eos": "</s>"})
+    text, marks = compat("transformers").rendered(messages, template, True, False, {"eos": "</s>"}, date.today())
     assert text == "> hi! yes</s>" and [text[a:b] for a, b in marks] == ["yes</s>"]
+
+
+@contract(
+    "transformers",
+    "a compiled template is kept, and so is its clock",
+    lambda patch: patch.setattr(
+        "transformers.utils.chat_template_utils._compile_jinja_template",
+        importlib.import_module("transformers.utils.chat_template_utils")._compile_jinja_template.__wrapped__,
+    ),
+)
+def templates_have_a_clock():
+    template = "{{ strftime_now('%Y-%m') }}"
+    text, _ = compat("transformers").rendered(
+        [{"role": "user", "content": ""}], template, False, False, {}, date(1999, 12, 31)
+    )
+    assert text == "1999-12"
 
 
 @contract(

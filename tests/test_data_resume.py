@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,27 @@ from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.rng import SystemRng
 from megatron.energon.savable_loader import SavableDatasetCheckpoint, SavableDatasetState
 from megatron.energon.state import FlexState
-from shards_util import Recorder, blend, fingerprint, fit, module, row, sample, script, take, write_shards, write_tar
+from shards_util import (
+    TRANSFORM,
+    CharTemplate,
+    Recorder,
+    blend,
+    fingerprint,
+    fit,
+    module,
+    row,
+    sample,
+    script,
+    take,
+    write_shards,
+    write_tar,
+)
 
+from lit_eemllm.data import contents as contents_module
 from lit_eemllm.data import loader as loader_module
 from lit_eemllm.data import state as loader_state
+from lit_eemllm.data.contents import contents
+from lit_eemllm.data.recipe import read_folder
 from lit_eemllm.data.shards import prepare
 from lit_eemllm.errors import CheckpointError
 
@@ -194,6 +213,8 @@ def test_continuing_something_else_is_refused(recipe: Path) -> None:
         ({"seed": 3}, "seed was 0 and is 3"),
         ({"pack_tokens": 300}, "data.pack_tokens was 200 and is 300"),
         ({"shuffle_buffer": 9}, "data.shuffle_buffer was 10 and is 9"),
+        ({"max_image_pixels": 99}, "data.max_image_pixels was 50000000 and is 99"),
+        ({"truncation": "truncate"}, "data.truncation was drop and is truncate"),
         (
             {"train": other},
             r"data.train was \['train, weight 2, 40 samples in 4 shards .*weight 1, 24 .*weight 2, 24 samples in 1 shards",
@@ -201,7 +222,7 @@ def test_continuing_something_else_is_refused(recipe: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             module(**{"train": recipe, **change}).load_state_dict(saved)
-    moved = module(recipe, max_bad_in_a_row=7, max_image_pixels=10**6)  # these shape no batch
+    moved = module(recipe, max_bad_in_a_row=7, timeout=7.0)  # these shape no batch
     moved.load_state_dict(saved)
     for broken in ("[]", '{"os.system": ["true"]}', '{"FlexState": 3}', "[" * 10**5, '{"SliceState": {"index": 1}}'):
         saved["ranks"][0]["loader"] = broken
@@ -215,6 +236,67 @@ def test_continuing_something_else_is_refused(recipe: Path) -> None:
     data.train_dataloader()
     with pytest.raises(RuntimeError, match="estimated_stepping_batches"):
         data.load_state_dict(saved)
+
+
+def test_the_same_keys_with_other_data_another_template_or_other_pixels_are_refused(tmp_path: Path) -> None:
+    """Nothing of the configuration has changed: what the shards hold has, or how a sample becomes a batch."""
+    rows = [row(i) for i in range(24)]
+    folder = write_shards(tmp_path / "a", {"train": rows}, shard_size=10)
+    data = module(folder)
+    list(take(data, 2))
+    saved = data.state_dict()
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # later files of the same contents
+    module(copy).load_state_dict(saved)
+    for name, changed in {
+        "answers": [row(i, answer=f"it is {i * i + 1}".ljust(len(f"it is {i * i}"))) for i in range(24)],
+        "one answer": [*rows[:23], row(23, answer="it is 530")],  # not 529
+        "order": rows[1:] + rows[:1],
+    }.items():
+        with pytest.raises(
+            CheckpointError, match=r"cannot continue .*: contents of data\.train was \['[0-9a-f]{12}'\] and is"
+        ):
+            module(write_shards(tmp_path / name, {"train": changed}, shard_size=10)).load_state_dict(saved)
+    template, darker = CharTemplate(), replace(TRANSFORM, mean=(0.4, 0.5, 0.5))
+    template.name = "edited"
+    for connected, message in (
+        ((template, TRANSFORM), "template with its tokenizer was characters and is edited"),
+        ((CharTemplate(), darker), r"images\.mean was \[0.5, 0.5, 0.5\] and is \[0.4, 0.5, 0.5\]"),
+    ):
+        data = module(folder)
+        data.connect(*connected)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match=message):
+            data.load_state_dict(saved)
+
+
+def test_contents_of_large_shards_are_read_at_some_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small source whole; of a large one the indices, and 512 bytes of every 2,048."""
+    folder = write_shards(tmp_path / "a", {"train": [row(i) for i in range(16)]}, shard_size=8)
+    source = read_folder(folder, "train", 1.0)
+    sizes = [(folder / name).stat().st_size for name, _ in source.shards]
+    assert len(sizes) == 2 and min(sizes) > 3 * 2048
+
+    def seen(shard: int, place: int) -> bool:
+        """Whether a flipped bit at that place is."""
+        path, before = folder / source.shards[shard][0], contents(source)
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+        after = contents(source)
+        content[place] ^= 1
+        path.write_bytes(content)
+        assert contents(source) == before
+        return after != before
+
+    last = [size - 1 for size in sizes]
+    assert all(seen(shard, place) for shard in (0, 1) for place in (0, 700, 5000, last[shard]))
+    monkeypatch.setattr(contents_module, "BYTES", 512)
+    monkeypatch.setattr(contents_module, "PLACES", sum(sizes) // 2048)
+    assert sum(sizes) // (sum(sizes) // 2048) < 2048 + 512
+    assert [seen(shard, place) for shard in (0, 1) for place in (0, 511, 1500)] == [True, True, False] * 2
+    index = (folder / source.shards[1][0]).with_suffix(".tar.idx")
+    before = contents(source)
+    index.write_bytes(index.read_bytes()[:8] + b"\1" + index.read_bytes()[9:])
+    assert contents(source) != before
 
 
 def test_state_survives_json() -> None:

@@ -678,12 +678,19 @@ def test_an_evaluation_goes_on_where_it_ended(talkative, monkeypatch, capsys):
         ("eval.samples", "questions"),
         ("eval.max_new_tokens", "eval.max_new_tokens"),
         ("seed", "seed"),
+        ("template", "model.template"),
     ],
 )
 def test_answers_of_another_evaluation_are_not_used(talkative, monkeypatch, capsys, tmp_path, change, said):
     config = replace(talkative, out=str(tmp_path / "out"))
     checkpoint = run.newest_checkpoint(run.Path(talkative.out))
     count, real = [], run.generated
+    if change == "template":  # the tokenizer's own, whose text is edited
+        tokenizer = shutil.copytree(config.model.decoder, tmp_path / "tokenizer")
+        own = tokenizer / "chat_template.jinja"
+        own.write_text("{% for m in messages %}{{ m.role + ':\n' + m.content + (eos_token if m.role == 'assistant' else '') }}"
+                       "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}")  # fmt: skip
+        config = replace(config, model=replace(config.model, template="jinja", tokenizer=str(tokenizer)))
 
     def answer(*all):
         if len(count) == 3:
@@ -698,6 +705,8 @@ def test_answers_of_another_evaluation_are_not_used(talkative, monkeypatch, caps
         checkpoint = run.Path(talkative.out) / "checkpoints" / "step-30.ckpt"
     elif change == "seed":
         config = replace(config, seed=5)
+    elif change == "template":
+        own.write_text(own.read_text().replace(":", ";"))
     else:
         config = replace(config, eval=replace(config.eval, **{change.removeprefix("eval."): 14}))
     count.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,17 @@ def file_of(model: str, name: str) -> Path:
 
 
 def rendered(
-    messages: Sequence[dict[str, str]], template: str, marks: bool, prompt: bool, special: dict[str, Any]
+    messages: Sequence[dict[str, str]], template: str, marks: bool, prompt: bool, special: dict[str, Any], today: date
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as a Jinja template renders it, and (start, end) of what it marks as the assistant's, if asked for.
+    """A conversation as a Jinja template renders it, and (start, end) of what it marks as the assistant's, if asked for. The
+    template's clock always tells the same day.
 
     Raises jinja2's TemplateError, TypeError or ValueError, as the template likes.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template  # imports jinja2
+    from transformers.utils import chat_template_utils as templates  # imports jinja2
 
-    texts, marked = render_jinja_template(
+    templates._compile_jinja_template(template).globals["strftime_now"] = today.strftime  # kept there by its text
+    texts, marked = templates.render_jinja_template(
         [list(messages)],
         chat_template=template,
         return_assistant_tokens_mask=marks,

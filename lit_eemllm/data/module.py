@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,10 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 
 from lit_eemllm.compat.lightning import packs
+from lit_eemllm.config import flat
 from lit_eemllm.data import state as loader_state
 from lit_eemllm.data.check import look
+from lit_eemllm.data.contents import contents
 from lit_eemllm.data.loader import (
     EndlessLoader,
     FiniteLoader,
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from lit_eemllm.images import Transform
     from lit_eemllm.schema import DataConfig
 
-_SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples", "max_length", "truncation")
+_SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples")
 _TOTALS = ("offset", "batches", "skipped", "truncated")
 _COUNTS = ("skipped", "samples", "tokens")  # Counters
 _SIZES = ("ranks", "data.workers")
@@ -45,8 +48,9 @@ class ShardDataModule(LightningDataModule):
     """Yields `PackedBatch`.
 
     A checkpoint holds, as plain JSON, the position of every rank after the last batch it trained on; a run continued from it
-    sees the batches an unbroken run would have seen. It must have the same data and the same keys of the configuration that
-    shape batches, and as many ranks and workers, or as many workers in all (`_deal`); what differs is named.
+    sees the batches an unbroken run would have seen. All that decides a batch must be as it was: what the shards hold, template,
+    tokenizer and image transform, keys of the configuration; and as many ranks and workers, or as many workers in all (`_deal`).
+    What differs is named.
 
     It learns what is trained on by its hook `on_before_batch_transfer`, which a LightningModule must not override. Do not touch
     `trainer.estimated_stepping_batches`: it builds the loader, perhaps before Lightning has restored anything.
@@ -215,25 +219,36 @@ class ShardDataModule(LightningDataModule):
         return self._in_hand if progress.processed >= progress.ready else self._done
 
     def task(self, names: Mapping[str, str] | None = None) -> PackTask:
-        if self._encoder is None:
-            raise RuntimeError("ShardDataModule.connect(template, transform) must be called before a loader is made")
         # a warning of every forked worker otherwise; a worker has one core to itself anyway
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         c = self.config
-        return PackTask(self._encoder, c.pack_tokens, c.pack_samples, c.max_bad_in_a_row, names or {})
+        return PackTask(self._connected, c.pack_tokens, c.pack_samples, c.max_bad_in_a_row, names or {})
+
+    @property
+    def _connected(self) -> SampleEncoder:
+        if self._encoder is None:
+            raise RuntimeError("ShardDataModule.connect(template, transform) must be called before a loader is made")
+        return self._encoder
 
     def _describe(self) -> dict[str, Any]:
-        """Everything that decides which samples make up batch n."""
+        """Everything that decides what is in batch n."""
         return {
             "ranks": worker_config(0, self.seed).world_size,
             "seed": self.seed,
             **{f"data.{key}": getattr(self.config, key) for key in _SHAPING},
-            "data.train": self.recipe("train").fingerprint(),
+            **flat(self._connected.identity()),
+            **self._sources,
         }
+
+    @cached_property
+    def _sources(self) -> dict[str, list[str]]:
+        """The training data, read once: see `contents`."""
+        recipe = self.recipe("train")
+        return {"data.train": recipe.fingerprint(), "contents of data.train": list(map(contents, recipe.sources))}
 
     def _refuse_changes(self, now: dict[str, Any]) -> None:
         was = self._saved["shape"]
-        changed = [key for key in now if was.get(key) != now[key]]
+        changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
         reason = self._cannot_deal(was, now)
         if reason is None:
             changed = [key for key in changed if key not in _SIZES]
@@ -241,7 +256,7 @@ class ShardDataModule(LightningDataModule):
             processes = [f"{s.get('ranks')} ranks x {s.get('data.workers')} workers" for s in (was, now)]
             raise CheckpointError(
                 "This run cannot continue with the batches it would have seen: "
-                + "; ".join(f"{key} was {was.get(key)} and is {now[key]}" for key in changed)
+                + "; ".join(f"{key} was {was.get(key)} and is {now.get(key)}" for key in changed)
                 + f". The position was saved by {processes[0]}, this is {processes[1]}{reason or ''}. "
                 "Set it back, or begin a new run from the weights (init_from)."
             )

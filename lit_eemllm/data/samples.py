@@ -93,6 +93,14 @@ class SampleEncoder:
         if self.truncation not in TRUNCATION:
             raise ValueError(f"truncation is {self.truncation!r}, expected one of {', '.join(TRUNCATION)}")
 
+    def identity(self) -> dict[str, Any]:
+        """What of it a run must keep when it goes on, by the words in which a difference is told."""
+        return {
+            "model.template with its tokenizer": self.template.fingerprint(),
+            "images": self.transform.to_dict(),
+            **{f"data.{key}": getattr(self, key) for key in ("max_length", "truncation", "max_image_pixels")},
+        }
+
     def tokenize(self, key: str, members: Mapping[str, bytes]) -> TokenSample:
         """Members of a shard's sample, by extension (``json``, ``0.jpg``), to token ids.
 

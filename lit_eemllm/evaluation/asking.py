@@ -80,7 +80,7 @@ def identity(
         "checkpoint": fingerprint(model.state_dict()),
         "mechanism": model.config.mechanism,
         "tokenizer": processor.fingerprint(),
-        "model.template": config.model.template,
+        "model.template": processor.template.fingerprint(),
         "images": processor.transform.to_dict(),
         "attention": [model.backend.name, config.trainer.get("precision")],
         "eval.batch_size": config.eval.batch_size,

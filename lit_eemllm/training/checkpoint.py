@@ -7,8 +7,10 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from ..compat.lightning import saved_packs
+from ..data.module import ShardDataModule
 from ..errors import CheckpointError, UserError
 from ..schema import LoraConfig
 from .adapters import MARK, merge_adapters
@@ -57,7 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 unfinished.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        return read_checkpoint(Path(path), verified=True)  # by `fit`, before anything was built
 
 
 @contextlib.contextmanager
@@ -89,11 +92,36 @@ def save(trainer: Trainer, path: Path) -> None:
         raise CheckpointError(told) from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents, on the CPU. Raises CheckpointError for a file that is missing, broken, foreign or would execute code."""
+def read_checkpoint(path: Path, verified: bool = False) -> dict[str, Any]:
+    """The contents, on the CPU.
+
+    Args:
+        path: the file.
+        verified: its checksums have just been compared, which takes as long as reading it.
+
+    Raises:
+        CheckpointError: it is missing, damaged, foreign or would execute code. Where its run has others that are whole, the
+            newest of them is named.
+    """
+    try:
+        return _read(path, verified)
+    except CheckpointError as error:
+        others = all_checkpoints(path.parent.parent) if path.parent.name == FOLDER else []
+        whole = next((other for other in reversed(others) if other != path and _is_whole(other)), None)
+        if whole is None:
+            raise
+        raise CheckpointError(
+            f"{error}. The newest before it that is whole is {whole}: to go on from it, name it (resume=FILE, init_from=FILE or "
+            "--checkpoint FILE)."
+        ) from error
+
+
+def _read(path: Path, verified: bool) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
+        if not verified:
+            _compare_checksums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever is wrong with the bytes: torch and pickle raise nearly anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -103,6 +131,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _is_whole(path: Path) -> bool:
+    try:
+        _read(path, verified=False)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _compare_checksums(path: Path) -> None:
+    """torch writes a checksum of every tensor and never compares it: a page of zeros would load. Raises ValueError."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if packed or sum(member.file_size for member in members) > path.stat().st_size:  # more work than its size tells
+            raise ValueError("it is not stored as torch stores it")
+        if (name := archive.testzip()) is not None:
+            raise ValueError(f"its bytes have changed since they were written (the checksum of {name} is another)")
+
+
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint of the most steps in a run directory."""
     return next(reversed(all_checkpoints(run)), None)
@@ -110,15 +157,55 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def all_checkpoints(run: Path) -> list[Path]:
     """Of a run directory, by steps."""
-    found = {int(match[1]): path for path in (run / FOLDER).glob("*.ckpt") if (match := _NAME.fullmatch(path.name))}
-    return [found[step] for step in sorted(found)]
+    return sorted((path for path in (run / FOLDER).glob("*.ckpt") if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """From the name of one of `all_checkpoints`."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def set_aside(run: Path, start: Path, step: int) -> Path | None:
+    """What a run has saved after the checkpoint that it goes back to is abandoned: out of the way of `newest_checkpoint`, into a
+    folder of its own. After a checkpoint of another run, that is all.
+
+    Args:
+        run: its directory.
+        start: the checkpoint from which it goes on.
+        step: of that.
+
+    Returns:
+        the folder, if there was anything.
+    """
+    ours = start.resolve().parent == (run / FOLDER).resolve()
+    later = [path for path in all_checkpoints(run) if not ours or step_of(path) > step]
+    if not later:
+        return None
+    names = (run / FOLDER / f"abandoned-{number}" for number in count(1))
+    folder = next(name for name in names if not name.exists())
+    folder.mkdir()
+    for path in later:
+        path.rename(folder / path.name)
+    return folder
+
+
+def refuse_part(checkpoint: Mapping[str, Any]) -> None:
+    """Without one of its sections Lightning would go on as if nothing had been there. Raises CheckpointError."""
+    sections: dict[str, Any] = {"loops": dict, "optimizer_states": list, "lr_schedulers": list, "rng": list}
+    sections |= {"global_step": int, ShardDataModule.__qualname__: dict}
+    if missing := [name for name, kind in sections.items() if not isinstance(checkpoint.get(name), kind)]:
+        raise CheckpointError(
+            f"the checkpoint holds no {' and no '.join(missing)}, or not as `fit` writes it, so a run cannot continue from it. "
+            "Continue from another, or begin a new run from its weights (init_from)."
+        )
 
 
 def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> None:
     """A run goes on as what it was. Raises CheckpointError naming every key that may not change under way.
 
     May change: where it runs (``trainer.*`` but precision, and packs per step, which are accumulated by so many ranks), the
-    attention backend, how long, how often it logs, saves and validates. The data module looks after its own keys.
+    attention backend, whether activations are recomputed, how long, how often it logs, saves and validates. The data module
+    looks after its own keys.
     """
     packs_seen = saved_packs(checkpoint)["current"]
     if packs_seen["processed"] < packs_seen["ready"]:
@@ -126,7 +213,16 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
             "the checkpoint was saved in the middle of a step, before one that went wrong: it holds good weights, but not the "
             "gradients of the step so far. Begin a new run from them (init_from)."
         )
-    free = {"attention", "max_steps", "save_every", "val_every", "val_batches", "log_every", "keep"}
+    free = {
+        "attention",
+        "activation_checkpointing",
+        "max_steps",
+        "save_every",
+        "val_every",
+        "val_batches",
+        "log_every",
+        "keep",
+    }
     was, now = checkpoint["lit_eemllm"]["config"], asdict(config)
     pairs: dict[str, Any] = {"trainer.precision": (was["trainer"].get("precision"), now["trainer"].get("precision"))}
     hint = ""

@@ -24,6 +24,7 @@ from .checkpoint import (
     newest_checkpoint,
     read_checkpoint,
     refuse_changes,
+    refuse_part,
     save,
 )
 from .fsdp2 import FSDP2
@@ -54,7 +55,9 @@ def fit(config: Config) -> None:
     console.quiet = not trainer.is_global_zero
     resume = find_resume(config)
     if resume is not None:
-        refuse_changes(read_checkpoint(resume), config, trainer.world_size)
+        checkpoint = read_checkpoint(resume)
+        refuse_part(checkpoint)
+        refuse_changes(checkpoint, config, trainer.world_size)
 
     # Seed before any module is built: the projector is fresh.
     seed_everything(config.seed, verbose=False)

@@ -27,7 +27,7 @@ from ..compat.lightning import begin_validation_anew
 from ..console import console, write_atomically
 from ..data.loader import lost_worker
 from ..errors import UserError
-from .checkpoint import FOLDER, all_checkpoints, save
+from .checkpoint import FOLDER, all_checkpoints, save, set_aside
 from .tuning import COMPONENTS, component
 from .zero import full_gradient
 
@@ -76,6 +76,13 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for unfinished in self.folder.glob(".*.unfinished"):  # of a process that was killed while it saved
                 unfinished.unlink(missing_ok=True)
+            folder = (
+                None
+                if trainer.ckpt_path is None
+                else set_aside(self.folder.parent, Path(trainer.ckpt_path), self._step)
+            )
+            if folder is not None:
+                console.print(f"the run went back to step {self._step}: what it had saved later is kept in {folder}")
         if self._somebody_was_asked(trainer):
             self._stop(trainer, "before this process trained anything")
 

@@ -91,9 +91,6 @@ class LitEEMLLM(LightningModule):
         if self.trainer.is_global_zero:
             console.print(f"attention: {choice}", markup=False, highlight=False)
 
-    def on_train_epoch_start(self) -> None:
-        set_modes(self.model, self.trained)
-
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
         self.batch_end = time.perf_counter()  # after all callbacks, so also after a checkpoint was written
 
@@ -178,11 +175,16 @@ class LitEEMLLM(LightningModule):
     # --- checkpoints ---
 
     def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint holds of a state: components trained wholly, and adapters with what is trained beside them."""
+        """What a checkpoint holds of a state, all that training changes: components trained wholly; of others adapters, what is
+        trained beside them, and buffers, such as the statistics of batch norms."""
         choices = asdict(self.config.optim.tuning)
-        whole = tuple(f"model.{name}." for word in self.trained if choices[word] == "full" for name in COMPONENTS[word])
+        whole, adapted = (
+            tuple(f"model.{name}." for word in self.trained if choices[word] == how for name in COMPONENTS[word])
+            for how in ("full", "lora")
+        )
         ends = (WHOLE,) if choices["projector"] == "lora" else ()
-        return {n: x for n, x in state.items() if n.startswith(whole) or MARK in n or n.endswith(ends)}
+        buffers = {name for name, _ in self.named_buffers() if name.startswith(adapted)}
+        return {n: x for n, x in state.items() if n.startswith(whole) or MARK in n or n.endswith(ends) or n in buffers}
 
     @cached_property
     def _frozen_fingerprint(self) -> str:
@@ -238,6 +240,7 @@ class LitEEMLLM(LightningModule):
             count_in_packs_of(checkpoint, self.trainer.world_size)
 
     def on_train_start(self) -> None:
+        set_modes(self.model, self.trained)  # not when an epoch starts: Lightning leaves that out where a run goes on
         if self.trainer.world_size > 1:
             steps: list[Any] = [None] * self.trainer.world_size
             dist.all_gather_object(steps, self.global_step)

@@ -1,0 +1,145 @@
+"""A run that goes on is the run that it was: in its modules, its state and its branch; what is not whole is refused by name."""
+
+import shutil
+
+import pytest
+import tiny
+import torch
+from test_training import assert_same
+from torch import nn
+
+from lit_eemllm.errors import CheckpointError
+from lit_eemllm.evaluation.run import load
+from lit_eemllm.model import vision
+from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
+from lit_eemllm.training.fit import fit
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, parts, shapes):
+    """Four steps, a checkpoint after each; not to be changed."""
+    out = tmp_path_factory.mktemp("run")
+    fit(tiny.config(parts, shapes, out, "optim.max_steps=4", "optim.save_every=1", "optim.keep=9", "data.val=null"))
+    return out
+
+
+def copy_of(run, out, *numbers):
+    """A run directory with some of another's checkpoints."""
+    (out / "checkpoints").mkdir(parents=True)
+    for number in numbers:
+        shutil.copy(run / "checkpoints" / f"step-{number}.ckpt", out / "checkpoints")
+    return out
+
+
+def names(run):
+    return sorted(path.relative_to(run / "checkpoints").as_posix() for path in (run / "checkpoints").rglob("*.ckpt"))
+
+
+# --- modules
+
+
+class Normed(tiny.Patches):
+    """An encoder with state of its own, a batch norm's statistics, which draws for its dropout, and begins in some mode."""
+
+    begins = False  # as from_pretrained leaves a model
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear, self.dropout = nn.BatchNorm2d(16), nn.Linear(16, 16), nn.Dropout(0.5)
+
+    @classmethod
+    def from_path(cls, path, **options):
+        return cls().train(cls.begins)
+
+    def forward(self, pixels):
+        return self.dropout(self.linear(self.norm(self.conv(pixels)).flatten(2).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "full", "lora"])
+def test_modules_are_in_the_modes_that_they_were_in(tmp_path, parts, shapes, monkeypatch, tuning):
+    """Batch norms of a frozen encoder stay still, of a trained one they go on from where they were; dropout stays on."""
+    monkeypatch.setitem(vision._ENCODERS, "normed", Normed)
+    monkeypatch.setattr(Normed, "begins", tuning == "frozen")
+    options = ["model.vision.encoder=normed", f"optim.tuning.vision={tuning}", "optim.lora.r=2", "data.val=null"]
+    options += ["optim.max_steps=4", "optim.save_every=2"]
+    fit(tiny.config(parts, shapes, tmp_path / "whole", *options))
+    again = copy_of(tmp_path / "whole", tmp_path / "again", 2)
+    config = tiny.config(parts, shapes, again, *options)
+    fit(config)
+    two, four, true = (
+        read_checkpoint(run / "checkpoints" / f"step-{step}.ckpt")
+        for run, step in ((again, 2), (again, 4), (tmp_path / "whole", 4))
+    )
+    for section in ("state_dict", "optimizer_states", "rng"):
+        assert_same(four[section], true[section], section)
+    mean = "model.vision.norm.running_mean"
+    assert (mean in two["state_dict"]) == (tuning != "frozen")
+    if tuning != "frozen":
+        assert not two["state_dict"][mean].equal(four["state_dict"][mean])
+        assert load(config, None)[0].vision.norm.running_mean.equal(four["state_dict"][mean])
+
+
+# --- branches
+
+
+def test_what_a_run_has_gone_back_from_is_set_aside(tmp_path, parts, shapes, run, capsys):
+    """The first continuation is given up; `auto` goes on with the second, and so does whoever asks for the newest."""
+    out = copy_of(run, tmp_path / "run", 1, 2, 4)
+    back = f"resume={out}/checkpoints/step-2.ckpt"
+    options = ["data.val=null", "optim.save_every=1", "optim.keep=9"]
+    fit(tiny.config(parts, shapes, out, *options, back, "optim.max_steps=3"))
+    assert names(out) == ["abandoned-1/step-4.ckpt", "step-1.ckpt", "step-2.ckpt", "step-3.ckpt"]
+    assert (
+        f"went back to step 2: what it had saved later is kept in {out}/checkpoints/abandoned-1"
+        in capsys.readouterr().out
+    )
+    fit(tiny.config(parts, shapes, out, *options, "optim.max_steps=4"))
+    assert f"continuing from {out}/checkpoints/step-3.ckpt" in capsys.readouterr().out
+    # after a checkpoint of another run, all of its own are of another branch
+    fit(tiny.config(parts, shapes, out, *options, f"resume={run}/checkpoints/step-3.ckpt", "optim.max_steps=4"))
+    assert names(out)[-1] == "step-4.ckpt" and names(out)[1:5] == [f"abandoned-2/step-{i}.ckpt" for i in (1, 2, 3, 4)]
+
+
+# --- checkpoints that are not whole
+
+
+def damaged(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "zeros":  # a page that never reached the disk, in the middle of the largest tensor
+        weights = read_checkpoint(path)["state_dict"]
+        largest = max(weights.values(), key=torch.Tensor.numel).contiguous().numpy().tobytes()
+        begin = content.index(largest) + len(largest) // 2
+        content[begin : begin + 512] = bytes(512)
+    path.write_bytes(b"" if how == "empty" else content[: len(content) // 2] if how == "cut" else content)
+
+
+@pytest.mark.parametrize("how", ["zeros", "cut", "empty"])
+def test_a_damaged_newest_checkpoint_names_the_one_before_it(tmp_path, parts, shapes, run, how):
+    out = copy_of(run, tmp_path, 2, 3, 4)
+    damaged(out / "checkpoints" / "step-4.ckpt", how)
+    (out / "checkpoints" / "step-3.ckpt").write_bytes(b"nor this")
+    config = tiny.config(parts, shapes, out, "optim.max_steps=4", "data.val=null")
+    for use in (lambda: fit(config), lambda: load(config, None)):
+        with pytest.raises(CheckpointError) as error:
+            use()
+        assert f"{out}/checkpoints/step-4.ckpt: not readable as a checkpoint: " in str(error.value)
+        assert f"before it that is whole is {out}/checkpoints/step-2.ckpt: to go on from it" in str(error.value)
+    assert ("have changed since they were written" in str(error.value)) == (how == "zeros")
+    fit(tiny.config(parts, shapes, out, "optim.max_steps=4", "data.val=null", f"resume={out}/checkpoints/step-2.ckpt"))
+    ends = [read_checkpoint(newest_checkpoint(one)) for one in (out, run)]
+    assert_same(ends[0]["state_dict"], ends[1]["state_dict"])
+    assert names(out) == ["abandoned-1/step-3.ckpt", "abandoned-1/step-4.ckpt", "step-2.ckpt", "step-4.ckpt"]
+
+
+@pytest.mark.parametrize(
+    "section", ["ShardDataModule", "loops", "optimizer_states", "lr_schedulers", "rng", "global_step"]
+)
+def test_a_checkpoint_that_lacks_a_section_is_refused(tmp_path, parts, shapes, run, section):
+    """Lightning would begin that part anew without a word."""
+    checkpoint = torch.load(run / "checkpoints" / "step-2.ckpt", weights_only=True)
+    del checkpoint[section]
+    file = tmp_path / "part.ckpt"
+    torch.save(checkpoint, file)
+    with pytest.raises(CheckpointError, match=f"holds no {section}"):
+        fit(tiny.config(parts, shapes, tmp_path / "run", "optim.max_steps=4", "data.val=null", f"resume={file}"))
+    assert not (tmp_path / "run" / "config.yaml").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -448,7 +450,8 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0 good, 1 bad samples found, 2 a mistake you can mend, 130 interrupted.
+    """Run one verb. Returns the exit status: 0 good, 1 bad samples found or a disk that fails, 2 a mistake you can mend, 130
+    interrupted.
 
     `fit` that was asked to stop exits by itself with 143 (SIGTERM) or 130 (SIGINT) after saving.
     """
@@ -465,7 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -473,6 +476,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return 141  # as of a process that SIGPIPE has ended
+    except OSError as error:  # of a disk: what is not there, and what was meant, is told where it is looked for
+        print(f"error: {error.filename or 'what is printed, or a file'}: {error.strerror or error}", file=sys.stderr)
+        _print_nothing_more()
+        return 1
 
 
 def _reader_is_gone() -> bool:
@@ -481,5 +488,11 @@ def _reader_is_gone() -> bool:
     output.register(sys.stdout.fileno(), 0)
     gone = any(event & select.POLLERR for _, event in output.poll(0))
     if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_nothing_more()
     return gone
+
+
+def _print_nothing_more() -> None:
+    """What is left to print would fail once more, when Python ends."""
+    with suppress(io.UnsupportedOperation):  # it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

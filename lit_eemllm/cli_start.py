@@ -47,10 +47,13 @@ def _configs_copy(args: Namespace) -> None:
 
 def _shrink(args: Namespace) -> None:
     from .config import load_config
+    from .console import writing
     from .shrink import shrink
 
     files = [text for text in args.inputs if "=" not in text]
-    made = shrink(load_config(files, [text for text in args.inputs if "=" in text]), args.out, args.published)
+    config = load_config(files, [text for text in args.inputs if "=" in text])
+    with writing(args.out):
+        made = shrink(config, args.out, args.published)
     verb = "estimate" if args.published else "fit"
     print(f"{made}: goes behind the others: lit-eemllm {verb} {' '.join(args.inputs)} {made}")
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .errors import UserError
+from .errors import UserError, WriteError
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("__main__.py")))
 """Starts this program as a process of its own, which takes no library from the current folder."""
@@ -39,11 +40,40 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: bar.advance(task, steps)
 
 
+_DISK = re.compile(r"\(os error \d|disk (is full|I/O error)")
+"""What libraries say of a disk without an OSError: those in Rust, safetensors and tokenizers, and sqlite."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around all that writes a file or a folder. Raises WriteError, with the path, where the disk fails."""
+    try:
+        yield
+    except Exception as error:
+        cause = str(error)
+        if isinstance(error, OSError):
+            other = error.filename is not None and str(error.filename) != str(path)
+            cause = f"{error.strerror or error}" + f" ({error.filename})" * other
+        elif not _DISK.search(cause):
+            raise
+        raise WriteError(f"{path} could not be written: {cause}") from error
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is written until it is whole and gets its name: beside it, and no other process writes there."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.unfinished")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """The file holds the whole content or what it held before; a text is UTF-8 in any locale."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(unfinished, path)
+    """The file holds the whole content or what it held before; a text is UTF-8 in any locale. Raises WriteError."""
+    part = unfinished(path)
+    with writing(path):
+        try:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(part, path)
+        finally:
+            with suppress(OSError):  # what is wrong with the disk is being told
+                part.unlink(missing_ok=True)
 
 
 def read_object(path: Path, error: type[UserError] = UserError, mend: str = "") -> dict[str, Any]:

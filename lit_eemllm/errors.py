@@ -1,4 +1,4 @@
-"""Errors written for people: the command line prints their message without a traceback and exits with status 2."""
+"""Errors written for people: the command line prints their message without a traceback and exits with their status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ _COMPARED = 100  # characters of a name
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was found, what was expected and how to fix it."""
+    """Something the user can mend. The message says what was found, what was expected and how to fix it.
+
+    Attributes:
+        status: exit status of the command.
+    """
+
+    status = 2
+
+
+class WriteError(UserError):
+    """A file that cannot be written, for which the disk is to blame. The message has the path and the cause."""
+
+    status = 1
 
 
 class ConfigError(UserError):

@@ -25,7 +25,8 @@ from test_training import assert_same, metrics
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lit_eemllm.config import to_yaml
-from lit_eemllm.errors import CheckpointError, UserError
+from lit_eemllm.console import unfinished
+from lit_eemllm.errors import CheckpointError, UserError, WriteError
 from lit_eemllm.training import guard
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
 from lit_eemllm.training.fit import fit
@@ -301,6 +302,30 @@ def test_a_bad_gradient_of_one_rank_stops_both_before_the_step(tmp_path, parts, 
     assert len(json.loads((run / "nan" / "step-3.json").read_text())["packs"]) == 2, "of both"
 
 
+# --- two at once
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path, parts, shapes):
+    """While another process trains there; what it has left behind when it was killed is no obstacle."""
+    other = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+    other += "print('process 7 on a machine', file=file, flush=True); print('locked', flush=True); time.sleep(60)"
+    config = tiny.config(parts, shapes, tmp_path, *OPTIONS, "optim.max_steps=1")
+    command = [sys.executable, "-c", other, tmp_path / ".fit.lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(
+            UserError, match=rf"^{tmp_path}: another training is running here \(process 7 on a machine\)"
+        ):
+            fit(config)
+        assert {path.name for path in tmp_path.iterdir()} == {".fit.lock"}
+        process.kill()
+    (tmp_path / "checkpoints").mkdir()
+    half = tmp_path / "checkpoints" / ".step-1.ckpt.elsewhere-7.unfinished"
+    half.write_bytes(b"half")
+    fit(config)
+    assert steps(tmp_path) == [1] and not half.exists()
+
+
 # --- data under way
 
 
@@ -389,6 +414,14 @@ def test_what_is_known_is_told_rather_than_the_death_that_followed():
         raised(ValueError("one"), KeyError("another"))
 
 
+def test_a_circle_of_causes_ends():
+    """As Lightning leaves it where closing the log fails for the same reason: each error is the context of the other."""
+    first, second = OSError("full"), KeyError("another")
+    first.__cause__, second.__cause__ = second, first
+    with pytest.raises(OSError, match="full"):
+        raised(KeyError("before"), first)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_dies_or_hangs_is_told_and_bounded(tmp_path, parts, shapes, monkeypatch, capfd, how):
     """A stopped process stands for one whose read never returns."""
@@ -452,15 +485,13 @@ def test_a_full_disk_names_the_file_and_keeps_the_previous_checkpoint(tmp_path, 
     """/dev/full: every write fails as on a full disk, through the real writer."""
 
     def fill(module, batch, loss):
-        (tmp_path / "checkpoints" / ".step-4.ckpt.unfinished").symlink_to("/dev/full")
+        unfinished(tmp_path / "checkpoints" / "step-4.ckpt").symlink_to("/dev/full")
         return loss
 
     config = tiny.config(parts, shapes, tmp_path, *OPTIONS, "optim.save_every=2")
     with monkeypatch.context() as patch:
         at_pack(patch, 7, fill)
-        with pytest.raises(
-            CheckpointError, match=r"step-4\.ckpt could not be written: .*No space left on device.*repeat"
-        ):
+        with pytest.raises(WriteError, match=r"step-4\.ckpt could not be written: .*No space left on device.*repeat"):
             fit(config)
     assert steps(tmp_path) == [2]
     fit(config)
@@ -482,7 +513,7 @@ def test_all_ranks_stop_and_say_why_where_rank_0_cannot_write(tmp_path, parts, s
     with two_ranks(tmp_path, config, full) as ranks:
         said = [process.communicate(timeout=100)[1] for process in ranks]
     for process, error in zip(ranks, said, strict=True):
-        assert process.returncode == 2 and "Traceback" not in error, error
+        assert process.returncode == 1 and "Traceback" not in error, error
         assert "step-4.ckpt could not be written: [Errno 28] No space left on device. Earlier checkpoints" in error
     assert steps(tmp_path / "run") == [2]
 
@@ -505,7 +536,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path, parts, shapes, unbroken):
     assert process.returncode == -signal.SIGKILL
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert (
-        left == [".step-6.ckpt.unfinished", "step-2.ckpt", "step-4.ckpt"]
+        left == [f".step-6.ckpt.{os.uname().nodename}-{process.pid}.unfinished", "step-2.ckpt", "step-4.ckpt"]
         and newest_checkpoint(run).name == "step-4.ckpt"
     )
     fit(config)

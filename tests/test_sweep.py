@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_flatten
 from lit_eemllm import cli
 from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.errors import ConfigError, UserError
+from lit_eemllm.locks import try_lock
 from lit_eemllm.sweep import sweep
-from lit_eemllm.sweep.execute import Job, try_lock, visible_devices
+from lit_eemllm.sweep.execute import Job, visible_devices
 from lit_eemllm.sweep.plan import make_plan
 from lit_eemllm.sweep.spec import SLURM as SLURM_KEYS
 from lit_eemllm.sweep.spec import read_sweep

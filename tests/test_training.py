@@ -19,7 +19,7 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from lit_eemllm.config import to_yaml
-from lit_eemllm.errors import CheckpointError
+from lit_eemllm.errors import CheckpointError, WriteError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.model.build import build
 from lit_eemllm.training import runlog
@@ -237,7 +237,7 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, parts, blend, mo
         save(value, file)
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(CheckpointError, match=r"step-4\.ckpt could not be written: No space left"):
+    with pytest.raises(WriteError, match=r"step-4\.ckpt could not be written: No space left"):
         fit(config)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2.ckpt"]
     assert read_checkpoint(tmp_path / "checkpoints" / "step-2.ckpt")["global_step"] == 2
@@ -298,9 +298,9 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
     config = tiny.config(parts, "unused", tmp_path, "optim.log_every=2", "optim.max_steps=2")
     log, logged = RunLog(config), []
-    logger = SimpleNamespace(log_metrics=lambda values, step: logged.append((step, values)))
+    monkeypatch.setattr(log.logs, "log_metrics", lambda values, step: logged.append((step, values)))
     trainer = SimpleNamespace(
-        global_step=0, world_size=1, loggers=[logger], is_global_zero=True, callback_metrics={}, sanity_checking=False,
+        global_step=0, world_size=1, is_global_zero=True, callback_metrics={}, sanity_checking=False,
         datamodule=SimpleNamespace(skipped={"bad_image": 2}, drawn=dict),
     )  # fmt: skip
     module = SimpleNamespace(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0), step_lr=0.5, batch_end=0.0)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from lit_eemllm.console import write_atomically, writing
 from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.layout import PackedBatch
 
@@ -77,11 +78,13 @@ def inspect(
     module.connect(template, transform)
     loader = module.train_dataloader() if split == "train" else module.val_dataloader()
     shown = [read_pack(batch, template.tokenizer, transform) for batch in islice(loader, packs)]
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{split}.html", out / f"{split}.png"]
-    paths[0].write_text(to_html(shown, config.pack_tokens, f"{split} packs"), encoding="utf-8")
-    to_png(shown, config.pack_tokens, f"{split} packs").save(paths[1])
-    return paths
+    html, picture = out / f"{split}.html", out / f"{split}.png"
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_atomically(html, to_html(shown, config.pack_tokens, f"{split} packs"))
+    with writing(picture):
+        to_png(shown, config.pack_tokens, f"{split} packs").save(picture)
+    return [html, picture]
 
 
 def read_pack(batch: PackedBatch, tokenizer: Any, transform: Transform) -> list[Document]:

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from lit_eemllm.chat import SURROGATE
-from lit_eemllm.console import progress, write_atomically
+from lit_eemllm.console import progress, write_atomically, writing
 from lit_eemllm.data.json_rows import read_json
 from lit_eemllm.data.recipe import CRUDE, META, beyond_the_end, read_folder
 from lit_eemllm.data.writing import DONE, Options, Report, write
@@ -163,14 +163,14 @@ def prepare(folder: Path, splits: Mapping[str, str] | None = None) -> dict[str, 
                 counts[name] += 1
             if not counts[name]:
                 raise UserError(f"{folder / name}: no sample in it (members must be named key.json, key.0.jpg …).")
-    with contextlib.redirect_stdout(io.StringIO()):
+    meta = folder / META
+    with writing(meta), contextlib.redirect_stdout(io.StringIO()):
         CrudeWebdataset.prepare_dataset(
             folder, names, split_parts_patterns=[("train", ".*")], workers=min(len(names), os.cpu_count() or 1, 8)
         )
-    meta = folder / META
-    (meta / "dataset.yaml").write_text(yaml.safe_dump(CRUDE))
+    write_atomically(meta / "dataset.yaml", yaml.safe_dump(CRUDE))
     written = {split: collapse(found, keep_order=True) for split, found in parts.items() if found}
-    (meta / "split.yaml").write_text(yaml.safe_dump({"split_parts": written, "exclude": []}, sort_keys=False))
+    write_atomically(meta / "split.yaml", yaml.safe_dump({"split_parts": written, "exclude": []}, sort_keys=False))
     return {split: read_folder(folder, split, 1.0).num_samples for split in written}
 
 

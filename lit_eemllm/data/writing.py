@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_eemllm.chat import leading_answer, parse_conversation
-from lit_eemllm.console import progress, progress_bar, write_atomically
+from lit_eemllm.console import progress, progress_bar, write_atomically, writing
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.images import read_picture
 from lit_eemllm.rows import as_llava, paths_of
@@ -269,7 +269,11 @@ def _write_shard(block: Block, folder: Path, options: Options, report: Report) -
 
     unfinished = folder / f".{block.name}.{os.getpid()}"
     count = images = 0
-    with unfinished.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+    with (
+        writing(folder / f"{block.name}.tar"),
+        unfinished.open("wb") as file,
+        TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar,
+    ):
         for number, row in block.rows:
             try:
                 row, members = _members(row, _name(block.split, number, row), options)

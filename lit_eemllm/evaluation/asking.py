@@ -24,7 +24,7 @@ from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from .. import __version__
-from ..console import console, progress
+from ..console import console, progress, writing
 from ..errors import ConfigError
 from ..model.build import fingerprint
 from .questions import Question
@@ -127,9 +127,11 @@ class Answers:
         self.share()
         for path in self.obsolete:  # not before all ranks have read it
             path.unlink(missing_ok=True)
-        with own.open("ab") as file:
-            file.truncate(kept)
-        self.file = own.open("a", encoding="utf-8")
+        self.own = own
+        with writing(own):
+            with own.open("ab") as file:
+                file.truncate(kept)
+            self.file = own.open("a", encoding="utf-8")
         if not kept:
             self.write(head)
 
@@ -160,8 +162,9 @@ class Answers:
             self.obsolete.append(path)
 
     def write(self, line: str) -> None:
-        self.file.write(line + "\n")
-        self.file.flush()  # what the system has survives the process
+        with writing(self.own):
+            self.file.write(line + "\n")
+            self.file.flush()  # what the system has survives the process
 
     def add(self, part: str, batch: int, replies: list[Reply]) -> None:
         self.replies[part, batch] = self.unshared[part, batch] = replies

@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 
-from ..console import console, progress, quiet_libraries, write_atomically
+from ..console import console, progress, quiet_libraries, write_atomically, writing
 from ..data.module import ShardDataModule
 from ..data.packing import collate, plan_packs
 from ..data.recipe import Recipe
@@ -416,5 +416,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in ("tab:blue", "lightgrey")]
     figure.legend(handles, [f"layers that {done}", "the others"], loc="upper center", ncols=2, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.93))
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 
 from ..chat import IMAGE
+from ..console import writing
 from ..images import open_image
 from .scoring import Answered
 
@@ -42,7 +43,8 @@ def draw_samples(samples: Sequence[Answered], max_pixels: int, path: Path) -> No
         colour = "tab:green" if one.score >= 1 else "tab:red" if one.score <= 0 else "tab:orange"
         axis.text(0.5, 0.0, said, va="bottom", fontsize=11, color=colour, weight="bold", **common)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    with writing(path):
+        figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

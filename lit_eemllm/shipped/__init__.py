@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
+from ..console import writing
 from ..errors import UserError
 
 SHIPPED = ("configs", "data_recipes", "tools/efficientnet_lite.py", "tools/slurm.sh")
@@ -123,8 +124,9 @@ def copy(wanted: Sequence[str], to: Path | None = None) -> list[Path]:
     if there := [place for place in copies if os.path.lexists(place)]:
         raise UserError(f"{there[0]}: is there already, nothing was copied; remove it, or name a folder: --to DIR")
     for place, file in copies.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, place)
+        with writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
     return list(copies)
 
 

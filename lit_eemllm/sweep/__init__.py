@@ -17,7 +17,8 @@ from rich.table import Table
 
 from ..console import COMMAND, console, write_atomically
 from ..errors import ConfigError, UserError
-from .execute import Local, Place, locked, run_all
+from ..locks import locked
+from .execute import Local, Place, run_all
 from .plan import Plan, Task, make_plan, score, scored_on
 from .spec import Search, Sweep, pairs, read_sweep
 from .status import Board, logged
@@ -76,7 +77,7 @@ def sweep(
         else:
             place = Local(jobs or 1, command, imports)
             place.check(plan.open())
-        with locked(spec.out), Board(jobs or (len(plan.open()) if slurm else 1)) as board:
+        with locked(spec.out, "sweep"), Board(jobs or (len(plan.open()) if slurm else 1)) as board:
             plan, failed, stopped = run_all(spec, place, board)
     options = [word for path in imports for word in ("--import", str(path))]
     again = shlex.join(["lit-eemllm", "sweep", str(file), *overrides, *options])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 import shlex
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ..errors import UserError
+from ..locks import try_lock
 from ..schema import Config
 from ..shipped import find, nowhere
 from .plan import Plan, Task, make_plan
@@ -102,34 +101,6 @@ class Job:
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         self.process, self.stopped = None, False
         return DelayedSubmission(self)
-
-
-def try_lock(file: IO[str]) -> bool:
-    """Whether nobody else holds it. It is given back when all processes that have the file have closed it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # some network file systems have no locks; a sweep without is better than none
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-    return True
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One sweep at a time in a directory. Raises UserError if there is another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
-        if not try_lock(lock):
-            lock.seek(0)
-            raise UserError(
-                f"{folder}: another sweep is running here ({lock.read().strip() or 'just started'}). Wait for it, or end it; "
-                "what it has done is kept."
-            )
-        lock.truncate(0)
-        print(f"process {os.getpid()} on {os.uname().nodename}", file=lock, flush=True)
-        yield
 
 
 class Place(Protocol):

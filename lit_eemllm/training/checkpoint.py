@@ -20,8 +20,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from ..compat.lightning import saved_packs
+from ..console import unfinished, writing
 from ..data.module import ShardDataModule
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, UserError, WriteError
 from ..schema import LoraConfig
 from .adapters import MARK, merge_adapters
 from .tuning import adapt
@@ -41,23 +42,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
-        unfinished = path.with_name(f".{path.name}.unfinished")
+        part = unfinished(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
+            with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(unfinished, path)
+            os.replace(part, path)
         except (OSError, RuntimeError) as error:  # torch's writer hides the former in the latter
             reason = error if isinstance(error, OSError) else (error.__context__ or error)
-            raise CheckpointError(
+            raise WriteError(
                 f"{path} could not be written: {reason}. Earlier checkpoints are as they were; make room (of optim.keep, one "
                 "is removed after the next is written) and repeat the command to continue from the newest."
             ) from error
         finally:
             with contextlib.suppress(OSError):  # what is wrong with the disk has been told
-                unfinished.unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return read_checkpoint(Path(path), verified=True)  # by `fit`, before anything was built
@@ -65,31 +66,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill; once it is complete, it gets its name. Raises UserError if that is taken."""
+    """A folder to fill; once it is complete, it gets its name. Raises UserError if that is taken, WriteError."""
     if out.exists():
         raise UserError(f"{out} exists already: remove it, or name another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
-        yield folder
-        for file in filter(Path.is_file, folder.rglob("*")):  # safetensors lets nobody but the owner read its files
-            file.chmod(folder.stat().st_mode & 0o666)  # as the umask says, by which the folder was made
-        folder.rename(out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            folder = Path(temporary) / out.name
+            folder.mkdir()
+            yield folder
+            for file in filter(Path.is_file, folder.rglob("*")):  # safetensors lets nobody but the owner read its files
+                file.chmod(folder.stat().st_mode & 0o666)  # as the umask says, by which the folder was made
+            folder.rename(out)
 
 
 def save(trainer: Trainer, path: Path) -> None:
-    """`Trainer.save_checkpoint`. Where rank 0, which alone writes, cannot, all ranks raise its CheckpointError: none is left
-    waiting for the next step of the others."""
+    """`Trainer.save_checkpoint`. Where rank 0, which alone writes, cannot, all ranks raise its WriteError: none is left waiting
+    for the next step of the others."""
     error = None
     try:
         trainer.save_checkpoint(path)
-    except CheckpointError as raised:
+    except WriteError as raised:
         error = raised
         trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others are
     told = trainer.strategy.broadcast(None if error is None else str(error))
     if told is not None:
-        raise CheckpointError(told) from error
+        raise WriteError(told) from error
 
 
 def read_checkpoint(path: Path, verified: bool = False) -> dict[str, Any]:

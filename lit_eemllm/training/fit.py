@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer, seed_everything
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..console import console, quiet_libraries
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, ConfigError, not_one_of
+from ..locks import locked
 from ..model.build import build
 from ..schema import Config
 from .checkpoint import (
@@ -46,13 +48,19 @@ def fit(config: Config) -> None:
     """Train, or continue the run found in `config.out`.
 
     Raises:
-        UserError: configuration, data or checkpoint cannot be used; the message says what to do.
+        UserError: configuration, data or checkpoint cannot be used, or another process trains there; the message says what to do.
     """
     quiet_libraries()
-    out = Path(config.out)
     runlog = RunLog(config)
     trainer = make_trainer(config, runlog)
     console.quiet = not trainer.is_global_zero
+    # not by a lock that loader processes inherit: they may outlive a process that was killed, for a moment
+    alone = locked(Path(config.out), "training", ".fit.lock", fcntl.lockf) if trainer.is_global_zero else nullcontext()
+    with alone:
+        _fit(config, trainer, runlog)
+
+
+def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     resume = find_resume(config)
     if resume is not None:
         checkpoint = read_checkpoint(resume)
@@ -75,9 +83,12 @@ def fit(config: Config) -> None:
             console.print(f"continuing from {resume}")
     with runlog.running(), guarded():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    out = Path(config.out)
     last = out / FOLDER / f"step-{trainer.global_step}.ckpt"
     if not trainer.strategy.broadcast(last.is_file()):  # all ranks save, or none
         save(trainer, last)
+    if runlog.logs.failed is not None:
+        raise runlog.logs.failed
     if trainer.is_global_zero:
         console.print(f"done: {trainer.global_step} steps; run directory {out}")
 
@@ -112,7 +123,6 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
             f"trainer.strategy: {not_one_of(strategy, ('auto', 'ddp', *STRATEGIES))}. Weights are shared out by FSDP2 alone "
             "here: fsdp2 is what ZeRO-3 and FSDP1 are, fsdp2_offload keeps the shares in main memory."
         )
-    out = Path(config.out)
     if config.data.val is None:
         validation: dict[str, Any] = {"limit_val_batches": 0}
     else:  # Lightning counts packs, the config steps
@@ -122,10 +132,9 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
             "check_val_every_n_epoch": None,
             "limit_val_batches": optim.val_batches,
         }
-    csv = CSVLogger(out, name="logs", flush_logs_every_n_steps=1)
     arguments = {
         "max_steps": optim.max_steps,
-        "logger": [csv, TensorBoardLogger(out, name="logs", version=csv.version)],
+        "logger": runlog.logs,
         "log_every_n_steps": optim.log_every,
         "num_sanity_val_steps": 0,
         "enable_progress_bar": False,

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..compat.lightning import begin_validation_anew
 from ..console import console, write_atomically
 from ..data.loader import lost_worker
-from ..errors import UserError
+from ..errors import UserError, WriteError
 from .checkpoint import FOLDER, all_checkpoints, save, set_aside
 from .tuning import COMPONENTS, component
 from .zero import full_gradient
@@ -91,7 +91,9 @@ class Checkpoints(Checkpoint):
         if step == self._step:  # the optimiser step goes on
             return
         self._step = step
-        asked = pl_module.stop_agreed if trainer.world_size > 1 else self.asked is not None
+        if trainer.logger.failed is not None:  # type: ignore[union-attr]
+            pl_module.stop_asked = True  # which all ranks learn in the next step
+        asked = pl_module.stop_agreed if trainer.world_size > 1 else pl_module.stop_asked
         stop = asked and step < self.config.optim.max_steps
         if stop or step % self.config.optim.save_every == 0:
             path = self._save(trainer)
@@ -137,6 +139,9 @@ class Checkpoints(Checkpoint):
             os.write(2, text.encode())
 
     def _stop(self, trainer: Trainer, where: str) -> None:
+        failed = trainer.logger.failed  # type: ignore[union-attr]
+        if failed is not None:
+            raise WriteError(f"{failed}. The run stopped {where}. Make room, and repeat the command to continue it.")
         by = self.asked or signal.SIGTERM  # another rank was asked
         how = "The same command continues it" if self.config.resume == "auto" else "It continues with resume=auto"
         console.print(f"stopped by {by.name} {where}. {how}.")
@@ -236,7 +241,7 @@ def guarded() -> Iterator[None]:
         yield
     except Exception as error:
         causes: list[BaseException] = [error]
-        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:  # a circle
             causes.append(cause)
         known = next(
             (cause for cause in causes if isinstance(cause, UserError)), None

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from rich.table import Table
 from ..config import to_yaml
 from ..console import console, progress_bar, write_atomically
 from ..layout import PackedBatch
+from .logs import Logs, quiet_threads
 from .tuning import COMPONENTS, component
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class RunLog(Callback):
     """Writes one line and one row of metrics per logged step, and keeps a progress bar over `max_steps`."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.logs = config, Logs(Path(config.out))
         self.every, self.steps = config.optim.log_every, config.optim.max_steps
         self._bar = progress_bar()
         self._start_window()
@@ -76,12 +78,17 @@ class RunLog(Callback):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with self._bar:
+        with self._bar, quiet_threads():
             yield
+
+    def _print(self, what: Any) -> None:
+        """In the middle of a step, where nothing may break for want of disk."""
+        self.logs.attempt(lambda: self._bar.console.print(what), "what is printed")
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:  # only now: a refused checkpoint must leave the run as it was
             write_atomically(Path(self.config.out) / "config.yaml", to_yaml(self.config, comments=True))
+            self.logs.log_hyperparams(asdict(self.config))
         self._task = self._bar.add_task("step", total=self.steps, completed=trainer.global_step)
         self._logged, self._first = trainer.global_step, True
         self._start_window()
@@ -113,14 +120,14 @@ class RunLog(Callback):
             elif self._first and trainer.is_global_zero:  # a sign of life where steps are slow
                 seconds = time.perf_counter() - self._window_start
                 text = f"step {step:>6}  loss {pl_module.mean_loss:.4f}  after {seconds:.1f} s"
-                self._bar.console.print(f"{text}; then a line every {self.every} steps")
+                self._print(f"{text}; then a line every {self.every} steps")
             self._first = False
         self._callbacks_start = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         loss = trainer.callback_metrics.get("val_loss")
         if trainer.is_global_zero and loss is not None and not trainer.sanity_checking:
-            self._bar.console.print(f"step {trainer.global_step:>6}  validation loss {loss:.4f}")
+            self._print(f"step {trainer.global_step:>6}  validation loss {loss:.4f}")
         self._validation_end = time.perf_counter()
         self._window_start += (
             self._validation_end - pl_module.batch_end
@@ -134,7 +141,7 @@ class RunLog(Callback):
             )
             for source, shares in drawn.items():
                 table.add_row(source, *(f"{share:.1%}" for share in shares))
-            self._bar.console.print(table)
+            self._print(table)
 
     def _drawn(self, trainer: Trainer) -> dict[str, tuple[float, float, float]]:
         """`ShardDataModule.drawn`, which all ranks must call."""
@@ -159,12 +166,11 @@ class RunLog(Callback):
         metrics["skipped"] = skipped
         for source, (_, samples, tokens) in self._drawn(trainer).items():
             metrics |= {f"share_of_samples/{source}": samples, f"share_of_tokens/{source}": tokens}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step)
+        self.logs.log_metrics(metrics, step)
         others = [f"{word} {rate:.2e}" for word, rate in module.step_rates.items() if rate != module.step_lr]
         rates = f"{module.step_lr:.2e}" + (f" ({', '.join(others)})" if others else "")
         if trainer.is_global_zero:
-            self._bar.console.print(
+            self._print(
                 f"step {step:>6}  loss {metrics['loss']:.4f}  lr {rates}  grad {metrics['grad_norm']:.2f}  "
                 f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_percent']:.0f}%  "
                 f"memory {metrics['memory_gib']:.2f} GiB" + (f"  skipped {skipped}" if skipped else "")

@@ -17,7 +17,8 @@ from .console import console, progress, quiet_libraries
 from .errors import CheckpointError, ConfigError, UserError
 from .model import EEMLLM
 from .model.convert import Fate, change_mechanism, choose_mechanism, mechanism_settings
-from .model.llava import check_llava, is_llava, load_llava, load_tokenizer, load_whole, read_json, save_llava
+from .model.folders import read_config
+from .model.llava import SOURCE, check_llava, is_llava, load_llava, load_tokenizer, load_whole, save_llava
 from .schema import check_names
 from .training.adapters import merge_adapters
 from .training.checkpoint import new_folder, newest_checkpoint
@@ -127,7 +128,7 @@ def open_source(path: Path) -> Source:
         found = _open_run(path, checkpoint)
     elif not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: neither config.json nor a checkpoint of a run in it: nothing to convert")
-    elif read_json(path / "config.json").get("model_type") == "eemllm":
+    elif read_config(path / "config.json", SOURCE).get("model_type") == "eemllm":
         found = _open_eemllm(path)
     else:
         model, tokenizer = load_llava(path)

@@ -92,6 +92,11 @@ def not_one_of(found: Any, known: Collection[str]) -> str:
     return f"found {found!r}, expected {' or '.join(known)}" + (f"; {hint}" if hint else "")
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust, such as tokenizers, has given up: no Exception, but no less an error."""
+    return type(error).__name__ == "PanicException"
+
+
 def describe(error: BaseException) -> str:
     """An exception of another library in a line: its type and what it says."""
     return f"{type(error).__name__}: {error}".strip()

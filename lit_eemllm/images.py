@@ -31,6 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 POLICIES = ("pad", "resize", "crop")
 RESAMPLING = {method.name.lower(): method for method in Image.Resampling}
 MAX_SIDE = 8192  # pixels; pictures with a longer side are first reduced by a whole factor, to bound memory
+LARGEST_SIZE = 2**14  # that an encoder may ask for, in pixels or patches
 MAX_ASPECT = 16  # of what "crop" resizes; longer ends are cut off before, not after, to bound memory
 
 
@@ -233,6 +234,13 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float], resample: s
         raise ConfigError(f"image mean and std need 3 values, std above 0; found {mean} and {std}")
 
 
+def check_sizes(**sizes: int) -> None:
+    """Of sides in pixels, or of patches. Raises ConfigError."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST_SIZE:
+            raise ConfigError(f"image {name}: found {size!r}, expected a whole number from 1 to {LARGEST_SIZE}")
+
+
 @dataclass(frozen=True)
 class ImageTransform(Transform):
     """RGB picture -> pixels of a fixed size, [3, height, width].
@@ -259,6 +267,7 @@ class ImageTransform(Transform):
         if self.policy not in POLICIES:
             raise ConfigError(f"unknown image policy {self.policy!r}; known: {', '.join(POLICIES)}")
         check_normalisation(self.mean, self.std, self.resample)
+        check_sizes(height=self.height, width=self.width, patch=self.patch, shortest=self.shortest or self.height)
         size = f"{self.height} x {self.width} pixels"
         if not 1 <= self.patch <= min(self.height, self.width):
             raise ConfigError(f"a patch of {self.patch} pixels does not fit into images of {size}")

@@ -19,6 +19,7 @@ from lit_eemllm.images import (
     ImageTransform,
     Transform,
     check_normalisation,
+    check_sizes,
     resized,
     within_max_side,
 )
@@ -53,8 +54,9 @@ class NativeTransform(Transform):
         check_normalisation(self.mean, self.std, self.resample)
         if (self.most is None) == (self.edges is None):
             raise ConfigError(f"an image in its own aspect ratio is bounded by either patches or edges, found {self}")
-        if self.most is not None and self.most < 1:
-            raise ConfigError(f"an image needs a patch at least, found {self.most}")
+        check_sizes(patch=self.patch, patches=1 if self.most is None else self.most)
+        if self.edges is not None:
+            check_sizes(**dict(zip(("shortest edge", "longest edge"), self.edges, strict=True)))
         if self.edges is not None and not self.patch <= self.edges[0] <= self.edges[1]:
             raise ConfigError(
                 f"image edges are the shortest, of a patch ({self.patch}) at least, and the longest; found {self.edges}"

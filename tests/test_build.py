@@ -31,7 +31,10 @@ def test_missing_and_foreign_folders_are_named(parts):
         ("model.decoder=./nope", r"^model\.decoder: no such folder: \./nope; looked for in "),
         ("model.vision.path=a/b/c", r"^model\.vision\.path: no such folder: a/b/c; looked for in "),
         ("model.tokenizer=~/nope", r"^model\.tokenizer: no such folder: ~/nope; ~ is not expanded"),
-        (f"model.decoder={parts / 'encoder'}", r"model\.decoder: this decoder is not supported: model_type"),
+        (
+            f"model.decoder={parts / 'encoder'}",
+            r"^model\.decoder: .*encoder: this decoder is not supported: model_type",
+        ),
         (f"model.tokenizer={parts / 'encoder'}", r"model\.tokenizer: AutoTokenizer cannot load"),
         ("model.vision.path=nowhere/at-all", r"model\.vision\.path: AutoConfig cannot load"),
         (f"model.vision.path={parts / 'decoder'}", r"is a 'llama', expected one of"),
@@ -43,7 +46,9 @@ def test_missing_and_foreign_folders_are_named(parts):
                 ).model
             )
     (parts / "encoder" / "preprocessor_config.json").unlink()
-    with pytest.raises(ConfigError, match=r"no readable preprocessor_config.json"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.vision\.path: .* cannot load .*encoder': no preprocessor_config\.json in it$"
+    ):
         build(config(parts).model)
 
 
@@ -77,7 +82,9 @@ def test_weights_that_would_be_unpickled_are_refused(parts):
     file = parts / "decoder" / "model.safetensors"
     torch.save(load_file(file), parts / "decoder" / "pytorch_model.bin")
     file.unlink()
-    with pytest.raises(ConfigError, match=r"model\.decoder"):
+    with pytest.raises(
+        CheckpointError, match=r"^model\.decoder: no model\*\.safetensors in .*decoder; weights in other"
+    ):
         build(config(parts).model)
 
 

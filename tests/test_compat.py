@@ -240,11 +240,14 @@ def a_wide_picture_takes_a_wide_grid():
 
 @contract(
     "transformers",
-    "cached_file finds a file of a folder",
-    lambda patch: patch.setattr("transformers.utils.cached_file", lambda *_: None),
+    "cached_file finds a file of a model, and gives None for one that is not needed and not there",
+    lambda patch: patch.setattr("transformers.utils.cached_file", lambda *_, **options: None),
 )
-def a_file_of_a_folder_is_found():
-    assert compat("transformers").file_of(str(Path(__file__).parent), Path(__file__).name) == Path(__file__)
+def a_file_of_a_model_is_found():
+    file_of, here = compat("transformers").file_of, Path(__file__)
+    assert file_of(str(here.parent), here.name) == here and file_of(str(here.parent), "no_such_file.json") is None
+    with pytest.raises(OSError, match=r"no_such_file\.json"):
+        file_of(str(here.parent), "no_such_file.json", needed=True)
 
 
 @contract(

@@ -10,7 +10,6 @@ import contextlib
 import gzip
 import io
 import json
-import os
 import pickle
 import random
 import shutil
@@ -19,7 +18,6 @@ import struct
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from fuzz_util import CANARY, PYTHON, SEED, TIMES, bounded, flip, fuzz, nothing_is_executed, warp  # noqa: F401 a fixture of each test
 from PIL import Image
 from shards_util import module, picture, row, sample, write_shards, write_tar
 from transformers import AutoTokenizer
@@ -39,11 +38,6 @@ from lit_eemllm.data.samples import SampleEncoder
 from lit_eemllm.data.shards import prepare
 from lit_eemllm.errors import ConfigError, SampleError, UserError
 
-SEED = int(os.environ.get("FUZZ_SEED", "0"))
-TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
-SECONDS = 20  # of a case; all of them take milliseconds
-CANARY = Path("/tmp") / f"lit-eemllm-canary-{os.getpid()}"
-PYTHON = f"__import__('pathlib').Path({str(CANARY)!r}).touch()"
 YAML_TAGS = (
     f'!!python/object/apply:os.system ["touch {CANARY}"]',
     f"!!python/object/new:eval [{json.dumps(PYTHON)}]",
@@ -54,61 +48,11 @@ YAML_TAGS = (
     "!!timestamp 2001-01-01",
     "!own thing",
 )
-ODD_TEXT = ("", " ", "\0", "\ud800", "﻿", "\u202e", "é" * 50, "😀" * 9, "<image>" * 40, "</s>", "<s>", "nan", "../../etc/passwd",
-            "%s%n", "${oc.env:HOME}", "${out}", "{{ 7*7 }}", "{% for x in range(9**9) %}", "a\r\nb", "x" * 5000)  # fmt: skip
-ODD_VALUES = (
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2**31,
-    2**63,
-    10**30,
-    1e308,
-    -0.0,
-    float("nan"),
-    float("inf"),
-    [],
-    {},
-    [[]],
-    [None],
-    {"a": {}},
-)
 
 
 class Bomb:
     def __reduce__(self) -> tuple:
         return CANARY.touch, ()
-
-
-@contextlib.contextmanager
-def bounded(what: object) -> Iterator[None]:
-    """The case takes no longer than SECONDS, and nothing but a `UserError` (which the caller may swallow) leaves it."""
-
-    def late(*_: object) -> None:
-        raise AssertionError(f"hangs: {what!r:.2000}")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    except (UserError, AssertionError):
-        raise
-    except BaseException as error:
-        raise AssertionError(f"{type(error).__name__}: {error} for {what!r:.2000}") from error
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_executed() -> Iterator[None]:
-    CANARY.unlink(missing_ok=True)
-    yield
-    assert not CANARY.exists()
-    assert not list(Path("/tmp").glob("escaped-*")), "a member was written outside"
 
 
 @pytest.fixture(scope="module")
@@ -120,55 +64,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> SampleEncoder:
 
 
 # ------------------------------------------------------------------------------------------------------------- mutations
-
-
-def flip(draw: random.Random, data: bytes, most: int = 8) -> bytes:
-    """Bytes changed, cut out, doubled or cut off."""
-    changed = bytearray(data)
-    for _ in range(draw.randint(1, most)):
-        at = draw.randrange(len(changed) or 1)
-        how = draw.randrange(5)
-        if how == 0 and changed:
-            changed[at] = draw.randrange(256)
-        elif how == 1:
-            del changed[at : at + draw.randint(1, 9)]
-        elif how == 2:
-            changed[at:at] = changed[at : at + draw.randint(1, 99)]
-        elif how == 3:
-            del changed[at:]
-        else:
-            changed[at:at] = draw.randbytes(draw.randint(1, 9))
-    return bytes(changed)
-
-
-def odd(draw: random.Random) -> Any:
-    kind = draw.randrange(4)
-    if kind == 0:
-        return draw.choice(ODD_TEXT)
-    if kind == 1:
-        return [odd(draw) for _ in range(draw.randrange(3))]
-    if kind == 2:
-        return {draw.choice(ODD_TEXT): odd(draw) for _ in range(draw.randrange(3))}
-    return draw.choice(ODD_VALUES)
-
-
-def warp(draw: random.Random, value: Any) -> Any:
-    """One place of a tree of plain values gets another value, goes, or comes twice."""
-    if isinstance(value, dict) and value and draw.random() < 0.8:
-        key = draw.choice(list(value))
-        changed = {k: v for k, v in value.items() if k != key}
-        how = draw.randrange(8)
-        if how == 0:
-            return changed
-        if how == 1:
-            return changed | {draw.choice(ODD_TEXT): value[key]}
-        return changed | {key: warp(draw, value[key])}
-    if isinstance(value, list) and value and draw.random() < 0.8:
-        at = draw.randrange(len(value))
-        how = draw.randrange(6)
-        new = [] if how == 0 else [value[at]] * 3 if how == 1 else [warp(draw, value[at])]
-        return value[:at] + new + value[at + 1 :]
-    return odd(draw)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -409,23 +304,6 @@ def test_shards(tmp_path: Path) -> None:
 def break_index(draw: random.Random, folder: Path) -> None:
     path = draw.choice(sorted(folder.glob("**/*.idx")))
     path.write_bytes(flip(draw, path.read_bytes(), 3))
-
-
-def fuzz(
-    number: int, make: Callable[[random.Random], bytes], try_it: Callable[[bytes], None], seed: int
-) -> Counter[str]:
-    draw = random.Random(SEED + seed)
-    outcomes: Counter[str] = Counter()
-    for _ in range(number * TIMES):
-        data = make(draw)
-        with bounded(data):
-            try:
-                try_it(data)
-                outcomes["good"] += 1
-            except UserError as error:
-                told = 0 < len(str(error)) < 20_000  # for people
-                outcomes[type(error).__name__ if told else repr(error)] += 1
-    return outcomes
 
 
 def test_recipes_and_indices(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_kinds_of_transforms_are_stored_and_changed():
     ("make", "message"),
     [
         (lambda: NativeTransform(14, HALF, HALF), "either patches or edges"),
-        (lambda: NativeTransform(14, HALF, HALF, most=0), "a patch at least"),
+        (lambda: NativeTransform(14, HALF, HALF, most=0), "image patches: found 0, expected a whole number from 1"),
         (lambda: NativeTransform(14, HALF, HALF, edges=(9, 20)), r"\(9, 20\)"),
         (lambda: NativeTransform(14, HALF, HALF, edges=(50, 20)), r"\(50, 20\)"),
         (lambda: NativeTransform(14, HALF, (0, 1, 1), most=4), "std above 0"),

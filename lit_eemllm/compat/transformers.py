@@ -34,11 +34,12 @@ class Generating(GenerationMixin):
         return input_ids, {**kwargs, **images}
 
 
-def file_of(model: str, name: str) -> Path:
-    """A file of a model, in a folder or on the hub. Raises OSError."""
+def file_of(model: str, name: str, needed: bool = False) -> Path | None:
+    """A file of a model on the hub, None if it has no such file. Raises OSError: nobody answers, or what is `needed` is not there."""
     from transformers.utils import cached_file
 
-    return Path(cached_file(model, name))
+    found = cached_file(model, name, _raise_exceptions_for_missing_entries=needed)
+    return None if found is None else Path(found)
 
 
 def rendered(

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from ..chat import IMAGE
 from ..errors import ConfigError
 from ..mechanisms import build_mechanism
+from .folders import naming
 from .modeling import EEMLLM, load_decoder_config
 from .pretrained import load_pretrained, quantized
 from .processor import Processor
@@ -30,10 +31,13 @@ def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
         policy=config.vision.policy,
         **({} if config.vision.max_tokens is None else {"max_tokens": config.vision.max_tokens}),
     )
-    tokenizer = load_pretrained(AutoTokenizer, config.tokenizer or config.decoder, "model.tokenizer")
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True)])  # no effect if it has one
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    return Processor(tokenizer, config.template, vision.transform, image_token_id), vision
+    path = config.tokenizer or config.decoder
+    tokenizer = load_pretrained(AutoTokenizer, path, "model.tokenizer")
+    with naming("model.tokenizer", "Processor", path):
+        tokenizer.add_tokens([AddedToken(IMAGE, special=True)])  # no effect if it has one
+        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        tokenizer("what a broken one fails at")
+        return Processor(tokenizer, config.template, vision.transform, image_token_id), vision
 
 
 def build(config: ModelConfig) -> tuple[EEMLLM, Processor]:

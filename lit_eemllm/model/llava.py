@@ -12,13 +12,11 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
@@ -32,14 +30,14 @@ from transformers import (
 )
 
 from ..chat import IMAGE
-from ..console import read_object
 from ..errors import CheckpointError, ConfigError
 from ..images import RESAMPLING, ImageTransform, Transform
 from ..mechanisms import PRESETS, Mechanism
 from ..resolutions import AnyresTransform
 from .decoder import check_decoder
+from .folders import naming, read_config
 from .modeling import EEMLLM, EEMLLMConfig
-from .pretrained import load_pretrained
+from .pretrained import load_model, load_pretrained
 from .vision import TransformersVision
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -72,39 +70,18 @@ RELATIVES = {
 FORWARD_UP_TO = 1_000_000_000
 """Parameters up to which `check_llava` also compares logits: more would take minutes on a CPU and tens of gigabytes."""
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SOURCE = "source"  # names a folder in messages, as the command line does
 _UNUSED = (".position_ids", ".inv_freq")  # buffers that old versions of transformers stored
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises CheckpointError for a file that is missing or no JSON object."""
-    try:
-        return read_object(file, CheckpointError)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
 
 
 def load_whole(kind: Any, folder: Path) -> Any:
     """A transformers model with every tensor of its safetensors files, in the narrowest type that holds them all exactly.
 
     Raises:
+        ConfigError: a configuration that cannot be used.
         CheckpointError: no such files, quantised tensors, or tensors missing, misshapen or left over.
     """
-    types = set()
-    files = sorted(folder.glob("model*.safetensors"))
-    try:
-        for path in files:
-            with safe_open(path, "pt") as file:
-                types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 no mapping
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not readable: {error}") from error
-    if not types:
-        raise CheckpointError(f"{folder}: no model*.safetensors in it; weights in other formats are not read")
-    if packed := {name for name in types if name.startswith(("F", "BF"))} - set(_FLOATS):
-        raise CheckpointError(f"{folder}: quantised weights ({', '.join(sorted(packed))}); take the unquantised model")
-    dtype = reduce(torch.promote_types, [_FLOATS[name] for name in types if name in _FLOATS])
-    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
-    model, info = load_pretrained(kind, str(folder), str(folder), dtype=dtype, **options)
+    model, info = load_model(kind, str(folder), SOURCE)
     wrong = {
         "missing": info["missing_keys"],
         "misshapen": {name for name, *_ in info["mismatched_keys"]},
@@ -117,7 +94,7 @@ def load_whole(kind: Any, folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return load_pretrained(AutoTokenizer, str(folder), str(folder))
+    return load_pretrained(AutoTokenizer, str(folder), SOURCE)
 
 
 # --- reading
@@ -130,6 +107,11 @@ def load_llava(folder: Path) -> tuple[EEMLLM, PreTrainedTokenizerBase]:
         ConfigError: it is no LLaVA-1.5 or 1.6, or one that cannot be represented; lists every reason.
         CheckpointError: files are missing or broken.
     """
+    with naming(SOURCE, "LLaVA", folder):
+        return _load_llava(folder)
+
+
+def _load_llava(folder: Path) -> tuple[EEMLLM, PreTrainedTokenizerBase]:
     config = _read_config(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.convert_tokens_to_ids(IMAGE) != config.image_token_index:
@@ -161,7 +143,7 @@ def load_llava(folder: Path) -> tuple[EEMLLM, PreTrainedTokenizerBase]:
 
 def _read_config(folder: Path) -> LlavaConfig | LlavaNextConfig:
     """Raises ConfigError listing everything in it that an EEMLLM cannot represent."""
-    raw = read_json(folder / "config.json")
+    raw = read_config(folder / "config.json", SOURCE)
     kind = "llava_llama" if "mm_vision_tower" in raw else raw.get("model_type")
     if kind in RELATIVES:
         raise ConfigError(
@@ -169,10 +151,8 @@ def _read_config(folder: Path) -> LlavaConfig | LlavaNextConfig:
         )
     if kind not in KINDS:
         raise ConfigError(f"{folder}: its model_type is {kind!r}, expected 'llava' or 'llava_next'")
-    config = load_pretrained(KINDS[str(kind)][0], str(folder), str(folder))
+    config = load_pretrained(KINDS[str(kind)][0], str(folder), SOURCE)
     found = []
-    if raw.get("quantization_config"):
-        found.append("quantization_config: quantised weights; take the unquantised model")
     encoder, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
     if encoder not in STRATEGIES:
         found.append(f"vision_config.model_type: {encoder!r}, expected {' or '.join(STRATEGIES)}")
@@ -196,10 +176,10 @@ def _read_transform(folder: Path, config: LlavaConfig | LlavaNextConfig) -> Tran
     """From preprocessor_config.json or, since transformers 5, a section of processor_config.json."""
     file = folder / "preprocessor_config.json"
     if file.is_file():
-        values = read_json(file)
+        values = read_config(file, SOURCE)
     else:
         file = folder / "processor_config.json"
-        values = read_json(file).get("image_processor") or {}
+        values = read_config(file, SOURCE).get("image_processor") or {}
     padded = bool(values.pop("do_pad", False)) and "Llava" in str(values.get("image_processor_type"))
     try:
         transform = ImageTransform.from_preprocessor_config(values, config.vision_config.patch_size)

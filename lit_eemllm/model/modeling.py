@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from copy import copy
 from importlib.util import find_spec
+from os import PathLike
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from ..mechanisms import Mechanism
 from ..mechanisms.gated import GatedBlock, Media, Resampler
 from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
 from .decoder import StreamContext, VisualKeys, adopt_layers, check_decoder, mechanism_problems
+from .folders import MODEL_FILES, naming, opened
 from .image_cache import ImageCache
 from .pretrained import load_pretrained, load_weighted
 from .projector import LayerwiseProjector, Projector
@@ -94,7 +96,8 @@ def load_decoder_config(path: str) -> tuple[PretrainedConfig, dict[str, Any]]:
     if isinstance(config, EEMLLMConfig):
         config = config.text_config
         options = {"config": config, "key_mapping": {r"^language_model\.": ""}}
-    check_decoder(config)
+    with naming("model.decoder", "AutoConfig", path):
+        check_decoder(config)
     return config, options
 
 
@@ -161,6 +164,17 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         if isinstance(module, GatedBlock):
             nn.init.zeros_(module.attention_gate)
             nn.init.zeros_(module.ffn_gate)
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike[str], *args: Any, **options: Any) -> Any:
+        """As transformers', of what `opened` lets through: no code, no adapters, no pickle. `path` is a folder or hub id.
+
+        Raises:
+            ConfigError: it is none of an EEMLLM, or broken.
+            CheckpointError: weights are missing or broken.
+        """
+        with opened(str(path), "EEMLLM.from_pretrained", cls.__name__, MODEL_FILES, weights=True) as folder:
+            return super().from_pretrained(str(folder), *args, **{**options, "use_safetensors": True})
 
     @classmethod
     def from_parts(

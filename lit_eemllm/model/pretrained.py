@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
+from functools import reduce
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from ..errors import CheckpointError, ConfigError
-from ..shipped import find, nowhere
+from .folders import MODEL_FILES, TOKENIZER_FILES, opened, stored
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_pretrained(kind: Any, path: str, key: str, **options: Any) -> Any:
-    """``kind.from_pretrained(path)``, which never runs code of the folder.
+    """``kind.from_pretrained(path)`` of a configuration or a tokenizer, which never runs code of the folder.
 
     Args:
         kind: a class of transformers.
@@ -22,20 +24,69 @@ def load_pretrained(kind: Any, path: str, key: str, **options: Any) -> Any:
         key: the configuration key that named it, for messages.
 
     Raises:
-        ConfigError: it is not there, or not of this kind.
+        ConfigError: it is not there, not of this kind, or broken; see `opened`.
     """
-    folder = find(path)
-    # what cannot be a hub id is not looked for on the hub
-    if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not os.path.exists(folder):
-        home = "; ~ is not expanded after a key, write your home folder out" if path.startswith("~") else ""
-        raise ConfigError(f"{key}: no such folder: {path}{home or nowhere(path)}")
-    try:
-        return kind.from_pretrained(
-            str(folder) if path and folder.is_dir() else path, trust_remote_code=False, **options
+    names = TOKENIZER_FILES if kind is AutoTokenizer else ("config.json",)
+    with opened(path, key, kind.__name__, names) as folder:
+        made = kind.from_pretrained(str(folder), trust_remote_code=False, **options)
+        made.name_or_path = path
+        return made
+
+
+def load_model(kind: Any, path: str, key: str, dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, dict]:
+    """A model of transformers with its weights, and what transformers tells about their names.
+
+    Args:
+        dtype: None takes the narrowest type that holds every tensor of the files exactly.
+        options: of ``from_pretrained``; see `load_pretrained` for the others.
+
+    Raises:
+        ConfigError: as `load_pretrained`; or the configuration describes a model larger than the weights in its files.
+        CheckpointError: there are none, or files are missing or broken.
+    """
+    with opened(path, key, kind.__name__, MODEL_FILES, weights=True) as folder:
+        tensors = stored(sorted(folder.glob("*.safetensors")), key)
+        if dtype is None:
+            dtype = reduce(torch.promote_types, [_FLOATS[name] for name, _ in tensors.values() if name in _FLOATS])
+        config = options.get("config")
+        if config is None:
+            config = getattr(kind, "config_class", None) or AutoConfig
+            config = options["config"] = config.from_pretrained(str(folder))
+        _refuse_larger(kind, config, sum(torch.Size(shape).numel() for _, shape in tensors.values()), f"{key}: {path}")
+        model, info = kind.from_pretrained(
+            str(folder),
+            trust_remote_code=False,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told by the callers
+            **options,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"{key}: {kind.__name__} cannot load {path!r}: {reason}") from error
+        model.name_or_path = model.config.name_or_path = path
+        return model, info
+
+
+def _refuse_larger(kind: Any, config: Any, stored: int, where: str) -> None:
+    """What has no weights is made at random before the caller can refuse it, however large it is. Raises CheckpointError."""
+    make = getattr(kind, "from_config", kind)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        needed = sum(parameter.numel() for parameter in make(config).parameters())
+    if needed > 2 * stored:
+        raise CheckpointError(
+            f"{where}: its config.json describes {needed:,} parameters, its files hold {stored:,}. Copy the folder again."
+        )
+
+
+def load_weighted(kind: Any, path: str, key: str, **options: Any) -> Any:
+    """A model with its weights in float32, from safetensors. Raises CheckpointError if a tensor is missing or misshapen."""
+    model, info = load_model(kind, path, key, torch.float32, **options)
+    missing = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    if missing:
+        raise CheckpointError(
+            f"{key}: {path!r} lacks {len(missing)} tensors of a {type(model).__name__}, such as {sorted(missing)[0]}; "
+            "they would be random. Copy the folder again."
+        )
+    return model
 
 
 def quantized(how: str, compute: torch.dtype) -> Any:
@@ -51,24 +102,3 @@ def quantized(how: str, compute: torch.dtype) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
-
-
-def load_weighted(kind: Any, path: str, key: str, **options: Any) -> Any:
-    """A model with its weights in float32, from safetensors. Raises CheckpointError if a tensor is missing or misshapen."""
-    model, info = load_pretrained(
-        kind,
-        path,
-        key,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-    )
-    missing = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
-    if missing:
-        raise CheckpointError(
-            f"{key}: {path!r} lacks {len(missing)} tensors of a {type(model).__name__}, such as {sorted(missing)[0]}; "
-            "they would be random. Copy the folder again."
-        )
-    return model

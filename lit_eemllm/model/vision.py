@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,12 +21,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from ..compat.transformers import Idefics2VisionTransformer, file_of
+from ..compat.transformers import Idefics2VisionTransformer
 from ..errors import ConfigError
 from ..images import ImageTransform, Transform
 from ..layout import Pixels
 from ..resolutions import NativeTransform, transform_from_dict, with_policy
-from ..shipped import find
+from .folders import naming, read_of
 from .pretrained import load_pretrained, load_weighted
 
 
@@ -120,14 +119,25 @@ class TransformersVision(VisionEncoder):
         self.hidden_size, depth = int(model.config.hidden_size), int(model.config.num_hidden_layers)
         if select_layer is not None and not -depth - 1 <= select_layer <= depth:
             raise ConfigError(f"model.vision.select_layer: found {select_layer}, this encoder has {depth} layers")
+        side, view = getattr(model.config, "image_size", None), getattr(transform, "view", transform)
+        if isinstance(view, ImageTransform) and (view.height, view.width, view.patch) != (
+            side,
+            side,
+            model.config.patch_size,
+        ):
+            raise ConfigError(
+                f"its preprocessor gives images of {view.height} x {view.width} pixels in patches of {view.patch}, its encoder reads "
+                f"{side} x {side} in patches of {model.config.patch_size}"
+            )
 
     @classmethod
     def read_config(cls, path: str) -> tuple[Any, dict[str, Any]]:
         """transformers' config of the encoder in a folder and, if the folder is an EEMLLM's, what its `to_config` gave."""
         config = load_pretrained(AutoConfig, path, "model.vision.path")
         made = config.vision["config"] if config.model_type == "eemllm" else {}
-        if "model" in made:
-            config = cls.FAMILIES[made["model"]["model_type"]][0](**made["model"])
+        with naming("model.vision.path", cls.__name__, path):
+            if "model" in made:
+                config = cls.FAMILIES[made["model"]["model_type"]][0](**made["model"])
         config = getattr(config, "vision_config", config)  # in a whole model, image and text
         if config.model_type not in cls.FAMILIES:
             raise ConfigError(
@@ -144,14 +154,11 @@ class TransformersVision(VisionEncoder):
         if made:
             mapping, transform = {r"^vision\.model\.": ""}, transform_from_dict(made["transform"])
         else:
-            try:
-                preprocessor = json.loads(file_of(str(find(path)), "preprocessor_config.json").read_text())
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"model.vision.path: no readable preprocessor_config.json in {path!r}: {error}"
-                ) from error
+            name = "preprocessor_config.json"
+            preprocessor = read_of(path, "model.vision.path", name)
             kind = NativeTransform if config.model_type in NATIVE else ImageTransform
-            transform = kind.from_preprocessor_config(preprocessor, patch=config.patch_size)
+            with naming("model.vision.path", name, path):
+                transform = kind.from_preprocessor_config(preprocessor, patch=config.patch_size)
             # in a whole Idefics2, beside the decoder
             mapping = {r"^model\.vision_model\.": ""} if config.model_type == "idefics2_vision" else {}
         options: dict[str, Any] = {"config": config, **({"key_mapping": mapping} if mapping else {})}
@@ -159,7 +166,8 @@ class TransformersVision(VisionEncoder):
         transform = with_policy(transform, policy)
         if max_tokens is not None and isinstance(transform, NativeTransform):
             transform = transform.within(max_tokens)
-        return cls(model, transform, select_layer)
+        with naming("model.vision.path", cls.__name__, path):
+            return cls(model, transform, select_layer)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TransformersVision:

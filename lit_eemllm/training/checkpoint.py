@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.table import Table
-from safetensors.torch import load_file
 
 from ..compat.lightning import saved_packs
 from ..console import unfinished, writing
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, UserError, WriteError
+from ..model.folders import tensors_of
 from ..schema import LoraConfig
 from .adapters import MARK, merge_adapters
 from .tuning import adapt
@@ -276,12 +276,12 @@ def load_weights(model: EEMLLM, path: Path) -> Table:
     """
     if not path.exists():
         raise CheckpointError(f"init_from={path}: no such run directory, checkpoint or folder of a model")
-    files = sorted(path.glob("model*.safetensors"))
-    source = path if files or not path.is_dir() else newest_checkpoint(path)
+    whole = path.is_dir() and any(path.glob("model*.safetensors"))
+    source = path if whole or not path.is_dir() else newest_checkpoint(path)
     if source is None:
         raise CheckpointError(f"init_from={path}: no checkpoint in {path / FOLDER} and no model.safetensors")
-    if files:
-        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    if whole:
+        state = tensors_of(path, "init_from")
     else:
         state = {name.removeprefix("model."): tensor for name, tensor in read_checkpoint(source)["state_dict"].items()}
     adapted = any(MARK in name for name in state)

@@ -100,6 +100,15 @@ def questions_hash(questions: Sequence[Question]) -> str:
     return digest.hexdigest()[:16]
 
 
+def replies_of(row: dict[str, Any]) -> list[Reply]:
+    """What a line of kept answers holds. Raises ValueError, TypeError or KeyError if it is not as `Answers.add` writes it."""
+    replies = [(answer, reason) for answer, reason in row["replies"]]
+    texts = [text for reply in replies for text in reply if text is not None]
+    if not isinstance(row["part"], str) or type(row["batch"]) is not int or not all(isinstance(t, str) for t in texts):
+        raise TypeError("not the replies to a batch")
+    return replies
+
+
 class Answers:
     """Replies by batch, kept in a folder as they come: a file each rank, one line a batch.
 
@@ -144,12 +153,14 @@ class Answers:
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict):
+                    break
                 if number:
-                    self.replies[row["part"], row["batch"]] = [(answer, reason) for answer, reason in row["replies"]]
+                    self.replies[row["part"], row["batch"]] = replies_of(row)
                 elif json.dumps(row) != head:
                     self.discard(path, row, json.loads(head))
                     return 0
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 break
             length += len(line) + 1
         return length

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..config import config_hash, flat, load_config
 from ..console import progress, read_object
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from ..schema import Config
 
 
@@ -75,12 +75,12 @@ class Run:
         path = self.path / "eval" / "predictions.jsonl"
         if not path.is_file():
             return found
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for line_number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)
                     score = row.get("score")
-                except (ValueError, AttributeError) as error:
+                except (ValueError, AttributeError, RecursionError) as error:
                     where = f"{path}:{line_number}"
                     raise UserError(f"{where}: not a prediction ({error}); validate the run again") from error
                 if not isinstance(score, int | float):
@@ -220,16 +220,19 @@ def read_run(path: Path) -> Run:
     untrained = path / "eval-untrained" / "results.json"
     rows: dict[float, dict[str, float]] = {}
     for file in sorted((path / "logs").glob("version_*/metrics.csv"), key=lambda f: int(f.parent.name.split("_")[1])):
-        with file.open(encoding="utf-8") as lines:
-            for row in csv.DictReader(lines):
-                try:
-                    if row.get("loss"):
-                        rows[float(row["step"])] = {name: float(value) for name, value in row.items() if value}
-                except (ValueError, TypeError, KeyError) as error:
-                    raise UserError(f"{file}: not metrics of a run: {row} ({error})") from error
+        for row in read_table(file):
+            try:
+                if row.get("loss"):
+                    rows[float(row["step"])] = {name: float(value) for name, value in row.items() if value}
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{file}: not metrics of a run: {row} ({error})") from error
+    try:
+        config = load_config([path / "config.yaml"])
+    except ConfigError as error:
+        raise UserError(f"{path / 'config.yaml'}: not the configuration of a run: {error}") from error
     return Run(
         path,
-        load_config([path / "config.yaml"]),
+        config,
         read_results(path / "eval" / "results.json"),
         read_results(untrained) if untrained.is_file() else None,
         [rows[step] for step in sorted(rows)],
@@ -276,12 +279,23 @@ def read_sweep(folder: Path) -> tuple[Comparison, list[str]]:
 
 def read_search(path: Path) -> list[dict[str, str]]:
     """Lines of the values that were tried for each cell, with their score and whether they were chosen."""
-    table = csv.DictReader(path.read_text(encoding="utf-8").splitlines(), restkey="", restval="")
-    columns = table.fieldnames or []
+    lines = read_table(path)
+    columns = list(lines[0]) if lines else []
     if not {"cell", "score", "chosen"} <= set(columns):
         found = ", ".join(columns) or "none"
         raise UserError(f"{path}: found columns {found}; expected cell, the values', score, chosen")
-    return [{name: line[name] for name in columns} for line in table]
+    return lines
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Lines of a CSV file by the names in its first; what has no name is left out. Raises UserError if it is none."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file, restkey="", restval="")
+            columns = table.fieldnames or []
+            return [{name: line[name] for name in columns} for line in table]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}: not a table in CSV: {error}") from error
 
 
 def inside(folder: Path, run: Any) -> Path:

@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -206,6 +208,24 @@ def main(verb: str, *arguments: str) -> None:
             data.load_state_dict(saved)
             result.append(list(take(data, 6)))
         print(json.dumps(result))
+    elif verb == "one":  # take one batch, and end with the loader in a global variable, as a script has it
+        global held
+        held = module(Path(arguments[0]), workers=2)
+        next(iter(held.train_dataloader()))
+    elif verb == "orphans":  # killed while its loader processes start
+        from lit_eemllm.data import loader
+
+        start, parent = loader._start_worker, os.getpid()
+
+        def late(*options: Any) -> None:
+            print(os.getpid(), flush=True)
+            while os.getppid() == parent:
+                time.sleep(0.01)
+            start(*options)
+
+        loader._start_worker = late
+        threading.Timer(2, os.kill, (parent, signal.SIGKILL)).start()
+        next(iter(module(Path(arguments[0]), workers=2).train_dataloader()))
     elif verb == "rank":  # one of two ranks: what it reads, and what both do after resuming
         import torch.distributed as dist
 

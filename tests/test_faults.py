@@ -393,6 +393,39 @@ def test_a_worker_that_dies_while_its_batch_is_fetched(tmp_path, shapes, monkeyp
         next(loader)  # the error, or the signal of the death, whichever is first
 
 
+@pytest.mark.slow
+def test_a_script_that_takes_one_batch_ends(shapes):
+    process = shards_util.script("one", shapes)
+    try:
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()  # its processes end with it
+    assert process.returncode == 0 and "Traceback" not in error
+
+
+def lives(pid):
+    """Also of a process that nobody waits for when it has ended."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_loader_processes_end_with_a_trainer_that_is_killed_while_they_start(shapes):
+    """Before they have looked for the first time whether it is there."""
+    process = shards_util.script("orphans", shapes)
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in pids if lives(pid)]:
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"{len(left)} of {len(pids)} are still there")
+        time.sleep(0.1)
+
+
 def raised(first: Exception, then: Exception) -> None:
     """Under the guard of a training: an error, and another while it passes."""
     with guard.guarded():

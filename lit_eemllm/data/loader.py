@@ -8,7 +8,9 @@ keep the snapshots themselves and are asked when a checkpoint is written.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import queue
 import signal
 import struct
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -63,6 +66,7 @@ _AFTER_SILENCE = (
 )
 _USER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}: "
 _log = logging.getLogger("lit_eemllm.data")
+_started: WeakSet[Any] = WeakSet()  # loaders that may have processes
 
 
 def worker_config(workers: int, seed: int) -> WorkerConfig:
@@ -443,6 +447,13 @@ def stop(loader: PositionLoader | BasicDataLoader) -> None:
                 worker.kill()
 
 
+@atexit.register  # after multiprocessing's own, so it comes before: that waits for processes that it has only asked to end
+def _stop_all() -> None:
+    """A script that has not read to the end of its data ends nevertheless."""
+    for loader in list(_started):
+        stop(loader)
+
+
 def _watchdog(timeout: float, workers: int) -> dict[str, Any]:
     """A batch that takes longer: a worker prints where it stands, before it is killed; without workers, where the system does
     not interrupt a read, the process ends."""
@@ -454,14 +465,23 @@ def _prepare(loader: PositionLoader | BasicDataLoader) -> None:
     loader.generator = torch.Generator()
     loader.pin_memory = torch.cuda.is_available()
     if loader.num_workers:
-        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn, os.getpid())
+        _started.add(loader)
 
 
-def _start_worker(prepare: Callable[[int], None], worker: int) -> None:
+def _start_worker(prepare: Callable[[int], None], trainer: int, worker: int) -> None:
     """Ctrl-C and schedulers signal every process of a job; a worker must serve until the trainer has ended its step.
 
-    It ends when told, or when the trainer is gone.
+    It ends when told, or when the trainer, a process by its number, is gone. (PyTorch's workers look for that too, while they wait
+    for orders, and not if it was gone before they looked first.)
     """
+
+    def end_with_it() -> None:
+        while os.getppid() == trainer:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Image.core.set_blocks_max(4)  # of 16 MiB: pictures get the memory of those before, not new pages of the system each

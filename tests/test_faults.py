@@ -24,6 +24,7 @@ import torch
 from test_training import assert_same, metrics
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from lit_eemllm import cli
 from lit_eemllm.config import to_yaml
 from lit_eemllm.console import unfinished
 from lit_eemllm.errors import CheckpointError, UserError, WriteError
@@ -178,6 +179,30 @@ def test_two_ranks_stop_at_the_same_step_though_one_was_asked(tmp_path, parts, s
     (step,) = steps(tmp_path / "run")
     assert step > 5 and f"stopped by SIGTERM after step {step}, saved as" in out
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{step}.ckpt")["global_step"] == step
+
+
+def test_ctrl_c_before_anybody_listens_is_an_interruption(tmp_path, parts, shapes, monkeypatch, capsys):
+    """Lightning would exit with status 1, without a word."""
+
+    def interrupt(module):
+        raise KeyboardInterrupt
+
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(tiny.config(parts, shapes, tmp_path, *OPTIONS)))
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(LitEEMLLM, "configure_model", interrupt)
+    assert cli.main(["fit", str(file)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted" and signal.getsignal(signal.SIGINT) == handler
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_told_by_the_others(tmp_path, parts, shapes):
+    with two_ranks(tmp_path, tiny.config(parts, shapes, tmp_path / "run", *TWO)) as ranks:
+        after_step(ranks[0], 5)
+        ranks[0].kill()
+        _, error = ranks[1].communicate(timeout=100)
+    assert ranks[1].returncode == 2 and "Traceback" not in error, error
+    assert "error: another rank has ended or cannot be reached, for which rank 1 waited: " in error
 
 
 def validation_losses(run):

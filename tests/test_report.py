@@ -633,6 +633,23 @@ def test_results_that_are_no_numbers_are_refused_by_name(tmp_path):
         read_run(run)
 
 
+@pytest.mark.parametrize(
+    "name", ["logs/version_0/metrics.csv", "eval/results.json", "eval/predictions.jsonl", "config.yaml", "search.csv"]
+)
+def test_one_byte_that_is_no_utf_8_is_told_with_its_file(tmp_path, sweep, name):
+    if name == "search.csv":
+        path, runs = sweep / name, [sweep]
+        path.write_text("cell,optim.lr,score,chosen\nllava,0.001,0.5,yes\n")
+    else:
+        runs = [write_run(tmp_path / each, metrics=[[(1, 2, 1, 1, "")]]) for each in "ab"]
+        path = runs[0] / name
+        if not path.is_file():
+            path.write_text('{"score": 1}\n')
+    path.write_bytes(path.read_bytes() + b"\n\xff,\xff\n")
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        report(runs, tmp_path / "report", baseline=None)
+
+
 def test_what_was_searched_is_shown(sweep, undrawn):
     """0.004 ends the range of three; with two values, or words, an end says nothing."""
     (sweep / "search.csv").write_text(

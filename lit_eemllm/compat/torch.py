@@ -7,12 +7,13 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 __all__ = [
-    "DEAD_WORKER", "FakeTensorMode", "allow_recompiles", "changes", "end_workers", "flop_counter", "scale_",
+    "DEAD_WORKER", "FakeTensorMode", "allow_recompiles", "changes", "end_workers", "flop_counter", "lost_rank", "scale_",
     "shared_storage", "storage_id", "worker_processes",
 ]  # fmt: skip
 
@@ -62,6 +63,15 @@ def flop_counter() -> FlopCounterMode:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
     return FlopCounterMode(display=False, custom_mapping=fused)
+
+
+# --- other ranks
+def lost_rank(error: BaseException) -> str | None:
+    """What gloo or NCCL say where another process of the group is gone, in a line; None if that is not it."""
+    text = str(error)
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
+        return next(iter(text.splitlines()), type(error).__name__)
+    return None
 
 
 # --- loader processes

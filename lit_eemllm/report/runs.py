@@ -220,7 +220,7 @@ def read_run(path: Path) -> Run:
     untrained = path / "eval-untrained" / "results.json"
     rows: dict[float, dict[str, float]] = {}
     for file in sorted((path / "logs").glob("version_*/metrics.csv"), key=lambda f: int(f.parent.name.split("_")[1])):
-        for row in read_table(file):
+        for row in read_table(file)[1]:
             try:
                 if row.get("loss"):
                     rows[float(row["step"])] = {name: float(value) for name, value in row.items() if value}
@@ -279,21 +279,24 @@ def read_sweep(folder: Path) -> tuple[Comparison, list[str]]:
 
 def read_search(path: Path) -> list[dict[str, str]]:
     """Lines of the values that were tried for each cell, with their score and whether they were chosen."""
-    lines = read_table(path)
-    columns = list(lines[0]) if lines else []
+    columns, lines = read_table(path)
     if not {"cell", "score", "chosen"} <= set(columns):
         found = ", ".join(columns) or "none"
         raise UserError(f"{path}: found columns {found}; expected cell, the values', score, chosen")
     return lines
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Lines of a CSV file by the names in its first; what has no name is left out. Raises UserError if it is none."""
+def read_table(path: Path) -> tuple[Sequence[str], list[dict[str, str]]]:
+    """The names in the first line of a CSV file, and by them its other lines; what has no name is left out.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
         with path.open(encoding="utf-8", newline="") as file:
             table = csv.DictReader(file, restkey="", restval="")
             columns = table.fieldnames or []
-            return [{name: line[name] for name in columns} for line in table]
+            return columns, [{name: line[name] for name in columns} for line in table]
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: not a table in CSV: {error}") from error
 

@@ -190,7 +190,7 @@ def search_csv(search: Search, plan: Plan) -> str:
 
 
 def write_if_changed(path: Path, text: str) -> bool:
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
+    if path.is_file() and path.read_bytes() == text.encode():
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)

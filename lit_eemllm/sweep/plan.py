@@ -95,7 +95,7 @@ class Task:
         """Write the configuration, unless it stands there already."""
         assert self.frozen is not None
         file = self.folder / "config.yaml"
-        if not file.is_file() or file.read_text(encoding="utf-8") != self.frozen:
+        if not file.is_file() or file.read_bytes() != self.frozen.encode():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, self.frozen)
 
@@ -338,9 +338,9 @@ def changed(task: Task, starts_from_another: bool) -> str | None:
 
     starts_from_another: `init_from` is the plan's, a folder of the sweep, which may have been moved.
     """
-    assert task.config is not None
+    assert task.config is not None and task.frozen is not None
     file = task.folder / "config.yaml"
-    if not file.is_file() or file.read_text(encoding="utf-8") == task.frozen:
+    if not file.is_file() or file.read_bytes() == task.frozen.encode():
         return None
     try:
         old, new = (flat(asdict(config)) for config in (load_config([file]), task.config))

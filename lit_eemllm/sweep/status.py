@@ -6,6 +6,7 @@ import csv
 import time
 from collections import defaultdict
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -25,10 +26,10 @@ def logged(run: Path) -> tuple[int, float | None]:
     """Steps taken and seconds a step, as last logged."""
     files = sorted(run.glob("logs/version_*/metrics.csv"), key=lambda file: int(file.parent.name.split("_")[1]))
     for file in reversed(files):
-        with file.open() as lines:
+        with suppress(ValueError, csv.Error), file.open(encoding="utf-8") as lines:  # being written, or torn by a crash
             rows = [row for row in csv.DictReader(lines) if row.get("loss") and row.get("step_seconds")]
-        if rows:
-            return int(rows[-1]["step"]), float(rows[-1]["step_seconds"])
+            if rows:
+                return int(rows[-1]["step"]), float(rows[-1]["step_seconds"])
     return 0, None
 
 

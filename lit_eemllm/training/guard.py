@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..compat.lightning import begin_validation_anew
+from ..compat.torch import lost_rank
 from ..console import console, write_atomically
 from ..data.loader import lost_worker
 from ..errors import UserError, WriteError
@@ -64,6 +65,7 @@ class Checkpoints(Checkpoint):
         self.folder = Path(config.out) / FOLDER
         self.asked: signal.Signals | None = None
         self._module: Any = None
+        self._process = os.getpid()
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -127,6 +129,8 @@ class Checkpoints(Checkpoint):
                 signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a loader process that has just begun
+            return
         if self.asked is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -226,15 +230,27 @@ def _bad_gradient(parameter: nn.Parameter) -> bool:
     return not bool(local.isfinite().all())
 
 
+def _lost(error: BaseException) -> UserError | None:
+    said = lost_rank(error)
+    if said is None:
+        return None
+    return UserError(
+        f"another rank has ended or cannot be reached, for which rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', 0))} "
+        f"waited: {said}. Its own output says why. Repeat the command to continue from the last checkpoint."
+    )
+
+
 def _may_listen() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Around `Trainer.fit`: handlers of signals are left as they were found, and a loader process that dies is told in words.
+    """Around `Trainer.fit`: handlers of signals are left as they were found, and processes that die are told in words: those of the
+    loader, and other ranks. Ctrl-C while nobody listens yet stays what it is.
 
-    PyTorch raises its death in a handler of a signal, so anywhere, also where somebody makes another exception of it.
+    PyTorch raises the death of a loader process in a handler of a signal, so anywhere, also where somebody makes another exception
+    of it.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
@@ -246,10 +262,18 @@ def guarded() -> Iterator[None]:
         known = next(
             (cause for cause in causes if isinstance(cause, UserError)), None
         )  # before a process was ended for it
-        told = known or next(filter(None, map(lost_worker, causes)), None)
+        told = (
+            known or next(filter(None, map(lost_worker, causes)), None) or next(filter(None, map(_lost, causes)), None)
+        )
         if told is None or told is error:
             raise
         raise told from None
+    except SystemExit as end:
+        if isinstance(
+            end.__context__, KeyboardInterrupt
+        ):  # of which Lightning makes an exit with status 1, without a word
+            raise KeyboardInterrupt from None
+        raise
     finally:
         if _may_listen():
             for number, handler in handlers.items():

@@ -19,8 +19,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass
-from datetime import date
+from datetime import date, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -273,6 +274,29 @@ def a_list_is_scaled_in_place():
     tensors = [torch.arange(3.0), torch.ones(2, 2)]
     compat("torch").scale_(tensors, torch.tensor(3.0))
     assert tensors[0].tolist() == [0, 3, 6] and tensors[1].eq(3).all()
+
+
+@contract(
+    "torch",
+    "gloo names itself where another rank is gone, NCCL raises a DistError",
+    lambda patch: patch.setattr(torch.distributed, "DistError", KeyError),
+)
+def other_ranks_go():
+    store, groups = torch.distributed.HashStore(), {}
+
+    def join(rank: int) -> None:
+        groups[rank] = torch.distributed.ProcessGroupGloo(store, rank, 2, timedelta(seconds=10))
+
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(join, range(2)))
+    del groups[1]
+    lost = compat("torch").lost_rank
+    with pytest.raises(RuntimeError) as gone:
+        groups[0].allreduce([torch.zeros(1)]).wait()
+    assert "Connection closed by peer" in (lost(gone.value) or "")
+    assert (
+        lost(torch.distributed.DistBackendError("NCCL error\nmore")) == "NCCL error" and lost(RuntimeError("x")) is None
+    )
 
 
 @contract(

@@ -208,10 +208,11 @@ def main(verb: str, *arguments: str) -> None:
             data.load_state_dict(saved)
             result.append(list(take(data, 6)))
         print(json.dumps(result))
-    elif verb == "one":  # take one batch, and end with the loader in a global variable, as a script has it
-        global held
-        held = module(Path(arguments[0]), workers=2)
-        next(iter(held.train_dataloader()))
+    elif verb == "one":  # take one batch, and end with the loader in a cycle that the collector has not seen yet
+        gc.set_threshold(0)
+        held = [module(Path(arguments[0]), workers=int(arguments[1]))]
+        held += [iter(held[0].train_dataloader()), held]
+        next(held[1])
     elif verb == "orphans":  # killed while its loader processes start
         from lit_eemllm.data import loader
 

@@ -419,8 +419,9 @@ def test_a_worker_that_dies_while_its_batch_is_fetched(tmp_path, shapes, monkeyp
 
 
 @pytest.mark.slow
-def test_a_script_that_takes_one_batch_ends(shapes):
-    process = shards_util.script("one", shapes)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_script_that_takes_one_batch_ends(shapes, workers):
+    process = shards_util.script("one", shapes, workers)
     try:
         _, error = process.communicate(timeout=60)
     finally:

@@ -18,7 +18,7 @@ import tarfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import wait
@@ -67,6 +67,7 @@ _AFTER_SILENCE = (
 _USER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}: "
 _log = logging.getLogger("lit_eemllm.data")
 _started: WeakSet[Any] = WeakSet()  # loaders that may have processes
+_reading: WeakSet[Generator[Packed]] = WeakSet()  # what `tidy_errors` has given
 
 
 def worker_config(workers: int, seed: int) -> WorkerConfig:
@@ -364,13 +365,21 @@ def _in_step(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
         yield batch
 
 
-def tidy_errors(loader: Any, timeout: float) -> Iterator[Packed]:
-    """A `UserError` from a worker arrives wrapped in the worker's traceback; people get the message alone.
+def tidy_errors(loader: Any, timeout: float) -> Generator[Packed]:
+    """The packs of a loader; what happens to it is told in words.
+
+    A `UserError` from a worker arrives wrapped in the worker's traceback; people get the message alone.
 
     When there is no batch for so many seconds, the workers are killed, or without workers the read is interrupted, which ends
     the waiting wherever it is. (PyTorch's own time-out does not see a worker that is stopped after it has announced a batch
     and before it has handed it over.)
     """
+    reading = _tidy_errors(loader, timeout)
+    _reading.add(reading)
+    return reading
+
+
+def _tidy_errors(loader: Any, timeout: float) -> Generator[Packed]:
     silent = threading.Event()
 
     def end_silence() -> None:
@@ -449,9 +458,12 @@ def stop(loader: PositionLoader | BasicDataLoader) -> None:
 
 @atexit.register  # after multiprocessing's own, so it comes before: that waits for processes that it has only asked to end
 def _stop_all() -> None:
-    """A script that has not read to the end of its data ends nevertheless."""
+    """A script that has not read to the end of its data ends nevertheless. Readers wait for a thread when they are closed, and once
+    Python takes itself down, as it does from 3.13 on, that thread never ends."""
     for loader in list(_started):
         stop(loader)
+    for reading in list(_reading):
+        reading.close()
 
 
 def _watchdog(timeout: float, workers: int) -> dict[str, Any]:

@@ -15,12 +15,14 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from hashlib import sha256
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
+from lit_eemllm import limits
 from lit_eemllm.errors import ConfigError, SampleError, UserError
 
 if TYPE_CHECKING:
@@ -105,8 +107,13 @@ def parse_conversation(row: Mapping[str, Any], num_images: int, key: str) -> Con
         key: names the sample in messages.
 
     Raises:
-        SampleError: ``bad_conversation``, ``placeholder_mismatch`` or ``no_target`` (all answers are white space).
+        SampleError: ``bad_conversation``, ``placeholder_mismatch``, ``missing_image``, ``too_many_images`` or ``no_target`` (all
+            answers are white space).
     """
+    if num_images > limits.ROW_IMAGES:
+        raise SampleError(
+            "too_many_images", f"sample {key!r}: {num_images:,} images, at most {limits.ROW_IMAGES:,} are read"
+        )
     expected = f"sample {key!r}: expected a list 'conversations' of mappings with strings 'from' and 'value'"
     entries = row.get("conversations") if isinstance(row, Mapping) else None
     if not isinstance(entries, list):
@@ -196,7 +203,19 @@ class SpanTokenizer:
 
     def _encodings(self, texts: list[str]) -> list[Encoding]:
         # not verbose: texts over the tokenizer's model_max_length are the concern of data.max_length
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
+        with panics_are_errors():
+            return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """A panic of a tokenizer, whose pattern gives up on a text, is no Exception. Raises SampleError in its place."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise SampleError("tokenizer", f"the tokenizer broke on a text: {str(error)[:300]}") from None
 
 
 class ChatTemplate(ABC):
@@ -458,13 +477,13 @@ class JinjaTemplate(ChatTemplate):
         """Rendered text of turns of the conversation and, if the template has them, the marked (start, end) in it."""
         from jinja2.exceptions import TemplateError
 
-        from lit_eemllm.compat.transformers import rendered
+        from lit_eemllm.rendering import render
 
         roles = {"system": "system", "human": "user", "gpt": "assistant"}
         messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
         try:
             special = cast(Any, self.tokenizer.special_tokens_map)
-            return rendered(messages, self.source, self.marked, generation, special, DAY)
+            return render(messages, self.source, generation, special, DAY)
         except (TemplateError, TypeError, ValueError) as error:  # the template may refuse a role or an order of turns
             raise conversation.refusal("bad_conversation", f"the chat template refuses it: {error}") from error
 
@@ -481,4 +500,8 @@ def get_template(name: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
     """
     if name not in TEMPLATES:
         raise ConfigError(f"unknown chat template {name!r}; known: {', '.join(sorted(TEMPLATES))}")
-    return TEMPLATES[name](tokenizer)
+    try:
+        with panics_are_errors():
+            return TEMPLATES[name](tokenizer)
+    except SampleError as error:
+        raise UserError(f"template {name!r}: {error}") from None

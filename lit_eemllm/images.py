@@ -13,14 +13,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from simplejpeg import decode_jpeg
 from torch.nn.functional import interpolate
 
+from lit_eemllm import limits
 from lit_eemllm.errors import ConfigError, SampleError
 from lit_eemllm.layout import Pixels, map_images, upload
 
@@ -47,7 +50,8 @@ def read_picture(data: bytes, name: str, max_pixels: int) -> torch.Tensor:
         max_pixels: largest accepted width x height; Pillow's own limit (`Image.MAX_IMAGE_PIXELS`) holds as well.
 
     Raises:
-        SampleError: ``image_too_large`` (by its header) or ``bad_image`` (other format, damaged, truncated).
+        SampleError: ``image_too_large`` (by its header, or by the work it would be) or ``bad_image`` (other format, damaged,
+            truncated).
     """
     with _opened(data, name, max_pixels) as image:
         if image.format == "JPEG" and image.mode in ("RGB", "L") and not _orientation(image):
@@ -84,6 +88,29 @@ def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
         return (height, width) if turned else (width, height)
 
 
+def read_file(path: Path, name: str) -> bytes:
+    """An image's file. Raises SampleError if it is larger than is read, OSError if it cannot be."""
+    if (size := path.stat().st_size) > limits.IMAGE_BYTES:
+        raise _too_long(name, size)
+    return path.read_bytes()
+
+
+def _too_long(name: str, size: int) -> SampleError:
+    return SampleError("image_too_large", f"image {name!r} has {size:,} bytes, more than {limits.IMAGE_BYTES:,}")
+
+
+def _scans(image: Image.Image, data: bytes) -> float:
+    """How often a JPEG goes over its pixels: a small file can say so thousands of times."""
+    tiles = 1
+    if isinstance(image, TiffImageFile):
+        if "jpeg" not in str(image.info.get("compression")):
+            return 1
+        tiles = max(len(image.tag_v2.get(tag, ())) for tag in (ExifTags.Base.StripOffsets, ExifTags.Base.TileOffsets))
+    elif image.format not in ("JPEG", "MPO"):
+        return 1
+    return data.count(b"\xff\xda") / max(1, tiles)  # its start-of-scan marks; in between there are none by chance
+
+
 def _orientation(image: Image.Image) -> int:
     """2 to 8 as EXIF counts them, 0 where nothing is to be turned; without decoding (`getexif` of PNG files would decode)."""
     found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
@@ -93,11 +120,18 @@ def _orientation(image: Image.Image) -> int:
 @contextmanager
 def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """The image with its header read and its size accepted; what goes wrong, also inside the block, is a SampleError."""
+    if len(data) > limits.IMAGE_BYTES:
+        raise _too_long(name, len(data))
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 found = f"image {name!r} has {image.width} x {image.height} pixels, more than {max_pixels}"
                 raise SampleError("image_too_large", f"{found}; shrink it or raise data.max_image_pixels")
+            if (scans := _scans(image, data)) * image.width * image.height > limits.IMAGE_SCANS * max_pixels:
+                found = f"image {name!r} goes {scans:,.0f} times over {image.width} x {image.height} pixels"
+                raise SampleError(
+                    "image_too_large", f"{found}, which is far more work than a picture needs; write it anew"
+                )
             yield image
     except (SampleError, MemoryError):
         raise

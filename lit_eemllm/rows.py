@@ -13,11 +13,13 @@ without a placeholder such a row would pass as text.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
+from lit_eemllm import limits
 from lit_eemllm.chat import IMAGE
 from lit_eemllm.errors import SampleError
 
@@ -81,6 +83,21 @@ def paths_of(row: Mapping[str, Any]) -> list[str]:
     """The pictures of a row in LLaVA's form."""
     listed = row.get("image") or []
     return listed if isinstance(listed, list) else [listed]
+
+
+def encoded(row: Mapping[str, Any], key: str, errors: str = "strict") -> bytes:
+    """The row as it is written. Raises SampleError if it cannot be, or has more bytes than are read."""
+    try:
+        data = json.dumps(row, ensure_ascii=False, sort_keys=True).encode(errors=errors)
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise _error("bad_json", key, str(error)) from None
+    if len(data) > limits.ROW_BYTES:
+        largest = max(row, key=lambda name: len(str(row[name])))
+        found = (
+            f"its row has {len(data):,} bytes, most of them under {largest!r}; at most {limits.ROW_BYTES:,} are read"
+        )
+        raise _error("bad_json", key, found)
+    return data
 
 
 def _show(row: dict[str, Any], turns: list[Any], pictures: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import lit_eemllm.compat.transformers as compat
+from lit_eemllm import rendering
 from lit_eemllm.chat import IMAGE, IMAGE_SLOT, Conversation, SpanTokenizer, Turn, get_template, parse_conversation
 from lit_eemllm.errors import ConfigError, SampleError, UserError
 from lit_eemllm.model.processor import Processor
@@ -461,9 +461,9 @@ def test_a_template_that_writes_more_before_the_last_answer() -> None:
 
 @pytest.mark.parametrize("source", [CHATML, MARKED, QWEN3])
 def test_the_cost_of_rendering_is_linear(source, monkeypatch) -> None:
-    chat, rendered, count = get_template("jinja", with_template(source)), compat.rendered, []
+    chat, render, count = get_template("jinja", with_template(source)), rendering.render, []
     monkeypatch.setattr(
-        compat, "rendered", lambda messages, *rest: count.append(len(messages)) or rendered(messages, *rest)
+        rendering, "render", lambda messages, *rest: count.append(len(messages)) or render(messages, *rest)
     )
     conversation = talk(*(f"text {i}" for i in range(400)))
     assert len(targets(chat.tokenizer, chat.encode(conversation))) == 200

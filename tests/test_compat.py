@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass
-from datetime import date, timedelta
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -185,34 +185,13 @@ def decoder_layers_have_their_parts():
 
 @contract(
     "transformers",
-    "render_jinja_template marks the assistant's part in characters",
-    lambda patch: patch.setattr(
-        "transformers.utils.chat_template_utils.render_jinja_template",
-        lambda messages, **_: (["> hi! yes"], [[(0, 9)]]),
-    ),
+    "_compile_jinja_template gives a template whose environment has the filters and names of chat templates",
+    lacks("transformers.utils.chat_template_utils._compile_jinja_template"),
 )
-def templates_mark_answers():
-    template = "{% for m in messages %}{% if m.role == 'user' %}> {{ m.content }} {% else %}"
-    template += "{% generation %}{{ m.content }}{{ eos }}{% endgeneration %}{% endif %}{% endfor %}"
-    messages = [{"role": "user", "content": "hi!"}, {"role": "assistant", "content": "yes"}]
-    text, marks = compat("transformers").rendered(messages, template, True, False, {"eos": "</s>"}, date.today())
-    assert text == "> hi! yes</s>" and [text[a:b] for a, b in marks] == ["yes</s>"]
-
-
-@contract(
-    "transformers",
-    "a compiled template is kept, and so is its clock",
-    lambda patch: patch.setattr(
-        "transformers.utils.chat_template_utils._compile_jinja_template",
-        importlib.import_module("transformers.utils.chat_template_utils")._compile_jinja_template.__wrapped__,
-    ),
-)
-def templates_have_a_clock():
-    template = "{{ strftime_now('%Y-%m') }}"
-    text, _ = compat("transformers").rendered(
-        [{"role": "user", "content": ""}], template, False, False, {}, date(1999, 12, 31)
-    )
-    assert text == "1999-12"
+def chat_templates_have_names():
+    filters, names = compat("transformers").template_names()
+    assert filters["tojson"]({"é": "<"}) == '{"é": "<"}' and {"trim", "length", "selectattr"} <= set(filters)
+    assert {"raise_exception", "strftime_now", "namespace", "range"} <= set(names)
 
 
 @contract(
@@ -540,7 +519,9 @@ def readers_may_be_wrapped(shapes: Path):
     energon.open_as_files(reader)
     names = [energon.shard_of(reader, index) for index in (0, 39, 40, 159)]
     assert names == [shapes / f"train-{number:06d}.tar" for number in (0, 0, 1, 3)]
-    assert reader[40] is not None
+    assert "json" in reader[40]
+    energon.refuse_large(reader, 100, "oversize")
+    assert reader[40].keys() & {"json", "oversize"} == {"oversize"} and int(reader[40]["oversize"]) > 512
 
 
 def dataset_of(folder: Path, training: bool = True) -> Any:

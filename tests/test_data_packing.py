@@ -104,10 +104,15 @@ def test_truncation() -> None:
             and short.ids[-1] == short.ids[short.targets()[-1]]
         )
         assert short.ids.count(IMAGE_SLOT) == len(short.images) == len(short.image_tokens)
-    for policy, limit in (("drop", 24), ("truncate", 8), ("truncate", 3)):
-        with pytest.raises(SampleError, match="25 tokens") as error:
+    with pytest.raises(SampleError, match="25 tokens") as error:
+        tokens_of(encoder(24, "drop"), turns, 2)
+    assert error.value.reason == "too_long"
+    with pytest.raises(SampleError, match="16 tokens") as error:
+        tokens_of(encoder(9, "truncate"), ["<image>abcdefgh", "i"], 1)
+    assert error.value.reason == "too_long"
+    for policy, limit, least in (("drop", 9, 10), ("truncate", 8, 9), ("truncate", 3, 9)):
+        with pytest.raises(UserError, match=f"a word to say {least}, so data.max_length={limit} leaves no room"):
             tokens_of(encoder(limit, policy), turns, 2)
-        assert error.value.reason == "too_long"
     with pytest.raises(UserError, match="max_length") as stop:
         tokens_of(encoder(24, "error"), turns, 2)
     assert not isinstance(stop.value, SampleError)

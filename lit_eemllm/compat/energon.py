@@ -26,7 +26,8 @@ from megatron.energon.watchdog import Watchdog
 
 __all__ = [
     "MEMBER_NAME", "SKIPPED_MEMBER", "STATES", "BasicDataLoader", "CountingLoader", "DatasetBlendMode", "EPath", "FlexState",
-    "LoadedDataset", "Packing", "SavableDataLoaderState", "Shards", "Watchdog", "collapse", "open_as_files", "shard_of",
+    "LoadedDataset", "Packing", "SavableDataLoaderState", "Shards", "Watchdog", "collapse", "open_as_files", "refuse_large",
+    "shard_of",
 ]  # fmt: skip
 STATES = (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState)
 """The dataclasses of which a loader's state is made, beside `FlexState`, a dict."""
@@ -48,6 +49,19 @@ class Shards(CrudeWebdataset):
 def open_as_files(reader: Any) -> None:
     """Shards are opened directly: Energon's client for object stores counts and times every read."""
     reader.tar_filepaths = [Path(str(path)) for path in reader.tar_filepaths]
+
+
+def refuse_large(reader: Any, most: int, member: str) -> None:
+    """A sample of more bytes comes with nothing but this member, which says how many."""
+    read = reader._get_item_by_sample_pointer
+
+    def bounded(pointer: Any, restore_index: Any, match: Any = None) -> Any:
+        if pointer.byte_size <= most:
+            return read(pointer, restore_index, match)
+        found = read(pointer, restore_index, lambda name: False)
+        return found and {**found, member: str(pointer.byte_size).encode()}
+
+    reader._get_item_by_sample_pointer = bounded
 
 
 def shard_of(reader: Any, index: int) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
-__all__ = ["CACHE", "Generating", "Idefics2VisionTransformer", "best_grid", "file_of", "naflex_size", "rendered"]
+__all__ = ["CACHE", "Generating", "Idefics2VisionTransformer", "best_grid", "file_of", "naflex_size", "template_names"]
 
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """The key/value cache, as an argument of models and as a key of their outputs: ``past_key_values`` before 5.24."""
@@ -42,25 +41,12 @@ def file_of(model: str, name: str, needed: bool = False) -> Path | None:
     return None if found is None else Path(found)
 
 
-def rendered(
-    messages: Sequence[dict[str, str]], template: str, marks: bool, prompt: bool, special: dict[str, Any], today: date
-) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as a Jinja template renders it, and (start, end) of what it marks as the assistant's, if asked for. The
-    template's clock always tells the same day.
+def template_names() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The filters and the global names that chat templates know."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # imports jinja2
 
-    Raises jinja2's TemplateError, TypeError or ValueError, as the template likes.
-    """
-    from transformers.utils import chat_template_utils as templates  # imports jinja2
-
-    templates._compile_jinja_template(template).globals["strftime_now"] = today.strftime  # kept there by its text
-    texts, marked = templates.render_jinja_template(
-        [list(messages)],
-        chat_template=template,
-        return_assistant_tokens_mask=marks,
-        add_generation_prompt=prompt,
-        **special,
-    )
-    return texts[0], marked[0] if marks else []
+    environment = _compile_jinja_template("").environment
+    return dict(environment.filters), dict(environment.globals)
 
 
 def naflex_size(height: int, width: int, patch: int, most: int) -> tuple[int, int]:

@@ -41,7 +41,13 @@ def read_json(path: Path, key: str | None = None) -> Iterator[Any]:
                     )
             if match is None:
                 file.seek(0)
-                yield from (_json_or_text(line) for line in file if line.strip())
+                for line in iter(lambda: file.readline(_LONGEST), ""):
+                    if len(line) == _LONGEST:
+                        raise UserError(
+                            f"{path}: a line of more than {_LONGEST:,} characters; expected a list, or JSON lines"
+                        )
+                    if line.strip():
+                        yield _json_or_text(line)
             else:
                 yield from _elements(path, head[match.end() :], lambda: file.read(_BUFFER), whole)
         except UnicodeDecodeError as error:

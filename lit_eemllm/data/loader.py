@@ -30,6 +30,7 @@ import torch.distributed as dist
 from megatron.energon import SavableDataset, WorkerConfig, reraise_exception
 from PIL import Image
 
+from lit_eemllm import limits
 from lit_eemllm.compat.energon import (
     BasicDataLoader,
     CountingLoader,
@@ -40,10 +41,12 @@ from lit_eemllm.compat.energon import (
     Shards,
     Watchdog,
     open_as_files,
+    refuse_large,
     shard_of,
 )
 from lit_eemllm.compat.torch import DEAD_WORKER, end_workers, worker_processes
 from lit_eemllm.data.recipe import Recipe, Source
+from lit_eemllm.data.samples import OVERSIZE
 from lit_eemllm.data.task import Packed, PackTask
 from lit_eemllm.errors import CheckpointError, UserError
 from lit_eemllm.layout import PackedBatch
@@ -163,6 +166,7 @@ class _NamingReader:
     def __init__(self, reader: Any) -> None:
         self.reader = reader
         open_as_files(reader)
+        refuse_large(reader, limits.SAMPLE_BYTES, OVERSIZE)
 
     def __getitem__(self, index: int) -> Any:
         try:

@@ -34,12 +34,11 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
+from lit_eemllm import limits
 from lit_eemllm.errors import UserError
 from lit_eemllm.shipped import find, nowhere
 
 META = ".nv-meta"
-MAX_META_BYTES = 16 * 2**20
-MAX_TAIL = 4 * 2**20  # bytes of zeros that end a tar; tar itself writes up to 10,240
 HEADER = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 
@@ -164,6 +163,10 @@ def read_recipe(path: str | Path, split: str) -> Recipe:
     for blend, share in _SHARES.items():
         if blend in body:
             entries = _mapping(body, path, where, required=(blend,))[blend]
+            if isinstance(entries, list) and len(entries) > limits.SOURCES:
+                raise UserError(
+                    f"{path}: '{where}.{blend}' lists {len(entries):,} sources, at most {limits.SOURCES:,} are read."
+                )
             if not isinstance(entries, list) or not entries:
                 raise UserError(f"{path}: '{where}.{blend}' is {entries!r:.200}, expected a list of {{path, {share}}}.")
             listed = [_source(entry, path, f"{where}.{blend}[{i}]", split, share) for i, entry in enumerate(entries)]
@@ -308,7 +311,7 @@ def beyond_the_end(shard: Path, end: int) -> str:
     """What a tar has behind its last member that is no end of an archive, which is zeros alone; empty if nothing."""
     with shard.open("rb") as file:
         file.seek(end)
-        tail = file.read(MAX_TAIL)
+        tail = file.read(limits.TAR_TAIL)
         if tail[:512] != bytes(512):
             return "no end-of-archive mark after the last member"
         if tail.count(0) < len(tail) or file.read(1):
@@ -330,7 +333,11 @@ def _expand(patterns: Any, path: Path, where: str) -> list[str]:
             continue
         first, last = match.groups() if match else ("1", "0")
         rest = pattern[: match.start()] + pattern[match.end() :] if match else pattern
-        if set("{}") & set(rest) or not 0 <= int(last) - int(first) < 1_000_000:
+        if len(first + last) > 40 or len(names) + int(last) - int(first) >= limits.SHARDS:
+            raise UserError(
+                f"{path}: '{where}' lists more than {limits.SHARDS:,} shards, the last by {pattern[:80]!r}."
+            )
+        if set("{}") & set(rest) or int(last) < int(first):
             raise UserError(f"{path}: '{where}' has {pattern!r}; expected one range such as a-{{000..012}}.tar.")
         names += [_RANGE.sub(str(number).zfill(len(first)), pattern) for number in range(int(first), int(last) + 1)]
     return names
@@ -348,7 +355,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> Any:
     """Plain data from a YAML file: no tags, no aliases, bounded size. Raises UserError."""
     try:
-        return yaml.load(_read_bytes(path), _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(_read_bytes(path, limits.YAML_BYTES), _Loader)  # noqa: S506 - a SafeLoader
     except (
         yaml.YAMLError,
         ValueError,
@@ -360,14 +367,14 @@ def read_yaml(path: Path) -> Any:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(_read_bytes(path))
+        return json.loads(_read_bytes(path, limits.META_BYTES))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
-def _read_bytes(path: Path) -> bytes:
-    if path.stat().st_size > MAX_META_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes; more than {MAX_META_BYTES:,} is no recipe or index.")
+def _read_bytes(path: Path, most: int) -> bytes:
+    if path.stat().st_size > most:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes; at most {most:,} are read.")
     return path.read_bytes()
 
 

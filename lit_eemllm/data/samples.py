@@ -15,12 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_eemllm import limits
 from lit_eemllm.chat import IMAGE, IMAGE_SLOT, ChatTemplate, Conversation, Turn, parse_conversation
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.images import Transform, image_size, read_picture
 from lit_eemllm.rows import as_llava
 
-MAX_JSON_BYTES = 4 * 2**20
+OVERSIZE = "oversize"
+"""The one member of a sample of more bytes than are read: it says how many."""
 TRUNCATION = ("drop", "truncate", "error")
 
 _IMAGE_MEMBER = re.compile(r"(?:(\d{1,6})\.)?(jpg|jpeg|png|webp|bmp|gif|tif|tiff)", re.IGNORECASE)
@@ -134,9 +136,10 @@ class SampleEncoder:
 
     @cached_property
     def _least_with_image(self) -> int:
-        """Tokens of a conversation of one image, a word that asks and one that answers."""
+        """Tokens of a conversation of one image, a word that asks and one that answers; where it may be cut, up to the first target."""
         encoded = self.template.encode(Conversation("image", (Turn("human", f"{IMAGE}\na"), Turn("gpt", "a")), 1))
-        return len(encoded.ids) - 1 + self.transform.num_tokens(1, 1)
+        entries = encoded.supervised.index(True) + 1 if self.truncation == "truncate" else len(encoded.ids)
+        return entries - 1 + self.transform.num_tokens(1, 1)
 
     def _shorten(self, sample: TokenSample) -> TokenSample:
         found = f"{sample.key}: {sample.length} tokens with {len(sample.images)} images, at most {self.max_length} are allowed"
@@ -187,6 +190,9 @@ def read_row(key: str, members: Mapping[str, bytes]) -> tuple[Mapping[str, Any],
             raise SampleError(
                 "pickle", f"{key}.{name}: pickled or binary Python data is never opened; only JSON and images are"
             )
+        if name == OVERSIZE:
+            found = f"{int(members[name]):,} bytes, at most {limits.SAMPLE_BYTES:,} are read"
+            raise SampleError("oversize", f"{key}: {found}")
         match = _IMAGE_MEMBER.fullmatch(name)
         if match is None:
             raise SampleError(
@@ -204,8 +210,8 @@ def read_row(key: str, members: Mapping[str, bytes]) -> tuple[Mapping[str, Any],
 def _parse_json(key: str, data: bytes | None) -> Mapping[str, Any]:
     if data is None:
         raise SampleError("bad_json", f"{key}.json is missing")
-    if len(data) > MAX_JSON_BYTES:
-        raise SampleError("bad_json", f"{key}.json: {len(data):,} bytes, at most {MAX_JSON_BYTES:,} are read")
+    if len(data) > limits.ROW_BYTES:
+        raise SampleError("bad_json", f"{key}.json: {len(data):,} bytes, at most {limits.ROW_BYTES:,} are read")
     try:
         row = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -23,10 +23,12 @@ from typing import Any
 
 import yaml
 
+from lit_eemllm import limits
 from lit_eemllm.chat import SURROGATE
 from lit_eemllm.console import progress, write_atomically, writing
 from lit_eemllm.data.json_rows import read_json
 from lit_eemllm.data.recipe import CRUDE, META, beyond_the_end, read_folder
+from lit_eemllm.data.samples import OVERSIZE
 from lit_eemllm.data.writing import DONE, Options, Report, write
 from lit_eemllm.errors import UserError
 
@@ -206,7 +208,7 @@ def walk_shard(path: Path, names_only: bool = False) -> Iterator[tuple[int, str,
     """What `read_shard` yields, each sample with the byte at which it begins, and at last where the archive ends, without a key."""
     from lit_eemllm.compat.energon import MEMBER_NAME, SKIPPED_MEMBER
 
-    begin, key, members = 0, "", dict[str, bytes]()
+    begin, key, length, members = 0, "", 0, dict[str, bytes]()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -226,7 +228,11 @@ def walk_shard(path: Path, names_only: bool = False) -> Iterator[tuple[int, str,
                 if match[1] != key:
                     if key:
                         yield begin, key, members
-                    begin, key, members = member.offset, match[1], {}
+                    begin, key, members, length = member.offset, match[1], {}, 0
+                length += member.size
+                if length > limits.SAMPLE_BYTES:
+                    members = {OVERSIZE: str(length).encode()}
+                    continue
                 file = None if names_only else tar.extractfile(member)
                 members[match[2]] = file.read() if file else b""
             end = tar.offset

@@ -30,11 +30,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lit_eemllm import limits
 from lit_eemllm.chat import leading_answer, parse_conversation
 from lit_eemllm.console import progress, progress_bar, write_atomically, writing
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.images import read_picture
-from lit_eemllm.rows import as_llava, paths_of
+from lit_eemllm.images import read_file, read_picture
+from lit_eemllm.rows import as_llava, encoded, paths_of
 
 EXAMPLES = 5
 """Samples named per reason in a report."""
@@ -321,10 +322,7 @@ def _members(row: Any, name: str, options: Options) -> tuple[dict[str, Any], dic
     row = as_llava(row, name)
     paths = paths_of(row)
     parse_conversation(row, len(paths), name)
-    try:
-        members = {"json": json.dumps(row, ensure_ascii=False, sort_keys=True).encode()}
-    except UnicodeEncodeError as error:
-        raise SampleError("bad_json", f"{name}: {error}") from None
+    members = {"json": encoded(row, name)}
     for number, path in enumerate(paths):
         data = image_bytes(path, name, options)
         extension = next((extension for extension, magic in _MAGIC if magic.match(data)), None)
@@ -332,6 +330,10 @@ def _members(row: Any, name: str, options: Options) -> tuple[dict[str, Any], dic
             raise SampleError("bad_image", f"{name}: {path} begins with {data[:8]!r}, which is no known image format")
         read_picture(data, f"{name}, {path}", options.max_pixels)
         members[f"{number}.{extension}"] = data
+        if (length := sum(len(member) + 2048 for member in members.values())) > limits.SAMPLE_BYTES:  # with headers
+            raise SampleError(
+                "oversize", f"{name}: {length:,} bytes and more, at most {limits.SAMPLE_BYTES:,} are read"
+            )
     return row, members
 
 
@@ -348,6 +350,6 @@ def image_bytes(path: str, name: str, options: Options) -> bytes:
         if not options.follow_links and not file.resolve().is_relative_to(images.resolve()):
             found = f"{path!r} is a link out of the folder of images (see follow_links)"
             raise SampleError("path_escape", f"{name}: {found}")
-        return file.read_bytes()
+        return read_file(file, f"{name}, {path}")
     except (OSError, ValueError) as error:  # a name that no file can have, a file that may not be read
         raise SampleError("missing_image", f"{name}: {path[:200]!a} cannot be read: {error}") from None

@@ -23,7 +23,7 @@ from ..config import to_yaml
 from ..console import console, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, SampleError, UserError
-from ..images import open_image
+from ..images import open_image, read_file
 from ..model.build import build
 from ..model.image_cache import ImageCache
 from ..training.checkpoint import load_weights, newest_checkpoint, read_checkpoint
@@ -135,7 +135,7 @@ def generate(
     for path in images:
         if not path.is_file():
             raise UserError(f"--image {path}: no such file")
-        pictures.append(open_image(path.read_bytes(), str(path), config.data.max_image_pixels))
+        pictures.append(open_image(read_file(path, str(path)), str(path), config.data.max_image_pixels))
     model, processor, _ = load(config, checkpoint)
     with autocast(config, model):
         print(answer(model, processor, [conversation], [pictures], max_new_tokens, temperature)[0])

@@ -31,7 +31,7 @@ from ..data.shards import read_shard
 from ..data.writing import Options, Report, image_bytes
 from ..errors import ConfigError, SampleError, UserError, did_you_mean, not_one_of
 from ..images import image_size
-from ..rows import as_llava, paths_of
+from ..rows import as_llava, encoded, paths_of
 from .metrics import METRICS
 from .questions import QUESTION, Picture, Question, first, make_question
 
@@ -246,6 +246,7 @@ def row_samples(source: QuestionSet, max_pixels: int) -> tuple[int, Iterator[tup
         if not isinstance(row, Mapping):
             raise SampleError("bad_json", f"{key}: {str(row)[:200]!a} is not a JSON object")
         row = as_llava(row, key)
+        encoded(row, key, "surrogatepass")  # no longer than one may be
         paths = paths_of(row)
         for path in paths:
             if path not in known:

@@ -20,7 +20,7 @@ from ...console import quiet_libraries
 from ...data.packing import collate
 from ...data.samples import EncodedSample, TokenSample
 from ...errors import SampleError, UserError
-from ...images import open_image
+from ...images import open_image, read_file
 from ...mechanisms import Mechanism
 from ...model.convert import mechanism_settings
 from ...plugins import import_user_code
@@ -145,7 +145,7 @@ def open_picture(picture: Image.Image | Path, name: str, max_pixels: int) -> Ima
     if isinstance(picture, Path):
         if not picture.is_file():
             raise SampleError("missing_image", f"image {name!r}: no such file: {picture}")
-        return open_image(picture.read_bytes(), name, max_pixels)
+        return open_image(read_file(picture, name), name, max_pixels)
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "RGB" and not picture.has_transparency_data:
         return picture

@@ -1,0 +1,32 @@
+"""How much of what comes from others is read, and how much work it may cost: the same in every verb.
+
+Over a limit a sample is bad, and counted by its name; a file that stands for many samples is refused. The limits are far above what
+honest data needs; pixels of an image have a key of their own, `data.max_image_pixels`.
+"""
+
+ROW_BYTES = 4 * 2**20
+"""Of a row of JSON."""
+ROW_IMAGES = 1000
+"""Of a row."""
+IMAGE_BYTES = 256 * 2**20
+"""Of an image's file, whatever it has behind its picture."""
+IMAGE_SCANS = 20
+"""Passes over data.max_image_pixels pixels that a JPEG may take; a progressive one has some ten of its own."""
+SAMPLE_BYTES = 2**30
+"""Of all members of a sample."""
+META_BYTES = 16 * 2**20
+"""Of an index in JSON."""
+YAML_BYTES = 2**20
+"""Of a recipe, a list of splits, a suite, whose reader takes some ten seconds for it."""
+SOURCES = 1000
+"""Of a recipe."""
+SHARDS = 10**6
+"""Of a folder."""
+TAR_TAIL = 4 * 2**20
+"""Bytes of zeros that end a tar; tar itself writes up to 10,240."""
+TEMPLATE_CHARACTERS = 2**18
+"""Of a chat template."""
+RENDER_ALWAYS = 2 * 10**7
+"""What a chat template may spend on any conversation: steps of loops at 100, characters at 1; half a second or so."""
+RENDER_PER_CHARACTER = 1000
+"""The same, for every character of the conversation."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+import warnings
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from simplejpeg import decode_jpeg
 from torch.nn.functional import interpolate
@@ -30,6 +33,13 @@ from lit_eemllm.layout import Pixels, map_images, upload
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_TEXTS = (b"zTXt", b"iTXt", b"tEXt", b"iCCP")  # of a PNG
+_LONGEST_TEXT = 2**18
+_TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), 2))  # fmt: skip
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, SyntaxError, ArithmeticError, OSError, struct.error)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 POLICIES = ("pad", "resize", "crop")
 RESAMPLING = {method.name.lower(): method for method in Image.Resampling}
@@ -58,8 +68,9 @@ def read_picture(data: bytes, name: str, max_pixels: int) -> torch.Tensor:
             room = np.empty((image.height, image.width, 3), dtype=np.uint8)  # for what was found acceptable, no more
             with suppress(ValueError):
                 return torch.from_numpy(decode_jpeg(data, "RGB", buffer=room)).permute(2, 0, 1)
-        ImageOps.exif_transpose(image, in_place=True)  # loads it; otherwise upright pictures would be copied
-        return picture_of(_to_rgb(image))
+        image.load()
+        turn = _TURNS.get(_orientation(image))  # of a PNG it may stand behind the pixels
+        return picture_of(_to_rgb(image if turn is None else image.transpose(turn)))
 
 
 def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
@@ -111,10 +122,53 @@ def _scans(image: Image.Image, data: bytes) -> float:
     return data.count(b"\xff\xda") / max(1, tiles)  # its start-of-scan marks; in between there are none by chance
 
 
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without compressed texts and colour profiles, over which Pillow loses the picture where they are damaged or long.
+
+    What tells its orientation stays, unless it is damaged; any other file is as it was.
+    """
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or not any(kind in data for kind in _TEXTS):
+        return data
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind, body = data[at + 4 : at + 8], data[at + 8 : end - 4]
+        if kind not in _TEXTS or _short_text(kind, body):
+            kept.append(data[at:end])
+        at = end
+        if kind == b"IEND":
+            break
+    return b"".join(kept)
+
+
+def _short_text(kind: bytes, body: bytes) -> bool:
+    """Whether a chunk holds what tells an orientation, and that is no longer than that takes."""
+    keyword, _, rest = body.partition(b"\0")
+    if keyword not in (b"Raw profile type exif", b"XML:com.adobe.xmp") or len(rest) > _LONGEST_TEXT:
+        return False
+    if kind == b"iTXt":  # whether it is compressed, how, language, keyword in it
+        compressed, rest = rest[:1] == b"\1", b"".join(rest[2:].split(b"\0", 2)[2:])
+    else:
+        compressed, rest = kind == b"zTXt", rest[1:]
+    with suppress(zlib.error):
+        return not compressed or len(zlib.decompressobj().decompress(rest, _LONGEST_TEXT)) < _LONGEST_TEXT
+    return False
+
+
 def _orientation(image: Image.Image) -> int:
     """2 to 8 as EXIF counts them, 0 where nothing is to be turned; without decoding (`getexif` of PNG files would decode)."""
-    found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    return found if found in (2, 3, 4, 5, 6, 7, 8) else 0
+    found: object = None
+    with suppress(*_DAMAGED):  # what is said about a whole picture is no reason to lose it
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    return found if isinstance(found, int) and found in _TURNS else 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings of damaged EXIF."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
+        yield
 
 
 @contextmanager
@@ -123,7 +177,7 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
     if len(data) > limits.IMAGE_BYTES:
         raise _too_long(name, len(data))
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _quiet(), Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 found = f"image {name!r} has {image.width} x {image.height} pixels, more than {max_pixels}"
                 raise SampleError("image_too_large", f"{found}; shrink it or raise data.max_image_pixels")

@@ -131,6 +131,42 @@ def test_pillow_limit_holds_when_ours_is_larger(monkeypatch) -> None:
     assert caught.value.reason == "image_too_large"
 
 
+def with_chunk(data: bytes, kind: bytes, body: bytes, after: bool = False) -> bytes:
+    """A PNG with another chunk before or after its pixels."""
+    at = data.index(b"IEND" if after else b"IDAT") - 4
+    made = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return data[:at] + made + data[at:]
+
+
+def test_what_is_said_about_a_picture_does_not_lose_it() -> None:
+    """Damaged EXIF, long texts, large colour profiles: the pixels are whole."""
+    image = Image.effect_noise((40, 24), 90).convert("RGB")
+    plain = encoded(image)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    exif = turned.tobytes().removeprefix(b"Exif\0\0")
+    long, profile = zlib.compress(b"x" * 2_000_000), b"Raw profile type exif\0\0"
+    hex_profile = zlib.compress(b"\nexif\n%8d\n%s\n" % (6 + len(exif), (b"Exif\0\0" + exif).hex().encode()))
+    for kind, body in {
+        (b"eXIf", b"\0\x08\0\2\1\x12\0\3"), (b"eXIf", b""), (b"zTXt", profile + zlib.compress(b"\nexif\n 12\nzzzz\n")),
+        (b"zTXt", b"parameters\0\0" + long), (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + long), (b"iCCP", b"icc\0\0" + long),
+        (b"zTXt", b"parameters\0\0" + long[:9]), (b"tEXt", b"a" * 200), (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x>\xe9</x>"),
+    }:  # fmt: skip
+        for after in (False, True):
+            data = with_chunk(plain, kind, body, after)
+            assert open_image(data, "x", 10_000).tobytes() == image.tobytes(), (kind, after)
+            assert image_size(data, "x", 10_000) == (40, 24)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    for data in (with_chunk(plain, b"eXIf", exif), with_chunk(plain, b"zTXt", profile + hex_profile)):
+        assert open_image(data, "x", 10_000).tobytes() == upright.tobytes() and image_size(data, "x", 10_000) == (
+            24,
+            40,
+        )
+    lossless = dict(lossless=True, exact=True)
+    for exif, right in ((b"Exif\0\0garbage", image), (turned.tobytes(), upright)):
+        assert open_image(encoded(image, "WEBP", exif=exif, **lossless), "x", 10_000).tobytes() == right.tobytes()
+
+
 NO_IMAGES = {
     "empty": b"",
     "text": b"no image",

@@ -25,7 +25,7 @@ OVERSIZE = "oversize"
 """The one member of a sample of more bytes than are read: it says how many."""
 TRUNCATION = ("drop", "truncate", "error")
 
-_IMAGE_MEMBER = re.compile(r"(?:(\d{1,6})\.)?(jpg|jpeg|png|webp|bmp|gif|tif|tiff)", re.IGNORECASE)
+_IMAGE_MEMBER = re.compile(r"(?:(\d{1,6})\.)?(jpg|jpeg|png|webp|bmp|gif|tif|tiff|ppm|pgm|pbm|pnm)", re.IGNORECASE)
 _PICKLE_MEMBER = re.compile(r"(.*\.)?(pkl|pickle|pyd|pth|pt|joblib|npy|npz|ckpt|bin)", re.IGNORECASE)
 
 

@@ -49,7 +49,8 @@ _MAGIC = (
     ("gif", re.compile(rb"GIF8[79]a")),
     ("webp", re.compile(rb"RIFF....WEBP", re.DOTALL)),
     ("bmp", re.compile(rb"BM")),
-    ("tif", re.compile(rb"II\*\0|MM\0\*")),
+    ("tif", re.compile(rb"II[*+]\0|MM\0[*+]")),
+    ("ppm", re.compile(rb"P[1-6]\s")),
 )
 
 

@@ -363,7 +363,13 @@ class JinjaTemplate(ChatTemplate):
         super().__init__(tokenizer)
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template of its own; choose template 'vicuna_v1' or 'plain'")
-        self.source: str = tokenizer.get_chat_template()
+        try:
+            self.source: str = tokenizer.get_chat_template()
+        except ValueError:
+            raise UserError(
+                f"the tokenizer has several chat templates, {', '.join(map(repr, tokenizer.chat_template))}, and none is called "
+                "'default'; keep the one that is meant, as chat_template.jinja in a copy of its folder that model.tokenizer names"
+            ) from None
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
         # refuse an unsuitable template before any data is read, and learn what stands before an answer, and which token ends it
         turns = (Turn("human", "alpha"), Turn("gpt", "beta"), Turn("human", "gamma"), Turn("gpt", "delta"))

@@ -536,6 +536,12 @@ def test_a_fingerprint_is_of_all_that_decides_ids() -> None:
     assert len({fingerprint(), *other, get_template("vicuna_v1", with_template(CHATML)).fingerprint()}) == 4
 
 
+def test_several_templates_none_of_which_is_the_default() -> None:
+    with pytest.raises(UserError, match=r"'tool_use', 'rag'.*none is called 'default'.*model.tokenizer"):
+        get_template("jinja", with_template({"tool_use": CHATML, "rag": CHATML}))
+    assert get_template("jinja", with_template({"rag": INST, "default": CHATML})).source == CHATML
+
+
 def test_jinja_refusals_of_single_samples() -> None:
     forgets = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('=>')[-1] }}")
     chat = get_template("jinja", with_template(forgets))

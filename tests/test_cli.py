@@ -445,8 +445,10 @@ def test_a_pipe_that_breaks_elsewhere_is_not_hidden(monkeypatch):
 
 def test_rows_given_for_a_recipe_are_not_printed(tmp_path, capsys):
     rows = tmp_path / "train.json"
-    rows.write_text("[" + ", ".join(['{"id": "1"}'] * 5000) + "]")
-    options = [f"data.train={rows}", "data.val=null", f"out={tmp_path / 'run'}"]
-    assert cli.main(["fit", str(REPOSITORY / "configs/demo/ee_mllm.yaml"), *options]) == 2
-    said = capsys.readouterr().err
-    assert f"lit-eemllm shards make --rows train={rows} --images DIR" in said and len(said) < 600
+    row = '{"id": "1", "conversations": []}'
+    for content in ("[" + ", ".join([row] * 50_000) + "]", f"{row}\n" * 50_000):  # a list, and lines
+        rows.write_text(content)
+        options = [f"data.train={rows}", "data.val=null", f"out={tmp_path / 'run'}"]
+        assert cli.main(["fit", str(REPOSITORY / "configs/demo/ee_mllm.yaml"), *options]) == 2
+        said = capsys.readouterr().err
+        assert f"lit-eemllm shards make --rows train={rows} --images DIR" in said and len(said) < 600

@@ -50,7 +50,7 @@ def test_good_recipes(folder: Path) -> None:
     assert recipe.blend == "weight" and recipe.num_samples == 26
     body = {"blend_epochized": [{"path": "a", "repetitions": 0.5, "split_part": "val"}]}
     recipe = read_recipe(write(folder, {"splits": {"train": body}}), "train")
-    assert (recipe.blend, recipe.sources[0].share, recipe.num_samples) == ("repetitions", 0.5, 5)
+    assert (recipe.blend, recipe.sources[0].share, recipe.num_samples) == ("weight", 2.5, 5)  # half a pass
     assert (
         read_recipe(folder / "a", "val").sources
         == read_recipe(write(folder, {"splits": {"val": {"path": "a"}}}), "val").sources
@@ -172,7 +172,8 @@ def test_mistakes_in_files(folder: Path) -> None:
     index.write_bytes(saved)
     for parts, message in (
         (["../b/train-000000.tar"], "not in .info.json"),
-        (["train-{0..99999999}.tar"], "expected one range"),
+        (["train-{0..99999999}.tar"], "more than 1,000,000 shards"),
+        (["train-{9..0}.tar"], "expected one range"),
         (["{a,b}{c,d}.tar"], "expected one range"),
         (["{0..9}{0..9}.tar"], "expected one range"),
         ("train-000000.tar", "expected a list"),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -69,7 +70,7 @@ def source(tmp_path: Path) -> Path:
         {k: v for k, v in row(4, 0).items() if k != "id"},
         {**row(5, 0), "id": "a/b [c].d/x.y"},  # the same id again
         {**row(6), "image": "gone.png"},
-        {**row(7), "image": str(images / "1.jpg")},
+        {**row(7), "image": str(tmp_path / "secret.png")},
         {**row(8), "image": "../secret.png"},
         {**row(9), "image": "link.png"},
         {**row(10), "image": "notes.png"},
@@ -119,6 +120,10 @@ def test_make(source: Path) -> None:
         assert (len(content), hashlib.sha256(content).hexdigest()) == (shard["bytes"], shard["sha256"])
     told = json.loads((source / "out" / "report.json").read_text())
     assert told["kept"] == {"train": 6, "val": 2} and told["dropped"] == DROPPED and told["images"] == 5
+    dropped = [json.loads(line) for line in (source / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert [(item["split"], item["row"]) for item in dropped] == [("train", n) for n in range(6, 17)] + [("val", 1)]
+    assert Counter(item["reason"] for item in dropped) == DROPPED
+    assert dropped[2]["id"] == "row/8" and "../secret.png" in dropped[2]["message"] and dropped[7]["id"] == "no turns"
     assert len(told["examples"]["path_escape"]) == 3 and "../secret.png" in told["examples"]["path_escape"][1]
     # read with nothing but tarfile: keys without dots, images byte for byte, the row as it was
     found: dict[str, dict[str, bytes]] = {}
@@ -139,6 +144,22 @@ def test_make(source: Path) -> None:
     assert check(source / "out", encoder(400)).ok
     keys = [key for batch in module(source / "out", source / "out").val_dataloader() for key in batch.keys]
     assert keys == list(found)[6:]
+
+
+def test_absolute_paths_inside_of_the_images_are_read(source: Path) -> None:
+    images = source / "images"
+    (source / "link").symlink_to(images)
+    paths = [
+        images / "1.jpg",
+        source / "link" / "1.jpg",
+        source / "secret.png",
+        images / ".." / "secret.png",
+        images / "link.png",
+    ]
+    (source / "rows.json").write_text(json.dumps([{**row(1), "image": str(path)} for path in paths]))
+    for folder, good in ((images, 1), (source / "link", 2), (source, 4)):
+        report = make({"train": source / "rows.json"}, folder, source / f"made{good}")
+        assert report.good == {"train": good} and report.bad == {"path_escape": len(paths) - good}
 
 
 def test_make_is_deterministic_and_all_or_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

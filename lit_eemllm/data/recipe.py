@@ -138,12 +138,15 @@ def read_recipe(path: str | Path, split: str) -> Recipe:
             f"{path}: no such recipe file or shard folder{nowhere(path)}. `lit-eemllm shards make` makes shards, "
             "with `--source shapes --out runs/demo/data` those of the demo."
         )
-    found = read_yaml(file)
-    if isinstance(found, list):
+    with file.open("rb") as opened:
+        begin = opened.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    rows = begin.startswith(b"[") or (begin.startswith(b"{") and re.search(rb'"(conversations|messages|image)"', begin))
+    if rows or path.suffix == ".jsonl":
         raise UserError(
-            f"{path}: a list of {len(found):,} rows, expected a recipe or a folder of shards. Make shards of them first: "
+            f"{path}: rows, expected a recipe or a folder of shards. Make shards of them first: "
             f"lit-eemllm shards make --rows {split}={path} --images DIR --out shards/NAME"
         )
+    found = read_yaml(file)
     document = _mapping(found, path, "the recipe", required=("splits",), optional=tuple(HEADER))
     for key, expected in HEADER.items():
         if document.get(key, expected) != expected:

@@ -75,7 +75,7 @@ def make_from(
     max_image_pixels: int = 50_000_000,
     workers: int | None = None,
 ) -> Report:
-    """Write a folder of prepared shards with ``manifest.json`` and ``report.json``.
+    """Write a folder of prepared shards with ``manifest.json``, ``report.json`` and ``dropped.jsonl``.
 
     Until it is complete it is called ``.NAME.unfinished``; called again after a kill, this goes on there.
 
@@ -91,7 +91,7 @@ def make_from(
 
     Returns:
         What was written, and what was dropped and why: ``bad_json``, ``bad_conversation``, ``placeholder_mismatch``,
-        ``no_target``, ``path_escape`` (absolute or leaving `images`), ``missing_image``, ``bad_image`` (not an image
+        ``no_target``, ``path_escape`` (leaving `images`), ``missing_image``, ``bad_image`` (not an image
         format, damaged or truncated), ``image_too_large``, and the reasons of a source.
 
     Raises:

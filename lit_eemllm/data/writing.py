@@ -42,6 +42,8 @@ EXAMPLES = 5
 FEW = 2000
 """Rows for which starting processes costs more than it saves."""
 DONE = ".done"
+DROPPED = "dropped.jsonl"
+"""Of a folder of shards: every row that is not in them, a line each, in order."""
 
 _MAGIC = (
     ("jpg", re.compile(rb"\xff\xd8\xff")),
@@ -64,6 +66,7 @@ class Report:
         mended: changes that a source made to rows of its release, and answers to nothing, which training does not read, by
             kind; the rows are kept.
         examples: the first few messages of each reason.
+        dropped: of a block that is written, every row that is not, with its reason.
         ids: how often each ``id`` stands on a row of a split, where that was counted.
         images, tokens, longest: images and tokens of the good ones, and the tokens of the longest, where they were counted.
     """
@@ -72,6 +75,7 @@ class Report:
     bad: Counter[str] = field(default_factory=Counter)
     mended: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    dropped: list[dict[str, Any]] = field(default_factory=list)
     ids: Counter[tuple[str, str]] = field(default_factory=Counter)
     images: int = 0
     tokens: int = 0
@@ -171,13 +175,15 @@ def write(
     (folder / DONE).mkdir(parents=True, exist_ok=True)
     if workers is None:
         workers = 1 if total < FEW else min(os.cpu_count() or 1, 32)  # more would wait for the disk
+    lines = folder / DROPPED
     blocks = (block for split, rows in splits.items() for block in _blocks(split, rows(), shard_size))
     manifest: dict[str, Any] = {}
-    with progress("writing shards", total) as advance:
+    with progress("writing shards", total) as advance, lines.open("w", encoding="utf-8") as dropped:
         for record in _in_order(partial(write_block, folder=folder, options=options), blocks, workers):
             _add(record, report, manifest)
+            dropped.writelines(json.dumps(row) + "\n" for row in record["dropped"])
             advance(record["rows"])
-    kept = {shard["name"] for part in manifest.values() for shard in part["shards"]}
+    kept = {DROPPED, *(shard["name"] for part in manifest.values() for shard in part["shards"])}
     for path in folder.iterdir():  # of kills, or of an earlier start with other options
         if path.is_file() and path.name not in kept:
             path.unlink()
@@ -256,12 +262,16 @@ def write_block(block: Block, folder: Path, options: Options) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # whatever is there instead is written anew
         known = json.loads(path.read_text(encoding="utf-8"))
         shard = known["shard"]
-        if known["digest"] == digest and (shard is None or (folder / shard["name"]).stat().st_size == shard["bytes"]):
+        if (
+            known["digest"] == digest
+            and "dropped" in known
+            and (shard is None or (folder / shard["name"]).stat().st_size == shard["bytes"])
+        ):
             return known
     report = Report()
     shard = _write_shard(block, folder, options, report)
     record = {"split": block.split, "rows": len(block.rows), "digest": digest, "shard": shard}
-    record |= {"bad": report.bad, "mended": report.mended, "examples": report.examples}
+    record |= {"bad": report.bad, "mended": report.mended, "examples": report.examples, "dropped": report.dropped}
     write_atomically(path, json.dumps(record))
     return record
 
@@ -280,7 +290,11 @@ def _write_shard(block: Block, folder: Path, options: Options, report: Report) -
             try:
                 row, members = _members(row, _name(block.split, number, row), options)
             except SampleError as error:
-                report.drop(error.reason, f"{block.split}: {error.message}" if error is row else error.message)
+                message = f"{block.split}: {error.message}" if error is row else error.message
+                report.drop(error.reason, message)
+                id = row.get("id") if isinstance(row, dict) else None
+                told = {"split": block.split, "row": number, "id": id if id is None else str(id)[:200]}
+                report.dropped.append({**told, "reason": error.reason, "message": message})
                 continue
             slug = re.sub(r"[^A-Za-z0-9]+", "-", str(row.get("id", "")))[-40:].strip("-")
             tar.write({"__key__": f"{block.split}-{number:08d}" + (f"-{slug}" if slug else ""), **members})
@@ -342,9 +356,12 @@ def image_bytes(path: str, name: str, options: Options) -> bytes:
     images = options.images
     if images is None:
         raise SampleError("missing_image", f"{name}: it names the image {path!r}, but no folder of images was given")
-    if Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
-        raise SampleError("path_escape", f"{name}: {path!r} leaves the folder of images")
-    file = images / path
+    file = images / path  # an absolute path as it is
+    inside = not Path(path).is_absolute() or any(
+        file.is_relative_to(folder) for folder in (images.absolute(), images.resolve())
+    )
+    if not inside or ".." in Path(path).parts or "\0" in path:
+        raise SampleError("path_escape", f"{name}: {path!r} leaves the folder of images, {images}")
     try:
         if not file.is_file():
             raise SampleError("missing_image", f"{name}: {file} is not there")

@@ -184,11 +184,11 @@ class OptimConfig:
     save_every: int = 500
     """Optimiser steps between checkpoints."""
     val_every: int = 500
-    """Optimiser steps between validations."""
+    """Optimiser steps between validations; there is one after the last step too."""
     val_batches: int = 20
     """Packs per validation and device."""
     log_every: int = 10
-    """Optimiser steps between log lines."""
+    """Optimiser steps between log lines; less in a short run, so that it has ten."""
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted."""
 
@@ -279,20 +279,46 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("text that is not empty", lambda v: bool(v.strip()), "out resume model.decoder data.train"),
 )
 _PRECISIONS = (None, 32, "32", "32-true", "bf16-mixed", "16-mixed")
-_NOT_FOR_TRAINER = {  # argument of lightning.Trainer -> why it cannot be set here
-    "max_steps": "set optim.max_steps",
-    "max_epochs": "set optim.max_steps",
+FOR_TRAINER = (
+    "accelerator", "strategy", "devices", "num_nodes", "precision", "accumulate_grad_batches", "num_sanity_val_steps",
+    "deterministic", "benchmark", "inference_mode", "detect_anomaly", "profiler",
+)  # fmt: skip
+"""Arguments of lightning.Trainer that a configuration may set. Every other has its reason below."""
+_STEPS = "set optim.max_steps"
+_EVALUATION = "`fit` neither tests nor predicts; lit-eemllm validate has eval.samples"
+_OWN = "lit_eemllm has its own"
+NOT_FOR_TRAINER = {
+    "max_steps": _STEPS,
+    "max_epochs": _STEPS,
+    "min_epochs": _STEPS,
+    "min_steps": _STEPS,
+    "limit_train_batches": f"{_STEPS}, which counts optimiser steps",
+    "fast_dev_run": f"{_STEPS}=2; lit-eemllm shrink makes a whole configuration small",
+    "max_time": "it would cut a step; `timeout -s TERM 8h lit-eemllm fit ...` ends the run after a step, saved",
+    "overfit_batches": "make shards of a few rows, and set data.shuffle_buffer=0",
     "gradient_clip_val": "set optim.clip_grad_norm",
     "gradient_clip_algorithm": "gradients are clipped by norm, see optim.clip_grad_norm",
     "val_check_interval": "set optim.val_every",
     "check_val_every_n_epoch": "set optim.val_every",
-    "limit_val_batches": "set optim.val_batches",
+    "limit_val_batches": "set optim.val_batches, or data.val=null for no validation",
+    "limit_test_batches": _EVALUATION,
+    "limit_predict_batches": _EVALUATION,
     "log_every_n_steps": "set optim.log_every",
+    "logger": f"{_OWN}: CSV and TensorBoard files in `out`/logs",
     "enable_checkpointing": "set optim.save_every",
+    "enable_progress_bar": f"{_OWN}, on a terminal only",
+    "enable_model_summary": f"{_OWN}, at the start",
+    "enable_autolog_hparams": "config.yaml and hparams.yaml hold the whole configuration",
+    "barebones": "it would leave out logs and checkpoints",
+    "use_distributed_sampler": "Megatron-Energon shares the data out over ranks",
+    "reload_dataloaders_every_n_epochs": "there is one endless stream of batches, without epochs",
+    "sync_batchnorm": "batch norms of a trained encoder take each device's own statistics; set optim.tuning.vision=frozen",
     "default_root_dir": "set out",
     "callbacks": "a configuration cannot name objects",
     "plugins": "a configuration cannot name objects",
+    "model_registry": "set optim.save_every",
 }
+"""Argument of lightning.Trainer -> why it cannot be set here, and what can be set instead."""
 
 
 def check(config: Config) -> list[Mistake]:
@@ -360,8 +386,8 @@ def check(config: Config) -> list[Mistake]:
         text = f"found {precision!r}, expected {', '.join(map(str, _PRECISIONS[1:]))}: trained weights are float32"
         mistakes.append((("trainer.precision",), text))
     for name in config.trainer:
-        if name in _NOT_FOR_TRAINER:
-            mistakes.append(((f"trainer.{name}",), f"cannot be set here: {_NOT_FOR_TRAINER[name]}"))
+        if name in NOT_FOR_TRAINER:
+            mistakes.append(((f"trainer.{name}",), f"cannot be set here: {NOT_FOR_TRAINER[name]}"))
     return mistakes
 
 
@@ -393,3 +419,8 @@ def check_names(config: Config) -> Iterator[Mistake]:
         if name not in arguments:
             hint = did_you_mean(name, arguments)
             yield (f"trainer.{name}",), "lightning.Trainer has no such argument" + (f"; {hint}" if hint else "")
+        elif name not in (*FOR_TRAINER, *NOT_FOR_TRAINER):
+            yield (
+                (f"trainer.{name}",),
+                f"is not known here; of lightning.Trainer's can be set: {', '.join(FOR_TRAINER)}",
+            )

@@ -390,7 +390,7 @@ def a_dead_process_is_told():
 # --- Lightning
 
 
-def trained_steps(train: bool = True) -> tuple[Any, Any]:
+def trained_steps(train: bool = True, **more: Any) -> tuple[Any, Any]:
     """A module that has seen four packs in two steps (or none yet), and its trainer."""
     from lightning.pytorch import LightningModule, Trainer
     from torch.utils.data import DataLoader
@@ -411,7 +411,9 @@ def trained_steps(train: bool = True) -> tuple[Any, Any]:
 
     module = Steps()
     options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = Trainer(max_steps=2, accumulate_grad_batches=2, accelerator="cpu", devices=1, **options)
+    trainer = Trainer(
+        max_steps=2, accumulate_grad_batches=2, accelerator="cpu", devices=1, num_sanity_val_steps=0, **options, **more
+    )
     if train:
         trainer.fit(module, DataLoader(torch.ones(8)))
     return module, trainer
@@ -436,6 +438,44 @@ def packs_are_counted():
     compat("lightning").begin_validation_anew(trainer)
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     assert (progress.current.ready, progress.current.started, progress.current.processed) == (1, 1, 0)
+
+
+@contract(
+    "lightning",
+    "a validation begins after the pack whose number val_check_batch divides, and one that is pending when a run goes on",
+    lambda patch: (
+        patch.setattr("lightning.pytorch.loops.evaluation_loop._EvaluationLoop.batch_progress", None, raising=False)
+        or patch.setattr("lit_eemllm.compat.lightning.validate_now", lambda trainer: None)
+    ),
+)
+def validations_are_begun():
+    from lightning.pytorch import Callback
+    from torch.utils.data import DataLoader
+
+    lightning, begun = compat("lightning"), []
+
+    class Last(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            if index == 3:
+                with lightning.validation_ahead(trainer):
+                    begun.append(lightning.validation_pending(trainer._checkpoint_connector.dump_checkpoint()))
+                lightning.validate_now(trainer)
+
+        def on_validation_start(self, trainer: Any, module: Any) -> None:
+            begun.append((trainer.global_step, trainer.max_steps))
+
+        def on_validation_end(self, trainer: Any, module: Any) -> None:
+            begun.append(lightning.validation_pending(trainer._checkpoint_connector.dump_checkpoint()))
+
+    module, trainer = trained_steps(
+        train=False, callbacks=[Last()], val_check_interval=100, check_val_every_n_epoch=None
+    )
+    lightning.set_max_steps(trainer, 3)
+    lightning.set_max_steps(trainer, 2)
+    type(module).validation_step = lambda self, batch, index: None
+    loader = DataLoader(torch.ones(8))
+    trainer.fit(module, loader, loader)
+    assert begun == [True, (2, 2), False]
 
 
 @contract(

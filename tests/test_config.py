@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from lightning import Trainer
 
 from lit_eemllm import errors
-from lit_eemllm.config import MAX_FILES, config_hash, load_config, nearest_key, to_yaml
+from lit_eemllm.config import MAX_FILES, config_hash, is_key, load_config, nearest_key, to_yaml
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.schema import Config, check, check_names
+from lit_eemllm.schema import FOR_TRAINER, NOT_FOR_TRAINER, Config, check, check_names
 from lit_eemllm.shipped import nowhere
 
 GOOD = """
@@ -108,8 +110,8 @@ def test_references_are_resolved_after_all_files_and_overrides(write):
         ("data.val=~", "data.val", None),
         ("trainer.limit=1e-3", "trainer.limit", 0.001),
         # and where the schema does not say, 1:30 is no number of seconds and 010 no octal
-        ("trainer.max_time=1:30", "trainer.max_time", "1:30"),
-        ("trainer.max_time=010", "trainer.max_time", "010"),
+        ("trainer.limit=1:30", "trainer.limit", "1:30"),
+        ("trainer.limit=010", "trainer.limit", "010"),
     ],
 )
 def test_values(write, override, key, value):
@@ -501,3 +503,19 @@ def test_check_of_a_configuration_made_in_python():
     config = Config()
     config.optim.lr, config.optim.max_steps, config.model.vision.path = -1.0, 10, "x"
     assert check(config) == [(("optim.lr",), "found -1.0, expected more than 0")]
+
+
+def test_every_argument_of_the_trainer_is_settled(write) -> None:
+    """Set and tested (`tests/test_trainer_arguments.py` and those of strategies, devices and precision), or refused with what to do."""
+    arguments = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+    assert {*FOR_TRAINER, *NOT_FOR_TRAINER} == arguments and not {*FOR_TRAINER} & {*NOT_FOR_TRAINER}
+    keys = {key for reason in NOT_FOR_TRAINER.values() for key in re.findall(r"(?:optim|data|eval)(?:\.\w+)+", reason)}
+    assert len(keys) > 5 and all(is_key(key) for key in keys)
+    for name, reason in NOT_FOR_TRAINER.items():
+        assert only(write(a=GOOD), [f"trainer.{name}=1"]).endswith(f"trainer.{name}: cannot be set here: {reason}")
+
+
+def test_an_argument_that_only_a_newer_trainer_has_is_refused(write, monkeypatch) -> None:
+    monkeypatch.setattr("lit_eemllm.schema.FOR_TRAINER", ("devices",))
+    found = mistakes(write(a=GOOD), ["trainer.benchmark=true"], checks=[check_names])
+    assert "command line: trainer.benchmark: is not known here; of lightning.Trainer's can be set: devices" in found

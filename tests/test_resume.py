@@ -1,11 +1,13 @@
 """A run that goes on is the run that it was: in its modules, its state and its branch; what is not whole is refused by name."""
 
+import math
 import shutil
 
 import pytest
 import tiny
 import torch
-from test_training import assert_same
+from test_faults import validation_losses
+from test_training import assert_same, metrics
 from torch import nn
 
 from lit_eemllm.errors import CheckpointError
@@ -13,6 +15,7 @@ from lit_eemllm.evaluation.run import load
 from lit_eemllm.model import vision
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
 from lit_eemllm.training.fit import fit
+from lit_eemllm.training.module import LitEEMLLM
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,92 @@ def test_what_a_run_has_gone_back_from_is_set_aside(tmp_path, parts, shapes, run
     # after a checkpoint of another run, all of its own are of another branch
     fit(tiny.config(parts, shapes, out, *options, f"resume={run}/checkpoints/step-3.ckpt", "optim.max_steps=4"))
     assert names(out)[-1] == "step-4.ckpt" and names(out)[1:5] == [f"abandoned-2/step-{i}.ckpt" for i in (1, 2, 3, 4)]
+
+
+# --- how long
+
+
+def test_an_extended_run_goes_on_with_the_longer_schedule_and_no_second_warm_up(tmp_path, parts, shapes, run, capsys):
+    """Its four steps had a warm-up of one; of forty steps eight would be one."""
+    out = copy_of(run, tmp_path, 4)
+    options = ["data.val=null", "optim.max_steps=40", "optim.save_every=1"]
+    for last in (5, 6):  # killed after a step, and gone on again: the warm-up is still that of the beginning
+        with pytest.raises(Killed):
+            fit_until(last, tiny.config(parts, shapes, out, *options))
+    assert "optim.max_steps was 4 and is 40: from here on the learning rate follows" in capsys.readouterr().out
+    rates = {step: float(row["lr"]) for step, row in metrics(out).items()}
+    cosine = {step: 3e-3 * 0.5 * (1 + math.cos(math.pi * (step - 1 - 1) / (40 - 1))) for step in (5, 6)}
+    assert rates == pytest.approx(cosine), "a step takes the rate of those before it; here after a warm-up of one step"
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path, parts, shapes, run):
+    config = tiny.config(parts, shapes, copy_of(run, tmp_path, 2, 4), "optim.max_steps=3", "data.val=null")
+    with pytest.raises(CheckpointError, match=r"optim.max_steps=3, but the run has 4 steps already"):
+        fit(config)
+
+
+def test_recomputed_activations_change_nothing_under_way(tmp_path, parts, shapes, run):
+    out = copy_of(run, tmp_path, 2)
+    fit(tiny.config(parts, shapes, out, "optim.max_steps=4", "data.val=null", "optim.activation_checkpointing=true"))
+    ends = [read_checkpoint(newest_checkpoint(one)) for one in (out, run)]
+    for section in ("state_dict", "optimizer_states", "rng"):
+        assert_same(ends[0][section], ends[1][section], section)
+
+
+# --- validations
+
+
+class Killed(Exception):
+    """Stands for a process that ends without a word."""
+
+
+def fit_until(step, config):
+    """Killed when the next step begins."""
+    right = LitEEMLLM.training_step
+
+    def killed(module, *arguments):
+        if module.global_step == step:
+            raise Killed
+        return right(module, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LitEEMLLM, "training_step", killed)
+        fit(config)
+
+
+@pytest.mark.parametrize("at", [2, 5], ids=["under way", "after the last step"])
+def test_a_validation_that_a_kill_has_prevented_is_made_up_for(tmp_path, parts, shapes, monkeypatch, at):
+    """Killed between the save and the validation of the same step. Each step has the validation loss of an unbroken run."""
+    options = ["optim.max_steps=5", "optim.save_every=1", "optim.keep=9", "optim.val_every=2"]
+    whole, cut = (tiny.config(parts, shapes, tmp_path / name, *options) for name in ("whole", "cut"))
+    fit(whole)
+    right = LitEEMLLM.validation_step
+
+    def killed(module, *arguments):
+        if module.global_step == at:
+            raise Killed
+        return right(module, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitEEMLLM, "validation_step", killed)
+        with pytest.raises(Killed):
+            fit(cut)
+    assert newest_checkpoint(tmp_path / "cut").name == f"step-{at}.ckpt" and at not in validation_losses(
+        tmp_path / "cut"
+    )
+    fit(cut)
+    true = validation_losses(tmp_path / "whole")
+    assert list(true) == [2, 4, 5], "after the last step too"
+    assert validation_losses(tmp_path / "cut") == true
+    ends = [read_checkpoint(newest_checkpoint(tmp_path / name)) for name in ("whole", "cut")]
+    assert_same(ends[0]["state_dict"], ends[1]["state_dict"])
+    fit(cut)  # nothing is left to do, and nothing is done twice
+    assert validation_losses(tmp_path / "cut") == true
+
+
+def test_a_run_shorter_than_its_intervals_is_validated_once_and_logged_ten_times(tmp_path, parts, shapes):
+    fit(tiny.config(parts, shapes, tmp_path, "optim.val_every=500", "optim.log_every=100", "optim.max_steps=20"))
+    assert list(validation_losses(tmp_path)) == [20] and sorted(metrics(tmp_path)) == list(range(2, 21, 2))
 
 
 # --- checkpoints that are not whole

@@ -296,7 +296,7 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
     """Two steps of two packs: waits of 1 s, work of 3 s; validation (100 s) and a checkpoint (50 s) do not count."""
     now = [0.0]
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
-    config = tiny.config(parts, "unused", tmp_path, "optim.log_every=2", "optim.max_steps=2")
+    config = tiny.config(parts, "unused", tmp_path, "optim.log_every=2", "optim.max_steps=20")
     log, logged = RunLog(config), []
     monkeypatch.setattr(log.logs, "log_metrics", lambda values, step: logged.append((step, values)))
     trainer = SimpleNamespace(

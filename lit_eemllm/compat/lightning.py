@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -26,6 +27,34 @@ def begin_validation_anew(trainer: Trainer) -> None:
     progress.reset()
     progress.increment_ready()
     progress.increment_started()
+
+
+@contextmanager
+def validation_ahead(trainer: Trainer) -> Iterator[None]:
+    """What is saved meanwhile begins with a validation when it goes on."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    before = progress.state_dict()
+    begin_validation_anew(trainer)
+    try:
+        yield
+    finally:
+        progress.load_state_dict(before)
+
+
+def validation_pending(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was saved before a validation that was to follow it, or within one."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]
+    return progress["processed"] < progress["ready"]
+
+
+def validate_now(trainer: Trainer) -> None:
+    """Let the validation that is looked for after a pack begin after the one in hand, or at once where a run goes on."""
+    trainer.val_check_batch = trainer.fit_loop.total_batch_idx + 1
+
+
+def set_max_steps(trainer: Trainer, steps: int) -> None:
+    """After the trainer was made. A run that has all its steps would not even begin to look for a validation that is pending."""
+    trainer.fit_loop.epoch_loop.max_steps = steps
 
 
 def has_trainer(module: LightningModule) -> bool:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer, seed_everything
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from ..compat.lightning import set_max_steps, validation_pending
 from ..console import console, quiet_libraries
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, ConfigError, not_one_of
@@ -44,6 +46,13 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 """Words of `trainer.strategy` that are not Lightning's, or mean something else there."""
 
 
+PROFILERS: dict[str, type[Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
+
+
 def fit(config: Config) -> None:
     """Train, or continue the run found in `config.out`.
 
@@ -66,6 +75,8 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
         checkpoint = read_checkpoint(resume)
         refuse_part(checkpoint)
         refuse_changes(checkpoint, config, trainer.world_size)
+        if checkpoint["global_step"] == config.optim.max_steps and validation_pending(checkpoint):
+            set_max_steps(trainer, config.optim.max_steps + 1)  # until it begins
 
     # Seed before any module is built: the projector is fresh.
     seed_everything(config.seed, verbose=False)
@@ -81,6 +92,11 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
         print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size)
         if resume is not None:
             console.print(f"continuing from {resume}")
+            if (was := checkpoint["lit_eemllm"]["config"]["optim"]["max_steps"]) != config.optim.max_steps:
+                console.print(
+                    f"optim.max_steps was {was:,} and is {config.optim.max_steps:,}: from here on the learning rate follows the schedule of "
+                    "as many steps; the warm-up is what it was"
+                )
     with runlog.running(), guarded():
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     out = Path(config.out)
@@ -123,6 +139,10 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
             f"trainer.strategy: {not_one_of(strategy, ('auto', 'ddp', *STRATEGIES))}. Weights are shared out by FSDP2 alone "
             "here: fsdp2 is what ZeRO-3 and FSDP1 are, fsdp2_offload keeps the shares in main memory."
         )
+    if (profiler := options.get("profiler")) is not None:  # Lightning's own would print it where nobody sees it
+        if profiler not in PROFILERS:
+            raise ConfigError(f"trainer.profiler: {not_one_of(profiler, PROFILERS)}")
+        options["profiler"] = PROFILERS[profiler](dirpath=config.out, filename=profiler)
     if config.data.val is None:
         validation: dict[str, Any] = {"limit_val_batches": 0}
     else:  # Lightning counts packs, the config steps
@@ -133,6 +153,7 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
             "limit_val_batches": optim.val_batches,
         }
     arguments = {
+        "default_root_dir": config.out,  # under Slurm Lightning looks for checkpoints there, by default in the current folder
         "max_steps": optim.max_steps,
         "logger": runlog.logs,
         "log_every_n_steps": optim.log_every,

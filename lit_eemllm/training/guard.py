@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..compat.lightning import begin_validation_anew
+from ..compat.lightning import begin_validation_anew, set_max_steps, validate_now, validation_ahead
 from ..compat.torch import lost_rank
 from ..console import console, write_atomically
 from ..data.loader import lost_worker
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .module import LitEEMLLM
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SLURM = "SLURM_JOB_ID"
 SMALLEST_SCALE = 2.0**-16
 """Of the loss in float16. It begins at 2^16 and is halved with every step that has infinite gradients and is skipped; sums
 over a pack's tokens may need one below 1, but none so small."""
@@ -56,8 +58,8 @@ class Checkpoints(Checkpoint):
 
     The first SIGTERM or SIGINT lets the optimiser step end on all ranks (`LitEEMLLM` tells them, see `check_step`), or a pack
     of a validation, which may be long and begins anew when the run goes on; saves and exits. A second one stops at once.
-    Lightning's own SIGTERM handler, which would stop between micro-batches, is replaced; SIGUSR1 and requeueing under Slurm
-    stay Lightning's.
+    Lightning's own handlers, which would stop or save between micro-batches, are replaced. Under Slurm SIGUSR1 is listened to as well,
+    and then puts the job back into the queue, as Lightning's does.
     """
 
     def __init__(self, config: Config) -> None:
@@ -87,6 +89,8 @@ class Checkpoints(Checkpoint):
                 console.print(f"the run went back to step {self._step}: what it had saved later is kept in {folder}")
         if self._somebody_was_asked(trainer):
             self._stop(trainer, "before this process trained anything")
+        if self._step == self.config.optim.max_steps:  # all is done but the validation after it
+            validate_now(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LitEEMLLM, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
@@ -96,14 +100,28 @@ class Checkpoints(Checkpoint):
         if trainer.logger.failed is not None:  # type: ignore[union-attr]
             pl_module.stop_asked = True  # which all ranks learn in the next step
         asked = pl_module.stop_agreed if trainer.world_size > 1 else pl_module.stop_asked
-        stop = asked and step < self.config.optim.max_steps
-        if stop or step % self.config.optim.save_every == 0:
-            path = self._save(trainer)
+        optim, validates = self.config.optim, self.config.data.val is not None
+        stop = asked and step < optim.max_steps
+        if step == optim.max_steps:
+            validate_now(trainer)
+        if stop or step % optim.save_every == 0:
+            due = validates and (step % optim.val_every == 0 or step == optim.max_steps)
+            with (
+                validation_ahead(trainer) if due else contextlib.nullcontext()
+            ):  # the run may be killed before it has ended
+                path = self._save(trainer)
         if stop:
             self._stop(trainer, f"after step {step}, saved as {path}")
 
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+        set_max_steps(trainer, self.config.optim.max_steps)
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.config.optim.max_steps:
+            self._save(trainer)  # without a validation that is pending
+
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self._somebody_was_asked(trainer):
+        if not trainer.sanity_checking and self._somebody_was_asked(trainer):
             begin_validation_anew(trainer)
             path = self._save(trainer)
             self._stop(trainer, f"in the validation after step {trainer.global_step}, saved as {path}")
@@ -125,7 +143,7 @@ class Checkpoints(Checkpoint):
 
     def _listen(self) -> None:
         if _may_listen():
-            for number in SIGNALS:
+            for number in (*SIGNALS, *([signal.SIGUSR1] if SLURM in os.environ else [])):
                 signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
@@ -149,6 +167,8 @@ class Checkpoints(Checkpoint):
         by = self.asked or signal.SIGTERM  # another rank was asked
         how = "The same command continues it" if self.config.resume == "auto" else "It continues with resume=auto"
         console.print(f"stopped by {by.name} {where}. {how}.")
+        if by == signal.SIGUSR1 and trainer.is_global_zero:
+            _requeue()
         raise Stopped(128 + by if trainer.is_global_zero else 0)
 
 
@@ -230,6 +250,16 @@ def _bad_gradient(parameter: nn.Parameter) -> bool:
     return not bool(local.isfinite().all())
 
 
+def _requeue() -> None:
+    """Put this job of Slurm back into the queue, which ends it."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = os.environ[SLURM] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        console.print(f"the job could not be put back into the queue: {error}")
+
+
 def _lost(error: BaseException) -> UserError | None:
     said = lost_rank(error)
     if said is None:
@@ -252,7 +282,7 @@ def guarded() -> Iterator[None]:
     PyTorch raises the death of a loader process in a handler of a signal, so anywhere, also where somebody makes another exception
     of it.
     """
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGUSR1)}
     try:
         yield
     except Exception as error:

@@ -74,6 +74,7 @@ class LitEEMLLM(LightningModule):
         self.mean_loss = self.grad_norm = torch.tensor(torch.nan)  # of the last optimiser step
         self.step_rates: dict[str, float] = {}  # of the last optimiser step: learning rates by trained component
         self.batch_end = 0.0
+        self.begun_with = config.optim.max_steps  # steps that the run was to have when it began
 
     @property
     def step_lr(self) -> float:
@@ -157,7 +158,7 @@ class LitEEMLLM(LightningModule):
         optim = self.config.optim
         groups = parameter_groups(self.model, optim)
         optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(optim))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(optim, self.begun_with)(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
@@ -169,7 +170,9 @@ class LitEEMLLM(LightningModule):
         self.val_loss.update(self._loss(batch) / batch.num_targets, batch.num_targets)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_loss", self.val_loss.compute())
+        self.log(
+            "val_loss", self.val_loss.compute(), logger=False
+        )  # `RunLog` does, which knows the step also where a run went on
         self.val_loss.reset()
 
     # --- checkpoints ---
@@ -201,6 +204,7 @@ class LitEEMLLM(LightningModule):
             "mechanism": self.model.config.mechanism,
             "tokenizer": self.tokenizer,
             "ranks": self.trainer.world_size,
+            "begun_with": self.begun_with,
             "versions": {
                 "lit_eemllm": __version__,
                 "torch": str(torch.__version__),
@@ -234,6 +238,8 @@ class LitEEMLLM(LightningModule):
                 f"the frozen parts differ from those it was trained with (fingerprint {frozen}, here "
                 f"{self._frozen_fingerprint}): use the same model.decoder, model.vision.path and model.dtype"
             )
+        about = checkpoint["lit_eemllm"]
+        self.begun_with = about.get("begun_with", about["config"]["optim"]["max_steps"])
         rng = checkpoint["rng"]
         self._restored_rng = rng if isinstance(rng, list) else [rng]  # earlier versions: of rank 0 only
         if has_trainer(self):
@@ -251,6 +257,14 @@ class LitEEMLLM(LightningModule):
                 )
         if self._restored_rng is None:
             return
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            for group, base, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(
+                    scheduler.last_epoch
+                )  # saved was that of another length, if it was extended
         if self.global_rank < len(self._restored_rng):  # as late as possible: building loaders may draw numbers
             set_rng_state(self._restored_rng[self.global_rank])
         else:  # saved by fewer ranks

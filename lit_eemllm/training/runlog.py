@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .module import LitEEMLLM
 
 
+LINES = 10
+"""Log lines that a run has at least, if it has as many steps."""
+
+
 def peak_memory_gib() -> float:
     """Peak memory of this process: allocated on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
@@ -67,7 +71,8 @@ class RunLog(Callback):
 
     def __init__(self, config: Config) -> None:
         self.config, self.logs = config, Logs(Path(config.out))
-        self.every, self.steps = config.optim.log_every, config.optim.max_steps
+        self.steps = config.optim.max_steps
+        self.every = min(config.optim.log_every, max(1, self.steps // LINES))
         self._bar = progress_bar()
         self._start_window()
 
@@ -127,6 +132,7 @@ class RunLog(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         loss = trainer.callback_metrics.get("val_loss")
         if trainer.is_global_zero and loss is not None and not trainer.sanity_checking:
+            self.logs.log_metrics({"val_loss": float(loss)}, trainer.global_step)
             self._print(f"step {trainer.global_step:>6}  validation loss {loss:.4f}")
         self._validation_end = time.perf_counter()
         self._window_start += (

@@ -111,9 +111,12 @@ def _by_depth(vision: VisionEncoder, lr: float, decay: float) -> dict[str, tuple
     return dict(reversed(rates))  # logs show the rate of the first group, the highest layer
 
 
-def schedule(config: OptimConfig) -> Callable[[int], float]:
-    """Factor of the peak learning rate at an optimiser step: linear warm-up, then decay; stays at its end."""
-    warmup = math.ceil(config.warmup_ratio * config.max_steps)
+def schedule(config: OptimConfig, begun_with: int | None = None) -> Callable[[int], float]:
+    """Factor of the peak learning rate at an optimiser step: linear warm-up, then decay; stays at its end.
+
+    begun_with: `max_steps` when the run began, if it was extended: the warm-up is over once, and stays as long as it was.
+    """
+    warmup = math.ceil(config.warmup_ratio * (begun_with or config.max_steps))
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -141,7 +141,6 @@ def _open_run(path: Path, checkpoint: Path) -> Source:
 
     overrides = [f"out={json.dumps(str(path))}", *_ON_CPU]
     model, processor, _ = load(load_config([path / "config.yaml"], overrides, checks=[check_names]), str(checkpoint))
-    model.float()  # what was trained is; a folder is read in one type, and adapters are best folded into the widest
     merged = merge_adapters(model)
     name = f"run {checkpoint}" + (f", {merged} adapters folded in" if merged else "")
     return Source(name, model, processor.tokenizer, _read_yaml(path / "config.yaml"))

@@ -9,9 +9,14 @@ from .config import to_yaml
 from .console import console, quiet_libraries, write_atomically
 from .errors import UserError
 from .evaluation.run import load
+from .model.modeling import load_decoder_config
 from .schema import Config
-from .training.adapters import merge_adapters, save_adapter
+from .training.adapters import drop_adapters, merge_adapters, save_adapter
 from .training.checkpoint import new_folder
+from .training.initial import weights_of
+
+BASE = "base"
+"""Folder beside an adapter for the decoder that it was trained on, where no other folder holds that."""
 
 
 def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> None:
@@ -21,8 +26,9 @@ def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> N
         config: of the run.
         checkpoint: a file; None takes the run's newest.
         out: a new folder.
-        adapter: only the decoder's adapter, for ``peft.PeftModel.from_pretrained`` on the base decoder; else the whole
-            model with adapters folded in, for ``init_from`` and `EEMLLM.from_pretrained`.
+        adapter: only the decoder's adapter, for ``peft.PeftModel.from_pretrained`` on the base decoder, which is written beside it
+            if the run began from other weights than its `model.decoder` holds; else the whole model with adapters folded
+            in, for ``init_from`` and `EEMLLM.from_pretrained`.
 
     Raises:
         UserError: the folder exists, or there is no adapter.
@@ -35,8 +41,13 @@ def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> N
     with new_folder(out) as folder:
         model, processor, source = load(config, checkpoint)
         if adapter:
-            save_adapter(model.language_model, config.model.decoder, config.optim.lora, folder)
-            done = "adapter"
+            own = _has_own_base(config)
+            base = str(out / BASE) if own else config.model.decoder
+            save_adapter(model.language_model, base, config.optim.lora, folder)
+            if own:
+                drop_adapters(model.language_model)
+                model.language_model.save_pretrained(folder / BASE)
+            done = f"adapter of {base}"
         else:
             done = f"model, {merge_adapters(model)} adapters folded in"
             model.save_pretrained(folder)
@@ -45,3 +56,14 @@ def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> N
             whole.model = replace(config.model, quantization=None)
             write_atomically(folder / "config.yaml", to_yaml(whole, comments=True))
     console.print(f"{done}: {source} -> {out}")
+
+
+def _has_own_base(config: Config) -> bool:
+    """Whether the adapter was trained on a decoder that transformers finds nowhere: one that `init_from` has trained, or one that is
+    a part of an EEMLLM's folder."""
+    _, part = load_decoder_config(config.model.decoder)
+    start = Path(config.init_from) if config.init_from is not None else None
+    trained = (
+        start is not None and start.exists() and any(n.startswith("language_model.") for n in weights_of(start)[0])
+    )
+    return bool(part) or trained

@@ -127,3 +127,16 @@ def test_an_image_token_inside_the_vocabulary_is_never_said():
     assert (
         logits.shape[-1] == tiny.VOCAB and (logits[..., -1] == -torch.inf).all() and logits[..., :-1].isfinite().all()
     )
+
+
+def test_generation_stops_at_a_text(parts):
+    """transformers' `stop_strings`, which needs the tokenizer."""
+    model, processor = build(config(parts).model)
+    model.generation_config.eos_token_id = None
+    ids, tokenizer = torch.tensor([[5, 6, 7, 8, 9]]), processor.tokenizer
+    options = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+    whole = model.generate(ids, **options)[0].tolist()
+    stop = next(text for text in map(tokenizer.decode, whole[6:]) if text.isascii() and text.strip())
+    first = next(i for i in range(5, 13) if stop in tokenizer.decode(whole[5 : i + 1]))
+    assert model.generate(ids, **options, stop_strings=stop, tokenizer=tokenizer)[0].tolist() == whole[: first + 1]
+    assert 5 < first < 12

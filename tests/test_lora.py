@@ -1,7 +1,9 @@
 """LoRA: LLaVA's targets, slim checkpoints, exact resume, merging to equal logits, plain peft."""
 
+import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -9,9 +11,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lit_eemllm import cli
+from lit_eemllm.compat.peft import is_quantized
 from lit_eemllm.config import load_config
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.run import load
@@ -20,8 +24,9 @@ from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build
 from lit_eemllm.schema import LoraConfig
 from lit_eemllm.training.adapters import add_adapters, merge_adapters
-from lit_eemllm.training.checkpoint import load_weights, newest_checkpoint, read_checkpoint
+from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
 from lit_eemllm.training.fit import fit
+from lit_eemllm.training.initial import initial_model, load_weights
 from lit_eemllm.training.module import LitEEMLLM
 
 LORA = ["optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=8", "optim.projector_lr=1e-3", "data.val=null",
@@ -166,3 +171,126 @@ def test_quantised_decoder_trains_adapters_and_merges(parts, shapes, tmp_path, h
             assert tiny.max_error(merged.get_submodule(name).weight, expected) <= 1e-6
     with pytest.raises(ConfigError, match="quantised layers cannot be trained"):
         tiny.config(parts, shapes, tmp_path / "r", "model.quantization=nf4", "optim.tuning.llm=full")
+
+
+def updates(model):
+    """What each adapter adds, and the weight that it is added to, both in float32."""
+    return {
+        name: (layer.get_base_layer().weight.detach().float(), layer.get_delta_weight("default").detach().float())
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def test_merging_into_bfloat16_does_not_round_the_update_away(parts, shapes, tmp_path):
+    config = tiny.config(parts, shapes, tmp_path / "run", *LORA, "model.dtype=bfloat16", "optim.lr=1e-4")
+    fit(config)
+    assert cli.main(["merge", str(config.out), "--to", str(tmp_path / "merged")]) == 0
+    merged, found = load_file(tmp_path / "merged" / "model.safetensors"), updates(load(config, None)[0])
+    for name, (base, delta) in found.items():
+        assert tiny.max_error(merged[f"{name}.weight"] - base, delta) < 1e-2
+        assert tiny.max_error((base + delta).bfloat16() - base, delta) > 0.1, (
+            "the update is smaller than the type's steps"
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, parts, shapes):
+    """A run that has trained the decoder in full."""
+    config = tiny.config(parts, shapes, tmp_path_factory.mktemp("full") / "run", "data.val=null", "optim.max_steps=2")
+    fit(config)
+    return config
+
+
+def test_an_adapter_names_the_decoder_that_it_was_trained_on(parts, shapes, tmp_path, trained, capsys):
+    config = tiny.config(
+        parts, shapes, tmp_path / "run", *LORA, f"init_from={trained.out}", "optim.max_steps=2", "optim.lr=1e-2"
+    )
+    fit(config)
+    out = tmp_path / "adapter"
+    assert cli.main(["merge", str(config.out), "--to", str(out), "--adapter"]) == 0
+    assert f"adapter of {out / 'base'}: " in capsys.readouterr().out
+    base = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(out / "base")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        true = load(trained, None)[0](ids).logits
+        assert tiny.max_error(plain(ids).logits, true[..., : plain.config.vocab_size]) <= 1e-5
+        adapted = PeftModel.from_pretrained(plain, out).eval()(ids).logits
+        ours = load(config, None)[0](ids).logits[..., : adapted.shape[-1]]
+    assert tiny.max_error(adapted, ours) <= 1e-5 and tiny.max_error(true[..., : adapted.shape[-1]], ours) > 1e-4
+
+
+QLORA = [*LORA, "model.quantization=nf4", "optim.max_steps=2", "optim.lr=2e-2"]
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory, parts, shapes):
+    """A run that has trained adapters of a quantised decoder; it was validated before its first checkpoint was written."""
+    pytest.importorskip("bitsandbytes")
+    config = tiny.config(
+        parts, shapes, tmp_path_factory.mktemp("q") / "run", *QLORA, f"data.val={shapes}", "optim.val_every=1"
+    )
+    fit(config)
+    return config
+
+
+def quantised_weights(model):
+    return {name: dequantize_module_weight(m) for name, m in model.language_model.named_modules() if is_quantized(m)}
+
+
+def test_a_run_begins_from_adapters_of_quantised_weights(parts, shapes, tmp_path, qlora):
+    """Without quantisation it is what was trained, with it the decoder is quantised again."""
+    true, whole = packed_logits(load(qlora, None)[0]), load(qlora, None)[0]
+    merge_adapters(whole)
+    plain = initial_model(tiny.config(parts, shapes, tmp_path / "p", f"init_from={qlora.out}"))[0]
+    assert tiny.max_error(packed_logits(plain), true) <= 1e-5
+    again = initial_model(tiny.config(parts, shapes, tmp_path / "q", *QLORA, f"init_from={qlora.out}"))[0]
+    found = quantised_weights(again)
+    assert len(found) == 3 * 7 and again.projector.state_dict().keys() == whole.projector.state_dict().keys()
+    for name, weight in found.items():
+        expected = whole.language_model.get_submodule(name).weight
+        assert tiny.max_error(weight, expected) < 0.2 and not weight.equal(expected)
+
+
+def test_quantised_weights_can_be_those_of_any_model_of_ours(parts, shapes, tmp_path, trained):
+    """A run that has trained all of the decoder, and the folder that `merge` makes of it; and it trains, and is opened again."""
+    pytest.importorskip("bitsandbytes")
+    assert cli.main(["merge", str(trained.out), "--to", str(tmp_path / "merged")]) == 0
+    true = load(trained, None)[0].language_model
+    fresh = build(tiny.config(parts, shapes, tmp_path / "x", *QLORA).model)[0]
+    for number, settings in enumerate(([f"init_from={trained.out}"], [])):
+        files = [tmp_path / "merged" / "config.yaml"] if number else []
+        if files:
+            settings = [*QLORA, f"out={tmp_path / 'run1'}"]
+            config = load_config(files, [*settings, "trainer.accelerator=cpu"])
+        else:
+            config = tiny.config(parts, shapes, tmp_path / "run0", *QLORA, *settings)
+        model = initial_model(config)[0]
+        for name, weight in quantised_weights(model).items():
+            small = nf4(true.get_submodule(name).weight)
+            assert weight.equal(small) and not weight.equal(quantised_weights(fresh)[name])
+        fit(config)
+        assert load(config, None)[0].language_model.is_loaded_in_4bit
+
+
+def nf4(weight):
+    """What quantisation makes of a weight, by bitsandbytes' own functions."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    return dequantize_4bit(*quantize_4bit(weight.detach(), quant_type="nf4", compress_statistics=True))
+
+
+def test_evaluation_leaves_quantised_weights_as_they_are(qlora, monkeypatch):
+    """Some CPUs would rearrange and round them, so that no later command knew the decoder again."""
+    from bitsandbytes.nn import modules
+
+    def packed(weight, state):
+        raise AssertionError("rearranged")
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", packed)
+    for model in (load(qlora, None)[0], initial_model(replace(qlora, init_from=qlora.out))[0]):
+        with torch.inference_mode():
+            assert model.eval().packed_logits(tiny.pack([[3, 0, 4]])).isfinite().all()

@@ -456,8 +456,12 @@ def test_another_vocabulary_is_refused(tmp_path, parts, blend):
 def test_weights_to_start_from_are_listed_by_component(tmp_path, parts, blend, capsys):
     config = tiny.config(parts, blend, tmp_path / "a", "optim.max_steps=1", "data.val=null", "optim.tuning.llm=frozen")
     fit(config)
-    fit(tiny.config(parts, blend, tmp_path / "b", "optim.max_steps=1", "data.val=null", f"init_from={tmp_path / 'a'}"))
-    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert "max_position_embeddings" not in capsys.readouterr().out
+    more = ["data.max_length=300", f"init_from={tmp_path / 'a'}"]
+    fit(tiny.config(parts, blend, tmp_path / "b", "optim.max_steps=1", "data.val=null", *more))
+    out = capsys.readouterr().out
+    assert "warning: data.max_length=300, but the decoder knows 256 positions (max_position_embeddings)" in out
+    lines = [line.split("│") for line in out.splitlines() if "│" in line]
     rows = {cells[1].strip(): (cells[2].strip(), cells[3].strip()) for cells in lines if len(cells) == 5}
     assert rows["projector"] == ("4", "none") and rows["language_model"][0] == "0"
     assert rows["language_model"][1].endswith("such as model.embed_tokens.weight")

@@ -19,8 +19,9 @@ from lit_eemllm.evaluation.run import load
 from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model.build import build
 from lit_eemllm.schema import LoraConfig, OptimConfig, TuningConfig
-from lit_eemllm.training.checkpoint import all_checkpoints, load_weights, read_checkpoint
+from lit_eemllm.training.checkpoint import all_checkpoints, read_checkpoint
 from lit_eemllm.training.fit import fit
+from lit_eemllm.training.initial import load_weights
 from lit_eemllm.training.module import LitEEMLLM
 from lit_eemllm.training.tuning import apply_tuning, parameter_groups
 

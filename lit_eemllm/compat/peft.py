@@ -8,12 +8,20 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-__all__ = ["LoraLayer", "adapter_delta", "dequantized_weight", "is_quantized"]
+__all__ = ["LoraLayer", "adapter_delta", "dequantized_weight", "is_quantized", "keep_packing"]
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether it is a linear layer of bitsandbytes, in 4 or 8 bits."""
     return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Evaluation on some CPUs rounds and rearranges 4-bit weights for a kernel that not all widths fit: not these ones."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def dequantized_weight(module: Any) -> Tensor:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import seed_everything
 from PIL import Image
 
 from ..chat import IMAGE, Conversation, Turn
@@ -24,10 +23,10 @@ from ..console import console, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, SampleError, UserError
 from ..images import open_image, read_file
-from ..model.build import build
 from ..model.image_cache import ImageCache
-from ..training.checkpoint import load_weights, newest_checkpoint, read_checkpoint
-from ..training.module import LitEEMLLM, compute_dtype
+from ..training.checkpoint import newest_checkpoint
+from ..training.initial import trained_model
+from ..training.module import compute_dtype
 from .asking import CUT, Answers, Reply, ask_all, identity, in_batches, start_ranks
 from .cost import costs
 from .gallery import write_gallery
@@ -153,23 +152,14 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
     Raises:
         CheckpointError: the checkpoint does not fit, or was trained with other frozen parts.
     """
-    seed_everything(config.seed, verbose=False)
-    model, processor = build(config.model)
-    if config.init_from is not None and Path(config.init_from).exists():  # else the checkpoint may hold all of it
-        load_weights(model, Path(config.init_from))
-    module = LitEEMLLM(model, config, processor.fingerprint())
-    if checkpoint == UNTRAINED:
-        source = "before training"
-    else:
+    path, source = None, "before training"
+    if checkpoint != UNTRAINED:
         path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(Path(config.out))
         converted = config.init_from is not None and Path(config.init_from).resolve() == Path(config.out).resolve()
         if path is None and not converted:
             raise CheckpointError(f"{config.out}: no checkpoint in it; train first, or use --checkpoint {UNTRAINED}")
-        if path is not None:
-            trained = read_checkpoint(path)
-            module.on_load_checkpoint(trained)
-            module.load_state_dict(trained["state_dict"], strict=False)
         source = str(path or config.init_from)
+    model, processor = trained_model(config, path)
     on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator") != "cpu"
     model.to("cuda" if on_gpu else "cpu").eval()
     model.set_attention(config.model.attention, compute_dtype(config), training=False)

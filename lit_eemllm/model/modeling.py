@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from copy import copy
 from importlib.util import find_spec
+from inspect import signature
 from os import PathLike
 from typing import Any
 
@@ -524,6 +525,7 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
+        inputs = {name: inputs[name] for name in inputs if name in signature(self.forward).parameters}  # no tokenizer
         again = is_first_iteration or not kwargs.get("use_cache", True)
         return {**inputs, "pixel_values": pixel_values if again else None, "image_sizes": image_sizes}
 

@@ -71,9 +71,11 @@ def _peft_config(section: LoraSection, targets: list[str], **more: Any) -> LoraC
 
 
 def merge_adapters(model: EEMLLM) -> int:
-    """Fold all adapters into their layers, in place; returns how many there were. Quantised layers become ordinary ones."""
+    """Fold all adapters into their layers, in place; returns how many there were. Quantised layers become ordinary ones, and
+    all is float32: a narrower type would round the update away."""
     from ..compat.peft import LoraLayer, adapter_delta, is_quantized
 
+    model.float()
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, layer in layers:
         base = layer.get_base_layer()
@@ -83,13 +85,28 @@ def merge_adapters(model: EEMLLM) -> int:
         else:
             layer.merge(safe_merge=True)
         _replace(model, name, base)
-    rest = [(name, module) for name, module in model.named_modules() if is_quantized(module)]
-    for name, module in rest:
-        _replace(model, name, _dequantized(module))
-    decoder: Any = model.config.text_config
-    if getattr(decoder, "quantization_config", None) is not None:
-        del decoder.quantization_config
+    _dequantize(model)
     return len(layers)
+
+
+def drop_adapters(decoder: nn.Module) -> None:
+    """Take all adapters away, in place: what they were trained on stays. Quantised layers become ordinary ones."""
+    from ..compat.peft import LoraLayer
+
+    for name, layer in [(name, layer) for name, layer in decoder.named_modules() if isinstance(layer, LoraLayer)]:
+        _replace(decoder, name, layer.get_base_layer())
+    _dequantize(decoder)
+
+
+def _dequantize(model: nn.Module) -> None:
+    from ..compat.peft import is_quantized
+
+    for name, module in [(name, module) for name, module in model.named_modules() if is_quantized(module)]:
+        _replace(model, name, _dequantized(module))
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
 
 
 def _dequantized(module: Any) -> nn.Linear:

@@ -1,5 +1,4 @@
-"""Checkpoint files, and folders of models: written atomically, read without executing anything, found again for `resume` and
-`init_from`."""
+"""Checkpoint files, and folders of models: written atomically, read without executing anything, found again for `resume`."""
 
 from __future__ import annotations
 
@@ -16,21 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from rich.table import Table
 
 from ..compat.lightning import saved_packs
 from ..console import unfinished, writing
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, UserError, WriteError
-from ..model.folders import tensors_of
-from ..schema import LoraConfig
-from .adapters import MARK, merge_adapters
-from .tuning import adapt
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from ..model import EEMLLM
     from ..schema import Config
 
 FOLDER = "checkpoints"
@@ -268,55 +261,3 @@ def _other_ranks(accumulate: int, was: int, workers: int, ranks: int) -> str:
 def _stated(value: Any) -> Any:
     """Without keys that are null: an earlier version may not have had them."""
     return {k: _stated(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-
-
-def load_weights(model: EEMLLM, path: Path) -> Table:
-    """Start from the trained weights of a run directory, a checkpoint or a `save_pretrained` folder; nothing else of it.
-
-    Returns:
-        what was loaded and what keeps its values, by component.
-
-    Raises:
-        CheckpointError: there is nothing to load, or tensors that this model has not, or of another shape.
-    """
-    if not path.exists():
-        raise CheckpointError(f"init_from={path}: no such run directory, checkpoint or folder of a model")
-    whole = path.is_dir() and any(path.glob("model*.safetensors"))
-    source = path if whole or not path.is_dir() else newest_checkpoint(path)
-    if source is None:
-        raise CheckpointError(f"init_from={path}: no checkpoint in {path / FOLDER} and no model.safetensors")
-    if whole:
-        state = tensors_of(path, "init_from")
-    else:
-        state = {name.removeprefix("model."): tensor for name, tensor in read_checkpoint(source)["state_dict"].items()}
-    adapted = any(MARK in name for name in state)
-    if adapted:  # a run with LoRA: its adapters are put beside the layers, loaded, and folded in
-        optim = read_checkpoint(source)["lit_eemllm"]["config"]["optim"]
-        for word, choice in optim["tuning"].items():
-            if choice == "lora":
-                adapt(model, word, LoraConfig(**optim["lora"]))
-    own = model.state_dict()
-    wrong = [
-        f"{name}: found {list(tensor.shape)}, expected {list(own[name].shape) if name in own else 'no such tensor'}"
-        for name, tensor in state.items()
-        if name not in own or own[name].shape != tensor.shape
-    ]
-    if wrong or not state:
-        listed = "\n  ".join(wrong[:5] + (["..."] if len(wrong) > 5 else []))
-        raise CheckpointError(
-            f"init_from={source}: {len(wrong)} of {len(state)} tensors do not fit this model:\n  {listed}"
-        )
-    model.load_state_dict(state, strict=False)
-    if adapted:
-        merge_adapters(model)
-    table = Table(
-        "component", "tensors loaded", "keep their values", title=f"weights from {source}", title_justify="left"
-    )
-    for part, _ in model.named_children():
-        mine = [name for name in own if name.startswith(f"{part}.")]
-        loaded = [name for name in mine if name in state]
-        kept = [name for name in mine if name not in state and MARK not in name]
-        some = f"{len(kept)}, such as {kept[0].removeprefix(f'{part}.')}" if kept else "none"
-        if mine:
-            table.add_row(part, str(len(loaded)), some)
-    return table

@@ -19,12 +19,10 @@ from ..console import console, quiet_libraries
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, ConfigError, not_one_of
 from ..locks import locked
-from ..model.build import build
 from ..schema import Config
 from .checkpoint import (
     FOLDER,
     AtomicCheckpointIO,
-    load_weights,
     newest_checkpoint,
     read_checkpoint,
     refuse_changes,
@@ -33,6 +31,7 @@ from .checkpoint import (
 )
 from .fsdp2 import FSDP2
 from .guard import Checkpoints, guarded
+from .initial import initial_model
 from .module import LitEEMLLM
 from .runlog import RunLog, print_summary
 from .zero import DeepSpeed
@@ -82,9 +81,9 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     seed_everything(config.seed, verbose=False)
     data = ShardDataModule(config.data, config.seed)
     data.setup("fit")
-    model, processor = build(config.model)
-    if config.init_from is not None:  # also when the run goes on: its checkpoints leave out what is frozen now
-        console.print(load_weights(model, Path(config.init_from)))
+    model, processor, loaded = initial_model(config)  # also when the run goes on: checkpoints leave out what is frozen
+    if loaded is not None:
+        console.print(loaded)
     data.connect(processor.template, model.vision.transform)
     module = LitEEMLLM(model, config, processor.fingerprint())
 

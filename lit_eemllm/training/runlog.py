@@ -59,10 +59,23 @@ def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size
     console.print(table)
     mechanism = module.model.config.mechanism
     console.print(f"mechanism {config.model.mechanism.preset}: {mechanism}")
+    if unseen := unseen_positions(config, module.model.config.text_config):
+        console.print(f"warning: {unseen}")
     budget = config.data.pack_tokens
     console.print(
         f"tokens per step: at most {budget:,} per pack x {accumulate} packs x {world_size} ranks = "
         f"{budget * accumulate * world_size:,}; {config.optim.max_steps:,} steps; seed {config.seed}"
+    )
+
+
+def unseen_positions(config: Config, decoder: Any) -> str | None:
+    """What is said where conversations may be longer than the decoder has ever read, None where they may not."""
+    known = getattr(decoder, "max_position_embeddings", None)
+    if known is None or config.data.max_length <= known:
+        return None
+    return (
+        f"data.max_length={config.data.max_length:,}, but the decoder knows {known:,} positions (max_position_embeddings): in longer "
+        f"conversations it reads positions that it has never seen. Set data.max_length={known} to leave them out"
     )
 
 

@@ -1,24 +1,35 @@
-"""Hundreds of malformed inputs of `report`, and kept answers of a killed `validate`, from a seeded fuzzer.
+"""Malformed things that runs leave behind, from a seeded fuzzer: inputs of `report`, kept answers of a killed `validate`, checkpoints.
 
-A report is made, or refused by a message that names the file. Kept answers are taken as they are, or asked again. FUZZ_SEED and
+Each is used, or refused by a message that names the file; kept answers are taken as they are, or asked again. FUZZ_SEED and
 FUZZ_TIMES take it further.
 """
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import pickle
 import random
+import zipfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fuzz_util import ODD_TEXT, SEED, TIMES, bounded, flip, nothing_is_executed, warp  # noqa: F401 a fixture of each test
+import tiny
+import torch
+from fuzz_util import CANARY, ODD_TEXT, SEED, TIMES, bounded, flip, nothing_is_executed, warp  # noqa: F401 a fixture of each test
 from test_report import write_run, write_sweep
 
 from lit_eemllm.errors import UserError
 from lit_eemllm.evaluation.asking import Answers
 from lit_eemllm.report import report
+from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
+from lit_eemllm.training.fit import fit
+from lit_eemllm.training.initial import trained_model, weights_of
 
 NO_JSON = (
     b"",
@@ -152,3 +163,85 @@ def test_kept_answers(tmp_path: Path) -> None:
             assert again.replies == {**replies, ("val", 9): [("late", None)]}
         kept[len(replies)] += 1
     assert len(kept) > 3, kept
+
+
+def bad_checkpoint(draw: random.Random, content: bytes) -> bytes:
+    """Bytes that a disk or a stranger has changed: in the archive, its directory, or one of its members with a right checksum."""
+    kind = draw.randrange(4)
+    if kind == 0:
+        return flip(draw, content, 4)
+    if kind == 1:
+        at = draw.randrange(len(content))
+        return content[:at] + bytes(min(4096, len(content) - at)) + content[at + 4096 :]
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
+        names = old.namelist()
+        chosen = draw.choice([name for name in names if name.endswith(".pkl")] if kind == 2 else names)
+        for name in names:
+            data = old.read(name)
+            if name == chosen:
+                data = draw.choice((flip(draw, data, 3), b"", data * 2, pickle.dumps(Bomb())))
+            new.writestr(name, data)
+    return made.getvalue()
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return CANARY.touch, ()
+
+
+def changed(draw: random.Random, value: Any) -> Any:
+    """One place of a checkpoint gets another value, goes, or comes twice."""
+    if isinstance(value, torch.Tensor):
+        odd = (
+            value.flatten()[: draw.randrange(3)],
+            value.to(torch.int8),
+            value[None],
+            None,
+            7,
+            value.double() * torch.nan,
+        )
+        return draw.choice(odd)
+    if isinstance(value, dict) and value and draw.random() < 0.9:
+        key = draw.choice(list(value))
+        how = draw.randrange(8)
+        rest = {k: v for k, v in value.items() if k != key}
+        return (
+            rest if how == 0 else rest | {"odd": value[key]} if how == 1 else value | {key: changed(draw, value[key])}
+        )
+    if isinstance(value, list | tuple) and value and draw.random() < 0.9:
+        at = draw.randrange(len(value))
+        return type(value)([*value[:at], changed(draw, value[at]), *value[at + 1 :]])
+    return warp(draw, value)
+
+
+@pytest.mark.slow
+def test_checkpoints(tmp_path: Path, parts: Path, shapes: Path) -> None:
+    """Bytes and structure. What is loaded is used as `validate`, `init_from` and a resumed `fit` use it."""
+    config = tiny.config(parts, shapes, tmp_path / "run", "optim.max_steps=1", "data.val=null", "data.workers=0")
+    fit(config)
+    file = newest_checkpoint(tmp_path / "run")
+    assert file is not None
+    content, whole = file.read_bytes(), read_checkpoint(file)
+    whole = copy.deepcopy(whole)  # not mapped from the file
+    more = replace(config, optim=replace(config.optim, max_steps=2))
+
+    def go_on() -> None:
+        for later in file.parent.glob("*.ckpt"):
+            if later != file:
+                later.unlink()
+        fit(more)
+
+    def saved(draw: random.Random, _: bytes) -> bytes:
+        made, tree = io.BytesIO(), whole
+        for _ in range(draw.randint(1, 2)):
+            section = draw.choice([name for name in tree if name != "pytorch-lightning_version"])
+            tree = {**tree, section: changed(draw, tree[section])}
+        torch.save(tree, made)
+        return made.getvalue()
+
+    try_all([(file, 500, bad_checkpoint)], lambda: read_checkpoint(file))
+    try_all([(file, 60, saved)], lambda: trained_model(config, file))
+    try_all([(file, 60, saved)], lambda: weights_of(file))
+    try_all([(file, 25, saved)], go_on)
+    assert content == file.read_bytes()

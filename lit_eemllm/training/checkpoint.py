@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from ..compat.lightning import saved_packs
 from ..console import unfinished, writing
@@ -126,6 +128,33 @@ def _read(path: Path, verified: bool) -> dict[str, Any]:
     return checkpoint
 
 
+@contextlib.contextmanager
+def using(path: Path | None, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """What is within takes what it needs from a checkpoint: anything may be in its sections, and Lightning does not look.
+
+    Args:
+        path: of the checkpoint, if there is one.
+        begun: whether errors are no longer the checkpoint's.
+
+    Raises:
+        CheckpointError: with the path; also for what is missing, or of another kind or shape than `fit` writes.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if path is None or begun() or str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if path is None or begun():
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(
+            f"{path}: a section is not as `fit` writes it ({type(error).__name__}: {reason}). Continue from another checkpoint "
+            "(resume=FILE), or begin a new run."
+        ) from error
+
+
 def _is_whole(path: Path) -> bool:
     try:
         _read(path, verified=False)
@@ -143,6 +172,14 @@ def _compare_checksums(path: Path) -> None:
             raise ValueError("it is not stored as torch stores it")
         if (name := archive.testzip()) is not None:
             raise ValueError(f"its bytes have changed since they were written (the checksum of {name} is another)")
+
+
+def tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights that a checkpoint holds, by name. Raises TypeError if something else is among them."""
+    state = checkpoint["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise TypeError("state_dict does not hold tensors by their names")
+    return state
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -185,7 +222,11 @@ def set_aside(run: Path, start: Path, step: int) -> Path | None:
 
 
 def refuse_part(checkpoint: Mapping[str, Any]) -> None:
-    """Without one of its sections Lightning would go on as if nothing had been there. Raises CheckpointError."""
+    """Without one of its sections Lightning would go on as if nothing had been there.
+
+    Raises:
+        CheckpointError: for a section that is missing. LookupError, AttributeError or TypeError: for what is wrong in one, see `using`.
+    """
     sections: dict[str, Any] = {"loops": dict, "optimizer_states": list, "lr_schedulers": list, "rng": list}
     sections |= {"global_step": int, ShardDataModule.__qualname__: dict}
     if missing := [name for name, kind in sections.items() if not isinstance(checkpoint.get(name), kind)]:
@@ -193,6 +234,13 @@ def refuse_part(checkpoint: Mapping[str, Any]) -> None:
             f"the checkpoint holds no {' and no '.join(missing)}, or not as `fit` writes it, so a run cannot continue from it. "
             "Continue from another, or begin a new run from its weights (init_from)."
         )
+    for state in checkpoint["optimizer_states"]:  # torch takes any value, and fails in the step or, worse, does not
+        if not all(isinstance(x, Tensor) for moments in state["state"].values() for x in moments.values()):
+            raise TypeError("optimizer_states: moments that are no tensors")
+        for group in state["param_groups"]:
+            numbers = [group["lr"], group["initial_lr"], group["weight_decay"], group["eps"], *group["betas"]]
+            if len(numbers) != 6 or not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
+                raise TypeError("optimizer_states: rates that are no numbers")
 
 
 def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> None:

@@ -28,6 +28,7 @@ from .checkpoint import (
     refuse_changes,
     refuse_part,
     save,
+    using,
 )
 from .fsdp2 import FSDP2
 from .guard import Checkpoints, guarded
@@ -72,10 +73,11 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     resume = find_resume(config)
     if resume is not None:
         checkpoint = read_checkpoint(resume)
-        refuse_part(checkpoint)
-        refuse_changes(checkpoint, config, trainer.world_size)
-        if checkpoint["global_step"] == config.optim.max_steps and validation_pending(checkpoint):
-            set_max_steps(trainer, config.optim.max_steps + 1)  # until it begins
+        with using(resume):
+            refuse_part(checkpoint)
+            refuse_changes(checkpoint, config, trainer.world_size)
+            if checkpoint["global_step"] == config.optim.max_steps and validation_pending(checkpoint):
+                set_max_steps(trainer, config.optim.max_steps + 1)  # until it begins
 
     # Seed before any module is built: the projector is fresh.
     seed_everything(config.seed, verbose=False)
@@ -96,7 +98,7 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
                     f"optim.max_steps was {was:,} and is {config.optim.max_steps:,}: from here on the learning rate follows the schedule of "
                     "as many steps; the warm-up is what it was"
                 )
-    with runlog.running(), guarded():
+    with runlog.running(), guarded(), using(resume, lambda: module.has_begun):
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     out = Path(config.out)
     last = out / FOLDER / f"step-{trainer.global_step}.ckpt"

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, UserError
 from ..model.build import build, quantize
 from ..model.folders import tensors_of
 from .adapters import MARK, merge_adapters
-from .checkpoint import FOLDER, newest_checkpoint, read_checkpoint
+from .checkpoint import FOLDER, newest_checkpoint, read_checkpoint, tensors, using
 from .module import LitEEMLLM
 from .tuning import COMPONENTS
 
@@ -59,8 +59,9 @@ def trained_model(config: Config, checkpoint: Path | None, chain: tuple[Path, ..
     module = LitEEMLLM(model, config, processor.fingerprint())
     if checkpoint is not None:
         trained = read_checkpoint(checkpoint)
-        module.on_load_checkpoint(trained)
-        module.load_state_dict(trained["state_dict"], strict=False)
+        with using(checkpoint):
+            module.on_load_checkpoint(trained)
+            module.load_state_dict(trained["state_dict"], strict=False)
     return model, processor
 
 
@@ -114,12 +115,14 @@ def weights_of(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Tens
     if source is None:
         raise CheckpointError(f"init_from={path}: no checkpoint in {path / FOLDER} and no model.safetensors")
     checkpoint = read_checkpoint(source)
-    state = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
+    with using(source):
+        state = {name.removeprefix("model."): tensor for name, tensor in tensors(checkpoint).items()}
     if not any(MARK in name for name in state):
         return state, source
     if source.resolve() in chain:
         raise CheckpointError(f"init_from={source}: the run begins from itself")
-    values = flat(checkpoint["lit_eemllm"]["config"])
+    with using(source):
+        values = flat(checkpoint["lit_eemllm"]["config"])
     try:
         config = load_config([], [f"{key}={json.dumps(value)}" for key, value in values.items()])
         with isolate_rng():

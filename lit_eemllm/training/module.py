@@ -29,6 +29,7 @@ from ..errors import CheckpointError
 from ..layout import PackedBatch, Run, SequenceLayout
 from ..model.build import fingerprint
 from .adapters import MARK, WHOLE
+from .checkpoint import tensors
 from .fsdp2 import FSDP2, shard
 from .guard import check_step
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
@@ -74,6 +75,7 @@ class LitEEMLLM(LightningModule):
         self.mean_loss = self.grad_norm = torch.tensor(torch.nan)  # of the last optimiser step
         self.step_rates: dict[str, float] = {}  # of the last optimiser step: learning rates by trained component
         self.batch_end = 0.0
+        self.has_begun = False  # to train: whatever is restored has been
         self.begun_with = config.optim.max_steps  # steps that the run was to have when it began
 
     @property
@@ -219,13 +221,16 @@ class LitEEMLLM(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises CheckpointError unless the checkpoint holds exactly the trained weights of this model."""
-        expected, found = set(self._kept(self.state_dict())), set(checkpoint["state_dict"])
+        own, saved = self._kept(self.state_dict()), tensors(checkpoint)
+        expected, found = set(own), set(saved)
         if expected != found:
             raise CheckpointError(
                 f"the checkpoint does not hold what this configuration trains ({', '.join(self.trained)}): "
                 f"missing {_some(expected - found)}, unexpected {_some(found - expected)}. "
                 "Set optim.tuning as it was, or start from its weights with init_from."
             )
+        if wrong := {n for n in own if own[n].shape != saved[n].shape or own[n].dtype != saved[n].dtype}:
+            raise CheckpointError(f"the checkpoint holds weights of other shapes or types: {_some(wrong)}")
         tokenizer = checkpoint["lit_eemllm"].get("tokenizer") or self.tokenizer
         if self.tokenizer and tokenizer != self.tokenizer:
             raise CheckpointError(
@@ -255,8 +260,12 @@ class LitEEMLLM(LightningModule):
                     f"the ranks begin at different steps: {steps}. They must find the same checkpoint: name an `out` that all "
                     "nodes share, or copy the checkpoint to each."
                 )
-        if self._restored_rng is None:
-            return
+        if self._restored_rng is not None:
+            self._go_on(self._restored_rng)
+        self.has_begun = True
+
+    def _go_on(self, rng: list[dict[str, Any]]) -> None:
+        """The rates of this schedule, and the generators' states, of all ranks that saved."""
         for config in self.trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             for group, base, factor in zip(
@@ -265,8 +274,8 @@ class LitEEMLLM(LightningModule):
                 group["lr"] = base * factor(
                     scheduler.last_epoch
                 )  # saved was that of another length, if it was extended
-        if self.global_rank < len(self._restored_rng):  # as late as possible: building loaders may draw numbers
-            set_rng_state(self._restored_rng[self.global_rank])
+        if self.global_rank < len(rng):  # as late as possible: building loaders may draw numbers
+            set_rng_state(rng[self.global_rank])
         else:  # saved by fewer ranks
             seed_everything((self.config.seed + self.global_step + self.global_rank) % 2**32, verbose=False)
 

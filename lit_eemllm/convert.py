@@ -15,11 +15,11 @@ from rich.table import Table
 from .config import load_config
 from .console import console, progress, quiet_libraries
 from .errors import CheckpointError, ConfigError, UserError
-from .model import EEMLLM
+from .model import EEMLLM, Processor
 from .model.convert import Fate, change_mechanism, choose_mechanism, mechanism_settings
 from .model.folders import read_config
 from .model.llava import SOURCE, check_llava, is_llava, load_llava, load_tokenizer, load_whole, save_llava
-from .schema import check_names
+from .schema import ModelConfig, check_names
 from .training.adapters import merge_adapters
 from .training.checkpoint import new_folder, newest_checkpoint
 
@@ -41,12 +41,20 @@ class Source:
         model: on the CPU.
         tokenizer: None if the source holds none.
         config: keys of a configuration that goes with the model.
+        template: name of the chat template that it was trained with; None if that is the one that its tokenizer has.
     """
 
     name: str
     model: EEMLLM
     tokenizer: PreTrainedTokenizerBase | None
     config: dict[str, Any]
+    template: str | None
+
+    def processor(self, model: EEMLLM) -> Processor | None:
+        """What made the prompts in training, if that is known."""
+        if self.template is None or self.tokenizer is None:
+            return None
+        return Processor(self.tokenizer, self.template, model.vision.transform, model.config.image_token_id)
 
 
 def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -> None:
@@ -82,8 +90,8 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
         checked = ""
         if to_llava:
             assert found.tokenizer is not None
-            save_llava(model, found.tokenizer, folder)
-            checked = check_llava(model, folder)
+            save_llava(model, found.tokenizer, folder, found.template)
+            checked = check_llava(model, folder, found.processor(model))
         else:
             model.save_pretrained(folder)
             if found.tokenizer is not None:
@@ -132,7 +140,9 @@ def open_source(path: Path) -> Source:
         found = _open_eemllm(path)
     else:
         model, tokenizer = load_llava(path)
-        found = Source(f"LLaVA {path}", model, tokenizer, {"model": {**_parts(model, path), "template": "vicuna_v1"}})
+        template = None if tokenizer.chat_template else "vicuna_v1"
+        config = {"model": {**_parts(model, path), "template": "vicuna_v1"}}
+        found = Source(f"LLaVA {path}", model, tokenizer, config, template)
     return found
 
 
@@ -140,10 +150,11 @@ def _open_run(path: Path, checkpoint: Path) -> Source:
     from .evaluation.run import load
 
     overrides = [f"out={json.dumps(str(path))}", *_ON_CPU]
-    model, processor, _ = load(load_config([path / "config.yaml"], overrides, checks=[check_names]), str(checkpoint))
+    config = load_config([path / "config.yaml"], overrides, checks=[check_names])
+    model, processor, _ = load(config, str(checkpoint))
     merged = merge_adapters(model)
     name = f"run {checkpoint}" + (f", {merged} adapters folded in" if merged else "")
-    return Source(name, model, processor.tokenizer, _read_yaml(path / "config.yaml"))
+    return Source(name, model, processor.tokenizer, _read_yaml(path / "config.yaml"), config.model.template)
 
 
 def _open_eemllm(path: Path) -> Source:
@@ -151,7 +162,8 @@ def _open_eemllm(path: Path) -> Source:
     has_tokenizer = (path / "tokenizer_config.json").is_file()
     file = path / "config.yaml"  # of an earlier conversion
     config = _read_yaml(file) if file.is_file() else {"model": _parts(model, path)}
-    return Source(f"EEMLLM {path}", model, load_tokenizer(path) if has_tokenizer else None, config)
+    template = config["model"].get("template", ModelConfig.template)
+    return Source(f"EEMLLM {path}", model, load_tokenizer(path) if has_tokenizer else None, config, template)
 
 
 def _parts(model: EEMLLM, path: Path) -> dict[str, Any]:

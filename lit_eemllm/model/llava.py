@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -29,15 +30,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..chat import IMAGE
+from ..chat import IMAGE, Conversation, Turn, get_template
 from ..errors import CheckpointError, ConfigError
 from ..images import RESAMPLING, ImageTransform, Transform
 from ..mechanisms import PRESETS, Mechanism
 from ..resolutions import AnyresTransform
 from .decoder import check_decoder
 from .folders import naming, read_config
+from .llava_template import jinja_of
 from .modeling import EEMLLM, EEMLLMConfig
 from .pretrained import load_model, load_pretrained
+from .processor import Processor
 from .vision import TransformersVision
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -218,7 +221,7 @@ def is_llava(mechanism: Mechanism, num_layers: int) -> bool:
     return everywhere and idle == PRESETS["llava"]
 
 
-def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path, template: str | None = None) -> None:
     """Write a folder that transformers' LlavaForConditionalGeneration, or LlavaNext..., and AutoProcessor load.
 
     An image token past the decoder's vocabulary gets rows of zeros in embeddings and head, since transformers embeds it;
@@ -228,6 +231,7 @@ def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path) 
         model: of mechanism ``llava`` (`is_llava`), with an encoder of transformers.
         tokenizer: has ``<image>`` as the model's image token.
         folder: exists.
+        template: name of the chat template that the model was trained with; None keeps the tokenizer's own as it is.
     """
     vision, old = model.vision, model.config.text_config
     family = vision.model.config.model_type if isinstance(vision, TransformersVision) else type(vision).__name__
@@ -272,6 +276,11 @@ def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     llava.generation_config = deepcopy(model.generation_config)
     llava.generation_config.suppress_tokens = sorted({model.config.image_token_id, *added})
     llava.save_pretrained(folder)
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.padding_side = "left"  # a row that is padded on the right goes on from its padding
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if template is not None:
+        tokenizer.chat_template = jinja_of(get_template(template, tokenizer))
     tokenizer.save_pretrained(folder)
     values = {
         "processor_class": "LlavaNextProcessor" if tiles else "LlavaProcessor",
@@ -319,10 +328,11 @@ def preprocessor_config(transform: ImageTransform) -> Mapping[str, Any]:
 
 
 @torch.inference_mode()
-def check_llava(model: EEMLLM, folder: Path) -> str:
+def check_llava(model: EEMLLM, folder: Path, processor: Processor | None = None) -> str:
     """Read back what `save_llava` wrote, as transformers does, and compare; afterwards the model is in float32.
 
-    Every tensor must be equal and, up to FORWARD_UP_TO parameters, the logits for random ids and a random image to rounding.
+    Every tensor must be equal and, up to FORWARD_UP_TO parameters, the logits for random ids and a random image to rounding. With a
+    `processor`, the prompts that transformers' own makes of a conversation must be its.
 
     Returns:
         what was compared, in words.
@@ -339,6 +349,8 @@ def check_llava(model: EEMLLM, folder: Path) -> str:
     ]
     if different:
         raise CheckpointError(f"{folder}: {len(different)} tensors differ from the model's, such as {different[0]}")
+    if processor is not None:
+        _check_prompts(processor, folder)
     if llava.num_parameters() > FORWARD_UP_TO:
         return f"{len(theirs)} tensors equal as transformers reads them (too large to compare logits)"
     generator = torch.Generator().manual_seed(0)
@@ -359,3 +371,22 @@ def check_llava(model: EEMLLM, folder: Path) -> str:
     if not error <= 1e-4:
         raise CheckpointError(f"{folder}: transformers' logits differ from ours by {error:.1e} of the largest")
     return f"{len(theirs)} tensors equal as transformers reads them, logits differ by {error:.0e} of the largest"
+
+
+def _check_prompts(processor: Processor, folder: Path) -> None:
+    """Raises CheckpointError where transformers' processor of the folder makes other ids of a conversation with an image."""
+    theirs, picture = AutoProcessor.from_pretrained(folder), Image.new("RGB", (40, 30))
+    turns: tuple[Turn, ...] = (Turn("human", f"{IMAGE}\nWhat is it?"), Turn("gpt", "A cat."), Turn("human", "Sure?"))
+    turns = turns[:1] if processor.template.name == "plain" else turns
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    found = theirs.apply_chat_template(messages[: len(turns)], **options)["input_ids"]
+    ours = processor.prompts([Conversation("check", turns, 1)], [[picture]])["input_ids"]
+    if not found.equal(ours):
+        shown = processor.tokenizer.decode(found[0][found[0] != processor.image_token_id])
+        raise CheckpointError(f"{folder}: transformers prompts otherwise than the model was trained: {shown[:300]!r}")

@@ -3,10 +3,11 @@
     make stress                              30 kills, some minutes
     python tools/stress.py --kills 100 --seed 7
 
-The run saves at every step. A third of the kills (SIGKILL) come as soon as a checkpoint is being written, some while the
-program starts, the others at random moments of training; moments are drawn from `--seed`, what the process does then is not.
-After each kill the newest checkpoint must be whole. In the end weights, optimiser, generators, losses and the order of the
-samples must be those of the unbroken run, bit for bit. Exit status 1 if they are not.
+The run saves at every step. Kills (SIGKILL) come as soon as a checkpoint is being written, or a line of the log, or when the first
+loader process has been forked, some while the program starts, the others at random moments of training; moments are drawn from
+`--seed`, what the process does then is not. After each kill the newest checkpoint must be whole, and no process may be left. Beside
+the unbroken run a second process begins in the same folder: it must refuse. In the end weights, optimiser, generators, losses and the
+order of the samples must be those of the unbroken run, bit for bit. Exit status 1 if they are not.
 """
 
 from __future__ import annotations
@@ -37,36 +38,82 @@ from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
 SAME = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step")
 """Sections of a checkpoint. (The loader's position may be written in several ways; what follows from it may not differ.)"""
 COLUMNS = ("loss", "lr", "grad_norm", "keys_crc")
+MOMENTS = ("saving", "training", "starting", "forking", "logging")
 PATIENCE = 120
 """Seconds within which a process must show life."""
 
 
-def start(config: Path, out: Path) -> subprocess.Popen[bytes]:
+def start(config: Path, out: Path, log: Path | None = None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "lit_eemllm", "fit", str(config), f"out={out}"]
-    log = (out.parent / f"{out.name}.log").open("ab")
-    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    with (log or out.parent / f"{out.name}.log").open("ab") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+
+
+def alive(process: subprocess.Popen[bytes]) -> set[int]:
+    """Processes of its session, itself too."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session, *_ = stat.read_text().rpartition(")")[2].split()
+        except (OSError, ValueError):  # it has just ended
+            continue
+        if int(session) == process.pid and state != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+def wait_until_all_have_ended(process: subprocess.Popen[bytes], out: Path) -> None:
+    begin = time.monotonic()
+    while left := alive(process):
+        if time.monotonic() - begin > PATIENCE:
+            raise SystemExit(f"{out}: {len(left)} processes outlive the one that was killed")
+        time.sleep(0.05)
+
+
+def refuse_a_second(process: subprocess.Popen[bytes], config: Path, out: Path) -> None:
+    """Another process in the folder in which one trains, which stands still meanwhile, ends with a message that names the folder."""
+    log = out.parent / f"{out.name}.second.log"
+    process.send_signal(signal.SIGSTOP)
+    try:
+        if start(config, out, log).wait(PATIENCE) == 0 or f"{out}: another training is running" not in log.read_text():
+            raise SystemExit(f"{out}: a second process was not refused, see {log}")
+    finally:
+        process.send_signal(signal.SIGCONT)
+    print("a second process in the same folder was refused", flush=True)
 
 
 def kill_somewhere(process: subprocess.Popen[bytes], out: Path, training: float, draw: random.Random) -> str | None:
     """Kill the process at a moment within so many seconds of training. Returns when that was, None if it ended before."""
     folder = out / "checkpoints"
     newest = newest_checkpoint(out)
-    kind = draw.choices(("saving", "training", "starting"), (3, 5, 1))[0]
-    delay = draw.uniform(0, 5 if kind == "starting" else training)
+    kind = draw.choices(MOMENTS, (3, 4, 1, 2, 2))[0]
+    delay = draw.uniform(0, {"starting": 5, "forking": 0.3}.get(kind, training))
     begin = time.monotonic()
-    if kind != "starting":
+    if kind == "forking":
+        while process.poll() is None and len(alive(process)) < 2:
+            time.sleep(0.002)
+        begin = time.monotonic()
+    elif kind != "starting":
         while process.poll() is None and newest_checkpoint(out) == newest:
             if time.monotonic() - begin > PATIENCE:
                 raise SystemExit(f"{out}: no new checkpoint within {PATIENCE} s, see {out}.log")
             time.sleep(0.002)
         begin = time.monotonic()
+    written = log_bytes(out)
     while process.poll() is None:
-        if time.monotonic() - begin >= delay and (kind != "saving" or any(folder.glob(".*.unfinished"))):
+        due = time.monotonic() - begin >= delay
+        written = written if due else log_bytes(out)
+        if due and {"saving": any(folder.glob(".*.unfinished")), "logging": log_bytes(out) > written}.get(kind, True):
             process.send_signal(signal.SIGKILL)
             process.wait()
+            wait_until_all_have_ended(process, out)
             return "saving" if any(folder.glob(".*.unfinished")) else kind.replace("saving", "training")
         time.sleep(0.0005)
     return None
+
+
+def log_bytes(run: Path) -> int:
+    return sum(file.stat().st_size for file in run.glob("logs/version_*/metrics.csv"))
 
 
 def rows(run: Path) -> dict[int, tuple[str, ...]]:
@@ -120,6 +167,7 @@ def stress(folder: Path, kills: int, seed: int, steps: int) -> bool:
     process = start(config, whole)
     while process.poll() is None and newest_checkpoint(whole) is None:
         time.sleep(0.01)
+    refuse_a_second(process, config, whole)
     begin = time.monotonic()
     if process.wait():
         raise SystemExit(f"the unbroken run failed, see {whole}.log")
@@ -148,7 +196,7 @@ def stress(folder: Path, kills: int, seed: int, steps: int) -> bool:
         good = good and not wrong and len(files) == 2
         result = "the same, bit for bit" if not wrong else f"{len(wrong)} differences, such as {wrong[0]}"
         print(f"run {number}: {steps} steps, compared with the unbroken run: {result}; left in checkpoints/: {files}")
-    told = ", ".join(f"{counts[name]} while {name}" for name in ("saving", "training", "starting"))
+    told = ", ".join(f"{counts[name]} while {name}" for name in MOMENTS)
     print(f"{done} kills ({told}) in {number} runs; at most {most_lost} logged steps to repeat")
     return good
 

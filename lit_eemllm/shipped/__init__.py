@@ -19,7 +19,6 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from ..console import writing
 from ..errors import UserError
 
 SHIPPED = ("configs", "data_recipes", "tools/efficientnet_lite.py", "tools/slurm.sh")
@@ -123,6 +122,8 @@ def copy(wanted: Sequence[str], to: Path | None = None) -> list[Path]:
             copies[place] = file
     if there := [place for place in copies if os.path.lexists(place)]:
         raise UserError(f"{there[0]}: is there already, nothing was copied; remove it, or name a folder: --to DIR")
+    from ..console import writing  # not to print a name, or help
+
     for place, file in copies.items():
         with writing(place):
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -93,12 +93,19 @@ def read_object(path: Path, error: type[UserError] = UserError, mend: str = "") 
     return found
 
 
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def quiet_libraries() -> None:
     """Hide the libraries' own chatter, which repeats what our summary says or concerns what we decided on purpose."""
     from lightning.pytorch.utilities.warnings import PossibleUserWarning
     from transformers.utils import logging as transformers_logging
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # a filter: DeepSpeed sets the level itself when transformers imports it, and tells on stdout that it finds no GPU
+    logging.getLogger("DeepSpeed").addFilter(_errors_only)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of a deprecated function of torch
     warnings.filterwarnings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import re
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from lit_eemllm import cli
 from lit_eemllm.config import Config, flat, load_config, to_yaml
-from lit_eemllm.console import COMMAND
+from lit_eemllm.console import COMMAND, quiet_libraries
 from lit_eemllm.errors import UserError
 from lit_eemllm.schema import check_names
 
@@ -452,3 +453,17 @@ def test_rows_given_for_a_recipe_are_not_printed(tmp_path, capsys):
         assert cli.main(["fit", str(REPOSITORY / "configs/demo/ee_mllm.yaml"), *options]) == 2
         said = capsys.readouterr().err
         assert f"lit-eemllm shards make --rows train={rows} --images DIR" in said and len(said) < 600
+
+
+def test_libraries_keep_to_themselves_what_concerns_nobody(capfd) -> None:
+    """DeepSpeed, imported by others where it is installed, tells on stdout that there is no GPU; Lightning who it is, twice."""
+    quiet_libraries()
+    for name in ("DeepSpeed", "lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler := logging.StreamHandler(sys.stdout))
+        if name == "DeepSpeed":
+            logger.setLevel(logging.WARNING)  # as it does itself
+        logger.log(logging.WARNING if name == "DeepSpeed" else logging.INFO, "chatter of %s", name)
+        logger.error("an error of %s", name)
+        logger.removeHandler(handler)
+    assert "chatter" not in (said := capfd.readouterr().out) and said.count("an error of") == 3

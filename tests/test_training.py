@@ -328,6 +328,7 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
     first, line = capsys.readouterr().out.splitlines()
     assert first == "step      1  loss 1.0000  after 8.0 s; then a line every 2 steps"
     assert "  lr 5.00e-01 (projector 2.50e-01)  grad 2.00  7 tokens/s  " in line
+    assert line.endswith("  skipped 2  0:02:24 left"), "18 steps of 8 s, for whoever reads it in a file"
 
 
 def test_a_run_goes_on_as_what_it_was(tmp_path, parts, blend):

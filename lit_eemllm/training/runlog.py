@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,5 +193,11 @@ class RunLog(Callback):
             self._print(
                 f"step {step:>6}  loss {metrics['loss']:.4f}  lr {rates}  grad {metrics['grad_norm']:.2f}  "
                 f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_percent']:.0f}%  "
-                f"memory {metrics['memory_gib']:.2f} GiB" + (f"  skipped {skipped}" if skipped else "")
+                f"memory {metrics['memory_gib']:.2f} GiB"
+                + (f"  skipped {skipped}" if skipped else "")
+                + (
+                    f"  {timedelta(seconds=round((self.steps - step) * metrics['step_seconds']))} left"
+                    if step < self.steps
+                    else ""
+                )
             )

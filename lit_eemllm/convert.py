@@ -18,7 +18,7 @@ from .errors import CheckpointError, ConfigError, UserError
 from .model import EEMLLM, Processor
 from .model.convert import Fate, change_mechanism, choose_mechanism, mechanism_settings
 from .model.folders import read_config
-from .model.llava import SOURCE, check_llava, is_llava, load_llava, load_tokenizer, load_whole, save_llava
+from .model.llava import SOURCE, check_llava, load_llava, load_tokenizer, load_whole, save_llava
 from .schema import ModelConfig, check_names
 from .training.adapters import merge_adapters
 from .training.checkpoint import new_folder, newest_checkpoint
@@ -77,7 +77,7 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
         layers = _num_layers(found.model)
         mechanism = choose_mechanism(found.model.mechanism, layers, wanted)
         named = json.dumps(mechanism_settings(mechanism, layers))
-        if to_llava and not is_llava(mechanism, layers):
+        if to_llava and not mechanism.is_llava(layers):
             raise ConfigError(
                 f"--to-llava: the mechanism is {named}, which LLaVA's format cannot say. With --mechanism llava the same "
                 "weights are written to be computed as LLaVA does."

@@ -181,7 +181,8 @@ def estimate(
     if not 1 <= targets <= text:
         raise UserError(f"--targets {targets}: expected 1 to {text}, the text tokens of a document")
 
-    mechanisms, configured = mechanisms_of(config, parts.decoder.num_hidden_layers, only)
+    layers = parts.decoder.num_hidden_layers
+    mechanisms, configured = mechanisms_of(config, layers, only)
     document, rows = Document(text, visual, targets), {}
     with progress("mechanisms", len(mechanisms)) as advance:
         for name, mechanism in mechanisms.items():
@@ -203,6 +204,7 @@ def estimate(
         "llava_prefill_published": prefill_flops(
             PRESETS["llava"], parts.decoder, text, visual, last_layer_saving=False
         ),
+        "computes_llava": [name for name, m in mechanisms.items() if name != "llava" and m.is_llava(layers)],
         "mechanisms": rows,
     }
     if as_json:
@@ -318,8 +320,13 @@ def show(found: dict[str, Any]) -> None:
     console.print(
         "Prefill and decode: the decoder's layers, for a document and for a new token after it. Published: as papers count, "
         "who update visual tokens in the last layer too, where nothing reads them. Outside: encoder, and projector or "
-        f"resampler. KV cache: of {documents:,} such prompts.\n"
+        f"resampler. KV cache: of {documents:,} such prompts."
     )
+    if found["computes_llava"]:
+        console.print(
+            f"With so few layers they compute what llava does, bit for bit: {', '.join(found['computes_llava'])}."
+        )
+    console.print()
 
     headings = "trained, FLOPs, weights, gradients, AdamW, copies, activations, recomputing, logits"
     table = _table("a training step on one GPU", headings)

@@ -37,7 +37,7 @@ from lit_eemllm.images import ImageTransform
 from lit_eemllm.mechanisms import PRESETS, Aligner, Gated, Mechanism, build_mechanism
 from lit_eemllm.model import EEMLLM, Processor
 from lit_eemllm.model.convert import change_mechanism, choose_mechanism, mechanism_settings
-from lit_eemllm.model.llava import check_llava, is_llava, load_llava, save_llava
+from lit_eemllm.model.llava import check_llava, load_llava, save_llava
 
 BOUND = 1e-5  # of the largest value, float32
 TOWER = dict(
@@ -167,7 +167,7 @@ def test_a_llava_is_read_as_it_is(tmp_path, tokenizer, encoder, decoder):
     llava = random_llava(tokenizer, encoder, decoder)
     llava.generation_config.eos_token_id = [2, 7]
     model, found = load_llava(write_llava(llava, tokenizer, tmp_path))
-    assert is_llava(model.mechanism, 3) and model.generation_config.eos_token_id == [2, 7]
+    assert model.mechanism.is_llava(3) and model.generation_config.eos_token_id == [2, 7]
     assert found.get_vocab() == tokenizer.get_vocab()
     assert model.projector.linear_1.weight.equal(llava.model.multi_modal_projector.linear_1.weight)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in llava.parameters())
@@ -380,12 +380,24 @@ def test_the_check_sees_what_was_written_wrongly(tmp_path, tokenizer, monkeypatc
 def test_what_llava_is():
     full = Mechanism(dense_layers="all")
     for same in (full, replace(full, dense_layers=(0, 1, 2)), replace(full, cross_layers=(0, 1, 2), visual_window=3)):
-        assert is_llava(same, 3)
+        assert same.is_llava(3)
     for other in (
         replace(full, dense_layers=(0, 2)), replace(full, cross_layers=(0, 1)), replace(full, freeze_prefix=True),
-        replace(full, visual_positions="shared"), *(PRESETS[name].stretched(3) for name in PRESETS if name != "llava"),
+        replace(full, visual_positions="shared"), replace(full, dense_layers=(0,)),
     ):  # fmt: skip
-        assert not is_llava(other, 3)
+        assert not other.is_llava(3)
+    same = {name: [n for n in range(2, 33) if preset.stretched(n).is_llava(n)] for name, preset in PRESETS.items()}
+    assert same == {
+        **{name: [] for name in PRESETS},
+        "llava": [*range(2, 33)],
+        "shortv": [2, 3, 4],
+        "ee_mllm_f": [2, 3],
+    }
+    batch = tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3]])
+    for name, depths in (("shortv", (3, 4, 5)), ("ee_mllm_f", (3, 4))):
+        for layers in depths:
+            found, true = (tiny.model("llama-gqa", m, layers=layers).packed_logits(batch) for m in (name, "llava"))
+            assert found.equal(true) == (layers in same[name])
 
 
 # --- other mechanisms

@@ -490,6 +490,7 @@ def test_the_verb_needs_no_weights(written, capsys):
     found = json.loads(capsys.readouterr().out)
     assert list(found["mechanisms"]) == list(PRESETS) and found["configured"] == "ee_mllm"
     assert (found["visual"], found["targets"], found["documents"], found["accumulate"]) == (16, 10, 3, 4)
+    assert found["computes_llava"] == ["ee_mllm_f", "shortv"]
     config = load_config([written])
     parts = parts_of_config(config.model)
     for name, row in found["mechanisms"].items():

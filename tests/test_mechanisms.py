@@ -11,7 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.errors import ConfigError
+from lit_eemllm.layout import Run, SequenceLayout
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Gated, Mechanism, build_mechanism
+from lit_eemllm.model.cache import StreamCache, continue_positions
 from lit_eemllm.model.image_cache import ImageCache
 from lit_eemllm.training.tuning import cast
 
@@ -19,7 +21,7 @@ BOUND = 1e-5  # relative to the largest value
 PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2], [4, 0, 0, 2]]
 SMALL = Gated(every=2, latents=3, heads=2, head_size=8, depth=2)
 MECHANISMS = {
-    **{name: mechanism.stretched(3) for name, mechanism in PRESETS.items() if name != "flamingo"},
+    **{name: name if name in tiny.DEEPER else preset.stretched(3) for name, preset in PRESETS.items() if name != "flamingo"},
     "flamingo": replace(PRESETS["flamingo"], gated=SMALL),
     "flamingo raw, all images": replace(PRESETS["flamingo"], gated=replace(SMALL, latents=0, immediate=False, every=1)),
     "ee_mllm_f window": Mechanism(dense_layers=(0,), visual_window=3),
@@ -30,6 +32,7 @@ MECHANISMS = {
     "unrotated, constant": Mechanism(visual_positions="unrotated", aligner=NO_ALIGNER, cross_layers=(0, 2)),
     "vica frozen prefix": Mechanism(cross_layers=(0, 2), aligner=NO_ALIGNER, freeze_prefix=True),
     "frozen prefix, aligned": Mechanism(freeze_prefix=True),
+    "frozen prefix, dense": Mechanism(dense_layers=(0, 1), freeze_prefix=True),
     "some cross, aligned": Mechanism(cross_layers=(1, 2), aligner=Aligner()),
     "some dense, some cross": Mechanism(dense_layers=(1,), cross_layers=(1, 2), aligner=Aligner(ffn=False)),
 }  # fmt: skip
@@ -197,7 +200,7 @@ def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_without_image_every_mechanism_is_the_base_model(name):
     model, batch = tiny.model("llama-gqa", MECHANISMS[name]), tiny.pack([[5], [9]])
-    base = tiny.model("llama-gqa", "llava")
+    base = tiny.model("llama-gqa", "llava", layers=tiny.layers_of(MECHANISMS[name]))
     base.language_model.load_state_dict(model.language_model.state_dict())
     assert tiny.max_error(text_logits(model, batch), text_logits(base, batch)) <= BOUND
 
@@ -304,7 +307,7 @@ def test_cached_generation_equals_recomputation_alone_and_in_a_batch(name):
     assert beams.equal(model.generate(**inputs, **options, num_beams=3, use_cache=False)[:, -10:])
 
 
-@pytest.mark.parametrize("name", [name for name, m in MECHANISMS.items() if m.gated])
+@pytest.mark.parametrize("name", [name for name in MECHANISMS if name.startswith("flamingo")])
 def test_gated_cross_attention_goes_on_after_a_cache_with_several_tokens_each(name):
     model = tiny.model("llama-gqa", MECHANISMS[name])
     inputs = tiny.prompt(model, [[3, 0, 8], [2, 0, 1, 0, 9], [12]])
@@ -376,7 +379,7 @@ def test_contradictions_are_named_together():
     assert build_mechanism("shortv", 32).dense_layers == (1, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16)
 
 
-INDEPENDENT = [name for name, m in MECHANISMS.items() if m.independent and m.gated is None]
+INDEPENDENT = [n for n, m in MECHANISMS.items() if isinstance(m, Mechanism) and m.independent and m.gated is None]
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)
@@ -539,3 +542,45 @@ def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cache
             counts = [layer.keys.shape[2] for layer in out[CACHE].layers]
             kept = [32 - 2 * int(16 * share) for share in (0.25, 0.5, 0.8)]
             assert counts == [6 + n + 3 for n in kept]  # the longest row: 6 of text, its images, 3 generated
+
+
+def test_an_image_of_a_later_turn_is_ranked_among_all_that_the_prompt_sees():
+    """In the first layer, by hand: the last token's attention over what earlier turns have left and all that is new."""
+    model = tiny.model("llama-gqa", Mechanism(aligner=NO_ALIGNER, visual_drop=((0, 0.5),)))
+    decoder, differs = model.language_model.model, 0
+    for seed in range(8):
+        inputs = tiny.prompt(model, [[6, 0, 9, 0, 2]], seed=seed)
+        ids, pixels, cut = inputs["input_ids"], inputs["pixel_values"], 6 + tiny.TOKENS + 5
+        with torch.no_grad():
+            cache = model(ids[:, :cut], pixel_values=pixels[:1], use_cache=True)[CACHE]
+            cache = model(ids[:, cut:], torch.ones_like(ids), pixels[1:], cache=cache)[CACHE]
+            visual = (ids[0] == tiny.VOCAB).nonzero().flatten()
+            x = decoder.embed_tokens(ids.clamp(max=tiny.VOCAB - 1))[0]
+            x[visual] = model.projector(model.image_features(pixels))
+            cos, sin = decoder.rotary_emb(x[None], torch.arange(len(x))[None])
+            layer = decoder.layers[0]
+            _, _, q, k, _ = tiny.projections(layer, layer.input_layernorm(x), cos, sin)
+
+            def stays(columns, last, image, k=k, q=q, layer=layer):
+                """Columns without the half of the image's that the token at `last` attends to least."""
+                scores = (q[:, last] * k[:, columns].transpose(0, 1)).sum(-1).T * layer.self_attn.scaling
+                weight = dict(zip(columns, scores.softmax(-1).mean(0).tolist(), strict=True))
+                gone = sorted(image, key=weight.get)[: len(image) // 2]
+                return [column for column in columns if column not in gone]
+
+            kept = stays(list(range(cut)), cut - 1, visual[: tiny.TOKENS].tolist())
+            second = visual[tiny.TOKENS :].tolist()
+            found = stays([*kept, *range(cut, len(x))], len(x) - 1, second)
+            alone = stays(list(range(cut, len(x))), len(x) - 1, second)
+        assert tiny.max_error(cache.layers[0].keys[0], k[::2][:, found]) <= BOUND  # two heads share a key
+        differs += found[-len(alone) :] != alone
+    assert differs, "or what was there before the new columns did not matter"
+
+
+def test_positions_go_on_where_a_column_is_an_image_for_some():
+    """An image of one token that takes no position."""
+    cache = StreamCache()
+    cache.next_position_B = torch.tensor([5, 7])
+    layout = SequenceLayout.of([[Run(True, 1)], [Run(False, 1)]]).with_image_positions(0)
+    assert continue_positions(layout, cache, 0).positions.tolist() == [5, 7]
+    assert cache.next_position_B.tolist() == [5, 8]

@@ -458,10 +458,11 @@ def test_weights_to_start_from_are_listed_by_component(tmp_path, parts, blend, c
     config = tiny.config(parts, blend, tmp_path / "a", "optim.max_steps=1", "data.val=null", "optim.tuning.llm=frozen")
     fit(config)
     assert "max_position_embeddings" not in capsys.readouterr().out
-    more = ["data.max_length=300", f"init_from={tmp_path / 'a'}"]
+    more = ["data.max_length=300", f"init_from={tmp_path / 'a'}", "model.mechanism.preset=shortv"]
     fit(tiny.config(parts, blend, tmp_path / "b", "optim.max_steps=1", "data.val=null", *more))
     out = capsys.readouterr().out
     assert "warning: data.max_length=300, but the decoder knows 256 positions (max_position_embeddings)" in out
+    assert "warning: in a decoder of 3 layers this computes what llava does, bit for bit" in out
     lines = [line.split("│") for line in out.splitlines() if "│" in line]
     rows = {cells[1].strip(): (cells[2].strip(), cells[3].strip()) for cells in lines if len(cells) == 5}
     assert rows["projector"] == ("4", "none") and rows["language_model"][0] == "0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -59,6 +60,14 @@ TRANSFORMS = {
 }
 
 
+DEEPER = {"ee_mllm_f": 5, "shortv": 5}
+"""Presets that compute with three layers what llava does, and layers with which they do not."""
+
+
+def layers_of(mechanism: Mechanism | str) -> int:
+    return DEEPER.get(mechanism, 3) if isinstance(mechanism, str) else 3
+
+
 def vision(family: str = "clip") -> TransformersVision:
     """An encoder of fixed images (clip, siglip), of tiles (anyres: CLIP's) or of images of many sizes (siglip2, idefics2)."""
     common = dict(
@@ -102,15 +111,27 @@ class Patches(VisionEncoder):
 
 
 def model(
-    decoder: str = "llama-gqa", mechanism: Mechanism | str = "ee_mllm", encoder: str = "clip", seed: int = 0
+    decoder: str = "llama-gqa",
+    mechanism: Mechanism | str = "ee_mllm",
+    encoder: str = "clip",
+    seed: int = 0,
+    layers: int | None = None,
 ) -> EEMLLM:
-    """A random EEMLLM in float32 on the CPU, attention through the reference."""
+    """A random EEMLLM in float32 on the CPU, attention through the reference; by default of `layers_of`."""
     torch.manual_seed(seed)
-    tower = vision(encoder)
+    tower, text = vision(encoder), DECODERS[decoder]
+    layers = layers or max(text.num_hidden_layers, layers_of(mechanism))
+    if layers != text.num_hidden_layers:
+        text = copy.deepcopy(text)
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:1] * text.num_hidden_layers
+    if isinstance(mechanism, str):
+        mechanism = PRESETS[mechanism].stretched(text.num_hidden_layers)
     config = EEMLLMConfig(
-        text_config=DECODERS[decoder],
+        text_config=text,
         vision={"encoder": "transformers", "config": tower.to_config()},
-        mechanism=(PRESETS[mechanism].stretched(3) if isinstance(mechanism, str) else mechanism).to_dict(),
+        mechanism=mechanism.to_dict(),
         image_token_id=VOCAB,
     )
     result = EEMLLM(config, vision=tower).eval()

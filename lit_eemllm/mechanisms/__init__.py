@@ -112,6 +112,14 @@ class Mechanism:
         """No layer updates visual states: the stream that runs through the layers is text only."""
         return self.independent and self.aligner.off
 
+    def is_llava(self, num_layers: int) -> bool:
+        """Whether this is what LLaVA computes, bit for bit, in a decoder of so many layers: of the last layer only text is read, so
+        visual tokens that query in all others are enough."""
+        base = PRESETS["llava"]
+        idle = replace(self, dense_layers="all", cross_layers="all", aligner=base.aligner, visual_window=0)
+        dense = all(self.is_dense(layer) for layer in range(num_layers - 1))
+        return idle == base and dense and all(self.sees_images(layer) for layer in range(num_layers))
+
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
         """What contradicts itself or a decoder of so many layers: (field, what is wrong)."""
         found: list[tuple[str, str]] = []

@@ -112,6 +112,14 @@ class CachedPass:
         if cache is not None:
             cache.columns += mask_BL.shape[1]
 
+    def earlier_keys(self, layer: int, view: str) -> list[Tensor]:
+        """What a layer's cache holds for each sequence before it is appended to, rotated keys [L, K, H]; none without a cache."""
+        mask_BL = self.cache.masks.get(view) if self.cache is not None and self.past else None
+        if self.cache is None or mask_BL is None:
+            return []
+        pairs = zip(self.cache.layers[layer].keys, mask_BL, strict=True)
+        return [keys_KLH.transpose(0, 1)[mask_L] for keys_KLH, mask_L in pairs]
+
     def grid(self, view: str, lengths: list[int]) -> Grid:
         """The grid of a view.
 
@@ -195,7 +203,9 @@ def continue_positions(layout: SequenceLayout, cache: StreamCache, image_takes: 
     if before_B is None:
         cache.next_position_B = torch.tensor(taken, device=layout.positions.device)
         return layout
-    if layout.num_tokens == len(layout.documents):  # one new token each: nothing to copy to the device
+    if (
+        layout.num_text == len(layout.documents) == layout.num_tokens
+    ):  # one new token each: nothing to copy to the device
         cache.next_position_B = before_B + 1
         return replace(layout, positions=layout.positions + before_B)
     lengths = torch.tensor(

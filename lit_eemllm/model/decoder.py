@@ -125,6 +125,12 @@ class StreamContext:
         prefix_T = self.layout.prefix()
         return (torch.zeros_like(prefix_T) if self.cached is not None and self.cached.past else prefix_T)[:, None]
 
+    @cached_property
+    def prefix_S1(self) -> Tensor:
+        """The same among the rows of the whole stream."""
+        none_S1 = torch.zeros(self.layout.num_tokens, 1, dtype=torch.bool, device=self.prefix_T1.device)
+        return none_S1.index_copy(0, self.layout.text_index, self.prefix_T1)
+
     @property
     def text_stream(self) -> bool:
         """Visual rows are not among the rows that run through the layers."""
@@ -170,10 +176,12 @@ class StreamContext:
             return self.layout.text_lengths
         return [sum(run.length for run in document) for document in view.layout.documents]
 
-    def drop(self, q_TNH: Tensor, k_RKH: Tensor, share: float, scale: float) -> Tensor:
+    def drop(self, layer: int, view: str, q_TNH: Tensor, k_RKH: Tensor, share: float, scale: float) -> Tensor:
         """Drop visual tokens until `share` of each image's original ones is gone; see `Mechanism.visual_drop`.
 
         Args:
+            layer: whose cache, if there is one of earlier turns, holds keys that the prompt's last token attends to as well.
+            view: the rows that this layer's text will see.
             q_TNH: queries of the text before rotation.
             k_RKH: keys before rotation, those of all text and then of the visual tokens that are still seen.
             share: dropped since the beginning.
@@ -193,7 +201,8 @@ class StreamContext:
         turned_RKH = rotate(k_RKH, (cos_S1H[rows_R], sin_S1H[rows_R]))
         turned_TNH = rotate(q_TNH, self.view("text").angles)
         lengths = [length - int(share * length + 1e-9) for length in self.layout.image_lengths]
-        stay_V = least_attended_dropped(self.layout, turned_TNH, turned_RKH, self._kept_lengths, lengths, scale)
+        past = self.cached.earlier_keys(layer, view) if self.cached is not None else []
+        stay_V = least_attended_dropped(self.layout, turned_TNH, turned_RKH, self._kept_lengths, lengths, scale, past)
         self.kept_V, self._kept_lengths = self.kept_V[stay_V], lengths
         return torch.cat([torch.arange(num_text, device=stay_V.device), num_text + stay_V])
 
@@ -286,7 +295,7 @@ class DecoderLayer(nn.Module):
             kept = slice(None) if context.kept_V is None else context.kept_V
             k_RKH, v_RKH = (torch.cat([x, image[kept]]) for x, image in zip((k_RKH, v_RKH), supplied, strict=True))
         if visual and self.drops is not None and context.cached is not None and context.cached.cache is not None:
-            stay_R = context.drop(q_TNH, k_RKH, self.drops, self.self_attn.scaling)
+            stay_R = context.drop(self.index, self.view, q_TNH, k_RKH, self.drops, self.self_attn.scaling)
             k_RKH, v_RKH = k_RKH[stay_R], v_RKH[stay_R]
         if context.recorded is not None:
             context.recorded.append((k_RKH, v_RKH) if visual else None)
@@ -306,7 +315,10 @@ class DecoderLayer(nn.Module):
         q_SNH, k_SKH, v_SKH = self._project(normed_Sh, normed_Sh)
         q_SNH, k_SKH = rotate(q_SNH, view.angles), rotate(k_SKH, view.angles)
         mixed_SNH = context.attend(self.index, q_SNH, k_SKH, v_SKH, view, Visibility(True), attn.scaling)
-        x_Sh = x_Sh + attn.o_proj(mixed_SNH.flatten(-2))
+        mixed_Sw = mixed_SNH.flatten(-2)
+        if self.freeze_prefix:
+            mixed_Sw = mixed_Sw.masked_fill(context.prefix_S1, 0.0)
+        x_Sh = x_Sh + attn.o_proj(mixed_Sw)
         return x_Sh + self.mlp(self.post_attention_layernorm(x_Sh))
 
     def _forward_composite(self, x_Sh: Tensor, context: StreamContext) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ def least_attended_dropped(
     lengths: list[int],
     kept: list[int],
     scale: float,
+    past: Sequence[Tensor] = (),
 ) -> Tensor:
     """Which visual tokens stay: those that the last text token of their document attends to most, mean over heads.
 
@@ -27,23 +29,23 @@ def least_attended_dropped(
         lengths: visual tokens still seen, of each image.
         kept: how many of them stay.
         scale: of the scores.
+        past: rotated keys of each document's earlier turns, [L, K, H]; none where there are no such turns.
 
     Returns:
         rows among the visual keys, ascending.
     """
     groups = q_TNH.shape[1] // k_RKH.shape[1]
     stay, text, image, visual = [], 0, 0, 0
-    for document in layout.documents:
+    for number, document in enumerate(layout.documents):
         tokens = sum(run.length for run in document if not run.visual)
         images = range(image, image + sum(run.visual for run in document))
         seen = sum(lengths[i] for i in images)
         if tokens and images:
             start = layout.num_text + visual
-            keys_LNH = torch.cat([k_RKH[text : text + tokens], k_RKH[start : start + seen]]).repeat_interleave(
-                groups, 1
-            )
-            scores_NL = torch.einsum("nh,lnh->nl", q_TNH[text + tokens - 1].float(), keys_LNH.float()) * scale
-            importance_V = scores_NL.softmax(-1).mean(0)[tokens:]
+            parts = [*past[number : number + 1], k_RKH[text : text + tokens], k_RKH[start : start + seen]]
+            keys_LNH = torch.cat([part.float() for part in parts]).repeat_interleave(groups, 1)
+            scores_NL = torch.einsum("nh,lnh->nl", q_TNH[text + tokens - 1].float(), keys_LNH) * scale
+            importance_V = scores_NL.softmax(-1).mean(0)[len(keys_LNH) - seen :]
         else:
             importance_V = k_RKH.new_zeros(seen, dtype=torch.float32)
         for i, part in zip(images, importance_V.split([lengths[i] for i in images]), strict=True):

@@ -33,7 +33,7 @@ from transformers import (
 from ..chat import IMAGE, Conversation, Turn, get_template
 from ..errors import CheckpointError, ConfigError
 from ..images import RESAMPLING, ImageTransform, Transform
-from ..mechanisms import PRESETS, Mechanism
+from ..mechanisms import PRESETS
 from ..resolutions import AnyresTransform
 from .decoder import check_decoder
 from .folders import naming, read_config
@@ -214,13 +214,6 @@ def _tiles(view: ImageTransform, config: LlavaNextConfig, pinpoints: list[list[i
 # --- writing
 
 
-def is_llava(mechanism: Mechanism, num_layers: int) -> bool:
-    """Whether the mechanism computes what LLaVA does; with visual tokens that query everywhere, the aligner is not used."""
-    idle = replace(mechanism, dense_layers="all", cross_layers="all", aligner=PRESETS["llava"].aligner, visual_window=0)
-    everywhere = all(mechanism.is_dense(layer) and mechanism.sees_images(layer) for layer in range(num_layers))
-    return everywhere and idle == PRESETS["llava"]
-
-
 def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path, template: str | None = None) -> None:
     """Write a folder that transformers' LlavaForConditionalGeneration, or LlavaNext..., and AutoProcessor load.
 
@@ -228,7 +221,7 @@ def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path, 
     `generate` there is told never to say it.
 
     Args:
-        model: of mechanism ``llava`` (`is_llava`), with an encoder of transformers.
+        model: of mechanism ``llava`` (`Mechanism.is_llava`), with an encoder of transformers.
         tokenizer: has ``<image>`` as the model's image token.
         folder: exists.
         template: name of the chat template that the model was trained with; None keeps the tokenizer's own as it is.

@@ -58,8 +58,10 @@ def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size
             rate if trained else "",
         )
     console.print(table)
-    mechanism = module.model.config.mechanism
-    console.print(f"mechanism {config.model.mechanism.preset}: {mechanism}")
+    model, preset = module.model, config.model.mechanism.preset
+    console.print(f"mechanism {preset}: {model.config.mechanism}")
+    if preset != "llava" and model.mechanism.is_llava(layers := len(model.language_model.model.layers)):
+        console.print(f"warning: in a decoder of {layers} layers this computes what llava does, bit for bit")
     if unseen := unseen_positions(config, module.model.config.text_config):
         console.print(f"warning: {unseen}")
     budget = config.data.pack_tokens

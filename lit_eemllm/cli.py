@@ -16,12 +16,13 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lit_eemllm import __version__
 from lit_eemllm.cli_start import add_verbs
 from lit_eemllm.data.sources import SOURCES
 from lit_eemllm.errors import ConfigError, UserError, not_one_of
+from lit_eemllm.terminal import VisibleFormatter, say, visible
 
 if TYPE_CHECKING:
     from lit_eemllm.model import Processor
@@ -131,7 +132,7 @@ def _config_show(args: Namespace) -> None:
     config = _config(args)
     from lit_eemllm.config import to_yaml
 
-    print(to_yaml(config, comments=True), end="")
+    print(to_yaml(config, comments=True), end="")  # YAML escapes by itself
 
 
 def _config_check(args: Namespace) -> None:
@@ -139,7 +140,7 @@ def _config_check(args: Namespace) -> None:
     for file in _split(args.inputs)[0]:
         try:
             _config(args, file)
-            print(f"{file}: good")
+            say(f"{file}: good")
         except ConfigError as error:
             problems.append(f"{file}: {error}")
             if all(": required" in line for line in str(error).splitlines()[1:]):
@@ -159,7 +160,7 @@ def _shards_make(args: Namespace) -> None:
         from lit_eemllm.data.sources import convert
 
         wishes = {"splits": args.splits, "turns": args.turns, "format_prompts": not args.bare, "holdout": args.holdout}
-        print(convert(args.source, args.root, args.out, **wishes, **options))
+        say(convert(args.source, args.root, args.out, **wishes, **options))
         return
     if args.root is not None:
         raise UserError(f"shards make: --root is the folder of a published --source, one of {', '.join(SOURCES)}")
@@ -176,7 +177,7 @@ def _shards_make(args: Namespace) -> None:
             counts = {"train": args.train, "val": args.val}
             rows = {split: write(Path(folder), split, count) for split, count in counts.items() if count}
             images = Path(folder) / "images"
-        print(make(rows, images, args.out, **options))
+        say(make(rows, images, args.out, **options))
 
 
 def _source(name: str) -> str:
@@ -190,7 +191,7 @@ def _shards_prepare(args: Namespace) -> None:
     from lit_eemllm.data.shards import prepare
 
     for split, count in prepare(args.folder).items():
-        print(f"{split}: {count:,} samples")
+        say(f"{split}: {count:,} samples")
 
 
 def _shards_check(args: Namespace) -> int:
@@ -205,7 +206,7 @@ def _shards_check(args: Namespace) -> int:
         limits = data.max_length, data.truncation, data.max_image_pixels
         encoder = SampleEncoder(parts.template, parts.transform, *limits)
     report = check(args.data, encoder)
-    print(report)
+    say(report)
     return 0 if report.ok else 1
 
 
@@ -216,7 +217,7 @@ def _shards_inspect(args: Namespace) -> None:
     parts, out = _processor(config), args.out or Path(config.out) / "inspect"
     options = {"split": args.split, "packs": args.packs, "seed": config.seed}
     for path in inspect(config.data, parts.template, parts.transform, out, **options):
-        print(path)
+        say(path)
 
 
 def _processor(config: Config) -> Processor:
@@ -247,10 +248,17 @@ def _split(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 # --- the command line
+class Parser(ArgumentParser):
+    """Tells mistakes in what was typed, which a shell may have filled in from names of files."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
+
+
 def build_parser() -> ArgumentParser:
     """The whole command line. Every verb's namespace has `run`, the function to call."""
     text = "Train multimodal LLMs in which the treatment of visual tokens is an experiment variable."
-    parser = ArgumentParser("lit-eemllm", description=text)
+    parser = Parser("lit-eemllm", description=text)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
@@ -456,7 +464,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     `fit` that was asked to stop exits by itself with 143 (SIGTERM) or 130 (SIGINT) after saving.
     """
     args = parse(arguments)
-    logging.basicConfig(format="%(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(VisibleFormatter("%(message)s"))
+    logging.basicConfig(handlers=[log])
     logging.getLogger("lit_eemllm").setLevel(logging.WARNING if int(os.environ.get("LOCAL_RANK", 0)) else logging.INFO)
     try:
         if args.imports is not None:
@@ -467,17 +477,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
         return 141  # as of a process that SIGPIPE has ended
     except OSError as error:  # of a disk: what is not there, and what was meant, is told where it is looked for
-        print(f"error: {error.filename or 'what is printed, or a file'}: {error.strerror or error}", file=sys.stderr)
+        say(f"error: {error.filename or 'what is printed, or a file'}: {error.strerror or error}", file=sys.stderr)
         _print_nothing_more()
         return 1
 

@@ -9,6 +9,7 @@ from textwrap import shorten
 from typing import Any
 
 from .errors import UserError
+from .terminal import say
 
 
 def _demo(args: Namespace) -> int:
@@ -29,20 +30,20 @@ def _configs_list(args: Namespace) -> None:
     longest = max(map(len, wanted))
     for name in wanted:
         own = "(yours wins) " if find(name).resolve() != ROOT / name else ""
-        print(f"{name:{longest}}  {shorten(own + about(name), 120 - longest, placeholder=' ...')}")
+        say(f"{name:{longest}}  {shorten(own + about(name), 120 - longest, placeholder=' ...')}")
 
 
 def _configs_show(args: Namespace) -> None:
     from .shipped import show
 
-    print(show(args.name), end="")
+    say(show(args.name), end="")
 
 
 def _configs_copy(args: Namespace) -> None:
     from .shipped import copy
 
     for file in copy(args.names, args.to):
-        print(file)
+        say(file)
 
 
 def _shrink(args: Namespace) -> None:
@@ -55,7 +56,7 @@ def _shrink(args: Namespace) -> None:
     with writing(args.out):
         made = shrink(config, args.out, args.published)
     verb = "estimate" if args.published else "fit"
-    print(f"{made}: goes behind the others: lit-eemllm {verb} {' '.join(args.inputs)} {made}")
+    say(f"{made}: goes behind the others: lit-eemllm {verb} {' '.join(args.inputs)} {made}")
 
 
 def add_verbs(to: Any, group: Callable[[str, str], Any], verb: Callable[..., ArgumentParser]) -> None:

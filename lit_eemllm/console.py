@@ -10,18 +10,40 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
 from .errors import UserError, WriteError
+from .terminal import visible
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("__main__.py")))
 """Starts this program as a process of its own, which takes no library from the current folder."""
 WIDTH = None if sys.stdout.isatty() else 120  # columns; a file has no width of its own
 console = Console(highlight=False, soft_wrap=True, markup=False, width=WIDTH)
+
+
+@dataclass
+class _Visible:
+    """Whatever rich can draw, with texts that are `visible`; what rich itself says to the terminal stays."""
+
+    drawn: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.drawn, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+class _Hook(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Visible(one) for one in renderables]
+
+
+console.push_render_hook(_Hook())
 
 
 def progress_bar() -> Progress:
@@ -36,7 +58,7 @@ def progress_bar() -> Progress:
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar over `total`; yields the function that advances it."""
     with progress_bar() as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(visible(title), total=total)
         yield lambda steps: bar.advance(task, steps)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from .console import COMMAND
 from .errors import UserError
 from .preflight import preflight
+from .terminal import say
 
 DATA = Path("runs/demo/data")
 TRAINED = ("llava", "ee_mllm", "naavit", "shortv", "saisa", "vica", "flamingo")
@@ -30,7 +31,7 @@ JOURNEYS = {"demo": (("ee_mllm", "llava"), 1), "compare": (("ee_mllm", "llava"),
 
 def run(*words: object) -> None:
     """Run one command of the program, visibly. Exits with its status if it fails."""
-    print(f"\n$ lit-eemllm {' '.join(map(str, words))}", flush=True)
+    say(f"\n$ lit-eemllm {' '.join(map(str, words))}", flush=True)
     result = subprocess.run([*COMMAND, *map(str, words)], check=False)
     if result.returncode:
         sys.exit(result.returncode)
@@ -52,9 +53,7 @@ def kill_and_resume(config: str, folder: Path) -> None:
     run("fit", *options, f"out={whole}")
     if not (cut / "checkpoints" / "step-20.ckpt").is_file():
         words = ["fit", *options, f"out={cut}"]
-        print(
-            f"\n$ lit-eemllm {' '.join(words)}      (killed as soon as the checkpoint of step 10 is there)", flush=True
-        )
+        say(f"\n$ lit-eemllm {' '.join(words)}      (killed as soon as the checkpoint of step 10 is there)", flush=True)
         process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (cut / "checkpoints" / "step-10.ckpt").is_file():
             time.sleep(0.005)
@@ -63,9 +62,7 @@ def kill_and_resume(config: str, folder: Path) -> None:
     run("fit", *options, f"out={cut}")
     a, b = (torch.load(out / "checkpoints" / "step-20.ckpt", weights_only=True)["state_dict"] for out in (whole, cut))
     different = [name for name in a if not a[name].equal(b[name])]
-    print(
-        f"\nkilled and continued against unbroken: {len(a) - len(different)} of {len(a)} tensors bit-equal", flush=True
-    )
+    say(f"\nkilled and continued against unbroken: {len(a) - len(different)} of {len(a)} tensors bit-equal", flush=True)
     if different:
         sys.exit("resume is not exact: " + ", ".join(different))
 
@@ -75,7 +72,7 @@ def check(name: str) -> bool:
     start = time.perf_counter()
     well = preflight([f"configs/demo/{mechanism}.yaml" for mechanism in JOURNEYS[name][0]], Path("runs"))
     if well:
-        print(f"All is well, after {time.perf_counter() - start:.0f} s.")
+        say(f"All is well, after {time.perf_counter() - start:.0f} s.")
     return well
 
 
@@ -116,5 +113,5 @@ def demo(name: str, force: bool = False) -> None:
     if name == "demo":
         kill_and_resume("configs/demo/ee_mllm.yaml", Path("runs/demo/resume"))
     run("report", *runs, "--out", Path("runs") / name / "report")
-    print(f"\npictures with answers: {', '.join(str(out / 'eval' / 'samples.png') for out in runs)}")
-    print(f"{name} took {(time.perf_counter() - start) / 60:.1f} minutes")
+    say(f"\npictures with answers: {', '.join(str(out / 'eval' / 'samples.png') for out in runs)}")
+    say(f"{name} took {(time.perf_counter() - start) / 60:.1f} minutes")

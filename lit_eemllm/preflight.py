@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .errors import UserError, describe
+from .terminal import say
 
 if TYPE_CHECKING:
     from .schema import Config
@@ -80,19 +81,19 @@ def preflight(configs: Sequence[str], out: Path) -> bool:
 
 def passes(check: Check) -> bool:
     """Run a check and print its line, the name first: a library that takes the process down with it has been named."""
-    print(f"{check.name}: ", end="", flush=True)
+    say(f"{check.name}: ", end="", flush=True)
     said = io.StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = check.run()
     except Exception as error:  # noqa: BLE001  a library may break in any way; that is what is looked for
-        print(f"FAILED: {error if isinstance(error, UserError) else describe(error)}")
+        say(f"FAILED: {error if isinstance(error, UserError) else describe(error)}")
         for line in (blame(error, check.uses), check.advice, *said.getvalue().splitlines()[-5:]):
             if line:
-                print(f"    {line}")
+                say(f"    {line}")
         return False
-    print(f"good, {found}", flush=True)
+    say(f"good, {found}", flush=True)
     return True
 
 

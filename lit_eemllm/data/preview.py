@@ -294,7 +294,9 @@ def _font(size: int) -> Any:
 
 _LEGEND = ((TARGET, "supervised: the model learns to say it"), (TEXT, "text, read only"), (VISUAL, "visual tokens"))
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
 body {{ font: 15px/1.55 system-ui, sans-serif; color: #223; max-width: 1100px; margin: 2em auto; padding: 0 1em }}
 h1 {{ font-size: 1.5em; margin: 0 }} h2 {{ margin: 0 }} section {{ border-left: 4px solid #223; padding-left: 1.2em; margin: 2.4em 0 }} h3 {{ font-size: .95em; margin: 0; overflow-wrap: anywhere }}
 .note {{ color: #667; font-size: .85em; margin: .1em 0 .6em }}

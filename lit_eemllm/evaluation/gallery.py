@@ -78,7 +78,9 @@ def thumbnail(picture: Picture, max_pixels: int) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #223; max-width: 1100px; margin: 2em auto; padding: 0 1em }}
 h1 {{ font-size: 1.5em; margin: 0 }} h2 {{ margin: 1.6em 0 0 }} h3 {{ font-size: .95em; margin: 1em 0 .2em }}
 p {{ margin: .15em 0; overflow-wrap: anywhere; white-space: pre-wrap }}

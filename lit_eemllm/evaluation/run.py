@@ -24,6 +24,7 @@ from ..data.module import ShardDataModule
 from ..errors import CheckpointError, SampleError, UserError
 from ..images import open_image, read_file
 from ..model.image_cache import ImageCache
+from ..terminal import say
 from ..training.checkpoint import newest_checkpoint
 from ..training.initial import trained_model
 from ..training.module import compute_dtype
@@ -137,7 +138,7 @@ def generate(
         pictures.append(open_image(read_file(path, str(path)), str(path), config.data.max_image_pixels))
     model, processor, _ = load(config, checkpoint)
     with autocast(config, model):
-        print(answer(model, processor, [conversation], [pictures], max_new_tokens, temperature)[0])
+        say(answer(model, processor, [conversation], [pictures], max_new_tokens, temperature)[0])
 
 
 def autocast(config: Config, model: EEMLLM) -> torch.autocast:

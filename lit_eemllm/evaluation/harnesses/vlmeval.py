@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import UserError
+from ...terminal import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = {"overrides": args.overrides, "imports": args.imports}
         _register(module, runs, **options, max_new_tokens=args.max_new_tokens, prompts=args.prompts)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     models = [*args.model, *runs]
     sys.argv = [str(module.__file__), *rest, *(["--model", *models] if models else [])]

@@ -34,6 +34,18 @@ def no_room(size=64):  # a semaphore is a file too
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.fixture
+def room_for_temporary_files(monkeypatch):
+    """They are on another disk."""
+
+    @contextlib.contextmanager
+    def elsewhere(path):
+        with no_room(resource.RLIM_INFINITY):
+            yield
+
+    monkeypatch.setattr("lit_eemllm.model.folders.writing", elsewhere)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, parts, shapes):
     """A run with an adapter, evaluated; not to be changed."""
@@ -63,6 +75,7 @@ VERBS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("room_for_temporary_files")
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_says_what_it_could_not_write(tmp_path, run, shapes, monkeypatch, capsys, verb):
     monkeypatch.setattr("lit_eemllm.report.provenance", lambda: "")  # git would leave its lock behind
@@ -96,6 +109,14 @@ def test_every_verb_says_what_it_could_not_write(tmp_path, run, shapes, monkeypa
     assert ("disk I/O error" if verb == "shards prepare" else FULL) in lines[0], (
         "sqlite, in which Energon writes, has its own words"
     )
+
+
+def test_a_full_folder_of_temporary_files_is_no_broken_model(tmp_path, run, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with no_room():
+        assert cli.main(["merge", str(run), "--to", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert f"error: {tmp_path}/lit_eemllm-" in said and FULL in said and "model.decoder" not in said
 
 
 @needs_dev_full

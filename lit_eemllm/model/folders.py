@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..compat.transformers import file_of
-from ..console import read_object
-from ..errors import CheckpointError, ConfigError, UserError, is_panic
+from ..console import read_object, writing
+from ..errors import CheckpointError, ConfigError, UserError, WriteError, is_panic
 from ..shipped import find, nowhere
 
 SIZES = {
@@ -113,7 +113,9 @@ def opened(path: str, key: str, kind: str, names: tuple[str, ...], weights: bool
         files |= {file.name: file for file in weight_files(get, key, path)} if weights else {}
         for name, file in files.items():
             if file is not None and name in _CLEANED:
-                Path(made, name).write_text(json.dumps(_CLEANED[name](read_config(file, key), f"{key}: {file}")))
+                cleaned = json.dumps(_CLEANED[name](read_config(file, key), f"{key}: {file}"))
+                with writing(Path(made, name)):
+                    Path(made, name).write_text(cleaned)
             elif file is not None:
                 if not name.endswith(".safetensors"):
                     _bounded(file)
@@ -127,6 +129,8 @@ def naming(key: str, kind: str, path: str | Path, hide: str = "") -> Iterator[No
     of tokenizers. `hide` is the folder that stands in for `path`."""
     try:
         yield
+    except WriteError:  # the temporary folder is full
+        raise
     except UserError as error:
         text = str(error).removeprefix(f"{key}: ")
         if text.startswith("model.") and key.startswith("model."):  # the mistake is another key's

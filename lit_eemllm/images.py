@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _TEXTS = (b"zTXt", b"iTXt", b"tEXt", b"iCCP")  # of a PNG
 _LONGEST_TEXT = 2**18
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"  # of a JPEG
+_MARK = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")  # of a segment, which has a length; the others have none
 _TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
     Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
@@ -117,9 +120,21 @@ def _scans(image: Image.Image, data: bytes) -> float:
         if "jpeg" not in str(image.info.get("compression")):
             return 1
         tiles = max(len(image.tag_v2.get(tag, ())) for tag in (ExifTags.Base.StripOffsets, ExifTags.Base.TileOffsets))
-    elif image.format not in ("JPEG", "MPO"):
+    elif image.format in ("JPEG", "MPO"):
+        return _scans_of_jpeg(data)
+    else:
         return 1
-    return data.count(b"\xff\xda") / max(1, tiles)  # its start-of-scan marks; in between there are none by chance
+    return data.count(_SCAN) / max(1, tiles)  # in between there are none by chance
+
+
+def _scans_of_jpeg(data: bytes) -> int:
+    """Its scans up to its end, found as libjpeg does. What segments hold (a thumbnail) and what stands behind (a phone's film) is
+    no part of the picture."""
+    scans, at = 0, 2
+    while (mark := _MARK.search(data, at)) and mark.group() != _END:
+        scans += mark.group() == _SCAN
+        at = mark.end() + max(2, int.from_bytes(data[mark.end() : mark.end() + 2], "big"))
+    return scans
 
 
 def _without_texts(data: bytes) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from shards_util import encoder, module, picture, row, sample, write_shards, write_tar
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -115,6 +116,28 @@ def test_the_work_of_a_jpeg(tmp_path: Path) -> None:
     for data in honest:
         with Image.open(io.BytesIO(data)) as image:
             assert read_picture(data, "h", image.width * image.height).shape[1:] == image.size[::-1]
+
+
+def test_scans_are_those_of_the_picture_alone() -> None:
+    """A phone puts a thumbnail before its picture and a film behind it. Neither hides scans that are decoded."""
+    chance = b"\xff\xda\x00\x02" * 3000
+    thumbnail = b"\xff\xe1" + (2 + 12_000).to_bytes(2, "big") + chance
+    end = b"\xff\xec\x00\x06\xff\xd9\xff\xd9"
+    plain, restarts = jpeg(), jpeg(restart_marker_blocks=1)
+    for data in (plain, restarts):
+        phone = data[:2] + thumbnail + data[2:] + chance
+        assert torch.equal(read_picture(phone, "p", PIXELS), read_picture(data, "p", PIXELS))
+        assert image_size(phone, "p", PIXELS) == (64, 64)
+    bomb = scanned(100)
+    last = bomb.rindex(b"\xff\xda")
+    for hidden in (
+        bomb[:2] + end + bomb[2:],
+        bomb[:last] + end + bomb[last:],
+        bomb + chance,
+        bomb[:last] + b"\xff" + bomb[last:],
+    ):
+        with pytest.raises(SampleError, match=r"goes 109 times over"):
+            read_picture(hidden, "b", PIXELS)
 
 
 def test_a_file_with_a_huge_tail_is_not_read(tmp_path: Path) -> None:

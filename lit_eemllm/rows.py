@@ -26,7 +26,10 @@ from lit_eemllm.errors import SampleError
 ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 PICTURES = ("image", "images", "image_path")
 _UNREAD = re.compile(r"videos?|audios?|tools|history|chosen|rejected(_.*)?")
+_EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")  # say nothing, as a list or as a list written as text
 _OF_MEDIA = re.compile(r"image|img|picture|photo|video|audio|pixel", re.IGNORECASE)
+_MEDIA = re.compile(r"(image|img|picture|photo|video|audio)s?([_ -]?(path|file|url)s?)?", re.IGNORECASE)
+_DATA = re.compile(r"data:|\w+://|[\w+/=-]{100}")  # an address, or base64
 _FILE = re.compile(r".+\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|mp3|wav|flac)", re.IGNORECASE)
 
 
@@ -44,23 +47,29 @@ def as_llava(row: Mapping[str, Any], key: str, members: int = 0) -> dict[str, An
     Raises:
         SampleError: ``unread_key``, or ``bad_conversation`` for what has the wrong form.
     """
-    wrong = [name for name, value in row.items() if value and _UNREAD.fullmatch(name)]
+    wrong = [name for name, value in row.items() if value and value not in _EMPTY and _UNREAD.fullmatch(name)]
     if wrong:
         raise _error("unread_key", key, f"it has {wrong[0]!r}, which is not read; remove the key, or leave the row out")
     found = dict(row)
-    listed = {name: pictures for name in PICTURES if (pictures := _paths(found.pop(name, None), name, key))}
+    said = {name: found.pop(name, None) for name in PICTURES}
+    if members:  # how many there are, or that there are some
+        said = {name: value for name, value in said.items() if not isinstance(value, int | float)}
+    listed = {name: pictures for name, value in said.items() if (pictures := _paths(value, name, key))}
     named = next(iter(listed.values()), [])
-    if any(pictures != named for pictures in listed.values()):
+    if not all(_same(pictures, named) for pictures in listed.values()):
         raise _error(
             "unread_key", key, f"it names different pictures under {' and '.join(map(repr, listed))}; keep one key"
         )
-    if row.get("messages") is not None:
-        if row.get("conversations") is not None:
+    if (messages := found.pop("messages", None)) not in _EMPTY:
+        if found.get("conversations") not in _EMPTY:
             raise _error("unread_key", key, "it has both 'messages' and 'conversations'; keep one of them")
-        of_parts = list[str]()
-        found["conversations"] = [
-            _turn(message, key, of_parts) for message in _list(found.pop("messages"), "messages", key)
-        ]
+        of_parts, order = list[str](), list[Any]()
+        found["conversations"] = [_turn(message, key, of_parts, order) for message in _list(messages, "messages", key)]
+        if other := [i for i, index in enumerate(order) if index not in (None, i)]:
+            found_index = f"picture {other[0]} has the 'index' {str(order[other[0]])[:80]!a}"
+            raise _error(
+                "unread_key", key, f"{found_index}; pictures must be shown in the order in which they are named"
+            )
         if of_parts and named and of_parts != named:
             raise _error("unread_key", key, f"its messages name other pictures than {next(iter(listed))!r}; keep one")
         named = named or of_parts
@@ -74,7 +83,7 @@ def as_llava(row: Mapping[str, Any], key: str, members: int = 0) -> dict[str, An
         raise _error("unread_key", key, f"{name!r} looks like pictures, which are not read under this name; {how}")
     if named:
         found["image"] = named[0] if isinstance(row.get("image"), str) else named
-    if ("images" in listed or "messages" in row) and isinstance(turns, list):
+    if ("images" in listed or messages not in _EMPTY) and isinstance(turns, list):
         _show(found, turns, len(named) or members)
     return found
 
@@ -115,8 +124,8 @@ def _speaker(turn: Any) -> Any:
     return turn.get("from") if isinstance(turn, Mapping) else None
 
 
-def _turn(message: Any, key: str, pictures: list[str]) -> dict[str, str]:
-    """A message as a turn; the paths that its parts name are added to `pictures`."""
+def _turn(message: Any, key: str, pictures: list[str], order: list[Any]) -> dict[str, str]:
+    """A message as a turn; the paths that its parts name are added to `pictures`, of which of the row's they show to `order`."""
     message = _mapping(message, "a message", {"role", "content"}, key)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -127,13 +136,14 @@ def _turn(message: Any, key: str, pictures: list[str]) -> dict[str, str]:
     for part in _list(content, "content", key):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
-            added = _mapping(part, "a part of text", {"type", "text"}, key).get("text")
+            added = _mapping(part, "a part of text", {"type", "text", "index"}, key).get("text")
             if not isinstance(added, str):
                 raise _error("bad_conversation", key, f"the 'text' of a part is {str(added)[:80]!a}, expected a text")
             separate = text.endswith(IMAGE) and not added.startswith("\n")
             text += "\n" * separate + added
         elif kind in ("image", "image_url"):
-            part = _mapping(part, "a part of an image", {"type", "image", "path", "url", "image_url"}, key)
+            part = _mapping(part, "a part of an image", {"type", "image", "path", "url", "image_url", "index"}, key)
+            order.append(part.get("index"))
             path = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name)), None)
             pictures += _paths(
                 {"path": path.get("url")} if kind == "image_url" and isinstance(path, Mapping) else path, kind, key
@@ -149,7 +159,7 @@ def _turn(message: Any, key: str, pictures: list[str]) -> dict[str, str]:
 def _paths(value: Any, name: str, key: str) -> list[str]:
     """The paths in a path, a mapping with one, or a list of such. None and empty values give none."""
     found = []
-    for item in value if isinstance(value, list) else [value] if value else []:
+    for item in value if isinstance(value, list) else [value] if value and value not in _EMPTY else []:
         path = _mapping(item, f"{name!r}", {"path"}, key).get("path") if isinstance(item, Mapping) else item
         if not isinstance(path, str):
             raise _error(
@@ -159,14 +169,23 @@ def _paths(value: Any, name: str, key: str) -> list[str]:
     return found
 
 
+def _same(paths: list[str], others: list[str]) -> bool:
+    """Whether they are the same, of which one list may have the folder that those of the other are in."""
+    pairs = zip(paths, others, strict=False)
+    return len(paths) == len(others) and all(f"/{a}".endswith(f"/{b}") or f"/{b}".endswith(f"/{a}") for a, b in pairs)
+
+
 def _like_pictures(row: Mapping[str, Any]) -> Iterator[str]:
     """Fields that look like pictures or other media, by their name or by what they hold."""
     for name, value in row.items():
         item = value[0] if isinstance(value, list) and value else value
-        if name in ("conversations", "id") or not item or not isinstance(item, str | Mapping):
+        if name in ("conversations", "id") or item in _EMPTY or not isinstance(item, str | Mapping):
             continue
         alike = max(SequenceMatcher(None, name.lower(), word).ratio() for word in ("image", "images"))
-        if _OF_MEDIA.search(name) or alike >= 0.8 or (isinstance(item, str) and _FILE.fullmatch(item)):
+        typo = len(name) < 8 and alike >= 0.8
+        holds = isinstance(item, Mapping) or _DATA.match(item)
+        file = isinstance(item, str) and _FILE.fullmatch(item)
+        if file or typo or _MEDIA.fullmatch(name) or (holds and _OF_MEDIA.search(name)):
             yield name
 
 
@@ -180,7 +199,7 @@ def _mapping(value: Any, name: str, known: set[str], key: str) -> Mapping[str, A
     """A mapping that says nothing but what is read; a field without a value says nothing."""
     if not isinstance(value, Mapping):
         raise _error("bad_conversation", key, f"{name} is {str(value)[:80]!a}, expected a mapping")
-    if unread := [field for field, said in value.items() if field not in known and said is not None]:
+    if unread := [field for field, said in value.items() if field not in known and said not in _EMPTY]:
         raise _error("unread_key", key, f"{name} has {unread[0]!r}, which is not read; remove it")
     return value
 

@@ -28,6 +28,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "TRL": {"images": LLAVA["image"], "messages": [{"role": "user", "content": PARTS}, *MESSAGES[1:]]},
     "paths in parts": {"messages": [{"role": "user", "content": [
         {"type": "image", "image": "a.png"}, PARTS[1], {"type": "image_url", "image_url": {"url": "b/c.png"}}]}, *MESSAGES[1:]]},
+    "llava-instruct-mix-vsft": {"images": LLAVA["image"], "messages": [{"role": "user", "content": [
+        {"index": 0, "text": None, "type": "image"}, {"index": None, "text": "What? ", "type": "text"},
+        {"index": 1, "text": None, "type": "image"}]}, *MESSAGES[1:]]},
+    "nothing said": {**LLAVA, "messages": [], "tools": "[]", "videos": "{}", "image_path": "[]", "history": [], "img": "[]"},
+    "nothing said in messages": {"images": LLAVA["image"], "conversations": [], "messages": [
+        {**message, "tool_calls": [], "name": ""} for message in MESSAGES]},
+    "paths from a root": {**LLAVA, "image_path": ["/d/a.png", "/d/b/c.png"]},
     "text in parts": {"images": LLAVA["image"], "messages": [
         MESSAGES[0], {"role": "assistant", "content": [{"type": "text", "text": "red"}]}, *MESSAGES[2:]]},
 }  # fmt: skip
@@ -88,7 +95,14 @@ TEXT = {"conversations": LLAVA["conversations"][2:]}
         ({**TEXT, "system": 7}, "system"),
         ({"images": ["a.png", {"bytes": "…"}], "messages": MESSAGES}, "bytes"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "video"),
-        ({"messages": [{**MESSAGES[2], "tool_calls": []}, MESSAGES[3]]}, "tool_calls"),
+        ({"messages": [{**MESSAGES[2], "tool_calls": [{"id": 1}]}, MESSAGES[3]]}, "tool_calls"),
+        ({**LLAVA, "image_path": ["/d/b/c.png", "/d/a.png"]}, "image_path"),
+        ({**LLAVA, "image_path": ["/d/a.png"]}, "image_path"),
+        ({"images": ["a.png", "b.png"], "messages": [{"role": "user", "content": [
+            {"type": "image", "index": 1}, {"type": "image", "index": 0}]}]}, "index"),
+        ({**TEXT, "image_base64": "iVBORw0KGgo" * 20}, "image_base64"),
+        ({**TEXT, "img_link": "http://a.org/3"}, "img_link"),
+        ({**TEXT, "Video": "cat"}, "Video"),
         ({"messages": [MESSAGES[2], {**MESSAGES[3], "loss": False}]}, "loss"),
         ({"images": ["z.png"], "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]}, "images"),
     ],
@@ -112,12 +126,28 @@ def test_what_has_the_wrong_form_is_a_bad_conversation(row: dict[str, Any]) -> N
 
 def test_other_fields_stay_as_they_are() -> None:
     row = {**TEXT, "id": "a.png", "model": "gpt4", "page": "3", "message": "hello", "image": None, "has_image": False, "image_id": 3,
-           "usage": "x", "source": {"name": "web"}, "image_size": [3, 4], "video": "", "url": "http://a.org"}  # fmt: skip
+           "usage": "x", "source": {"name": "web"}, "image_size": [3, 4], "video": "", "url": "http://a.org",
+           "is_image": "no", "image_ids": "000", "image_name": "none", "pixels": "12", "photos_of": ["cats"]}  # fmt: skip
     assert as_llava(row, "k") == {name: value for name, value in row.items() if name != "image"}
     with_picture = {**LLAVA, "image_url": "http://a.org/a.png", "thumbnail": "t.jpg"}
     assert as_llava(with_picture, "k") == with_picture
     question = {"question": "What?", "answer": "red", "image_path": "a.png"}
     assert as_llava(question, "k") == {"question": "What?", "answer": "red", "image": ["a.png"]}
+
+
+@pytest.mark.parametrize("said", [{"image": True}, {"images": 2}, {"image": 0, "image_path": 1.0}])
+def test_beside_pictures_a_number_is_no_path(said: dict[str, Any]) -> None:
+    turns = LLAVA["conversations"]
+    assert as_llava({"conversations": turns, **said}, "k", members=2) == {"conversations": turns}
+    if all(said.values()):
+        with pytest.raises(SampleError, match="expected a path"):
+            as_llava({"conversations": turns, **said}, "k")
+
+
+def test_empty_messages_leave_a_row_as_it_is() -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
+    row = {"image": "a.png", "conversations": turns}
+    assert as_llava({**row, "messages": []}, "k") == row
 
 
 def test_every_verb_reads_the_same_rows(tmp_path: Path) -> None:

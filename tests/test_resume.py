@@ -140,6 +140,10 @@ class Killed(Exception):
     """Stands for a process that ends without a word."""
 
 
+def killed(*_):
+    raise Killed
+
+
 def fit_until(step, config):
     """Killed when the next step begins."""
     right = LitEEMLLM.training_step
@@ -182,6 +186,19 @@ def test_a_validation_that_a_kill_has_prevented_is_made_up_for(tmp_path, parts, 
     assert_same(ends[0]["state_dict"], ends[1]["state_dict"])
     fit(cut)  # nothing is left to do, and nothing is done twice
     assert validation_losses(tmp_path / "cut") == true
+
+
+def test_a_run_that_went_on_without_validating_takes_no_step_too_many(tmp_path, parts, shapes):
+    """Killed in the validation after its last step: where it is continued without one, all is done."""
+    options = ["optim.max_steps=2", "optim.save_every=1", "optim.val_every=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LitEEMLLM, "validation_step", killed)
+        with pytest.raises(Killed):
+            fit(tiny.config(parts, shapes, tmp_path, *options))
+    fit(tiny.config(parts, shapes, tmp_path, *options, "data.val=null"))
+    assert newest_checkpoint(tmp_path).name == "step-2.ckpt" and list(metrics(tmp_path)) == [1, 2]
+    fit(tiny.config(parts, shapes, tmp_path, *options))
+    assert list(validation_losses(tmp_path)) == [2], "still to be made up for"
 
 
 def test_a_run_shorter_than_its_intervals_is_validated_once_and_logged_ten_times(tmp_path, parts, shapes):

@@ -76,7 +76,8 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
         with using(resume):
             refuse_part(checkpoint)
             refuse_changes(checkpoint, config, trainer.world_size)
-            if checkpoint["global_step"] == config.optim.max_steps and validation_pending(checkpoint):
+            done = checkpoint["global_step"] == config.optim.max_steps
+            if done and validation_pending(checkpoint) and config.data.val is not None:
                 set_max_steps(trainer, config.optim.max_steps + 1)  # until it begins
 
     # Seed before any module is built: the projector is fresh.

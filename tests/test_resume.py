@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -101,6 +102,23 @@ def test_what_a_run_has_gone_back_from_is_set_aside(tmp_path, parts, shapes, run
     # after a checkpoint of another run, all of its own are of another branch
     fit(tiny.config(parts, shapes, out, *options, f"resume={run}/checkpoints/step-3.ckpt", "optim.max_steps=4"))
     assert names(out)[-1] == "step-4.ckpt" and names(out)[1:5] == [f"abandoned-2/step-{i}.ckpt" for i in (1, 2, 3, 4)]
+
+
+def test_a_checkpoint_is_let_go_when_all_is_restored(tmp_path, parts, shapes, run):
+    """While it is mapped, deleting it frees nothing."""
+    out, mapped = copy_of(run, tmp_path, 2), []
+    right = LitEEMLLM.training_step
+
+    def looked(module, *arguments):
+        mapped.extend(line for line in Path("/proc/self/maps").read_text().splitlines() if str(out) in line)
+        return right(module, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LitEEMLLM, "training_step", looked)
+        fit(tiny.config(parts, shapes, out, "optim.max_steps=3", "data.val=null"))
+    assert not mapped
+    held = read_checkpoint(out / "checkpoints" / "step-3.ckpt")
+    assert held and str(out) in Path("/proc/self/maps").read_text(), "which would have been seen"
 
 
 # --- how long

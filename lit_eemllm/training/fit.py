@@ -71,14 +71,7 @@ def fit(config: Config) -> None:
 
 def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     resume = find_resume(config)
-    if resume is not None:
-        checkpoint = read_checkpoint(resume)
-        with using(resume):
-            refuse_part(checkpoint)
-            refuse_changes(checkpoint, config, trainer.world_size)
-            done = checkpoint["global_step"] == config.optim.max_steps
-            if done and validation_pending(checkpoint) and config.data.val is not None:
-                set_max_steps(trainer, config.optim.max_steps + 1)  # until it begins
+    steps_before = None if resume is None else accept(resume, config, trainer)
 
     # Seed before any module is built: the projector is fresh.
     seed_everything(config.seed, verbose=False)
@@ -94,9 +87,9 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
         print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size)
         if resume is not None:
             console.print(f"continuing from {resume}")
-            if (was := checkpoint["lit_eemllm"]["config"]["optim"]["max_steps"]) != config.optim.max_steps:
+            if steps_before != config.optim.max_steps:
                 console.print(
-                    f"optim.max_steps was {was:,} and is {config.optim.max_steps:,}: from here on the learning rate follows the schedule of "
+                    f"optim.max_steps was {steps_before:,} and is {config.optim.max_steps:,}: from here on the learning rate follows the schedule of "
                     "as many steps; the warm-up is what it was"
                 )
     with runlog.running(), guarded(), using(resume, lambda: module.has_begun):
@@ -123,6 +116,23 @@ def find_resume(config: Config) -> Path | None:
     if not Path(config.resume).is_file():
         raise CheckpointError(f"resume={config.resume}: no such checkpoint; expected auto, never or a file")
     return Path(config.resume)
+
+
+def accept(resume: Path, config: Config, trainer: Trainer) -> int:
+    """Refuse a checkpoint that this run cannot go on from. Nothing of it is kept: it is mapped, and a file that is mapped keeps its
+    place on the disk when it is deleted.
+
+    Returns:
+        its `optim.max_steps`.
+    """
+    checkpoint = read_checkpoint(resume)
+    with using(resume):
+        refuse_part(checkpoint)
+        refuse_changes(checkpoint, config, trainer.world_size)
+        done = checkpoint["global_step"] == config.optim.max_steps
+        if done and validation_pending(checkpoint) and config.data.val is not None:
+            set_max_steps(trainer, config.optim.max_steps + 1)  # until it begins
+        return int(checkpoint["lit_eemllm"]["config"]["optim"]["max_steps"])
 
 
 def make_trainer(config: Config, runlog: RunLog) -> Trainer:

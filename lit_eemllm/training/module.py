@@ -160,6 +160,7 @@ class LitEEMLLM(LightningModule):
         optim = self.config.optim
         groups = parameter_groups(self.model, optim)
         optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+        optimizer.register_load_state_dict_post_hook(keep_own_copies)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(optim, self.begun_with)(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -262,6 +263,7 @@ class LitEEMLLM(LightningModule):
                 )
         if self._restored_rng is not None:
             self._go_on(self._restored_rng)
+            self._restored_rng = None
         self.has_begun = True
 
     def _go_on(self, rng: list[dict[str, Any]]) -> None:
@@ -288,6 +290,13 @@ def with_blank_image(batch: PackedBatch, transform: Transform) -> PackedBatch:
     ids = torch.cat([batch.input_ids, batch.input_ids.new_zeros(layout.num_tokens - len(batch.input_ids))])
     pixels = torch.zeros_like(transform(picture)[None], device=ids.device)
     return replace(batch, input_ids=ids, pixel_values=pixels, layout=layout, image_sizes=[picture.size])
+
+
+def keep_own_copies(optimizer: torch.optim.Optimizer) -> None:
+    """After its state was restored: torch takes over what is where it should be, such as counts of steps, and one such tensor would
+    keep the whole checkpoint mapped."""
+    for state in optimizer.state.values():
+        state.update({name: x.clone() for name, x in state.items() if x.device.type == "cpu"})
 
 
 def count_in_packs_of(checkpoint: dict[str, Any], ranks: int) -> None:

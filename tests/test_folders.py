@@ -140,6 +140,34 @@ def test_whole_models_are_read_likewise(folder):
         assert CANARY not in json.dumps(found.config.to_dict(), default=str)
 
 
+def test_options_of_the_hub_choose_the_files(tmp_path, monkeypatch):
+    """A cache as the hub's client leaves it, with two revisions; each model is another one."""
+    models, repo = [tiny.model(seed=seed) for seed in range(3)], tmp_path / "cache" / "models--me--mine"
+    places = [repo / "snapshots" / "a", repo / "snapshots" / "b", repo / "snapshots" / "b" / "best"]
+    for model, place in zip(models, places, strict=True):
+        model.save_pretrained(place)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a")
+    (repo / "refs" / "v1").write_text("b")
+    cached = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    for model, source, options in (
+        (models[0], "me/mine", cached),
+        (models[1], "me/mine", {**cached, "revision": "v1"}),
+        (models[2], "me/mine", {**cached, "revision": "v1", "subfolder": "best"}),
+        (models[2], places[1], {"subfolder": "best"}),
+    ):
+        found, info = EEMLLM.from_pretrained(source, **options, output_loading_info=True)
+        assert not info["missing_keys"] and found.name_or_path == found.config.name_or_path == str(source)
+        assert all(tensor.equal(found.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ConfigError, match=r"^EEMLLM\.from_pretrained: EEMLLM cannot load 'me/mine': .*"):
+        EEMLLM.from_pretrained("me/mine", **cached, revision="v2")
+    asked = {}
+    monkeypatch.setattr("transformers.utils.cached_file", lambda *_, **options: asked.update(options))
+    with pytest.raises(CheckpointError):
+        EEMLLM.from_pretrained("me/mine", token="secret", force_download=True, proxies={"https": "x"})
+    assert (asked["token"], asked["force_download"], asked["proxies"]) == ("secret", True, {"https": "x"})
+
+
 def test_an_adapter_in_a_base_folder_is_refused(folder):
     adapter = {"peft_type": "LORA", "megatron_config": {}, "megatron_core": CANARY, "base_model_name_or_path": "x",
                "target_modules": ["q_proj"], "auto_mapping": {"parent_library": CANARY, "base_model_class": "X"}}  # fmt: skip

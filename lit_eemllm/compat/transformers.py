@@ -33,11 +33,15 @@ class Generating(GenerationMixin):
         return input_ids, {**kwargs, **images}
 
 
-def file_of(model: str, name: str, needed: bool = False) -> Path | None:
-    """A file of a model on the hub, None if it has no such file. Raises OSError: nobody answers, or what is `needed` is not there."""
+def file_of(model: str, name: str, needed: bool = False, **hub: Any) -> Path | None:
+    """A file of a model on the hub, None if it has no such file. `hub` is ``revision`` and the like.
+
+    Raises:
+        OSError: nobody answers, or what is `needed` is not there.
+    """
     from transformers.utils import cached_file
 
-    found = cached_file(model, name, _raise_exceptions_for_missing_entries=needed)
+    found = cached_file(model, name, _raise_exceptions_for_missing_entries=needed, **hub)
     return None if found is None else Path(found)
 
 

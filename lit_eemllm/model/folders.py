@@ -79,6 +79,8 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
 MODEL_FILES = ("config.json", "generation_config.json")
+HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
+"""Options of ``from_pretrained`` by which a file is found; of a folder, ``subfolder`` alone says something."""
 INDEX = "model.safetensors.index.json"
 _STORED = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # whole numbers are positions, which old versions stored
 
@@ -86,7 +88,7 @@ Finder = Callable[..., Path | None]
 
 
 @contextmanager
-def opened(path: str, key: str, kind: str, names: tuple[str, ...], weights: bool = False) -> Iterator[Path]:
+def opened(path: str, key: str, kind: str, names: tuple[str, ...], weights: bool = False, **hub: Any) -> Iterator[Path]:
     """A folder for transformers to read, with those of the files that there are; it lasts as long as the context.
 
     Args:
@@ -95,12 +97,13 @@ def opened(path: str, key: str, kind: str, names: tuple[str, ...], weights: bool
         kind: what is made of it, likewise.
         names: of files; a configuration must be there if not all that is wanted is a tokenizer.
         weights: whether these are wanted too.
+        hub: see `HUB`.
 
     Raises:
         ConfigError: there is no such folder, a file is no configuration that can be used, or whatever the context raises.
         CheckpointError: weights that are missing or broken.
     """
-    get = finder(path, key)
+    get = finder(path, key, **hub)
     with TemporaryDirectory(prefix="lit_eemllm-") as made, naming(key, kind, path, hide=made):
         if names != TOKENIZER_FILES and get("adapter_config.json") is not None:
             raise ConfigError(
@@ -146,8 +149,9 @@ def naming(key: str, kind: str, path: str | Path, hide: str = "") -> Iterator[No
         raise ConfigError(f"{key}: {kind} cannot load {str(path)!r}: {reason}") from error
 
 
-def finder(path: str, key: str) -> Finder:
-    """What finds a file of a folder or hub id by its name: its path or None, or where it is `needed`, OSError.
+def finder(path: str, key: str, **hub: Any) -> Finder:
+    """What finds a file of a folder or hub id by its name: its path or None, or where it is `needed`, OSError. `HUB` holds the
+    names of the options.
 
     Raises:
         ConfigError: there is no such folder.
@@ -157,7 +161,9 @@ def finder(path: str, key: str) -> Finder:
     if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not folder.exists():
         home = "; ~ is not expanded after a key, write your home folder out" if path.startswith("~") else ""
         raise ConfigError(f"{key}: no such folder: {path}{home or nowhere(path)}")
-    return partial(_in_folder, folder) if path and folder.is_dir() else partial(file_of, path)
+    if path and folder.is_dir():
+        return partial(_in_folder, folder / hub.get("subfolder", ""))
+    return partial(file_of, path, **hub)
 
 
 def _in_folder(folder: Path, name: str, needed: bool = False) -> Path | None:

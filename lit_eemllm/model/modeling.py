@@ -35,7 +35,7 @@ from ..mechanisms import Mechanism
 from ..mechanisms.gated import GatedBlock, Media, Resampler
 from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
 from .decoder import StreamContext, VisualKeys, adopt_layers, check_decoder, mechanism_problems
-from .folders import MODEL_FILES, naming, opened
+from .folders import HUB, MODEL_FILES, naming, opened
 from .image_cache import ImageCache
 from .pretrained import load_pretrained, load_weighted
 from .projector import LayerwiseProjector, Projector
@@ -170,12 +170,19 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
     def from_pretrained(cls, path: str | PathLike[str], *args: Any, **options: Any) -> Any:
         """As transformers', of what `opened` lets through: no code, no adapters, no pickle. `path` is a folder or hub id.
 
+        Args:
+            options: those in `HUB` say which files are read, the others are transformers'.
+
         Raises:
             ConfigError: it is none of an EEMLLM, or broken.
             CheckpointError: weights are missing or broken.
         """
-        with opened(str(path), "EEMLLM.from_pretrained", cls.__name__, MODEL_FILES, weights=True) as folder:
-            return super().from_pretrained(str(folder), *args, **{**options, "use_safetensors": True})
+        hub = {name: options.pop(name) for name in HUB & options.keys()}
+        with opened(str(path), "EEMLLM.from_pretrained", cls.__name__, MODEL_FILES, weights=True, **hub) as folder:
+            made = super().from_pretrained(str(folder), *args, **{**options, "use_safetensors": True})
+        model = made[0] if options.get("output_loading_info") else made
+        model.name_or_path = model.config.name_or_path = str(path)  # not the folder that is gone
+        return made
 
     @classmethod
     def from_parts(

@@ -19,7 +19,7 @@ from .model import EEMLLM, Processor
 from .model.convert import Fate, change_mechanism, choose_mechanism, mechanism_settings
 from .model.folders import read_config
 from .model.llava import SOURCE, check_llava, load_llava, load_tokenizer, load_whole, save_llava
-from .schema import ModelConfig, check_names
+from .schema import check_names
 from .training.adapters import merge_adapters
 from .training.checkpoint import new_folder, newest_checkpoint
 
@@ -160,10 +160,15 @@ def _open_run(path: Path, checkpoint: Path) -> Source:
 def _open_eemllm(path: Path) -> Source:
     model = load_whole(EEMLLM, path).eval()
     has_tokenizer = (path / "tokenizer_config.json").is_file()
-    file = path / "config.yaml"  # of an earlier conversion
-    config = _read_yaml(file) if file.is_file() else {"model": _parts(model, path)}
-    template = config["model"].get("template", ModelConfig.template)
-    return Source(f"EEMLLM {path}", model, load_tokenizer(path) if has_tokenizer else None, config, template)
+    tokenizer = load_tokenizer(path) if has_tokenizer else None
+    file, config = path / "config.yaml", {}  # of an earlier conversion
+    if file.is_file():
+        load_config([file], _REQUIRED, checks=[check_names])  # refuses what is none
+        config = _read_yaml(file) or {}
+    given = {name: value for name, value in (config.get("model") or {}).items() if value is not None}
+    template = given.get("template", None if tokenizer is not None and tokenizer.chat_template else "vicuna_v1")
+    config["model"] = {**_parts(model, path), **given}
+    return Source(f"EEMLLM {path}", model, tokenizer, config, template)
 
 
 def _parts(model: EEMLLM, path: Path) -> dict[str, Any]:

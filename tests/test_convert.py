@@ -1,6 +1,7 @@
 """LLaVA checkpoints read and written, and models under other mechanisms: against transformers' own LLaVA, bit by bit."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from transformers import (
 from lit_eemllm import cli
 from lit_eemllm.chat import Conversation, Turn
 from lit_eemllm.config import load_config, to_yaml
+from lit_eemllm.convert import open_source
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.images import ImageTransform
@@ -660,6 +662,32 @@ def test_moved_and_converted_again_a_folder_names_itself(llava_folder, tmp_path,
     assert config["model"]["mechanism"]["gated"]["immediate"] is False
     a, b = load_file("a/model.safetensors"), load_file("b/model.safetensors")
     assert a.keys() == b.keys() and all(tensor.equal(b[name]) for name, tensor in a.items())
+
+
+def test_an_export_keeps_a_chat_template_that_nothing_contradicts(tmp_path, tokenizer):
+    """Of a folder of save_pretrained, of its conversion, and of one whose config.yaml says little."""
+    own, source = deepcopy(tokenizer), tmp_path / "source"
+    own.chat_template = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
+    model = to_write(vocabulary=(image := tokenizer.convert_tokens_to_ids("<image>")))
+    model.config.image_token_id = image
+    model.save_pretrained(source)
+    own.save_pretrained(source)
+    for out, *to_llava in (tmp_path / "llava", "--to-llava"), (tmp_path / "ours",):
+        assert cli.main(["convert", str(source), "--out", str(out), *to_llava]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "llava").chat_template == own.chat_template
+    assert open_source(tmp_path / "ours").template is None
+    file = source / "config.yaml"
+    for text, template in (
+        ("", None), ("seed: 1", None), ("model: {dtype: float32}", None), ("model: {vision: null}", None),
+        ("model: {template: vicuna_v1}", "vicuna_v1"),
+    ):  # fmt: skip
+        file.write_text(text)
+        found = open_source(source)
+        assert found.template == template and found.config["model"]["vision"]["path"] == str(source)
+    for text in ("model: 3", "- 1", "x: ["):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(str(file))):
+            open_source(source)
 
 
 @pytest.mark.parametrize(

@@ -87,11 +87,14 @@ def _convert(args: Namespace) -> None:
 def _estimate(args: Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.shape is not None:
-            from lit_eemllm.weightless import SHAPE_CONFIG
+            from lit_eemllm.weightless import SHAPE_ALONE, SHAPE_CONFIG
 
-            base = Path(folder) / "shape.yaml"
-            base.write_text(SHAPE_CONFIG, encoding="utf-8")
-            args.inputs = [str(base), *args.inputs]
+            alone = all(map(_OVERRIDE.match, args.inputs))
+            texts = [SHAPE_CONFIG, SHAPE_ALONE] if alone else [SHAPE_CONFIG]
+            bases = [Path(folder) / f"shape{number}.yaml" for number in range(len(texts))]
+            for base, text in zip(bases, texts, strict=True):
+                base.write_text(text, encoding="utf-8")
+            args.inputs = [*map(str, bases), *args.inputs]
         config = _config(args)
     from lit_eemllm.estimate import estimate
 

@@ -34,12 +34,16 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 """Decoders of LLaVA-1.5, Llamas of 32,000 tokens; its encoder is CLIP-L/14-336."""
 SHAPE_CONFIG = """
-model: {decoder: given by --shape, vision: {path: given by --shape}, dtype: bfloat16}
+model: {decoder: given by --shape, vision: {path: given by --shape}}
 data: {train: none}
 optim: {lr: 1e-3, max_steps: 1}
+"""
+"""What a configuration is merged onto when a shape stands in for its parts: nothing that `fit` would take from elsewhere."""
+SHAPE_ALONE = """
+model: {dtype: bfloat16}
 trainer: {precision: bf16-mixed}
 """
-"""What a configuration is merged onto when a shape stands in for its parts."""
+"""And if no file says how it is trained."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -548,7 +549,8 @@ def test_a_changed_mechanism_stands_beside_the_presets(written, capsys):
 def test_llava_1_5_by_its_shape(tmp_path, capsys):
     """Its parameters are public: 7.06 billion, of which 20,979,712 in the projector."""
     stage = tmp_path / "stage.yaml"
-    stage.write_text("optim: {tuning: {llm: full}}\ndata: {pack_tokens: 1280, max_length: 1280}\n")
+    types = "model: {dtype: bfloat16}\ntrainer: {precision: bf16-mixed}\n"
+    stage.write_text(f"{types}optim: {{tuning: {{llm: full}}}}\ndata: {{pack_tokens: 1280, max_length: 1280}}\n")
     assert cli.main(["estimate", str(stage), "--shape", "vicuna-7b", "--only", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     row = found["mechanisms"]["ee_mllm"]
@@ -594,3 +596,34 @@ def test_an_encoder_of_ones_own(written, capsys):
     flops = json.loads(capsys.readouterr().out)["mechanisms"]["ee_mllm"]["flops"]
     assert flops["encoder"] == 2 * 40 * 48 * 16  # 2.5 images
     assert flops["connector"] == 2 * 40 * (16 * 32 + 32 * 32)
+
+
+def test_estimate_and_fit_read_one_configuration(tmp_path, capsys):
+    """Of the README's stages, whose files say in which types they train, and of a file that does not."""
+    model, parts = tmp_path / "my_model.yaml", {"decoder": "x", "vision": {"path": "x"}}
+    model.write_text(json.dumps({"model": parts}))
+    bare = tmp_path / "bare.yaml"
+    bare.write_text(json.dumps({"data": {"train": "x"}, "optim": {"lr": 1, "max_steps": 1}}))
+    stages = Path(__file__).parents[1] / "configs" / "stages"
+    for file, precision, dtype in [
+        (stages / "pretrain.yaml", "bf16-mixed", "bfloat16"),
+        (stages / "finetune.yaml", "bf16-mixed", "bfloat16"),
+        (bare, None, "float32"),
+    ]:
+        fit = load_config([file, model], ["data.train=x"])
+        assert (fit.trainer.get("precision"), fit.model.dtype) == (precision, dtype)
+        line = [
+            "estimate",
+            str(file),
+            str(model),
+            "--shape",
+            "vicuna-7b",
+            "--only",
+            "--json",
+            "model.mechanism.preset=vica",
+        ]
+        assert cli.main(line) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["precision"], found["frozen_dtype"]) == (precision or "32-true", dtype)
+    assert cli.main(["estimate", "--shape", "vicuna-7b", "--only", "--json", "model.mechanism.preset=vica"]) == 0
+    assert json.loads(capsys.readouterr().out)["precision"] == "bf16-mixed", "where no file says it"

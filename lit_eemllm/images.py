@@ -49,6 +49,8 @@ RESAMPLING = {method.name.lower(): method for method in Image.Resampling}
 MAX_SIDE = 8192  # pixels; pictures with a longer side are first reduced by a whole factor, to bound memory
 LARGEST_SIZE = 2**14  # that an encoder may ask for, in pixels or patches
 MAX_ASPECT = 16  # of what "crop" resizes; longer ends are cut off before, not after, to bound memory
+# of damaged EXIF; once for all, since Python forgets which warnings it has shown whenever its filters change
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
 
 def read_picture(data: bytes, name: str, max_pixels: int) -> torch.Tensor:
@@ -179,20 +181,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Pillow's warnings of damaged EXIF."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
-        yield
-
-
-@contextmanager
 def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """The image with its header read and its size accepted; what goes wrong, also inside the block, is a SampleError."""
     if len(data) > limits.IMAGE_BYTES:
         raise _too_long(name, len(data))
     try:
-        with _quiet(), Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 found = f"image {name!r} has {image.width} x {image.height} pixels, more than {max_pixels}"
                 raise SampleError("image_too_large", f"{found}; shrink it or raise data.max_image_pixels")

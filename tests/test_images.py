@@ -124,6 +124,19 @@ def test_size_is_checked_before_decoding(side) -> None:
     assert open_image(encoded(Image.new("RGB", (100, 100))), "x", 10_000).size == (100, 100)
 
 
+def test_a_warning_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python forgets what it has shown whenever its filters change, so they must not change with every picture."""
+    shown, registry = list[str](), dict[str, int]()
+    data = encoded(Image.new("RGB", (8, 4)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", message="often")
+        monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+        for _ in range(3):
+            read_picture(data, "x", 100)
+            warnings.warn_explicit("often", UserWarning, "elsewhere.py", 1, registry=registry)
+    assert shown == ["often"]
+
+
 def test_pillow_limit_holds_when_ours_is_larger(monkeypatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(SampleError) as caught:

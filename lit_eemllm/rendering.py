@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from datetime import date
 from functools import lru_cache, wraps
+from string import Formatter
 from typing import Any, cast
 
 from jinja2 import nodes
@@ -23,6 +24,9 @@ from jinja2.visitor import NodeTransformer
 from lit_eemllm.limits import RENDER_ALWAYS, RENDER_PER_CHARACTER, TEMPLATE_CHARACTERS
 
 STEP, ITEM = 100, 60  # of a loop or a call, of a list; a character costs 1
+_DATE = re.compile(r"%[-_0^#+]*(\d*)[EO:]*[a-zA-Z%]")
+_OLD = re.compile(r"%(?:\([^)]*\))?([-+ #0]*[\d*]*(?:\.[\d*]*)?)[hlL]?.", re.DOTALL)
+_WIDE = re.compile(r"\d{4}|\*|\{")  # or a width that a value tells
 OPEN, CLOSE = "\U0010fffe", "\U0010ffff"  # signs around what is marked; no text has these characters
 _GROWING = frozenset(
     [
@@ -68,10 +72,13 @@ def render(
     if any(sign in text for text in texts for sign in (OPEN, CLOSE)):
         raise TemplateError("a text has one of the last two characters of Unicode, which no text may have")
 
-    def clock(form: str) -> str:
-        if re.search(r"\d{3}", str(form)):
+    def told(field: re.Match[str]) -> str:
+        if len(field[1]) > 2:
             raise TemplateError("it formats the date to a width of hundreds")
-        return today.strftime(form)
+        return today.strftime(field[0])
+
+    def clock(form: str) -> str:
+        return _DATE.sub(told, form)  # each by itself: Python drops some, which would join what is around them
 
     environment, template = _compiled(source)
     environment.work.left = RENDER_ALWAYS + RENDER_PER_CHARACTER * sum(100 + len(text) for text in texts)
@@ -107,6 +114,20 @@ def _compiled(source: str) -> tuple[_Environment, Any]:
     except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own, of what Jinja makes of it
         raise TemplateError(f"it is nested too deeply: {error}") from None
     return environment, environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+
+def _old_fields(text: str) -> Iterator[str]:
+    """What stands between ``%`` and the letter; all of the text where names in parentheses have parentheses."""
+    if re.search(r"%\([^)]*\(", text):
+        return iter([text])
+    return (found[1] for found in _OLD.finditer(text))
+
+
+def _fields(text: str) -> Iterator[str]:
+    """The specifications of ``str.format``. Raises ValueError, as that does."""
+    return (
+        (specification or "").replace("*", " ") for _, _, specification, _ in Formatter().parse(text)
+    )  # which fills
 
 
 class _Work:
@@ -171,17 +192,18 @@ class _Work:
         return left**right
 
     def modulo(self, left: Any, right: Any) -> Any:
-        self.before("format" if isinstance(left, str) else "mod", left, [right])
+        self.before("format" if isinstance(left, str) else "mod", left, [right], old=True)
         return left % right
 
-    def before(self, name: str, subject: Any, arguments: Sequence[Any]) -> None:
-        """Pay for what a function may make of a text or list."""
+    def before(self, name: str, subject: Any, arguments: Sequence[Any], old: bool = False) -> None:
+        """Pay for what a function may make of a text or list; `old`: "format" is that of ``%``."""
         cost = self.size(subject)
         if name in _GROWING:
             for argument in arguments:
                 cost *= max(1, abs(argument)) if isinstance(argument, int) else max(1, self.size(argument))
-            if name.startswith("format") and re.search(r"\d{4}|\*", str(subject)):
-                raise TemplateError("it formats to a width of thousands")
+            fields = _old_fields if old else _fields
+            if name.startswith("format") and any(_WIDE.search(field) for field in fields(str(subject))):
+                raise TemplateError("it formats to a width of thousands, or that a value tells")
         self.spend(cost)
 
 
@@ -211,7 +233,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             if isinstance(subject, Iterator) and name in _GROWING:
                 subject = list(subject)
             if name in _GROWING:
-                self.work.before(name, subject, [*rest, *named.values()])
+                self.work.before(name, subject, [*rest, *named.values()], old=True)
             self.work.sliced(subject)
             made = function(*lead, subject, *rest, **named)
             return self.work.sliced(made) if isinstance(made, list | str) else made

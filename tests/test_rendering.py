@@ -54,8 +54,26 @@ def test_the_same_text_as_transformers(prompt: bool) -> None:
 
 def test_the_clock_tells_the_day_that_it_is_given() -> None:
     assert render([], "{{ strftime_now('%d %b %Y') }}", False, {}, TODAY)[0] == "31 Dec 1999"
-    with pytest.raises(TemplateError, match="width"):
-        render([], "{{ strftime_now('%999999999Y') }}", False, {}, TODAY)
+    for wide in ("%999999999Y", "%%%999999999Y", "%-+0999999999OY"):
+        with pytest.raises(TemplateError, match="width"):
+            render([], f"{{{{ strftime_now('{wide}') }}}}", False, {}, TODAY)
+    assert render([], "{{ strftime_now('%5%z9999999Y') }}", False, {}, TODAY)[0].endswith("z9999999Y")
+    assert render([], "{{ strftime_now('Cutoff 2023, %Y 1000%%') }}", False, {}, TODAY)[0] == "Cutoff 2023, 1999 1000%"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ '**%s**' % 'x' }}", "**x**"),
+        ("{{ 'Cutoff 2023 %s' % 'x' }}", "Cutoff 2023 x"),
+        ("{{ '100%% of 2023 * %d' | format(3) }}", "100% of 2023 * 3"),
+        ("{{ 'Since 2023: {} * {name:*>4}'.format(3, name='a') }}", "Since 2023: 3 * ***a"),
+        ("{{ '{{2023}} {:>3}'.format('a') }}", "{2023}   a"),
+        ("{{ '%(name)s 2023' % {'name': 'x'} }}", "x 2023"),
+    ],
+)
+def test_only_widths_of_a_format_are_bounded(template: str, text: str) -> None:
+    assert render([], template, False, {}, TODAY)[0] == text
 
 
 def doubled(begin: str, step: str, shown: str) -> str:
@@ -89,6 +107,20 @@ BOMBS = {
     "tabs": "{{ '\t'.expandtabs(10 ** 10) }}",
     "a format": "{{ '{:>9999999999}'.format(1) }}",
     "an old format": "{{ '%9999999999d' % 1 }}",
+    "a width from a value": "{{ '%*d' % (10 ** 10, 1) }}",
+    "a precision": "{{ '%.9999999999f' % 1 }}",
+    "a precision from a value": "{{ '%-+ #0.*f' % (10 ** 10, 1) }}",
+    "a width of a named value": "{{ '%(a)99999999d' % {'a': 1} }}",
+    "a width after a long name": "{{ '%(a(9)d)*d' % {'a(9)d': 1} }}",
+    "a width after a percent sign": "{{ '%%%9999999999d' % 1 }}",
+    "a width with a length": "{{ '%9999999999ld' % 1 }}",
+    "a width in a format": "{{ '{:{}}'.format(1, 10 ** 10) }}",
+    "a width of a fill": "{{ '{:a>9999999999}'.format(1) }}",
+    "a width from a text": "{{ '{:{}}'.format(1, '9999999999') }}",
+    "a width in a nested field": "{{ '{:{:9999999999}}'.format(1, 1) }}",
+    "a width in a field": "{{ '{a[}]:9999999999}'.format(a={'}': 1}) }}",
+    "a width put together": "{{ '{0:{1}{1}}'.format(1, 99999) }}",
+    "a width of the date": "{{ strftime_now('%9999999999Y') }}",
     "a filter of format": "{{ '%9999999999d' | format(1) }}",
     "replaced": "{% set x = 'a' * 10 ** 6 %}{{ x.replace('a', x) }}",
     "replaced by a filter": "{% set x = 'a' * 10 ** 6 %}{{ x | replace('a', x) }}",

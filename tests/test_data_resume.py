@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.rng import SystemRng
@@ -35,11 +36,12 @@ from shards_util import (
 
 from lit_eemllm.data import contents as contents_module
 from lit_eemllm.data import loader as loader_module
+from lit_eemllm.data import module as module_module
 from lit_eemllm.data import state as loader_state
 from lit_eemllm.data.contents import contents
 from lit_eemllm.data.recipe import read_folder
 from lit_eemllm.data.shards import prepare
-from lit_eemllm.errors import CheckpointError
+from lit_eemllm.errors import CheckpointError, UserError
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
 
@@ -297,6 +299,37 @@ def test_contents_of_large_shards_are_read_at_some_places(tmp_path: Path, monkey
     before = contents(source)
     index.write_bytes(index.read_bytes()[:8] + b"\1" + index.read_bytes()[9:])
     assert contents(source) != before
+
+
+def test_sources_share_the_places_and_rank_0_reads_them(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_shards(tmp_path / "a", {"train": [row(i) for i in range(8)]})
+    source = read_folder(folder, "train", 1.0)
+    shard = folder / source.shards[0][0]
+    monkeypatch.setattr(contents_module, "BYTES", 512)
+    monkeypatch.setattr(contents_module, "PLACES", shard.stat().st_size // 512)
+    before = {of: contents(source, of) for of in (1, 4)}
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    assert {of: contents(source, of) != digest for of, digest in before.items()} == {1: True, 4: False}
+
+    told: list[Any] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        if rank == 0:
+            monkeypatch.setattr(dist, "broadcast_object_list", told.extend)
+        else:
+            monkeypatch.setattr(dist, "broadcast_object_list", lambda found: found.__setitem__(0, told[0]))
+            monkeypatch.setattr(module_module, "contents", lambda *_: pytest.fail("rank 1 reads the shards"))
+        assert module(recipe)._sources["contents of data.train"] == told[0]
+    assert len(told[0]) == 2
+    told[0] = UserError("a shard is lost")
+    with pytest.raises(UserError, match="a shard is lost"):
+        _ = module(recipe)._sources
 
 
 def test_state_survives_json() -> None:

@@ -242,9 +242,19 @@ class ShardDataModule(LightningDataModule):
 
     @cached_property
     def _sources(self) -> dict[str, list[str]]:
-        """The training data, read once: see `contents`."""
+        """The training data, read once, by rank 0 for all: see `contents`. A collective call where there are several ranks."""
         recipe = self.recipe("train")
-        return {"data.train": recipe.fingerprint(), "contents of data.train": list(map(contents, recipe.sources))}
+        found: list[Any] = [None]
+        if worker_config(0, self.seed).rank == 0:
+            try:
+                found = [[contents(source, len(recipe.sources)) for source in recipe.sources]]
+            except UserError as error:  # which the others wait to hear
+                found = [error]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast_object_list(found)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return {"data.train": recipe.fingerprint(), "contents of data.train": found[0]}
 
     def _refuse_changes(self, now: dict[str, Any]) -> None:
         was = self._saved["shape"]

@@ -332,6 +332,20 @@ def test_sources_share_the_places_and_rank_0_reads_them(
         _ = module(recipe)._sources
 
 
+def test_more_ranks_than_validation_samples_are_refused_at_the_start(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = module(recipe, recipe.parent / "a")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    data.setup("fit")
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    for stage in ("fit", "validate"):
+        with pytest.raises(UserError, match=r"3 validation samples cannot feed 4 ranks"):
+            data.setup(stage)
+
+
 def test_state_survives_json() -> None:
     state = FlexState(
         a=(1, "x", (None, True, 2.5)), b=[{"k": (1,)}, FlexState(z=[])], c=b"\0\xff", d=2**70, e={"tuple": [1]},

@@ -79,7 +79,7 @@ class ShardDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the recipes and the first sample of each source, so that what is wrong is said before anything expensive is built."""
         for split in ["train"] * (stage == "fit") + ["val"] * (self.config.val is not None):
-            recipe = self.recipe(split)
+            recipe = self.recipe(split) if split == "train" else self._for_every_rank()
             if self._encoder is not None:
                 look(recipe, self._encoder, self.config.max_bad_in_a_row)
 
@@ -89,6 +89,14 @@ class ShardDataModule(LightningDataModule):
         if path is None:
             raise ConfigError(f"data.{split} is not set: name a recipe or a folder of prepared shards")
         return read_recipe(path, split)
+
+    def _for_every_rank(self) -> Recipe:
+        """The validation data. Raises UserError where there are more ranks than samples."""
+        recipe, ranks = self.recipe("val"), worker_config(0, self.seed).world_size
+        if recipe.num_samples < ranks:
+            found = f"{recipe.path}: {recipe.num_samples} validation samples cannot feed {ranks} ranks"
+            raise UserError(f"{found}. Add data, or train on fewer devices.")
+        return recipe
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -137,11 +145,8 @@ class ShardDataModule(LightningDataModule):
     def val_dataloader(self) -> Iterable[PackedBatch]:
         if self.config.val is None:
             return []
-        recipe = self.recipe("val")
-        ranks = worker_config(0, self.seed).world_size
-        if recipe.num_samples < ranks:
-            raise UserError(f"{recipe.path}: {recipe.num_samples} validation samples cannot feed {ranks} ranks.")
-        workers = min(self.config.workers, recipe.num_samples // ranks)
+        recipe = self._for_every_rank()
+        workers = min(self.config.workers, recipe.num_samples // worker_config(0, self.seed).world_size)
         config = worker_config(workers, self.seed)
         return FiniteLoader(recipe, self.task(), config, self.config.packing_buffer, self.config.timeout)
 

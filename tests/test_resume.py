@@ -255,6 +255,14 @@ def test_a_damaged_newest_checkpoint_names_the_one_before_it(tmp_path, parts, sh
     assert names(out) == ["abandoned-1/step-3.ckpt", "abandoned-1/step-4.ckpt", "step-2.ckpt", "step-4.ckpt"]
 
 
+def test_a_later_checkpoint_is_not_named_as_one_before(tmp_path, run):
+    out = copy_of(run, tmp_path, 2, 3)
+    damaged(out / "checkpoints" / "step-2.ckpt", "cut")
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint(out / "checkpoints" / "step-2.ckpt")
+    assert "step-3" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "section", ["ShardDataModule", "loops", "optimizer_states", "lr_schedulers", "rng", "global_step"]
 )

@@ -97,14 +97,17 @@ def read_checkpoint(path: Path, verified: bool = False) -> dict[str, Any]:
         verified: its checksums have just been compared, which takes as long as reading it.
 
     Raises:
-        CheckpointError: it is missing, damaged, foreign or would execute code. Where its run has others that are whole, the
-            newest of them is named.
+        CheckpointError: it is missing, damaged, foreign or would execute code. Where its run has earlier ones that are whole,
+            the newest of them is named.
     """
     try:
         return _read(path, verified)
     except CheckpointError as error:
-        others = all_checkpoints(path.parent.parent) if path.parent.name == FOLDER else []
-        whole = next((other for other in reversed(others) if other != path and _is_whole(other)), None)
+        ours = path.parent.name == FOLDER and _NAME.fullmatch(path.name)
+        others = (
+            [other for other in all_checkpoints(path.parent.parent) if step_of(other) < step_of(path)] if ours else []
+        )
+        whole = next(filter(_is_whole, reversed(others)), None)
         if whole is None:
             raise
         raise CheckpointError(

@@ -246,8 +246,7 @@ class LitEEMLLM(LightningModule):
             )
         about = checkpoint["lit_eemllm"]
         self.begun_with = about.get("begun_with", about["config"]["optim"]["max_steps"])
-        rng = checkpoint["rng"]
-        self._restored_rng = rng if isinstance(rng, list) else [rng]  # earlier versions: of rank 0 only
+        self._restored_rng = checkpoint["rng"]
         if has_trainer(self):
             count_in_packs_of(checkpoint, self.trainer.world_size)
 

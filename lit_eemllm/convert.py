@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 MECHANISM = "model.mechanism."
 _REQUIRED = ("model.decoder=x", "model.vision.path=x", "data.train=x", "optim.lr=1", "optim.max_steps=1")  # not read
 
-_ON_CPU = ("trainer.accelerator=cpu", "model.attention=reference", "model.liger=false")
-
 
 @dataclass
 class Source:
@@ -147,11 +145,10 @@ def open_source(path: Path) -> Source:
 
 
 def _open_run(path: Path, checkpoint: Path) -> Source:
-    from .evaluation.run import load
+    from .evaluation.run import load, on_cpu
 
-    overrides = [f"out={json.dumps(str(path))}", *_ON_CPU]
-    config = load_config([path / "config.yaml"], overrides, checks=[check_names])
-    model, processor, _ = load(config, str(checkpoint))
+    config = load_config([path / "config.yaml"], [f"out={json.dumps(str(path))}"], checks=[check_names])
+    model, processor, _ = load(on_cpu(config), str(checkpoint))
     merged = merge_adapters(model)
     name = f"run {checkpoint}" + (f", {merged} adapters folded in" if merged else "")
     return Source(name, model, processor.tokenizer, _read_yaml(path / "config.yaml"), config.model.template)

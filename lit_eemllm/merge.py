@@ -8,7 +8,7 @@ from pathlib import Path
 from .config import to_yaml
 from .console import console, quiet_libraries, write_atomically
 from .errors import UserError
-from .evaluation.run import load
+from .evaluation.run import load, on_cpu
 from .model.modeling import load_decoder_config
 from .schema import Config
 from .training.adapters import drop_adapters, merge_adapters, save_adapter
@@ -39,7 +39,7 @@ def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> N
             f"{config.out} has no decoder adapter: its optim.tuning.llm is {config.optim.tuning.llm}, not lora"
         )
     with new_folder(out) as folder:
-        model, processor, source = load(config, checkpoint)
+        model, processor, source = load(on_cpu(config), checkpoint)
         if adapter:
             own = _has_own_base(config)
             base = str(out / BASE) if own else config.model.decoder

@@ -20,6 +20,7 @@ from lit_eemllm.config import load_config
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.mechanisms import PRESETS
+from lit_eemllm.merge import merge
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build
 from lit_eemllm.schema import LoraConfig
@@ -200,6 +201,17 @@ def trained(tmp_path_factory, parts, shapes):
     config = tiny.config(parts, shapes, tmp_path_factory.mktemp("full") / "run", "data.val=null", "optim.max_steps=2")
     fit(config)
     return config
+
+
+def test_merging_takes_no_memory_of_a_gpu(trained, tmp_path, monkeypatch):
+    """Folding is in float32: twice the size of weights that fitted. The folder's configuration is as the run's."""
+    config, moved = replace(trained, trainer={"devices": 1}), []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(EEMLLM, "to", lambda self, device: moved.append(device) or self)
+    merge(config, None, tmp_path / "merged", adapter=False)
+    assert moved == ["cpu"]
+    merged = load_config([tmp_path / "merged" / "config.yaml"])
+    assert (merged.trainer, merged.model) == (config.trainer, config.model)
 
 
 def test_an_adapter_names_the_decoder_that_it_was_trained_on(parts, shapes, tmp_path, trained, capsys):

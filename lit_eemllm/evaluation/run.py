@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,6 +168,12 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
     if config.eval.image_cache:
         model.image_cache = ImageCache(int(config.eval.image_cache * 2**30))
     return model, processor, source
+
+
+def on_cpu(config: Config) -> Config:
+    """For `load`, where weights are only rewritten: in main memory, which is larger than a GPU's."""
+    model = replace(config.model, attention="reference", liger=False)
+    return replace(config, model=model, trainer={**config.trainer, "accelerator": "cpu"})
 
 
 def answer(

@@ -23,7 +23,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 from lit_eemllm import limits
-from lit_eemllm.errors import ConfigError, SampleError, UserError
+from lit_eemllm.errors import ConfigError, SampleError, UserError, is_panic
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -213,7 +213,7 @@ def panics_are_errors() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
         raise SampleError("tokenizer", f"the tokenizer broke on a text: {str(error)[:300]}") from None
 
@@ -347,8 +347,8 @@ class VicunaTemplate(StringTemplate):
 
 
 class JinjaTemplate(ChatTemplate):
-    """The tokenizer's own chat template, rendered in transformers' sandbox; it writes BOS and everything else itself. If it asks
-    for today's date, that is always `DAY`.
+    """The tokenizer's own chat template, rendered by `lit_eemllm.rendering`; it writes BOS and everything else itself. If it asks for
+    today's date, that is always `DAY`.
 
     Where it has ``{% generation %}`` marks, they say what is trained. Otherwise it is the text an answer adds to its
     generation prompt, through the end-of-turn token (not the newline after it). That may be more than the answer: Qwen3 writes

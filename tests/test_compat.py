@@ -804,6 +804,29 @@ def a_quantized_layer_has_a_weight():
     assert (found - plain.weight).abs().max() < 0.2 * plain.weight.abs().max()
 
 
+def rename_the_switch(patch):
+    bnb = pytest.importorskip("bitsandbytes")
+    set_ = bnb.nn.Linear4bit.__setattr__
+    patch.setattr(
+        bnb.nn.Linear4bit,
+        "__setattr__",
+        lambda self, name, value: set_(self, name.replace("avx512bf16", "fast"), value),
+    )
+
+
+@contract(
+    "peft",
+    "bitsandbytes' Linear4bit has a switch for the kernel of CPUs that rearranges its weights",
+    rename_the_switch,
+)
+def four_bits_stay_as_they_are():
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 64, bias=False)
+    compat("peft").keep_packing(layer)
+    rearranges = hasattr(bnb.nn.modules, "_convert_weight_packed_for_cpu")  # earlier versions do not
+    assert not rearranges or layer.support_avx512bf16_for_cpu is False
+
+
 # --- hooks of theirs that we override
 
 HOOKS = {

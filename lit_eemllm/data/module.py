@@ -250,12 +250,13 @@ class ShardDataModule(LightningDataModule):
         """The training data, read once, by rank 0 for all: see `contents`. A collective call where there are several ranks."""
         recipe = self.recipe("train")
         found: list[Any] = [None]
-        if worker_config(0, self.seed).rank == 0:
+        several = dist.is_available() and dist.is_initialized()
+        if not several or dist.get_rank() == 0:
             try:
                 found = [[contents(source, len(recipe.sources)) for source in recipe.sources]]
             except UserError as error:  # which the others wait to hear
                 found = [error]
-        if dist.is_available() and dist.is_initialized():
+        if several:
             dist.broadcast_object_list(found)
         if isinstance(found[0], UserError):
             raise found[0]

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,7 @@ def try_lock(file: IO[str], lock: Callable[[Any, int], None] = fcntl.flock) -> b
 def locked(
     folder: Path, what: str, name: str = ".lock", lock: Callable[[Any, int], None] = fcntl.flock
 ) -> Iterator[None]:
-    """Nobody else does the same in the folder meanwhile.
+    """Nobody else does the same in the folder meanwhile. Where it fails before it has made anything, nothing is left.
 
     Args:
         folder: made if it is not there.
@@ -42,17 +42,27 @@ def locked(
     Raises:
         UserError: another process does.
     """
+    path, was_there = folder / name, folder.exists()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / name).open("a+", encoding="utf-8")
+        file = path.open("a+", encoding="utf-8")
     with file:
-        if not try_lock(file, lock):
+        # held, but perhaps of a file that who had it has removed meanwhile
+        if not try_lock(file, lock) or not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
             file.seek(0)
             raise UserError(
                 f"{folder}: another {what} is running here ({file.read().strip() or 'just started'}). Wait for it, or end it; "
                 "what it has done is kept."
             )
-        with writing(folder / name):
+        with writing(path):
             file.truncate(0)
             os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}\n".encode())
-        yield
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # what went wrong is being told
+                if list(folder.iterdir()) == [path]:
+                    path.unlink()
+                    if not was_there:
+                        folder.rmdir()
+            raise

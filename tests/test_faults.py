@@ -355,6 +355,17 @@ def test_a_second_training_in_the_same_folder_is_refused(tmp_path, parts, shapes
     assert steps(tmp_path) == [1] and not half.exists()
 
 
+def test_a_start_that_is_refused_leaves_no_folder(tmp_path, parts):
+    """One that was there stays, as it was."""
+    with pytest.raises(UserError, match="nowhere"):
+        fit(tiny.config(parts, tmp_path / "nowhere", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="nowhere"):
+        fit(tiny.config(parts, tmp_path / "nowhere", tmp_path / "mine"))
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
 # --- data under way
 
 

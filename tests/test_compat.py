@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import timedelta
 from functools import partial
@@ -476,6 +477,47 @@ def validations_are_begun():
     loader = DataLoader(torch.ones(8))
     trainer.fit(module, loader, loader)
     assert begun == [True, (2, 2), False]
+
+
+@contract(
+    "lightning",
+    "modules are restored in _restore_modules_and_callbacks, optimisers in restore_training_state, and nothing else is done there",
+    lambda patch: patch.setattr("lit_eemllm.compat.lightning.around_restoring", lambda trainer, context: None),
+)
+def restoring_is_in_two_methods(tmp_path):
+    from torch.utils.data import DataLoader
+
+    within, seen = [], []
+
+    @contextmanager
+    def context():
+        within.append(None)
+        yield
+        within.pop()
+
+    _, first = trained_steps()
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    module, trainer = trained_steps(train=False)
+    for hook in ("on_load_checkpoint", "on_fit_start", "configure_optimizers", "on_train_start"):
+        own = getattr(module, hook)
+        setattr(module, hook, lambda *given, hook=hook, own=own: (seen.append((hook, len(within))), own(*given))[1])
+    own_load = torch.optim.SGD.load_state_dict
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.optim.SGD,
+            "load_state_dict",
+            lambda *given: (seen.append(("optimizer", len(within))), own_load(*given))[1],
+        )
+        compat("lightning").around_restoring(trainer, context())
+        trainer.fit_loop.epoch_loop.max_steps = 3
+        trainer.fit(module, DataLoader(torch.ones(8)), ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert sorted(seen) == [
+        ("configure_optimizers", 0),
+        ("on_fit_start", 0),
+        ("on_load_checkpoint", 1),
+        ("on_train_start", 0),
+        ("optimizer", 1),
+    ]
 
 
 @contract(

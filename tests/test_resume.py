@@ -11,6 +11,7 @@ from test_faults import validation_losses
 from test_training import assert_same, metrics
 from torch import nn
 
+from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.errors import CheckpointError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.model import vision
@@ -261,6 +262,19 @@ def test_a_later_checkpoint_is_not_named_as_one_before(tmp_path, run):
     with pytest.raises(CheckpointError) as error:
         read_checkpoint(out / "checkpoints" / "step-2.ckpt")
     assert "step-3" not in str(error.value)
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "train_dataloader"])
+def test_what_fails_beside_restoring_is_not_blamed_on_the_checkpoint(tmp_path, parts, shapes, run, hook):
+    """An encoder of one's own, the trial of attention backends, a loader: their errors are told as they are."""
+
+    def broken(*_, **__):
+        raise TypeError("it is mine")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardDataModule if hook == "train_dataloader" else LitEEMLLM, hook, broken)
+        with pytest.raises(TypeError, match=r"^it is mine$"):
+            fit(tiny.config(parts, shapes, copy_of(run, tmp_path, 2), "optim.max_steps=3", "data.val=null"))
 
 
 @pytest.mark.parametrize(

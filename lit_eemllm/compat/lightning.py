@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -55,6 +55,13 @@ def validate_now(trainer: Trainer) -> None:
 def set_max_steps(trainer: Trainer, steps: int) -> None:
     """After the trainer was made. A run that has all its steps would not even begin to look for a validation that is pending."""
     trainer.fit_loop.epoch_loop.max_steps = steps
+
+
+def around_restoring(trainer: Trainer, context: ContextDecorator) -> None:
+    """Let all that takes something from the checkpoint of `Trainer.fit`, and only that, run in a context."""
+    connector = trainer._checkpoint_connector
+    for name in ("_restore_modules_and_callbacks", "restore_training_state"):
+        setattr(connector, name, context(getattr(connector, name)))
 
 
 def has_trainer(module: LightningModule) -> bool:

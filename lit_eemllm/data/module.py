@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples")
 _TOTALS = ("offset", "batches", "skipped", "truncated")
+_NO_POSITION = "The checkpoint holds no loader position that this version can read."
 _COUNTS = ("skipped", "samples", "tokens")  # Counters
 _SIZES = ("ranks", "data.workers")
 
@@ -134,10 +135,13 @@ class ShardDataModule(LightningDataModule):
         self._shape = self._describe()
         if self._saved:
             self._refuse_changes(self._shape)
-            mine = self._saved["ranks"][workers.rank]
-            loader.restore(loader_state.loads(mine["loader"]))
-            counts = {key: Counter(mine.get(key, {})) for key in _COUNTS}  # earlier versions: of skipped only
-            start = Position(*loader.counters, **{**{key: mine[key] for key in _TOTALS}, **counts})
+            try:
+                mine = self._saved["ranks"][workers.rank]
+                loader.restore(loader_state.loads(mine["loader"]))
+                counts = {key: Counter(mine.get(key, {})) for key in _COUNTS}  # earlier versions: of skipped only
+                start = Position(*loader.counters, **{**{key: mine[key] for key in _TOTALS}, **counts})
+            except (LookupError, AttributeError, OverflowError, TypeError, ValueError) as error:
+                raise CheckpointError(_NO_POSITION) from error
         self._loader = EndlessLoader(loader, start, trained=self.trainer is not None)
         self._done = self._in_hand = self._loader.last
         return self._loader
@@ -191,7 +195,7 @@ class ShardDataModule(LightningDataModule):
             if state_dict["shape"] != now:
                 self._saved = {"shape": now, "ranks": _deal(state_dict["ranks"], now["ranks"])}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError("The checkpoint holds no loader position that this version can read.") from error
+            raise CheckpointError(_NO_POSITION) from error
 
     def teardown(self, stage: str) -> None:
         """End the loader's processes. The position is kept, for a checkpoint saved after `fit` and for another `fit`."""

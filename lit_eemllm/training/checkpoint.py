@@ -132,25 +132,28 @@ def _read(path: Path, verified: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def using(path: Path | None, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """What is within takes what it needs from a checkpoint: anything may be in its sections, and Lightning does not look.
-
-    Args:
-        path: of the checkpoint, if there is one.
-        begun: whether errors are no longer the checkpoint's.
-
-    Raises:
-        CheckpointError: with the path; also for what is missing, or of another kind or shape than `fit` writes.
-    """
+def naming(path: Path | None, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """CheckpointErrors from within name the checkpoint, if there is one, until what is within has `begun` to do without it."""
     try:
         yield
     except CheckpointError as error:
         if path is None or begun() or str(path) in str(error):
             raise
         raise CheckpointError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def using(path: Path) -> Iterator[None]:
+    """What is within takes what it needs from a checkpoint, and does nothing else: anything may be in its sections, and Lightning
+    does not look.
+
+    Raises:
+        CheckpointError: with the path; also for what is missing, or of another kind or shape than `fit` writes.
+    """
+    try:
+        with naming(path):
+            yield
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        if path is None or begun():
-            raise
         reason = next(iter(str(error).splitlines()), "")
         raise CheckpointError(
             f"{path}: a section is not as `fit` writes it ({type(error).__name__}: {reason}). Continue from another checkpoint "

@@ -14,7 +14,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ..compat.lightning import set_max_steps, validation_pending
+from ..compat.lightning import around_restoring, set_max_steps, validation_pending
 from ..console import console, quiet_libraries
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, ConfigError, not_one_of
@@ -23,6 +23,7 @@ from ..schema import Config
 from .checkpoint import (
     FOLDER,
     AtomicCheckpointIO,
+    naming,
     newest_checkpoint,
     read_checkpoint,
     refuse_changes,
@@ -92,7 +93,9 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
                     f"optim.max_steps was {steps_before:,} and is {config.optim.max_steps:,}: from here on the learning rate follows the schedule of "
                     "as many steps; the warm-up is what it was"
                 )
-    with runlog.running(), guarded(), using(resume, lambda: module.has_begun):
+    if resume is not None:
+        around_restoring(trainer, using(resume))
+    with runlog.running(), guarded(), naming(resume, lambda: module.has_begun):
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     out = Path(config.out)
     last = out / FOLDER / f"step-{trainer.global_step}.ckpt"

@@ -6,6 +6,7 @@ import random
 import time
 from dataclasses import asdict, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -29,7 +30,7 @@ from ..errors import CheckpointError
 from ..layout import PackedBatch, Run, SequenceLayout
 from ..model.build import fingerprint
 from .adapters import MARK, WHOLE
-from .checkpoint import tensors
+from .checkpoint import tensors, using
 from .fsdp2 import FSDP2, shard
 from .guard import check_step
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
@@ -248,6 +249,8 @@ class LitEEMLLM(LightningModule):
         self.begun_with = about.get("begun_with", about["config"]["optim"]["max_steps"])
         self._restored_rng = checkpoint["rng"]
         if has_trainer(self):
+            if not alike(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict()):
+                raise TypeError("loops: counters that are no numbers")
             count_in_packs_of(checkpoint, self.trainer.world_size)
 
     def on_train_start(self) -> None:
@@ -261,7 +264,8 @@ class LitEEMLLM(LightningModule):
                     "nodes share, or copy the checkpoint to each."
                 )
         if self._restored_rng is not None:
-            self._go_on(self._restored_rng)
+            with using(Path(str(self.trainer.ckpt_path))):
+                self._go_on(self._restored_rng)
             self._restored_rng = None
         self.has_begun = True
 
@@ -289,6 +293,13 @@ def with_blank_image(batch: PackedBatch, transform: Transform) -> PackedBatch:
     ids = torch.cat([batch.input_ids, batch.input_ids.new_zeros(layout.num_tokens - len(batch.input_ids))])
     pixels = torch.zeros_like(transform(picture)[None], device=ids.device)
     return replace(batch, input_ids=ids, pixel_values=pixels, layout=layout, image_sizes=[picture.size])
+
+
+def alike(found: Any, own: Any) -> bool:
+    """Whether there is a number where `own` has one. Lightning takes over anything, and fails later or, worse, does not."""
+    if isinstance(own, dict):
+        return isinstance(found, dict) and all(alike(found[key], value) for key, value in own.items() if key in found)
+    return not isinstance(own, int) or isinstance(found, int)
 
 
 def keep_own_copies(optimizer: torch.optim.Optimizer) -> None:

@@ -13,7 +13,7 @@ from .model.modeling import load_decoder_config
 from .schema import Config
 from .training.adapters import drop_adapters, merge_adapters, save_adapter
 from .training.checkpoint import new_folder
-from .training.initial import weights_of
+from .training.initial import stored_weights
 
 BASE = "base"
 """Folder beside an adapter for the decoder that it was trained on, where no other folder holds that."""
@@ -64,6 +64,6 @@ def _has_own_base(config: Config) -> bool:
     _, part = load_decoder_config(config.model.decoder)
     start = Path(config.init_from) if config.init_from is not None else None
     trained = (
-        start is not None and start.exists() and any(n.startswith("language_model.") for n in weights_of(start)[0])
+        start is not None and start.exists() and any(n.startswith("language_model.") for n in stored_weights(start)[0])
     )
     return bool(part) or trained

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from lit_eemllm.config import load_config
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.mechanisms import PRESETS
-from lit_eemllm.merge import merge
+from lit_eemllm.merge import _has_own_base, merge
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build
 from lit_eemllm.schema import LoraConfig
@@ -232,6 +233,17 @@ def test_an_adapter_names_the_decoder_that_it_was_trained_on(parts, shapes, tmp_
         adapted = PeftModel.from_pretrained(plain, out).eval()(ids).logits
         ours = load(config, None)[0](ids).logits[..., : adapted.shape[-1]]
     assert tiny.max_error(adapted, ours) <= 1e-5 and tiny.max_error(true[..., : adapted.shape[-1]], ours) > 1e-4
+
+
+def test_whether_an_adapter_has_its_own_base_is_seen_by_names(run, trained, tmp_path, monkeypatch):
+    """Of a run with adapters, of one without, and of one that left the decoder alone: no model is made for it."""
+    monkeypatch.setattr("lit_eemllm.training.initial.build", None)
+    frozen = tmp_path / "frozen.ckpt"
+    state = read_checkpoint(newest_checkpoint(Path(run.out)))
+    kept = {name: x for name, x in state["state_dict"].items() if "language_model" not in name}
+    torch.save({**state, "state_dict": kept}, frozen)
+    for start, own in ((None, False), (run.out, True), (trained.out, True), (frozen, False)):
+        assert _has_own_base(replace(run, init_from=start and str(start))) is own
 
 
 QLORA = [*LORA, "model.quantization=nf4", "optim.max_steps=2", "optim.lr=2e-2"]

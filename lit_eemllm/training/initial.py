@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning import seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -107,17 +107,8 @@ def load_weights(model: EEMLLM, path: Path, chain: tuple[Path, ...] = ()) -> Tab
 
 def weights_of(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Tensor], Path]:
     """The tensors that `load_weights` loads, under the names of an unquantised model without adapters, and where they are from."""
-    if not path.exists():
-        raise CheckpointError(f"init_from={path}: no such run directory, checkpoint or folder of a model")
-    if path.is_dir() and any(path.glob("model*.safetensors")):
-        return tensors_of(path, "init_from"), path
-    source = path if not path.is_dir() else newest_checkpoint(path)
-    if source is None:
-        raise CheckpointError(f"init_from={path}: no checkpoint in {path / FOLDER} and no model.safetensors")
-    checkpoint = read_checkpoint(source)
-    with using(source):
-        state = {name.removeprefix("model."): tensor for name, tensor in tensors(checkpoint).items()}
-    if not any(MARK in name for name in state):
+    state, source, checkpoint = stored_weights(path)
+    if checkpoint is None or not any(MARK in name for name in state):
         return state, source
     if source.resolve() in chain:
         raise CheckpointError(f"init_from={source}: the run begins from itself")
@@ -136,3 +127,18 @@ def weights_of(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Tens
         f"{name}." for word in COMPONENTS if getattr(config.optim.tuning, word) != "frozen" for name in COMPONENTS[word]
     ]
     return {name: x for name, x in trained.state_dict().items() if name.startswith(tuple(changed))}, source
+
+
+def stored_weights(path: Path) -> tuple[dict[str, Tensor], Path, dict[str, Any] | None]:
+    """The tensors that `init_from` names as they are stored, adapters apart; where they are from; the checkpoint, if they are of one.
+    A checkpoint's are mapped: names and shapes cost no memory."""
+    if not path.exists():
+        raise CheckpointError(f"init_from={path}: no such run directory, checkpoint or folder of a model")
+    if path.is_dir() and any(path.glob("model*.safetensors")):
+        return tensors_of(path, "init_from"), path, None
+    source = path if not path.is_dir() else newest_checkpoint(path)
+    if source is None:
+        raise CheckpointError(f"init_from={path}: no checkpoint in {path / FOLDER} and no model.safetensors")
+    checkpoint = read_checkpoint(source)
+    with using(source):
+        return {name.removeprefix("model."): x for name, x in tensors(checkpoint).items()}, source, checkpoint

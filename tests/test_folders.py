@@ -3,7 +3,6 @@
 import base64
 import json
 import shutil
-import sys
 from dataclasses import fields
 
 import pytest
@@ -29,13 +28,14 @@ CANARY = "canary_of_a_model_folder"  # a module in the current folder, which is 
 def folder(tmp_path, parts, monkeypatch):
     """Parts to change, below the current folder, in which a module lies that must not be imported."""
     shutil.copytree(parts, tmp_path, dirs_exist_ok=True)
-    (tmp_path / f"{CANARY}.py").write_text("raise SystemExit('it was imported')\n")
+    imported = tmp_path / "imported"
+    (tmp_path / f"{CANARY}.py").write_text(f"open({str(imported)!r}, 'w')\nraise SystemExit('it was imported')\n")
     shutil.copy(tmp_path / f"{CANARY}.py", tmp_path / "decoder")
     shutil.copy(tmp_path / f"{CANARY}.py", tmp_path / "encoder")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    assert CANARY not in sys.modules
+    assert not imported.exists()
 
 
 def add(file, **values):

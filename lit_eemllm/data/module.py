@@ -140,6 +140,14 @@ class ShardDataModule(LightningDataModule):
                 loader.restore(loader_state.loads(mine["loader"]))
                 counts = {key: Counter(mine.get(key, {})) for key in _COUNTS}  # earlier versions: of skipped only
                 start = Position(*loader.counters, **{**{key: mine[key] for key in _TOTALS}, **counts})
+                numbers = [
+                    start.offset,
+                    start.batches,
+                    start.truncated,
+                    *(n for count in counts.values() for n in count.values()),
+                ]
+                if not all(isinstance(number, int) for number in numbers):  # used later, with the first pack
+                    raise TypeError("counts that are no numbers")
             except (LookupError, AttributeError, OverflowError, TypeError, ValueError) as error:
                 raise CheckpointError(_NO_POSITION) from error
         self._loader = EndlessLoader(loader, start, trained=self.trainer is not None)

@@ -169,5 +169,8 @@ class _Attention(torch.autograd.Function):
 
 def _by_head(q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, and keys and values for each of their heads."""
-    keys, heads, size = len(k_SKH), *q_QNH.shape[1:]
-    return q_QNH.transpose(0, 1), k_SKH.new_empty(heads, keys, size), v_SKH.new_empty(heads, keys, size)
+    heads = q_QNH.shape[1]
+    k_NSH, v_NSH = (
+        x.new_empty(heads, len(x), x.shape[2]) for x in (k_SKH, v_SKH)
+    )  # of values other sizes than of keys
+    return q_QNH.transpose(0, 1), k_NSH, v_NSH

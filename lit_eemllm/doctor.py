@@ -190,8 +190,13 @@ def environment(*packages: str) -> dict[str, Any]:
     root, commit = Path(__file__).parents[1], "unknown (not a git checkout)"
     if (root / ".git").exists():  # else git finds the repository of others that an installation may lie in
         with suppress(OSError, subprocess.CalledProcessError):
-            git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+            # not `describe --dirty`: it writes the index, and where the disk is full it leaves its lock behind
+            git = ["git", "--no-optional-locks", "-C", str(root)]
+            commit, changed = (
+                subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
+                for words in (["describe", "--always"], ["status", "--porcelain", "--untracked-files=no"])
+            )
+            commit += "-dirty" * bool(changed)
     return {
         "cpu": (names or [platform.processor() or platform.machine()])[0],
         "cores": os.cpu_count(),

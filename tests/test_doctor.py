@@ -216,12 +216,16 @@ def test_devices_are_named_with_memory_and_capability(monkeypatch):
 
 def test_the_commit_is_ours_or_unknown(monkeypatch, tmp_path):
     """Git looks for a repository upwards; that of a user who has us installed below it is not ours."""
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: SimpleNamespace(stdout="1a2b3c4\n"))
+    said = {"describe": "1a2b3c4\n", "status": ""}
+    run = lambda command, **options: SimpleNamespace(stdout=next(said[word] for word in command if word in said))  # noqa: E731
+    monkeypatch.setattr(doctor.subprocess, "run", run)
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "site-packages" / "lit_eemllm" / "doctor.py"))
     (tmp_path / ".git").mkdir()
     assert doctor.environment()["commit"] == "unknown (not a git checkout)"
     (tmp_path / "site-packages" / ".git").mkdir(parents=True)
     assert doctor.environment()["commit"] == "1a2b3c4"
+    said["status"] = " M README.md\n"
+    assert doctor.environment()["commit"] == "1a2b3c4-dirty"
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 IMAGE = "<image>"  # placeholder of one image in the text of a human turn
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold and no tokenizer takes
 IMAGE_SLOT = -1  # the one entry that stands for a whole image in `EncodedText.ids`
-DAY = date(
-    2024, 7, 26
-)  # today, for templates that ask for it: a run must not change at midnight. (Llama 3's own, without a clock.)
+DAY = date(2024, 7, 26)
+"""Today, for templates that ask for it: a run must not change at midnight. (Llama 3's own, without a clock.)"""
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -62,6 +62,8 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: bar.advance(task, steps)
 
 
+PAGE_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""Content policy of every page that is written: what strangers' texts bring along is neither fetched nor run."""
 _DISK = re.compile(r"\(os error \d|disk (is full|I/O error)")
 """What libraries say of a disk without an OSError: those in Rust, safetensors and tokenizers, and sqlite."""
 

@@ -168,9 +168,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _by_head(q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, and keys and values for each of their heads."""
+    """Queries, and keys and values, which may be of another size, for each of their heads."""
     heads = q_QNH.shape[1]
-    k_NSH, v_NSH = (
-        x.new_empty(heads, len(x), x.shape[2]) for x in (k_SKH, v_SKH)
-    )  # of values other sizes than of keys
+    k_NSH, v_NSH = (x.new_empty(heads, len(x), x.shape[2]) for x in (k_SKH, v_SKH))
     return q_QNH.transpose(0, 1), k_NSH, v_NSH

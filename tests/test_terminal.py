@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import logging
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -106,10 +107,12 @@ def test_nothing_else_prints():
 
 def test_pages_run_and_fetch_nothing(tmp_path):
     """Of the gallery and of `inspect`; the report's has a hash for its own script."""
+    from lit_eemllm.console import PAGE_POLICY
     from lit_eemllm.data import preview
     from lit_eemllm.evaluation import gallery
 
-    for page in (preview._PAGE, gallery._PAGE):
+    for template in (preview._PAGE, gallery._PAGE):
+        page = template.format_map(defaultdict(str, policy=PAGE_POLICY))
         assert "<script" not in page
         assert (
             """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">"""

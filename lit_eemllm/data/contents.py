@@ -10,7 +10,7 @@ from lit_eemllm.errors import UserError
 PLACES = 1024
 """Evenly spread places at which the sources of a recipe are read, shared evenly, beside the beginning of each shard."""
 BYTES = 64 * 2**10
-"""Read at each place. A source of up to 64 MiB is read whole."""
+"""Read at each place. Of up to 64 MiB, divided by the number of sources, a source is read whole."""
 
 
 def contents(source: Source, of: int = 1) -> str:

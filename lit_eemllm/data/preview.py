@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from lit_eemllm.console import write_atomically, writing
+from lit_eemllm.console import PAGE_POLICY, write_atomically, writing
 from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.layout import PackedBatch
 
@@ -136,7 +136,13 @@ def to_html(packs: list[list[Document]], budget: int, title: str) -> str:
                     f'<div class="strip">{strip}</div>{cards}</section>')  # fmt: skip
     legend = "".join(f'<span><b style="background:{c}"></b>{name}</span>' for c, name in _LEGEND)
     return _PAGE.format(
-        title=escape(title), legend=legend, body="\n".join(body), text=TEXT, target=TARGET, visual=VISUAL
+        policy=PAGE_POLICY,
+        title=escape(title),
+        legend=legend,
+        body="\n".join(body),
+        text=TEXT,
+        target=TARGET,
+        visual=VISUAL,
     )
 
 
@@ -295,7 +301,7 @@ def _font(size: int) -> Any:
 _LEGEND = ((TARGET, "supervised: the model learns to say it"), (TEXT, "text, read only"), (VISUAL, "visual tokens"))
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <style>
 body {{ font: 15px/1.55 system-ui, sans-serif; color: #223; max-width: 1100px; margin: 2em auto; padding: 0 1em }}
 h1 {{ font-size: 1.5em; margin: 0 }} h2 {{ margin: 0 }} section {{ border-left: 4px solid #223; padding-left: 1.2em; margin: 2.4em 0 }} h3 {{ font-size: .95em; margin: 0; overflow-wrap: anywhere }}

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..chat import IMAGE
-from ..console import write_atomically
+from ..console import PAGE_POLICY, write_atomically
 from ..images import open_image
 from .questions import Picture
 from .scoring import Answered, by
@@ -34,7 +34,7 @@ def write_gallery(answered: Sequence[Answered], title: str, max_pixels: int, pat
         mean = sum(one.score for one in mine) / len(mine)
         note = f"{len(mine):,} questions, {escape(mine[0].question.metric or '')}, mean score of an answer {mean:.3f}"
         sections.append(f'<section><h2>{escape(name)}</h2><p class="note">{note}</p>{"".join(parts)}</section>')
-    page = _PAGE.format(title=escape(title), body="\n".join(sections))
+    page = _PAGE.format(policy=PAGE_POLICY, title=escape(title), body="\n".join(sections))
     write_atomically(path, page.encode("ascii", "xmlcharrefreplace"))  # UTF-8 has no lone surrogates, an answer may
 
 
@@ -79,7 +79,7 @@ def thumbnail(picture: Picture, max_pixels: int) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #223; max-width: 1100px; margin: 2em auto; padding: 0 1em }}
 h1 {{ font-size: 1.5em; margin: 0 }} h2 {{ margin: 1.6em 0 0 }} h3 {{ font-size: .95em; margin: 1em 0 .2em }}

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from ..console import PAGE_POLICY
 from .difference import difference
 from .runs import Comparison, Row, Run
 from .tables import Column, Quantity, columns_of, of_type
@@ -46,7 +47,7 @@ def page(compared: Comparison, picture: bytes, warnings: Sequence[str], notes: S
     ]
     script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     body = "\n".join(section for section in sections if section)
-    return _PAGE.format(title=escape(compared.title), body=body, hash=script, script=_SCRIPT)
+    return _PAGE.format(policy=PAGE_POLICY, title=escape(compared.title), body=body, hash=script, script=_SCRIPT)
 
 
 def table_body(group: str | None, rows: Sequence[Row], columns: Sequence[Column], out: Path) -> str:
@@ -119,7 +120,7 @@ for (const head of document.querySelectorAll("#t thead th")) head.firstChild.onc
 """
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{hash}'">
+<meta http-equiv="Content-Security-Policy" content="{policy}; script-src 'sha256-{hash}'">
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #223; margin: 2em }}
 p, ul, details {{ max-width: 70em }} img {{ max-width: 100%; display: block; margin: 1.5em 0 }}

@@ -39,7 +39,7 @@ class Chunked(AttentionBackend):
         for document in layout.documents:
             row = start
             for run in document:
-                if visibility.visual_queries or not run.visual:
+                if visibility.queries(run.visual):
                     last += range(row, row + run.length)
                     first += [start] * run.length
                 row += run.length

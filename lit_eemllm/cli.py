@@ -84,7 +84,8 @@ def _convert(args: Namespace) -> None:
     convert(Path(sources[0]), args.out, overrides, args.to_llava)
 
 
-def _estimate(args: Namespace) -> None:
+def _shaped(args: Namespace) -> Any:
+    """The configuration, whose parts --shape can stand in for."""
     with tempfile.TemporaryDirectory() as folder:
         if args.shape is not None:
             from lit_eemllm.weightless import SHAPE_ALONE, SHAPE_CONFIG
@@ -95,11 +96,23 @@ def _estimate(args: Namespace) -> None:
             for base, text in zip(bases, texts, strict=True):
                 base.write_text(text, encoding="utf-8")
             args.inputs = [*map(str, bases), *args.inputs]
-        config = _config(args)
+        return _config(args)
+
+
+def _estimate(args: Namespace) -> None:
+    config = _shaped(args)
     from lit_eemllm.estimate import estimate
 
     names = ("shape", "text", "visual", "targets", "documents", "gpus", "memory", "only")
     estimate(config, **{name: getattr(args, name) for name in names}, as_json=args.json)
+
+
+def _explain(args: Namespace) -> None:
+    config = _shaped(args)
+    from lit_eemllm.explain import explain
+
+    names = ("shape", "text", "visual", "out")
+    explain(config, **{name: getattr(args, name) for name in names})
 
 
 def _merge(args: Namespace) -> None:
@@ -288,6 +301,13 @@ def build_parser() -> ArgumentParser:
             made.add_argument("--checkpoint", metavar="FILE", help=text)
         return made
 
+    def shaped(made: ArgumentParser) -> ArgumentParser:
+        text = "vicuna-7b or vicuna-13b with CLIP-L/14-336, in place of the configuration's parts; a CONFIG is then optional"
+        made.add_argument("--shape", metavar="NAME", help=text)
+        made.add_argument("--text", type=int, default=64, metavar="N", help="text tokens of a document, default 64")
+        made.add_argument("--visual", type=int, metavar="N", help="its visual tokens, default: those of one image")
+        return made
+
     example = "lit-eemllm fit configs/demo/ee_mllm.yaml optim.lr=1e-3 out=runs/mine"
     takes_config(verb(verbs, "fit", _fit, "Train, or continue the run found in `out`.", example))
 
@@ -333,13 +353,7 @@ def build_parser() -> ArgumentParser:
 
     example = "lit-eemllm estimate configs/stages/finetune.yaml --shape vicuna-7b --gpus 8 --memory 80"
     text = "Show FLOPs, cache size and training memory of every mechanism; reads config files, no weights."
-    made = takes_config(verb(verbs, "estimate", _estimate, text, example))
-    text = (
-        "vicuna-7b or vicuna-13b with CLIP-L/14-336, in place of the configuration's parts; a CONFIG is then optional"
-    )
-    made.add_argument("--shape", metavar="NAME", help=text)
-    made.add_argument("--text", type=int, default=64, metavar="N", help="text tokens of a document, default 64")
-    made.add_argument("--visual", type=int, metavar="N", help="its visual tokens, default: those of one image")
+    made = shaped(takes_config(verb(verbs, "estimate", _estimate, text, example)))
     made.add_argument("--targets", type=int, metavar="N", help="its supervised tokens, default: all its text")
     text = "documents in a pack and sequences in a cache, default: as many as fill data.pack_tokens"
     made.add_argument("--batch", dest="documents", type=int, metavar="N", help=text)
@@ -347,6 +361,11 @@ def build_parser() -> ArgumentParser:
     made.add_argument("--memory", type=float, default=80.0, metavar="GIB", help="of each GPU, default 80")
     made.add_argument("--only", action="store_true", help="the configured mechanism alone")
     made.add_argument("--json", action="store_true", help="all of it as JSON")
+
+    example = "lit-eemllm explain --shape vicuna-7b model.mechanism.preset=vica --out vica.png"
+    text = "Show what each layer does with visual tokens, and its FLOPs; reads config files, no weights."
+    made = shaped(takes_config(verb(verbs, "explain", _explain, text, example)))
+    made.add_argument("--out", type=Path, metavar="FILE", help="draw it too, with masks (.png, .svg or .pdf)")
 
     example = "lit-eemllm merge runs/demo/ee_mllm-0 --to merged"
     made = takes_config(verb(verbs, "merge", _merge, "Write a run's trained model.", example), checkpoint=True)

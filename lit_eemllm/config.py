@@ -59,6 +59,7 @@ def _kinds(section: type, prefix: str = "") -> dict[str, Any]:
 
 _KINDS = _kinds(Config)
 _KEYS = [key for key, kind in _KINDS.items() if not is_dataclass(kind)]
+_OPEN = [key for key in _KEYS if _KINDS[key] == dict[str, Any]]  # sections with keys that are not known here
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -122,8 +123,8 @@ def _expected(kind: Any) -> str:
 
 
 def is_key(key: str) -> bool:
-    """Whether a configuration can have it; which arguments lightning.Trainer has is not known here."""
-    return key in _KINDS or key.startswith("trainer.")
+    """Whether a configuration can have it; which arguments lightning.Trainer has, or a mechanism of one's own, is not known here."""
+    return key in _KINDS or key.startswith(tuple(f"{section}." for section in _OPEN))
 
 
 def nearest_key(key: str, others: Iterable[str] = (), without: Collection[str] = ()) -> str:
@@ -252,9 +253,9 @@ class _Merge:
     def node(self, key: str, node: yaml.Node, source: str) -> None:
         """Merge a YAML node into `key`, which is a section (the whole configuration: "") or a single key."""
         where = _where(source, node)
-        free = key.startswith("trainer.")
+        free = is_key(key) and key not in _KINDS
         kind = Config if key == "" else Any if free else _KINDS.get(key)
-        section = is_dataclass(kind) or key == "trainer"
+        section = is_dataclass(kind) or key in _OPEN
         if kind is None:
             self.fail(where, key, f"unknown key{self.hint(key)}")
         elif isinstance(node, yaml.MappingNode) and (section or (free and node.value)):
@@ -313,7 +314,8 @@ class _Merge:
         defaults = _defaults()
         required = _required()
         harmless = {int: 1, float: 1.0, str: "?"}
-        for key in [*(key for key in _KEYS if key != "trainer"), *(f"trainer.{name}" for name in self.tree.trainer)]:
+        inside = [f"{section}.{name}" for section in _OPEN for name in OmegaConf.select(self.tree, section)]
+        for key in [*(key for key in _KEYS if key not in _OPEN), *inside]:
             section, _, name = key.rpartition(".")
             parent = OmegaConf.select(self.tree, section) if section else self.tree
             try:

@@ -15,12 +15,14 @@ from rich import box
 from rich.table import Table
 
 from .console import console, progress, quiet_libraries
+from .core.table import LayerPlan, Top, executed
 from .errors import UserError
-from .mechanisms import PRESETS, Mechanism, build_mechanism
+from .mechanisms import PRESETS, Mechanism, Sizes, build_mechanism
 
 if TYPE_CHECKING:
     from .schema import Config
     from .trace import Document, Step
+    from .weightless import Parts
 
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, what kernels need for a moment, and gaps
 GIB = 2**30
@@ -45,51 +47,66 @@ def prefill_flops(
         visual: visual tokens V, of one image.
         last_layer_saving: count only keys and values of visual tokens in the last layer, as this program computes;
             False for comparison with the papers' tables.
-        vision_width: of the encoder's features; needed for layerwise projectors and gated cross-attention.
+        vision_width: of the encoder's features; needed for layerwise projectors and modules that the mechanism adds.
         prefix: text tokens whose scores over the image are not counted, since they stand before it (ViCA's accounts).
     """
-    h, m, layers = decoder.hidden_size, decoder.intermediate_size, decoder.num_hidden_layers
+    return sum(layer_flops(mechanism, decoder, text, visual, vision_width, prefix, last_layer_saving))
+
+
+def layer_flops(
+    mechanism: Mechanism,
+    decoder: Any,
+    text: int,
+    visual: int,
+    vision_width: int = 0,
+    prefix: int = 0,
+    last_layer_saving: bool = True,
+) -> list[int]:
+    """Of each layer, with the module before it; arguments as in `prefill_flops`."""
+    layers = decoder.num_hidden_layers
+    sizes, table = Sizes(decoder.hidden_size, layers, vision_width), mechanism.table(layers)
+    table = executed(table) if last_layer_saving else table
+    unrotated = mechanism.visual_positions == "unrotated"
+    own = 2 * (vision_width * sizes.hidden + sizes.hidden**2) * visual
+    return [
+        row_flops(row, layer, decoder, text, visual, prefix, unrotated)
+        + own * (row.source == "own")
+        + mechanism.block_cost(layer, sizes, text, visual).prefill
+        for layer, row in enumerate(table)
+    ]
+
+
+def row_flops(
+    row: LayerPlan, layer: int, decoder: Any, text: int, visual: int, prefix: int = 0, unrotated: bool = False
+) -> int:
+    """FLOPs of a decoder layer for one prompt; arguments as in `prefill_flops`."""
+    h, m = decoder.hidden_size, decoder.intermediate_size
     w, w_kv, text_row = _widths(decoder)
-    aligner, gated = mechanism.aligner, mechanism.gated
-    total = 0
-    for layer in range(layers):
-        updated = not (last_layer_saving and layer == layers - 1)
-        seen = seen_tokens(mechanism, layer, visual)
-        total += text * text_row + 4 * (text * text + (text - prefix) * seen) * w
-        if mechanism.visual_positions == "unrotated":
-            total += 2 * text * (text + seen) * w  # queries and keys of twice the head size
-        if mechanism.is_dense(layer) and updated:
-            total += visual * text_row + 4 * visual * (text + visual) * w
-            continue
-        before = seen_tokens(mechanism, layer, visual, ranked=True)
-        total += (before if mechanism.constant else visual) * 4 * h * w_kv
-        if before != seen_tokens(mechanism, layer, visual):
-            total += 2 * (text + before) * w  # the last text token ranks what it sees
-        if mechanism.visual_source == "layerwise" and seen:
-            total += visual * 2 * (vision_width * h + h * h)
-        if updated and not mechanism.constant:
-            total += visual * (2 * h * w * aligner.output + 6 * h * m * aligner.ffn)
-            if mechanism.visual_window:
-                total += visual * (2 * h * w + 4 * min(mechanism.visual_window + 1, visual) * w)
-        if gated is not None and layer % gated.every == 0 and visual:
-            inner, tokens = gated.heads * gated.head_size, gated.latents or visual
-            width = vision_width if gated.latents else h
-            total += 4 * h * inner * text + 4 * width * inner * tokens + 4 * text * tokens * inner + 16 * text * h * h
-    return total
+    here, seen = row.tokens.count(visual), row.seen.count(visual)
+    total = text * text_row + 4 * (text * text + (text - prefix) * seen) * w
+    if unrotated:
+        total += 2 * text * (text + seen) * w  # queries and keys of twice the head size
+    if isinstance(row.tokens, Top) and row.tokens.layer == layer:
+        here = row.tokens.ranked(visual)
+        total += 2 * (text + here) * w  # the last text token ranks what it sees
+    total += here * 2 * h * w_kv * (row.keys + row.values)
+    if row.queries:
+        sees = text + here if row.causal else min(int(row.attend) + 1, here)
+        total += here * (2 * h * w + 4 * sees * w)
+    return total + here * (2 * h * w * ("output" in row.update) + 6 * h * m * ("ffn" in row.update))
 
 
 def decode_flops(mechanism: Mechanism, decoder: Any, text: int, visual: int) -> int:
     """FLOPs of the decoder layers for one new token after a prompt."""
-    h, (w, _, text_row) = decoder.hidden_size, _widths(decoder)
-    gated = mechanism.gated
+    w, _, text_row = _widths(decoder)
+    sizes = Sizes(decoder.hidden_size, decoder.num_hidden_layers, 0)
     score = 6 if mechanism.visual_positions == "unrotated" else 4
-    total = 0
-    for layer in range(decoder.num_hidden_layers):
-        total += text_row + score * (text + 1 + seen_tokens(mechanism, layer, visual)) * w
-        if gated is not None and layer % gated.every == 0 and visual:
-            inner = gated.heads * gated.head_size
-            total += 4 * h * inner + 4 * (gated.latents or visual) * inner + 16 * h * h
-    return total
+    return sum(
+        text_row
+        + score * (text + 1 + row.kept.count(visual)) * w
+        + mechanism.block_cost(layer, sizes, text, visual).decode
+        for layer, row in enumerate(executed(mechanism.table(sizes.layers)))
+    )
 
 
 def cache_bytes(mechanism: Mechanism, decoder: Any, text: int, visual: int, itemsize: int = 2) -> int:
@@ -103,22 +120,12 @@ def cache_bytes(mechanism: Mechanism, decoder: Any, text: int, visual: int, item
         itemsize: bytes of a number.
     """
     _, w_kv, _ = _widths(decoder)
-    gated = mechanism.gated
-    numbers = 0
-    for layer in range(decoder.num_hidden_layers):
-        width = w_kv * (3 if mechanism.visual_positions == "unrotated" else 2)
-        numbers += (text + seen_tokens(mechanism, layer, visual)) * width
-        if gated is not None and layer % gated.every == 0 and visual:
-            numbers += (gated.latents or visual) * 2 * gated.heads * gated.head_size
-    return numbers * itemsize
-
-
-def seen_tokens(mechanism: Mechanism, layer: int, visual: int, ranked: bool = False) -> int:
-    """Visual tokens of an image that text sees in a layer; `ranked`: with those that it drops itself."""
-    if not mechanism.sees_images(layer):
-        return 0
-    share = sum(share for first, share in mechanism.visual_drop if first < layer + (not ranked))
-    return visual - int(share * visual + 1e-9)
+    sizes = Sizes(decoder.hidden_size, decoder.num_hidden_layers, 0)
+    width = w_kv * (3 if mechanism.visual_positions == "unrotated" else 2)
+    return itemsize * sum(
+        (text + row.kept.count(visual)) * width + mechanism.block_cost(layer, sizes, text, visual).kept
+        for layer, row in enumerate(executed(mechanism.table(sizes.layers)))
+    )
 
 
 def _widths(decoder: Any) -> tuple[int, int, int]:
@@ -160,24 +167,20 @@ def estimate(
     Raises:
         UserError: an option or a part cannot be used.
     """
-    from .resolutions import transform_from_dict
     from .trace import Document, trace
     from .weightless import parts_of_config, parts_of_shape
 
     quiet_libraries()
     parts = parts_of_config(config.model) if shape is None else parts_of_shape(shape)
-    if visual is None:
-        transform = transform_from_dict(parts.vision["transform"])
-        visual = transform.num_tokens(*transform.largest)
+    visual = prompt_of(parts, text, visual)
     if documents is None:
         documents = min(
             config.data.pack_tokens // max(1, text + visual), config.data.pack_samples or config.data.pack_tokens
         )
         documents = max(1, documents)
     targets = text if targets is None else targets
-    for name, value in (("text", text), ("visual", visual), ("batch", documents), ("gpus", gpus), ("memory", memory)):
-        if not 1 <= value < float("inf"):
-            raise UserError(f"--{name} {value:g}: expected 1 or more")
+    for name, value in (("batch", documents), ("gpus", gpus), ("memory", memory)):
+        _one_or_more(name, value)
     if not 1 <= targets <= text:
         raise UserError(f"--targets {targets}: expected 1 to {text}, the text tokens of a document")
 
@@ -211,6 +214,23 @@ def estimate(
         print(json.dumps(found, indent=2))
     else:
         show(found)
+
+
+def prompt_of(parts: Parts, text: int, visual: int | None) -> int:
+    """Visual tokens of a document: as many as asked for, or as the encoder makes of an image, at most. Raises UserError."""
+    if visual is None:
+        from .resolutions import transform_from_dict
+
+        transform = transform_from_dict(parts.vision["transform"])
+        visual = transform.num_tokens(*transform.largest)
+    _one_or_more("text", text)
+    _one_or_more("visual", visual)
+    return visual
+
+
+def _one_or_more(name: str, value: float) -> None:
+    if not 1 <= value < float("inf"):
+        raise UserError(f"--{name} {value:g}: expected 1 or more")
 
 
 def mechanisms_of(config: Config, layers: int, only: bool) -> tuple[dict[str, Mechanism], str]:
@@ -308,12 +328,12 @@ def show(found: dict[str, Any]) -> None:
         flops = row["flops"]
         table.add_row(
             name,
-            _si(row["parameters"]),
-            _si(flops["prefill"]),
-            _si(flops["prefill_published"]),
+            si(row["parameters"]),
+            si(flops["prefill"]),
+            si(flops["prefill_published"]),
             f"{flops['prefill_published'] / found['llava_prefill_published']:.1%}",
-            _si(flops["decode"]),
-            _si(flops["encoder"] + flops["connector"]),
+            si(flops["decode"]),
+            si(flops["encoder"] + flops["connector"]),
             _bytes(row["cache_bytes"]),
         )
     console.print(table)
@@ -334,8 +354,8 @@ def show(found: dict[str, Any]) -> None:
         flops, has = row["flops"], row["training_bytes"]
         table.add_row(
             name,
-            _si(row["trained"]),
-            _si(flops["training_forward"] + flops["training_backward"]),
+            si(row["trained"]),
+            si(flops["training_forward"] + flops["training_backward"]),
             *(_bytes(size) for size in has.values()),
         )
     console.print(table)
@@ -366,7 +386,8 @@ def _table(title: str, headings: str) -> Table:
     return table
 
 
-def _si(value: float) -> str:
+def si(value: float) -> str:
+    """With a unit's prefix, four digits."""
     power = sum(value >= 1000**n for n in range(1, 6))
     return f"{value / 1000**power:.4g} {['', 'k', 'M', 'G', 'T', 'P'][power]}".rstrip()
 

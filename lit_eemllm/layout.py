@@ -4,7 +4,8 @@ A *pack* holds documents back to back, without padding. A document is a list of 
 image). The layout knows nothing of mechanisms: which rows query is a `Visibility`, chosen by the mechanism.
 
 Legend of shape suffixes, used all over the package:
-    S all tokens of the pack    T its text tokens    V its visual tokens    Q query rows (T or S)
+    S all tokens of the pack    T its text tokens    V its visual tokens    v some of these
+    R rows of a layer, text first, then visual ones    Q rows that query
     N heads    K key/value heads    H head size    h hidden size    I images    B sequences    L padded length
 """
 
@@ -58,17 +59,25 @@ class Visibility:
     """Which rows of a layer query, and how far back they see. Keys are always all rows.
 
     Args:
-        visual_queries: visual tokens query too and see everything earlier in their document (a dense, LLaVA-like layer).
+        visual_queries: visual tokens query and see everything earlier in their document (a dense, LLaVA-like layer).
             Otherwise only text queries (composite attention, EE-MLLM Eq. 1).
         window: a query sees itself and at most so many rows before it; None = no limit. Only with `visual_queries`.
+        text_queries: text queries; False only where visual tokens do, which then see the text before them.
     """
 
     visual_queries: bool
     window: int | None = None
+    text_queries: bool = True
 
     def __post_init__(self) -> None:
         if self.window is not None and (self.window < 0 or not self.visual_queries):
             raise ValueError(f"a window is 0 or more and needs visual_queries, found {self}")
+        if not self.visual_queries and not self.text_queries:
+            raise ValueError(f"some rows must query, found {self}")
+
+    def queries(self, visual: bool) -> bool:
+        """Whether visual rows query, or text rows."""
+        return self.visual_queries if visual else self.text_queries
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,28 @@ class SequenceLayout:
             flags += [i < first for i, run in enumerate(document) if not run.visual for _ in range(run.length)]
         return upload(torch.tensor(flags, dtype=torch.bool), self.positions.device)
 
+    def query_rows(self, visibility: Visibility) -> Tensor | None:
+        """Rows that query, ascending; None = all."""
+        if (visibility.visual_queries and visibility.text_queries) or self.num_text == self.num_tokens:
+            return None
+        return self.visual_index if visibility.visual_queries else self.text_index
+
+    def with_visual(self, rows_v: Tensor | None, lengths: Sequence[int]) -> SequenceLayout:
+        """The layout with some of its visual tokens alone, at the positions they have here.
+
+        Args:
+            rows_v: which of all V they are, ascending; None = all.
+            lengths: how many of each image.
+        """
+        if rows_v is None:
+            return self
+        left = iter(lengths)
+        documents = [[run._replace(length=next(left)) if run.visual else run for run in doc] for doc in self.documents]
+        documents = [[run for run in doc if run.length] for doc in documents]
+        smaller = SequenceLayout.of([doc for doc in documents if doc]).to(self.positions.device)
+        rows_S = smaller.merge(self.text_index, self.visual_index[rows_v])
+        return replace(smaller, positions=self.positions[rows_S])
+
     def mask(self, visibility: Visibility) -> Tensor:
         """The dense truth, [Q, S] bool, True where a query row sees a key row. For the reference and for tests."""
         lengths = torch.tensor([sum(run.length for run in doc) for doc in self.documents])
@@ -173,7 +204,8 @@ class SequenceLayout:
         sees_SS = (document_S[:, None] == document_S[None, :]) & (row_S[:, None] >= row_S[None, :])
         if visibility.window is not None:
             sees_SS &= row_S[:, None] - row_S[None, :] <= visibility.window
-        return sees_SS if visibility.visual_queries else sees_SS[self.text_index]
+        rows_Q = self.query_rows(visibility)
+        return sees_SS if rows_Q is None else sees_SS[rows_Q]
 
     def to(self, device: torch.device | str) -> SequenceLayout:
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))

@@ -58,7 +58,8 @@ class GatedConfig:
 @dataclass
 class MechanismConfig:
     preset: str = "ee_mllm"
-    """How visual tokens are treated: llava, ee_mllm, ee_mllm_f, naavit, shortv, saisa, vica or flamingo; fills the nulls below."""
+    """How visual tokens are treated: llava, ee_mllm, ee_mllm_f, naavit, shortv, saisa, vica, flamingo or one of your own; fills the
+    nulls below."""
     dense_layers: Any = None
     """Layers in which visual tokens also query: "all", "none" or a list of layer numbers."""
     cross_layers: Any = None
@@ -77,6 +78,10 @@ class MechanismConfig:
     """Pairs [layer, share]: from that layer on, that share of an image's tokens is dropped, when generating."""
     gated: GatedConfig = field(default_factory=GatedConfig)
     """Gated cross-attention; only with preset "flamingo"."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of a mechanism of your own (--import FILE), by name."""
+    rows: list[Any] | None = None
+    """Columns of the table that the mechanism makes (lit-eemllm explain), over all above, such as [{layers: 8-15, seen: every 2}]."""
 
 
 @dataclass
@@ -363,9 +368,6 @@ def check(config: Config) -> list[Mistake]:
     if config.model.quantization is not None and (tuning["llm"] == "full" or config.optim.lora.dora):
         text = "quantised layers cannot be trained: set optim.tuning.llm to lora or frozen, without optim.lora.dora"
         mistakes.append((("model.quantization", "optim.tuning.llm", "optim.lora.dora"), text))
-    if config.model.mechanism.preset == "flamingo" and tuning["projector"] == "lora":
-        text = "gated cross-attention begins at nothing and learns only as a whole: set full"
-        mistakes.append((("optim.tuning.projector", "model.mechanism.preset"), text))
     if config.model.vision.max_tokens is not None and config.model.vision.policy != "native":
         text = (
             f"has no effect with policy {config.model.vision.policy}: set model.vision.policy=native or max_tokens=null"
@@ -399,8 +401,13 @@ def check_names(config: Config) -> Iterator[Mistake]:
     from lit_eemllm.chat import TEMPLATES
     from lit_eemllm.evaluation.metrics import METRICS
     from lit_eemllm.mechanisms import PRESETS
+    from lit_eemllm.mechanisms.base import rows_of
     from lit_eemllm.model.vision import get_vision_encoder
 
+    try:
+        rows_of(config.model.mechanism.rows or [])
+    except ConfigError as error:
+        yield ("model.mechanism.rows",), str(error).removeprefix("model.mechanism.rows: ")
     for key, found, known in (
         ("model.mechanism.preset", config.model.mechanism.preset, PRESETS),
         ("model.attention", config.model.attention, ["auto", *registered_backends()]),
@@ -408,8 +415,12 @@ def check_names(config: Config) -> Iterator[Mistake]:
         ("eval.metric", config.eval.metric, [None, *METRICS]),
     ):
         if found not in known:
-            own = "; one of your own needs --import FILE" if key in ("model.attention", "eval.metric") else ""
+            own = "; one of your own needs --import FILE" if key != "model.template" else ""
             yield (key,), not_one_of(found, sorted(filter(None, known))) + own
+    preset = PRESETS.get(config.model.mechanism.preset)
+    key = f"optim.tuning.{preset.component}" if preset is not None else ""
+    if preset is not None and preset.no_adapters and getattr(config.optim.tuning, preset.component) == "lora":
+        yield (key, "model.mechanism.preset"), preset.no_adapters
     try:
         get_vision_encoder(config.model.vision.encoder)
     except ConfigError as error:

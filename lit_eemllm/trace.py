@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .compat.torch import flop_counter, storage_id
+from .core.decoder import DecoderLayer
 from .layout import PackedBatch, Run, SequenceLayout
-from .mechanisms import Mechanism
-from .model.decoder import DecoderLayer
+from .mechanisms import Features, Mechanism
 from .training.adapters import MARK
 from .training.fsdp2 import shared_out
 from .training.module import compute_dtype
@@ -152,9 +152,11 @@ def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document
     encoder_backward = backward(features) if features.requires_grad else 0
     # As many as the document has, whatever the encoder gives.
     features = features.new_empty(document.visual, features.shape[-1], requires_grad=features.requires_grad)
-    model._features = lambda pixels, sizes, layout: (features, None)  # type: ignore[method-assign]
+    model._features = lambda pixels, sizes, layout: Features(features, None)  # type: ignore[method-assign]
     with autocast, recording(model) as rest:
         logits = model.packed_logits(pack(document, pixels))
+    if any(row.source == "own" for row in model.table):  # layers take it from where it is, not from their input
+        rest.outside.given[storage_id(features.untyped_storage())] = features.untyped_storage()
 
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     decoder_flops, head_flops = sum(unit.flops for unit in rest.units), 2 * logits.numel() * parts.decoder.hidden_size
@@ -238,7 +240,7 @@ class Part:
 class Recording:
     """A forward pass: its units, which activation checkpointing would recompute, and what lies outside of them.
 
-    A unit is a decoder layer with the block of gated cross-attention before it, if there is one.
+    A unit is a decoder layer with the block that the mechanism adds before it, if there is one.
     """
 
     flops: int = 0
@@ -293,9 +295,9 @@ def recording(model: EEMLLM) -> Iterator[Recording]:
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal now
-        if now is found.outside:  # else in the layer after a gated block
-            storage = args[0].untyped_storage()
-            now = Part(flops=-counted.get_total_flops(), given={storage_id(storage): storage})
+        if now is found.outside:  # else in the layer after a block
+            given = [x.untyped_storage() for x in args if isinstance(x, Tensor)]
+            now = Part(-counted.get_total_flops(), given={storage_id(storage): storage for storage in given})
             found.units.append(now)
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -307,17 +309,10 @@ def recording(model: EEMLLM) -> Iterator[Recording]:
         nonlocal linear
         linear = module
 
-    def project(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Visual states that layers take from where they are, not from their input."""
-        storage = (args[0] if model.mechanism.visual_source == "layerwise" else output).untyped_storage()
-        found.outside.given[storage_id(storage)] = storage
-
     hooks = [module.register_forward_pre_hook(begin) for module in model.modules() if isinstance(module, nn.Linear)]
-    hooks += [block.register_forward_pre_hook(enter) for block in model.gated.values()]
+    hooks += [block.register_forward_pre_hook(enter) for block in model.blocks.values()]
     for layer in model.language_model.model.layers:
         hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-    if model.mechanism.constant:
-        hooks.append(model.projector.register_forward_hook(project))
     with counted, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         yield found
     found.flops = counted.get_total_flops()

@@ -54,6 +54,12 @@ class Parts:
     encoder: str
     vision: dict[str, Any]
 
+    @property
+    def vision_width(self) -> int:
+        """Of the encoder's features."""
+        with torch.device("meta"):
+            return get_vision_encoder(self.encoder).from_config(self.vision).hidden_size
+
 
 def parts_of_shape(name: str) -> Parts:
     """Raises ConfigError naming the shapes."""

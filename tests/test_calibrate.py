@@ -143,7 +143,7 @@ def test_ee_mllm_f_takes_the_aligner_and_the_window_of_the_configuration():
 def test_a_failure_leaves_the_model_as_it_was():
     model = tiny.model("llama-gqa", DENSE)
     for target in TARGETS:
-        with pytest.raises(ZeroDivisionError), calibrate.changed(model, target, 0):
+        with pytest.raises(ZeroDivisionError), calibrate.switched(model, calibrate.changed(DENSE, target, 0, 3)):
             raise ZeroDivisionError
     assert model.mechanism == DENSE
     assert not any(layer._forward_hooks for layer in model.language_model.model.layers)

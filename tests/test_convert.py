@@ -36,7 +36,8 @@ from lit_eemllm.convert import open_source
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.images import ImageTransform
-from lit_eemllm.mechanisms import PRESETS, Aligner, Gated, Mechanism, build_mechanism
+from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
+from lit_eemllm.mechanisms.flamingo import Gated
 from lit_eemllm.model import EEMLLM, Processor
 from lit_eemllm.model.convert import change_mechanism, choose_mechanism, mechanism_settings
 from lit_eemllm.model.llava import check_llava, load_llava, save_llava

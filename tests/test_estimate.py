@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -14,10 +15,12 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from lit_eemllm import cli
 from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.config import load_config
+from lit_eemllm.core.table import executed
 from lit_eemllm.estimate import cache_bytes, decode_flops, mechanisms_of, prefill_flops
 from lit_eemllm.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
-from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Gated, Mechanism, build_mechanism
+from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism, build_mechanism
+from lit_eemllm.mechanisms.flamingo import Gated
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
 from lit_eemllm.model.build import build
 from lit_eemllm.model.vision import _ENCODERS, register_vision_encoder
@@ -128,23 +131,42 @@ def counted(function) -> tuple[object, FlopCounterMode]:
 def of_layers(model: EEMLLM, counter: FlopCounterMode) -> int:
     """FLOPs of decoder layers and gated blocks."""
     names = [f"EEMLLM.language_model.model.layers.{i}" for i in range(len(model.language_model.model.layers))]
-    names += [f"EEMLLM.gated.{i}" for i in model.gated]
+    names += [f"EEMLLM.{model.mechanism.blocks_name}.{i}" for i in model.blocks]
     counts = counter.get_flop_counts()
     return sum(sum(counts[name].values()) for name in names if name in counts)
+
+
+def scores_past_the_window(mechanism: Mechanism, model: EEMLLM) -> int:
+    """FLOPs of the scores that the reference computes although a window hides them, in layers that have one."""
+    config, total = model.config.text_config, 0
+    w = config.num_attention_heads * model.language_model.model.layers[0].self_attn.head_dim
+    for row in executed(mechanism.table(config.num_hidden_layers)):
+        if isinstance(row.attend, int):
+            here = row.tokens.count(VISUAL)
+            total += 4 * here * max(0, here - row.attend - 1) * w
+    return total
+
+
+@given(tiny.tables())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_flops_and_cache_of_any_table(mechanism):
+    check_flops_and_cache("llama", mechanism)
 
 
 @pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3"])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_flops_and_cache_of_a_real_prompt(name, decoder):
     """The reference computes every score, as the formulas count: equal to the last FLOP and byte."""
-    mechanism, config = MECHANISMS[name], tiny.DECODERS[decoder]
+    check_flops_and_cache(decoder, MECHANISMS[name])
+
+
+def check_flops_and_cache(decoder: str, mechanism: Mechanism) -> None:
+    config = tiny.DECODERS[decoder]
     model = tiny.model(decoder, mechanism).requires_grad_(False)
     prompt = tiny.prompt(model, [[0, TEXT]])
     output, counter = counted(lambda: model(**prompt, use_cache=True))
     expected = prefill_flops(mechanism, config, TEXT, VISUAL, vision_width=model.vision.hidden_size)
-    if mechanism.visual_window:  # whose scores the reference computes all, in the layers that use it
-        w = config.num_attention_heads * model.language_model.model.layers[0].self_attn.head_dim
-        expected += 2 * 4 * VISUAL * (VISUAL - mechanism.visual_window - 1) * w
+    expected += scores_past_the_window(mechanism, model)
     assert of_layers(model, counter) == expected
 
     cache = output[CACHE]
@@ -201,12 +223,10 @@ def test_parameters_and_flops_of_a_real_training_step(name, words):
 
     loss, forward = counted(lambda: model.packed_loss(batch))
     _, backward = counted(loss.backward)
-    extra = 0
-    if mechanism.visual_window:  # see above
-        extra = 2 * 4 * VISUAL * (VISUAL - mechanism.visual_window - 1) * parts.decoder.hidden_size
+    extra = scores_past_the_window(mechanism, model)
     assert forward.get_total_flops() == step.forward_flops + extra
-    if mechanism.gated and words == "decoder alone":  # a fused kernel has no choice: keys and values get gradients too
-        extra -= len(model.gated) * 2 * TEXT * SMALL_GATED.latents * SMALL_GATED.heads * SMALL_GATED.head_size
+    if model.blocks and words == "decoder alone":  # a fused kernel has no choice: keys and values get gradients too
+        extra -= len(model.blocks) * 2 * TEXT * SMALL_GATED.latents * SMALL_GATED.heads * SMALL_GATED.head_size
     assert backward.get_total_flops() == step.backward_flops + 2 * extra
     if words != "lora" and not mechanism.visual_drop:  # which training does not do
         assert step.decoder_flops == prefill_flops(mechanism, parts.decoder, TEXT, VISUAL, vision_width=16)
@@ -278,7 +298,7 @@ MEASURED += [("llava", "float32"), ("saisa", "float32"), ("ee_mllm", "bf16, froz
 
 def wide(name: str) -> Mechanism:
     mechanism = build_mechanism(name, 6)
-    return mechanism if mechanism.gated is None else replace(mechanism, gated=SMALL_GATED)
+    return replace(mechanism, gated=SMALL_GATED) if name == "flamingo" else mechanism
 
 
 def packed() -> PackedBatch:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lit_eemllm.core.families import FAMILIES
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build, build_processor
-from lit_eemllm.model.decoder import FAMILIES
 from lit_eemllm.model.folders import CONFIG
 from lit_eemllm.model.llava import KINDS, load_llava, save_llava
 from lit_eemllm.model.vision import TransformersVision

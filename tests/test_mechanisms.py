@@ -6,13 +6,17 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_attention import TRAINABLE
 from torch.nn.functional import cross_entropy
 
 from lit_eemllm.compat.transformers import CACHE
+from lit_eemllm.core.table import IDLE
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.layout import Run, SequenceLayout
-from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Gated, Mechanism, build_mechanism
+from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism, build_mechanism
+from lit_eemllm.mechanisms.flamingo import Gated
 from lit_eemllm.model.cache import StreamCache, continue_positions
 from lit_eemllm.model.image_cache import ImageCache
 from lit_eemllm.training.tuning import cast
@@ -35,6 +39,15 @@ MECHANISMS = {
     "frozen prefix, dense": Mechanism(dense_layers=(0, 1), freeze_prefix=True),
     "some cross, aligned": Mechanism(cross_layers=(1, 2), aligner=Aligner()),
     "some dense, some cross": Mechanism(dense_layers=(1,), cross_layers=(1, 2), aligner=Aligner(ffn=False)),
+    "text sees every second token": Mechanism(rows=(("1-", (("seen", "every 2"),)),)),
+    "dense, text sees every third": Mechanism(dense_layers="all", rows=(("0-1", (("seen", "every 3"),)),)),
+    "dense, text blind": Mechanism(dense_layers="all", rows=(("1", (("seen", "none"),)),)),
+    "dense without feed-forward": Mechanism(dense_layers="all", rows=(("0", (("update", "value output"),)),)),
+    "enter and leave": Mechanism(dense_layers="all", rows=(("0", (("tokens", "none"),)), ("2", (("tokens", "none"),)))),
+    "every second token is there": Mechanism(dense_layers=(1,), rows=(("1-", (("tokens", "every 2"),)),)),
+    "blind, but updated": Mechanism(rows=(("0", (("seen", "none"),)), ("1", (("tokens", "every 2"), ("seen", "every 3"))))),
+    "a window in some": Mechanism(rows=(("1", (("attend", 4), ("tokens", "every 2"))), ("0", (("update", "ffn"),)))),
+    "blind at the end": Mechanism(rows=(("1-2", (("seen", "none"),)),)),
 }  # fmt: skip
 
 
@@ -78,12 +91,30 @@ def plain_resampler(resampler, features_Ld):
     return resampler.norm(x)
 
 
+def overridden(mechanism, number):
+    """Columns of a layer by `Mechanism.rows`."""
+    found = {}
+    for where, columns in mechanism.rows:
+        first, _, last = where.partition("-")
+        if int(first) <= number <= int(last or (99 if "-" in where else first)):
+            found |= dict(columns)
+    return found
+
+
+def chosen(text, document):
+    """Which rows of a document a selection holds, of the visual ones; in text form."""
+    each = {"all": 1, "none": 10**9}.get(text) or int(text.removeprefix("every "))
+    flags = [run.visual and i % each == 0 for run in document for i in range(run.length)]
+    return torch.tensor(flags) & (text != "none")
+
+
 def plain(model, batch, prompt=None):
     """Text logits of the pack from the equations: a document at a time, explicit masks, no shared products.
 
     With `prompt`, the length of a prompt of one document, visual tokens are dropped by its last token's attention.
     """
     m, decoder = model.mechanism, model.language_model.model
+    gated = getattr(m, "gated", None)
     features_Vd = torch.zeros(0, 16) if batch.pixel_values is None else model.image_features(batch.pixel_values)
     logits, row, used = [], 0, 0
     for document in batch.layout.documents:
@@ -93,7 +124,7 @@ def plain(model, batch, prompt=None):
         Z = features_Vd[used : used + sum(visual)]
         x = decoder.embed_tokens(batch.input_ids[row : row + L])
         row, used = row + L, used + sum(visual)
-        if m.gated is None:
+        if gated is None:
             E = model.projector(Z, 0) if m.visual_source == "layerwise" else model.projector(Z)
             x = x.masked_scatter(is_visual[:, None], E)
         position, positions = 0, []
@@ -103,18 +134,26 @@ def plain(model, batch, prompt=None):
             position += (m.visual_positions == "shared") if one else run.length
         cos, sin = decoder.rotary_emb(x[None], torch.tensor([positions]))
         media = []
-        if m.gated is not None:
+        if gated is not None:
             for run in document:
                 if run.visual:
                     part, Z = Z[: run.length], Z[run.length :]
-                    media.append(plain_resampler(model.projector, part) if m.gated.latents else model.projector(part))
+                    media.append(plain_resampler(model.projector, part) if gated.latents else model.projector(part))
 
         i, j = torch.arange(L)[:, None], torch.arange(L)[None]
         gone = torch.zeros(L, dtype=torch.bool)
         for number, layer in enumerate(decoder.layers):
-            attn, dense = layer.self_attn, m.is_dense(number)
-            if m.gated is not None and number % m.gated.every == 0:
-                x = plain_gated(model.gated[str(number)], x, document, media, m.gated.immediate)
+            columns = overridden(m, number)
+            attn, dense = layer.self_attn, columns.get("attend", "causal" if m.is_dense(number) else "none") == "causal"
+            window = columns["attend"] if isinstance(columns.get("attend"), int) else m.visual_window
+            here = chosen(columns.get("tokens", "all"), document)
+            seen = chosen(columns.get("seen", "all" if m.sees_images(number) else "none"), document) & here
+            parts = columns.get(
+                "update",
+                "value output ffn" if dense else [p for p in ("value", "output", "ffn") if getattr(m.aligner, p)],
+            )
+            if gated is not None and number % gated.every == 0:
+                x = plain_gated(model.gated[str(number)], x, document, media, gated.immediate)
             if m.visual_source == "layerwise":
                 x = x.masked_scatter(is_visual[:, None], model.projector(Z, number))
             u = layer.input_layernorm(x)
@@ -122,12 +161,14 @@ def plain(model, batch, prompt=None):
             scores = qr @ kr.mT
             if m.visual_positions == "unrotated":
                 scores = torch.where(~is_visual[:, None] & is_visual[None], q @ k.mT, scores)
-            sees = i >= j
-            if not m.sees_images(number):
-                sees = sees & ~(is_visual[None] & ~is_visual[:, None])
+            sees = (i >= j) & ~(is_visual & ~here)[None] | torch.eye(L, dtype=torch.bool)
+            sees = sees & ~((is_visual & ~seen)[None] & ~is_visual[:, None])
             if not dense:
                 same_image = torch.tensor(image)[:, None] == torch.tensor(image)[None]
-                near = (i >= j) & (i - j <= m.visual_window) & same_image
+                place = (is_visual & here).cumsum(0)  # among the tokens that are here
+                near = (i >= j) & (place[:, None] - place[None] <= window) & same_image & here[None] | torch.eye(
+                    L, dtype=torch.bool
+                )
                 sees = torch.where(is_visual[:, None], near, sees)
             if prompt and number in dict(m.visual_drop):
                 attention = torch.softmax(
@@ -146,19 +187,19 @@ def plain(model, batch, prompt=None):
                 prefix = torch.arange(L) < visual.index(True)
                 H = torch.where(prefix[:, None], x, H)
             new = H + layer.mlp(layer.post_attention_layernorm(H))
-            if not dense:
-                a = m.aligner
-                if a.value and a.output:
+            if not dense or "ffn" not in parts:
+                if "value" in parts and "output" in parts:
                     aligned = H  # a row that sees itself only, or its window
-                elif a.value:
+                elif "value" in parts:
                     aligned = x + v.transpose(0, 1).flatten(1)
-                elif a.output:
+                elif "output" in parts:
                     aligned = x + attn.o_proj(u)
                 else:
                     aligned = x
-                if a.ffn:
+                if "ffn" in parts:
                     aligned = aligned + layer.mlp(layer.post_attention_layernorm(aligned))
                 new = torch.where(is_visual[:, None], aligned, new)
+            new = torch.where((is_visual & ~here)[:, None], x, new)
             x = new
         logits.append(model.language_model.lm_head(decoder.norm(x))[~is_visual])
     return torch.cat(logits)
@@ -197,6 +238,45 @@ def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
     assert not torch.allclose(found, without, rtol=1e-3)  # the images matter
 
 
+@given(tiny.tables(), st.sampled_from(["llama-gqa", "llama"]), st.sampled_from(["reference", "sdpa"]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_table_equals_its_equations(mechanism, decoder, backend):
+    """In a pack, with gradients; from a cache, with an image in a later turn; what is equal to a plain dense computation."""
+    model, batch = tiny.model(decoder, mechanism), tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3], [2]])
+    model.set_attention(backend)
+    true, found = plain(model, batch), text_logits(model, batch)
+    assert tiny.max_error(found, true) <= 2 * BOUND
+    weights = torch.linspace(-1, 1, true.numel()).view_as(true)
+    parameters = [p for n, p in model.named_parameters() if n.startswith(("projector", "language_model.model.layers"))]
+    for p, a, b in zip(
+        parameters,
+        *(torch.autograd.grad((x * weights).sum(), parameters, allow_unused=True) for x in (true, found)),
+        strict=True,
+    ):
+        a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * max(1, a.abs().max().item()))
+    check_later_turns(model)
+
+
+def check_later_turns(model):
+    """A prompt in three passes, the second image alone in the second, equals the prompt in one."""
+    inputs = tiny.prompt(model, [[2, 0, 3, 0, 4]])
+    ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
+    with torch.no_grad():
+        whole, cache, found = model(**inputs).logits, None, []
+        for first, last, images in ((0, 20, pixels[:1]), (20, 38, pixels[1:]), (38, 41, None)):
+            out = model(ids[:, first:last], mask[:, :last], images, cache=cache, use_cache=True)
+            cache = out[CACHE]
+            found.append(out.logits)
+    assert tiny.max_error(torch.cat(found, 1)[..., : tiny.VOCAB], whole[..., : tiny.VOCAB]) <= 2 * BOUND
+
+
+@pytest.mark.parametrize("name", [name for name in MECHANISMS if "flamingo" not in name and "prefix" not in name])
+def test_an_image_in_a_later_turn_is_as_in_one_prompt(name):
+    """Not so a frozen prefix, which looks ahead to the first image."""
+    check_later_turns(tiny.model("llama-gqa", MECHANISMS[name]))
+
+
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_without_image_every_mechanism_is_the_base_model(name):
     model, batch = tiny.model("llama-gqa", MECHANISMS[name]), tiny.pack([[5], [9]])
@@ -221,7 +301,7 @@ def test_every_trainable_tensor_has_a_gradient(name, pack):
 
 def test_in_one_layer_the_text_output_of_related_mechanisms_is_the_same():
     """EE-MLLM, NAAViT, ShortV and ViCA differ in what becomes of the visual states, not in what text makes of them."""
-    batch, results = tiny.pack(PACK), {}
+    batch, results, changed = tiny.pack(PACK), {}, []
     for name in ("ee_mllm", "naavit", "shortv", "vica"):
         changes = {"cross_layers": (0, 2)} if name == "vica" else {"dense_layers": "none"}
         model = tiny.model("llama-gqa", replace(PRESETS[name], **changes))
@@ -230,9 +310,9 @@ def test_in_one_layer_the_text_output_of_related_mechanisms_is_the_same():
             lambda _, __, out, outputs=outputs: outputs.append(out)
         )
         text_logits(model, batch)
-        constant = model.mechanism.constant  # its stream is text only
-        results[name] = outputs[0] if constant else outputs[0][batch.layout.text_index]
-    assert not all(len(x) == batch.layout.num_tokens for x in results.values())
+        results[name] = outputs[0][0]
+        changed.append(not outputs[0][1].equal(model.projector(model.image_features(batch.pixel_values))))
+    assert changed == [True, True, False, False]
     for a, b in itertools.combinations(results.values(), 2):
         assert tiny.max_error(a, b) <= 1e-6
 
@@ -267,7 +347,7 @@ def test_vica_keeps_the_position_gap():
     results = []
     for positions in ("sequence", "none"):
         model = tiny.model("llama-gqa", Mechanism(cross_layers=(0,), aligner=NO_ALIGNER, visual_positions=positions))
-        model.language_model.model.layers[0].view = "text"  # as in the other layers
+        model.language_model.model.layers[0].row = IDLE  # as in the other layers
         results.append(text_logits(model, batch))
     gap, closed = results
     text = tiny.pack([[9]])
@@ -379,7 +459,7 @@ def test_contradictions_are_named_together():
     assert build_mechanism("shortv", 32).dense_layers == (1, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16)
 
 
-INDEPENDENT = [n for n, m in MECHANISMS.items() if isinstance(m, Mechanism) and m.independent and m.gated is None]
+INDEPENDENT = [n for n, m in MECHANISMS.items() if type(m) is Mechanism and m.dense_layers == "none"]
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from lit_eemllm.compat.transformers import CACHE
+from lit_eemllm.core.families import check_decoder
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
 from lit_eemllm.model import EEMLLM, register_vision_encoder
-from lit_eemllm.model.decoder import check_decoder
 from lit_eemllm.model.vision import _ENCODERS, TransformersVision
 
 BOUND = 1e-5  # of a tensor's largest value, float32
@@ -161,12 +161,12 @@ def test_aligner_combinations_follow_their_formula(decoder, aligner):
     model, batch = tiny.model(decoder, Mechanism(aligner=aligner)), tiny.pack(PACK)
     layer = model.language_model.model.layers[0]
     inputs, outputs = [], []
-    layer.register_forward_hook(lambda _, args, out: inputs.append(args[0]) or outputs.append(out))
+    layer.register_forward_hook(lambda _, args, out: inputs.append(args[1]) or outputs.append(out[1]))
     model.packed_loss(batch).backward()
     if aligner.off:  # nothing updates visual states: they do not run through the layers
-        assert len(inputs[0]) == len(outputs[0]) == batch.layout.num_text
+        assert outputs[0] is inputs[0]
         return
-    visual = inputs[0][batch.layout.visual_index]
+    visual = inputs[0]
     u = layer.input_layernorm(visual)
     heads = model.config.text_config.num_attention_heads
     path = u
@@ -176,7 +176,7 @@ def test_aligner_combinations_follow_their_formula(decoder, aligner):
     path = layer.self_attn.o_proj(path) if aligner.output else path
     h = visual + path if aligner.value or aligner.output else visual
     expected = h + layer.mlp(layer.post_attention_layernorm(h)) if aligner.ffn else h
-    assert tiny.max_error(outputs[0][batch.layout.visual_index], expected) <= BOUND
+    assert tiny.max_error(outputs[0], expected) <= BOUND
     assert all(p.grad is not None for n, p in model.named_parameters() if "projector" in n or "language_model" in n)
 
 

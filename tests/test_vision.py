@@ -247,7 +247,7 @@ def test_a_pack_of_many_sizes_is_one_image_at_a_time(encoder, preset):
     assert tiny.max_error(model.packed_logits(batch), torch.cat(logits)) < 2e-5
     for name, gradient in together.items():
         other = model.get_parameter(name).grad
-        rounding = 2e-6  # all there is of the gradient of a key's bias, which has no effect
+        rounding = 4e-6  # all there is of the gradient of a key's bias, which has no effect
         torch.testing.assert_close(gradient, other, rtol=2e-3, atol=2e-5 * gradient.abs().max().item() + rounding)
 
 
@@ -287,7 +287,7 @@ def test_generation_of_many_sizes(encoder, preset):
     torch.manual_seed(1)
     several = model.generate(**sampled, **{**options, "do_sample": True}, num_return_sequences=2, top_k=1)
     assert several[::2].equal(several[1::2])
-    if model.mechanism.independent and model.mechanism.gated is None:
+    if model.mechanism.dense_layers == "none" and preset != "flamingo":
         model.image_cache = ImageCache(10**9)
         for _ in range(2):
             assert model.generate(**prompts(model, documents), **options).equal(found)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -66,6 +67,23 @@ DEEPER = {"ee_mllm_f": 5, "shortv": 5}
 
 def layers_of(mechanism: Mechanism | str) -> int:
     return DEEPER.get(mechanism, 3) if isinstance(mechanism, str) else 3
+
+
+def tables(layers: int = 3) -> st.SearchStrategy[Mechanism]:
+    """Mechanisms whose every column is overridden in every layer, by anything that a table can say."""
+    selects = st.sampled_from(["all", "none", "every 2", "every 3"])
+    halves = st.sampled_from(
+        ["none", "value", "output", "ffn", "value ffn", "output ffn", "value output", "value output ffn"]
+    )
+    wholes = st.sampled_from(["value output", "value output ffn"])
+    ways = st.sampled_from(["none", "causal", 3]).flatmap(
+        lambda attend: st.tuples(st.just(attend), halves if attend == "none" else wholes)
+    )
+    row = st.tuples(selects, ways, selects).map(
+        lambda drawn: (("tokens", drawn[0]), ("attend", drawn[1][0]), ("update", drawn[1][1]), ("seen", drawn[2]))
+    )
+    rows = st.lists(row, min_size=layers, max_size=layers)
+    return rows.map(lambda rows: Mechanism(rows=tuple((str(n), columns) for n, columns in enumerate(rows))))
 
 
 def vision(family: str = "clip") -> TransformersVision:

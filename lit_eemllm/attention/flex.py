@@ -53,7 +53,7 @@ def block_mask(layout: SequenceLayout, visibility: Visibility) -> BlockMask:
     if visibility.window is not None:
         first_S = torch.maximum(first_S, row_S - visibility.window)
     visual_S = visual_flags([run for document in layout.documents for run in document])
-    rows_Q = row_S if visibility.visual_queries else row_S[~visual_S]
+    rows_Q = row_S[visual_S & visibility.visual_queries | ~visual_S & visibility.text_queries]
     queries, keys = bucket(len(rows_Q)), bucket(len(row_S))
     # Padding sees nothing: its range is empty.
     first_Q = pad(first_S[rows_Q], (0, queries - len(rows_Q)), value=keys)

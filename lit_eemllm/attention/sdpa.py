@@ -46,7 +46,7 @@ class Sdpa(AttentionBackend):
         for document in layout.documents:
             visual = visual_flags(document)
             length, rows = len(visual), torch.arange(len(visual))
-            order.append(rows if visibility.visual_queries else rows[~visual])
+            order.append(rows[visual & visibility.visual_queries | ~visual & visibility.text_queries])
             queries.append(torch.arange(q_start, q_start + len(order[-1])))
             keys.append(rows + k_start)
             k_start, q_start = k_start + length, q_start + len(order[-1])

@@ -63,15 +63,16 @@ def split(layout: SequenceLayout, visibility: Visibility) -> tuple[list[Call], T
     """The calls that compute a layout, on the CPU, and how to restore the order of their results (see `Plan`)."""
     rounds: list[list[tuple[int, int, int, int]]] = []  # per call: first query, queries, first key, keys
     queries = keys = 0
+    everyone = visibility.visual_queries and visibility.text_queries
     for document in layout.documents:
         start, segments = keys, []
         for visual, runs in groupby(document, key=lambda run: run.visual):
             length = sum(run.length for run in runs)
             keys += length
-            if not visual and not visibility.visual_queries:
+            if visibility.queries(visual) and not everyone:
                 segments.append((queries, length, start, keys - start))
                 queries += length
-        if visibility.visual_queries:
+        if everyone:
             segments.append((queries, keys - start, start, keys - start))
             queries += keys - start
         for i, segment in enumerate(reversed(segments)):
@@ -99,8 +100,8 @@ def split(layout: SequenceLayout, visibility: Visibility) -> tuple[list[Call], T
                 offset += length
             end = first_key + seen
         rows_Q = torch.cat(query_rows)
-        everyone = rows_Q.equal(torch.arange(queries))
-        call = Call(query_lengths, key_lengths, None if everyone else rows_Q, torch.cat(key_rows) if copied else None)
+        all_rows = rows_Q.equal(torch.arange(queries))
+        call = Call(query_lengths, key_lengths, None if all_rows else rows_Q, torch.cat(key_rows) if copied else None)
         calls.append(call)
     in_order = len(calls) == 1 and calls[0].query_rows is None
     return calls, None if in_order else slots_Q

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 
 from ..console import console, progress, quiet_libraries, write_atomically, writing
+from ..core.decoder import DecoderLayer
 from ..data.module import ShardDataModule
 from ..data.packing import collate, plan_packs
 from ..data.recipe import Recipe
@@ -44,8 +45,7 @@ from ..data.samples import EncodedSample, SampleEncoder
 from ..data.shards import read_shard
 from ..errors import ConfigError, SampleError, UserError
 from ..layout import PackedBatch
-from ..mechanisms import NO_ALIGNER, PRESETS, Layers, Mechanism
-from ..model.decoder import DecoderLayer, StreamContext
+from ..mechanisms import NO_ALIGNER, PRESETS, Mechanism
 from ..report import provenance
 from .run import autocast, load
 
@@ -179,7 +179,7 @@ def how_many(target: str, depth: int, layers: int | None, budget: float | None) 
 def converted(base: Mechanism, target: str, layers: Sequence[int], depth: int) -> Mechanism:
     """The base with so many layers treated as the target does; for vica, with text seeing the image only in these."""
 
-    def named(chosen: set[int]) -> Layers:
+    def named(chosen: set[int]) -> str | tuple[int, ...]:
         return {0: "none", depth: "all"}.get(len(chosen), tuple(sorted(chosen)))
 
     if target == "vica":
@@ -199,56 +199,36 @@ def switched(model: EEMLLM, mechanism: Mechanism) -> Iterator[None]:
         model.set_mechanism(base)
 
 
-@contextmanager
-def changed(model: EEMLLM, target: str, layer: int) -> Iterator[None]:
-    """The model with one layer changed as the target would.
-
-    For vica no mechanism says it: `Mechanism.problems` refuses a dense layer whose text does not see the image. So a hook
-    replaces the text rows of that layer's output.
-    """
+def changed(base: Mechanism, target: str, layer: int, depth: int) -> Mechanism:
+    """The base with one layer treated as the target does; for vica its text does not see the image, which still queries."""
     if target == "vica":
-        hook = model.language_model.model.layers[layer].register_forward_hook(without_images)
-        try:
-            yield
-        finally:
-            hook.remove()
-    else:
-        depth = len(model.language_model.model.layers)
-        with switched(model, converted(model.mechanism, target, [layer], depth)):
-            yield
+        return replace(base, rows=((str(layer), (("seen", "none"),)),))
+    return converted(base, target, [layer], depth)
 
 
-def without_images(layer: DecoderLayer, args: tuple[Tensor, StreamContext], output_Rh: Tensor) -> Tensor:
-    """What a dense layer returns if its text sees text only, at the positions it has; visual rows stay as they are."""
-    x_Sh, context = args
-    text = context.view("text")
-    text_Th = layer.forward(x_Sh[text.rows], StreamContext(text.layout, text.angles, context.backend))  # calls no hook
-    return text_Th if layer.last else context.layout.merge(text_Th, output_Rh[context.layout.visual_index])
-
-
-def text_to_image_cosine(layer: DecoderLayer, args: tuple[Tensor, StreamContext]) -> Tensor:
+def text_to_image_cosine(layer: DecoderLayer, args: tuple[Any, ...]) -> Tensor:
     """Similarity of each text state that comes after an image before and after the layer's text-to-image part.
 
     Softmax weights do not depend on the values. So with the values of all text set to zero, attention gives what the visual
     tokens contribute to the joint softmax, on any backend.
     """
-    x_Sh, context = args
+    x_Th, _, stream, _ = args
     attn: Any = layer.self_attn
-    layout = context.layout
     mixed: list[Tensor] = []
+    text_T = torch.arange(len(x_Th), device=x_Th.device)
     hooks = [
-        attn.v_proj.register_forward_hook(lambda module, inputs, v_Sw: v_Sw.index_fill(0, layout.text_index, 0)),
+        attn.v_proj.register_forward_hook(lambda module, inputs, v_Rw: v_Rw.index_fill(0, text_T, 0)),
         attn.o_proj.register_forward_pre_hook(lambda module, inputs: mixed.append(inputs[0])),
     ]
     try:
-        layer.forward(x_Sh, context)
+        layer.forward(*args)
     finally:
         for hook in hooks:
             hook.remove()
-    mixed_Tw = mixed[0] if layer.last else mixed[0][layout.text_index]
+    mixed_Tw = mixed[0][: len(x_Th)]
     part_Th = attn.o_proj(mixed_Tw) - attn.o_proj(torch.zeros_like(mixed_Tw[:1]))  # without a bias
-    before_Th = x_Sh[layout.text_index].double()  # most are all but 1
-    return cosine_similarity(before_Th, before_Th + part_Th, dim=-1)[~layout.prefix()]
+    before_Th = x_Th.double()  # most are all but 1
+    return cosine_similarity(before_Th, before_Th + part_Th, dim=-1)[~stream.layout.prefix()]
 
 
 # --- measuring
@@ -259,7 +239,7 @@ def one_by_one(model: EEMLLM, packs: Sequence[PackedBatch], target: str, advance
     found = [Divergence() for _ in decoder]
     cosines: list[list[Tensor]] = [[] for _ in decoder]
 
-    def record(layer: DecoderLayer, args: tuple[Tensor, StreamContext]) -> None:
+    def record(layer: DecoderLayer, args: tuple[Any, ...]) -> None:
         cosines[layer.index].append(text_to_image_cosine(layer, args))
 
     for pack in packs:
@@ -271,7 +251,7 @@ def one_by_one(model: EEMLLM, packs: Sequence[PackedBatch], target: str, advance
                 hook.remove()
         advance(1)
         for index, divergence in enumerate(found):
-            with changed(model, target, index):
+            with switched(model, changed(model.mechanism, target, index, len(decoder))):
                 divergence.update(dense_nv, model.packed_logits(pack))
             advance(1)
     rows = [{"layer": index, **divergence.row()} for index, divergence in enumerate(found)]
@@ -355,7 +335,7 @@ def verdict(results: dict[str, Any]) -> str:
 
 def mechanism_yaml(mechanism: Mechanism, results: dict[str, Any], checkpoint: str) -> str:
     """Every field of the mechanism, so that nothing of the configuration before it shines through."""
-    fields = {name: value for name, value in mechanism.to_dict().items() if name != "gated"}
+    fields = mechanism.to_dict()
     criterion = "cosine similarity before and after text-to-image" if results["by"] == "cosine" else "KL"
     order = "most" if results["target"] == "vica" else "least"
     lines = [

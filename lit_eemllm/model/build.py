@@ -11,9 +11,9 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from ..chat import IMAGE
+from ..core.decoder import adopt_layers
 from ..errors import ConfigError
 from ..mechanisms import build_mechanism
-from .decoder import adopt_layers
 from .folders import naming
 from .modeling import EEMLLM, load_decoder_config
 from .pretrained import load_pretrained, quantized
@@ -72,7 +72,8 @@ def quantize(model: EEMLLM, config: ModelConfig) -> None:
     options = {"state_dict": decoder.state_dict(), "config": decoder.config, "dtype": torch.float32}
     how = quantized(str(config.quantization), getattr(torch, config.dtype))
     model.language_model = type(decoder).from_pretrained(None, **options, quantization_config=how)
-    adopt_layers(model.language_model, model.mechanism)
+    adopt_layers(model.language_model)
+    model.set_mechanism(model.mechanism)
     _settle(model, config)
 
 

@@ -120,6 +120,18 @@ class CachedPass:
         pairs = zip(self.cache.layers[layer].keys, mask_BL, strict=True)
         return [keys_KLH.transpose(0, 1)[mask_L] for keys_KLH, mask_L in pairs]
 
+    def marked(self, name: str, grid: Grid, flags_R: Tensor) -> Tensor:
+        """Which columns of a grid have a mark, [B, past + W]: those of earlier passes, which the cache holds by `name`, and new ones.
+
+        Args:
+            flags_R: of each new row of its view.
+        """
+        new_BW = grid.pad(flags_R[:, None, None])[:, 0, :, 0]
+        if self.cache is not None:
+            past = self.cache.masks.get(name)
+            new_BW = self.cache.masks[name] = new_BW if past is None else torch.cat([past, new_BW], dim=1)
+        return new_BW
+
     def grid(self, view: str, lengths: list[int]) -> Grid:
         """The grid of a view.
 

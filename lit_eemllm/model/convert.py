@@ -1,24 +1,23 @@
 """A trained model under another mechanism: which modules stay, are copied, begin fresh or go.
 
-Mechanisms that need the same modules share every weight. Where they differ it is in what connects encoder and decoder:
-one projector, one for each layer (SAISA), or a resampler with gated blocks (Flamingo).
+Mechanisms that need the same modules share every weight. Where they differ it is in what connects encoder and decoder: one
+projector, one for each layer, or modules of the mechanism's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..mechanisms import PRESETS, Gated, Mechanism, build_mechanism
-from ..mechanisms.gated import Resampler
+from ..mechanisms import PRESETS, Mechanism, Projector, build_mechanism
+from ..mechanisms.connectors import LayerwiseProjector
 from .modeling import EEMLLM
-from .projector import LayerwiseProjector, Projector
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,10 @@ def mechanism_settings(mechanism: Mechanism, num_layers: int) -> dict[str, Any]:
     """Keys of ``model.mechanism`` that `build_mechanism` turns into this one: the nearest preset and what differs."""
     found = []
     for name, preset in PRESETS.items():
-        base = preset.stretched(num_layers).to_dict()
-        if (preset.gated is None) == (mechanism.gated is None):
-            changed = {key: value for key, value in mechanism.to_dict().items() if value != base[key]}
-            found.append({"preset": name, **changed})
+        if type(preset) is type(mechanism):
+            base = preset.stretched(num_layers)
+            changed = {key: value for key, value in mechanism.to_dict().items() if value != base.to_dict().get(key)}
+            found.append({**changed, "preset": name})
     return min(found, key=len)
 
 
@@ -71,7 +70,7 @@ def change_mechanism(model: EEMLLM, mechanism: Mechanism, seed: int) -> tuple[EE
         ConfigError: several projectors would have to become one.
     """
     before = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    if (mechanism.visual_source, mechanism.gated) == (model.mechanism.visual_source, model.mechanism.gated):
+    if mechanism.modules == model.mechanism.modules:
         model.set_mechanism(mechanism)
         return model, [Fate(name, numel, "kept") for name, numel in before.items()]
 
@@ -85,10 +84,10 @@ def change_mechanism(model: EEMLLM, mechanism: Mechanism, seed: int) -> tuple[EE
         new = EEMLLM(config, model.language_model, model.vision)
     new.generation_config = model.generation_config
     new.projector.to(model.dtype)
-    new.gated.to(model.dtype)
+    new.blocks.to(model.dtype)
 
     fates = {name: "kept" if name in before else "fresh" for name in new.state_dict()}
-    fates |= _take_projector(model, new) | _take_gated(model, new)
+    fates |= _take_projector(model, new) | _take_blocks(model, new)
     ledger = [Fate(name, tensor.numel(), fates[name]) for name, tensor in new.state_dict().items()]
     gone = {name: numel for name, numel in before.items() if name not in fates}
     if any(fate == "copied" for fate in fates.values()):  # it lives on under other names
@@ -106,29 +105,23 @@ def _take_projector(model: EEMLLM, new: EEMLLM) -> dict[str, str]:
     if isinstance(old, LayerwiseProjector) and isinstance(projector, Projector):
         projector.load_state_dict(_the_one(old).state_dict())
         return _named(projector, "projector", "copied")
-    same = type(old) is type(projector) and (
-        not isinstance(old, Resampler) or _made_alike(model.mechanism.gated, new.mechanism.gated)
-    )
+    same = isinstance(old, Projector) and isinstance(projector, Projector)
+    same |= type(old) is type(projector) and model.mechanism.weights == new.mechanism.weights
     if same:
         projector.load_state_dict(old.state_dict())
     return _named(projector, "projector", "kept" if same else "fresh")
 
 
-def _take_gated(model: EEMLLM, new: EEMLLM) -> dict[str, str]:
-    """Likewise the blocks of gated cross-attention, those of layers that have one in both."""
+def _take_blocks(model: EEMLLM, new: EEMLLM) -> dict[str, str]:
+    """Likewise the modules before layers, of those that have one in both."""
     fates: dict[str, str] = {}
-    alike = _made_alike(model.mechanism.gated, new.mechanism.gated)
-    for layer, block in new.gated.items():
-        kept = alike and layer in model.gated
+    alike = model.mechanism.weights == new.mechanism.weights
+    for layer, block in new.blocks.items():
+        kept = alike and layer in model.blocks
         if kept:
-            block.load_state_dict(model.gated[layer].state_dict())
-        fates |= _named(block, f"gated.{layer}", "kept" if kept else "fresh")
+            block.load_state_dict(model.blocks[layer].state_dict())
+        fates |= _named(block, f"{new.mechanism.blocks_name}.{layer}", "kept" if kept else "fresh")
     return fates
-
-
-def _made_alike(old: Gated | None, new: Gated | None) -> bool:
-    """Whether blocks and resampler compute the same, however many blocks there are and whatever text sees."""
-    return old is not None and new is not None and old == replace(new, every=old.every, immediate=old.immediate)
 
 
 def _named(module: nn.Module, prefix: str, fate: str) -> dict[str, str]:

@@ -11,8 +11,8 @@ from hashlib import sha256
 
 import torch
 
+from ..core.stream import VisualKeys
 from ..layout import Pixels, take_images
-from .decoder import VisualKeys
 
 
 class ImageCache:

@@ -31,11 +31,11 @@ from transformers import (
 )
 
 from ..chat import IMAGE, Conversation, Turn, get_template
+from ..core.families import check_decoder
 from ..errors import CheckpointError, ConfigError
 from ..images import RESAMPLING, ImageTransform, Transform
 from ..mechanisms import PRESETS
 from ..resolutions import AnyresTransform
-from .decoder import check_decoder
 from .folders import naming, read_config
 from .llava_template import jinja_of
 from .modeling import EEMLLM, EEMLLMConfig

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from copy import copy
+from dataclasses import replace
 from importlib.util import find_spec
 from inspect import signature
 from os import PathLike
@@ -29,16 +30,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..attention import AttentionBackend, Choice, resolve_backend
 from ..compat.torch import changes
 from ..compat.transformers import CACHE, Generating
+from ..core.decoder import adopt_layers
+from ..core.families import check_decoder, table_problems
+from ..core.stream import Stream, Tokens, VisualKeys
+from ..core.table import Table, Top, executed
 from ..errors import ConfigError
 from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, take_images, upload
-from ..mechanisms import Mechanism
-from ..mechanisms.gated import GatedBlock, Media, Resampler
+from ..mechanisms import Added, Features, Mechanism, Sizes
 from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
-from .decoder import StreamContext, VisualKeys, adopt_layers, check_decoder, mechanism_problems
 from .folders import HUB, MODEL_FILES, naming, opened
 from .image_cache import ImageCache
 from .pretrained import load_pretrained, load_weighted
-from .projector import LayerwiseProjector, Projector
 from .vision import VisionEncoder, get_vision_encoder
 
 
@@ -126,9 +128,10 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         self.vision = vision or encoder.from_config(config.vision["config"])
         self.language_model = decoder or AutoModelForCausalLM.from_config(config.text_config)
         self.mechanism = Mechanism.from_dict(config.mechanism)
-        self._refuse(mechanism_problems(config.text_config, self.mechanism))
-        adopt_layers(self.language_model, self.mechanism)
+        self._refuse(self._problems(self.mechanism))
+        adopt_layers(self.language_model)
         self._connect()
+        self._take(self.mechanism)
         self._backend: AttentionBackend | None = None
         self.image_cache: ImageCache | None = None
         self.activation_checkpointing = False
@@ -136,35 +139,34 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         self.post_init()
 
     def _connect(self) -> None:
-        """Make the modules that the mechanism puts between encoder and decoder."""
-        width, decoder, gated = self.vision.hidden_size, self.config.text_config, self.mechanism.gated
-        newline = self.vision.transform.order([]) is not None
-        self.projector: nn.Module = Projector(width, decoder.hidden_size, newline)
-        if self.mechanism.visual_source == "layerwise":
-            self.projector = LayerwiseProjector(width, decoder.hidden_size, decoder.num_hidden_layers, newline)
-        elif gated is not None and gated.latents:
-            self.projector = Resampler(width, gated)
-        self.gated = nn.ModuleDict()
-        if gated is not None:
-            media_width = width if gated.latents else decoder.hidden_size
-            for layer in range(0, decoder.num_hidden_layers, gated.every):
-                self.gated[str(layer)] = GatedBlock(decoder.hidden_size, media_width, gated)
+        """Make the modules that the mechanism adds."""
+        sizes = self.sizes
+        self.projector = self.mechanism.connector(sizes)
+        blocks = {str(layer): self.mechanism.block(layer, sizes) for layer in range(sizes.layers)}
+        made = nn.ModuleDict({layer: block for layer, block in blocks.items() if block is not None})
+        self.add_module(self.mechanism.blocks_name, made)
+
+    @property
+    def sizes(self) -> Sizes:
+        decoder, newline = self.config.text_config, self.vision.transform.order([]) is not None
+        return Sizes(decoder.hidden_size, decoder.num_hidden_layers, self.vision.hidden_size, newline)
+
+    @property
+    def blocks(self) -> nn.ModuleDict:
+        """Modules that the mechanism adds before layers, by the layer's number."""
+        blocks: nn.ModuleDict = getattr(self, self.mechanism.blocks_name)
+        return blocks
+
+    @property
+    def table(self) -> Table:
+        """What the layers execute."""
+        return executed(self.mechanism.table(len(self.language_model.model.layers)))
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Only what connects is ours to initialise; transformers' own parts do it themselves, and an encoder that is no
-        transformers model comes with its weights. Torch's default, as LLaVA: biases of zero would keep a visual token
-        whose features are zero at zero in every layer, with gradients that explode in the norms."""
-        if isinstance(module, Projector | Resampler | GatedBlock):
-            for part in module.modules():
-                if isinstance(part, nn.Linear | nn.LayerNorm):
-                    part.reset_parameters()
-        if isinstance(module, Projector):
-            module.reset_newline()
-        if isinstance(module, Resampler):
-            nn.init.normal_(module.latents)
-        if isinstance(module, GatedBlock):
-            nn.init.zeros_(module.attention_gate)
-            nn.init.zeros_(module.ffn_gate)
+        """Only what is added is ours to initialise; transformers' own parts do it themselves, and an encoder that is no
+        transformers model comes with its weights."""
+        if isinstance(module, Added):
+            module.reset_parameters()
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike[str], *args: Any, **options: Any) -> Any:
@@ -216,24 +218,34 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         )
         return cls(config, language_model, vision)
 
+    # --- switches, neither of which touches a weight ---
+
+    def _problems(self, mechanism: Mechanism) -> list[tuple[str, str]]:
+        """Of a mechanism with this decoder: (field, what is wrong)."""
+        decoder = self.config.text_config
+        problems = mechanism.problems(decoder.num_hidden_layers)
+        return problems + table_problems(decoder, mechanism.table(decoder.num_hidden_layers))
+
     @staticmethod
     def _refuse(problems: list[tuple[str, str]]) -> None:
         if problems:
             raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
 
-    # --- switches, neither of which touches a weight ---
-
     def set_mechanism(self, mechanism: Mechanism) -> None:
         """Raises ConfigError if the mechanism contradicts itself or needs other modules than this model has."""
-        problems = mechanism_problems(self.config.text_config, mechanism)
-        if (mechanism.visual_source, mechanism.gated) != (self.mechanism.visual_source, self.mechanism.gated):
+        problems = self._problems(mechanism)
+        if mechanism.modules != self.mechanism.modules:
             problems.append(("preset", "this mechanism has modules that the model lacks; see `lit-eemllm convert`"))
         self._refuse(problems)
         self._forget_images()
-        self.mechanism = mechanism
-        for layer in self.language_model.model.layers:
-            layer.set_mechanism(mechanism)
-        self.config.mechanism = mechanism.to_dict()
+        self._take(mechanism)
+
+    def _take(self, mechanism: Mechanism) -> None:
+        """Tell the layers what to execute."""
+        self.mechanism, self.config.mechanism = mechanism, mechanism.to_dict()
+        for layer, row in zip(self.language_model.model.layers, self.table, strict=True):
+            layer.row, layer.freeze_prefix = row, mechanism.freeze_prefix
+            layer.unrotated = mechanism.visual_positions == "unrotated"
 
     def train(self, mode: bool = True) -> EEMLLM:
         if mode:
@@ -309,54 +321,41 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         if cached is not None and cached.cache is not None:
             layout = continue_positions(layout, cached.cache, image_takes)
 
-        x_Rh = decoder.embed_tokens(input_ids[layout.text_index])
-        context = self._context(x_Rh, layout, cached)
+        x_Th = decoder.embed_tokens(input_ids[layout.text_index])
+        stream = self._stream(x_Th, layout, cached)
         if pixels is not None and self.image_cache is not None and self._images_are_independent:
-            context.keys = self.image_cache.keys(pixels, self.image_keys, self._stamp(), sizes)
-            return self._run_layers(x_Rh, context)
+            keys = self.image_cache.keys(pixels, self.image_keys, self._stamp(), sizes)
+            return self._run_layers(x_Th, x_Th[:0], replace(stream, keys=keys))
+        if pixels is None and cached is not None and cached.past:  # the cache has what text sees of images
+            return self._run_layers(x_Th, x_Th[:0], stream)
         features = self._features(pixels, sizes, layout)
-        media = None
-        if mechanism.gated is not None:
-            media = self._media(features, layout, cached)
-        elif mechanism.visual_source == "layerwise" and not layout.num_visual:
-            nothing = [self.projector(features[0], layer, features[1]) for layer in range(len(decoder.layers))]
-            x_Rh = torch.cat([x_Rh, *(rows.to(x_Rh.dtype) for rows in nothing)])
-        else:
-            x_Rh = self._with_images(x_Rh, features, context)
-        return self._run_layers(x_Rh, context, media)
+        return self._run_layers(x_Th, *self.mechanism.enter(self.projector, features, x_Th, stream))
 
-    def _context(self, x_Rh: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> StreamContext:
-        cos_1SH, sin_1SH = self.language_model.model.rotary_emb(x_Rh, layout.positions[None])
-        rotary = (cos_1SH[0, :, None], sin_1SH[0, :, None])
-        return StreamContext(layout, rotary, self.backend, self.mechanism.constant, cached)
+    def _stream(self, x_Th: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> Stream:
+        cos_1SH, sin_1SH = self.language_model.model.rotary_emb(x_Th, layout.positions[None])
+        return Stream(layout, (cos_1SH[0, :, None], sin_1SH[0, :, None]), self.backend, cached=cached)
 
-    def _with_images(self, text_Th: Tensor, features: tuple[Tensor, Tensor | None], context: StreamContext) -> Tensor:
-        """The stream that enters the first layer; what of the images is no part of it goes into the context."""
-        if self.mechanism.visual_source == "layerwise":
-            context.states = lambda layer: self.projector(features[0], layer, features[1]).to(text_Th.dtype)
-            return text_Th
-        visual_Vh = self.projector(*features).to(text_Th.dtype)
-        if context.text_stream and context.layout.num_visual:
-            context.states = lambda layer: visual_Vh
-            return text_Th
-        return context.layout.merge(text_Th, visual_Vh)
+    def _run_layers(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> Tensor:
+        decoder, blocks = self.language_model.model, self.blocks
 
-    def _run_layers(self, x_Rh: Tensor, context: StreamContext, media: Media | None = None) -> Tensor:
-        decoder = self.language_model.model
+        def run(layer: nn.Module, x_Th: Tensor, x_Vh: Tensor, kept: Tokens | None) -> Any:
+            if str(layer.index) in blocks:
+                x_Th, x_Vh = blocks[str(layer.index)](x_Th, x_Vh, stream)
+            return layer(x_Th, x_Vh, stream, kept)
 
-        def run(layer: nn.Module, x_Rh: Tensor) -> Tensor:
-            if media is not None and str(layer.index) in self.gated:
-                x_Rh = self._cross(layer.index, x_Rh, media, context.cached)
-            return layer(x_Rh, context)
-
-        again = self.activation_checkpointing and torch.is_grad_enabled()
+        again, kept = self.activation_checkpointing and torch.is_grad_enabled(), None
         for layer in decoder.layers:
-            x_Rh = checkpoint(run, layer, x_Rh, use_reentrant=False) if again else run(layer, x_Rh)
-        return decoder.norm(x_Rh)
+            if again:
+                x_Th, x_Vh, kept = checkpoint(run, layer, x_Th, x_Vh, kept, use_reentrant=False)
+            else:
+                x_Th, x_Vh, kept = run(layer, x_Th, x_Vh, kept)
+        return decoder.norm(x_Th)
 
     @property
     def _images_are_independent(self) -> bool:
-        return self.mechanism.independent and self.mechanism.gated is None and not torch.is_grad_enabled()
+        """No text changes them."""
+        apart = not self.mechanism.no_later_images and not any(row.causal for row in self.table)
+        return apart and not torch.is_grad_enabled()
 
     def _stamp(self) -> Hashable:
         """Changes with weights, their type or place, and with autocast."""
@@ -378,24 +377,25 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
     def image_keys(self, pixels: Pixels, sizes: Sequence[tuple[int, int]] = ()) -> list[VisualKeys]:
         """Keys, before rotation, and values of each image by itself in every layer in which text sees it.
 
-        Only for mechanisms in which visual states do not depend on the text (`Mechanism.independent`).
+        Only for mechanisms in which visual states do not depend on the text.
         """
         lengths = self._image_lengths(pixels, sizes)
         layout = SequenceLayout.of([[Run(True, tokens)] for tokens in lengths]).to(pixels[0].device)
-        text_0h = self.get_input_embeddings()(layout.text_index)
-        context = self._context(text_0h, layout)
-        context.recorded = []
-        self._run_layers(self._with_images(text_0h, self._features(pixels, sizes, layout), context), context)
+        none_0h = self.get_input_embeddings()(layout.text_index)
+        stream = self._stream(none_0h, layout)
+        x_Vh, stream = self.mechanism.enter(self.projector, self._features(pixels, sizes, layout), none_0h, stream)
         images: list[VisualKeys] = [[] for _ in lengths]
-        for pair in context.recorded:
-            parts = None if pair is None else zip(*(x.split(lengths) for x in pair), strict=True)
+        for layer in self.language_model.model.layers:
+            if str(layer.index) in self.blocks:
+                _, x_Vh = self.blocks[str(layer.index)](none_0h, x_Vh, stream)
+            x_Vh, pair = layer.images_alone(x_Vh, stream)
+            of_each = stream.tokens(layer.row.tokens).lengths
+            parts = None if pair is None else zip(*(x.split(of_each) for x in pair), strict=True)
             for image in images:  # copies: a view would keep the others' alive
                 image.append(None if parts is None else tuple(x.clone() for x in next(parts)))
         return images
 
-    def _features(
-        self, pixels: Pixels | None, sizes: Sequence[tuple[int, int]], layout: SequenceLayout
-    ) -> tuple[Tensor, Tensor | None]:
+    def _features(self, pixels: Pixels | None, sizes: Sequence[tuple[int, int]], layout: SequenceLayout) -> Features:
         """What a projector reads: features of the images, and which of them are visual tokens where not each is one.
 
         Without images no rows, but in the graph: no pack may leave a weight without gradient.
@@ -410,38 +410,7 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
             images = 0 if pixels is None else len(pixels)
             text = f"{images} images give {tokens} visual tokens, but the layout holds {layout.num_visual}"
             raise ValueError(text if rows == len(features) else f"{text}; image_sizes are of images of other shapes")
-        return features, None if order is None else upload(order[0], features.device)
-
-    def _media(
-        self, features: tuple[Tensor, Tensor | None], layout: SequenceLayout, cached: CachedPass | None
-    ) -> Media:
-        """What gated cross-attention reads."""
-        gated = self.mechanism.gated
-        assert gated is not None
-        cache = cached.cache if cached is not None else None
-        lengths = layout.image_lengths
-        if gated.latents:
-            rows_Vd, order_V = features
-            if order_V is not None:  # it reads the encoder's rows, among which no newline is known: zeros
-                rows_Vd = pad(rows_Vd, (0, 0, 0, 1)).index_select(0, order_V)
-            tokens_Md, lengths = self.projector(rows_Vd, lengths), [gated.latents] * len(lengths)
-        else:
-            tokens_Md = self.projector(*features)
-        return Media.of(layout, tokens_Md, lengths, gated.immediate, cache is not None)
-
-    def _cross(self, layer: int, x_Th: Tensor, media: Media, cached: CachedPass | None) -> Tensor:
-        block = self.gated[str(layer)]
-        cache = cached.cache if cached is not None else None
-        if cache is not None and layer in cache.media:
-            k, v, mask = cache.media[layer]
-            if len(x_Th) > len(k):  # several new tokens each
-                lengths = upload(torch.tensor(media.text_lengths), x_Th.device)
-                k, v, mask = (x.repeat_interleave(lengths, dim=0, output_size=len(x_Th)) for x in (k, v, mask))
-            return block.decode(x_Th, k, v, mask)
-        x_Th, kept = block(x_Th, media)
-        if cache is not None and kept is not None:
-            cache.media[layer] = kept
-        return x_Th
+        return Features(features, None if order is None else upload(order[0], features.device))
 
     def _packed_states(self, batch: PackedBatch) -> Tensor:
         return self._text_states(batch.input_ids, batch.pixel_values, batch.layout, sizes=batch.image_sizes)
@@ -496,9 +465,9 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         if use_cache and cache is None:
             cache = StreamCache()
         past = cache.columns if cache is not None else 0
-        if past and pixel_values is not None and self.mechanism.gated is not None:
-            raise ValueError("gated cross-attention takes all images of a conversation in one pass, not after a cache")
-        if cache is None and pixel_values is not None and self.mechanism.visual_drop:
+        if past and pixel_values is not None and self.mechanism.no_later_images:
+            raise ValueError(self.mechanism.no_later_images)
+        if cache is None and pixel_values is not None and any(isinstance(row.tokens, Top) for row in self.table):
             raise ValueError("visual_drop is decided once, for a prompt whose keys are kept: use_cache=True")
         new_BL = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask[:, past:]
         one_each = past > 0 and input_ids.shape[1] == 1 and pixel_values is None

@@ -151,7 +151,7 @@ def score_columns(compared: Comparison) -> list[Column]:
 def aligner_mark(run: Run, part: str) -> str:
     """Whether that weight of a layer updates visual states; a dash if there is no layer in which they do not query."""
     mechanism = run.results.get("mechanism") or {}
-    if mechanism.get("dense_layers") == "all" or mechanism.get("gated"):
+    if mechanism.get("dense_layers") == "all" or mechanism.get("cross_layers") == "none":
         return "–"
     return "✓" if (mechanism.get("aligner") or {}).get(part) else ""
 

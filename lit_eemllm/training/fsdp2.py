@@ -28,16 +28,16 @@ from torch.optim import Optimizer
 
 from ..compat.lightning import DataParallel
 from ..errors import ConfigError
-from ..model.projector import LayerwiseProjector
+from ..mechanisms.connectors import LayerwiseProjector
 
 if TYPE_CHECKING:
     from ..model import EEMLLM
 
 
 def shared_out(model: EEMLLM) -> list[nn.Module]:
-    """Parts that are sharded by themselves, and whole only while they are used: decoder layers, projectors, gated blocks."""
+    """Parts that are sharded by themselves, and whole only while they are used: decoder layers, projectors, the mechanism's blocks."""
     projectors = model.projector.layers if isinstance(model.projector, LayerwiseProjector) else [model.projector]
-    return [*model.language_model.model.layers, *projectors, *model.gated.values()]
+    return [*model.language_model.model.layers, *projectors, *model.blocks.values()]
 
 
 def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None, offload: bool = False) -> None:

@@ -18,7 +18,7 @@ from ..model.folders import tensors_of
 from .adapters import MARK, merge_adapters
 from .checkpoint import FOLDER, newest_checkpoint, read_checkpoint, tensors, using
 from .module import LitEEMLLM
-from .tuning import COMPONENTS
+from .tuning import COMPONENTS, submodules
 
 if TYPE_CHECKING:
     from ..model import EEMLLM, Processor
@@ -124,7 +124,10 @@ def weights_of(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Tens
         ) from error
     merge_adapters(trained)
     changed = [
-        f"{name}." for word in COMPONENTS if getattr(config.optim.tuning, word) != "frozen" for name in COMPONENTS[word]
+        f"{name}."
+        for word in COMPONENTS
+        if getattr(config.optim.tuning, word) != "frozen"
+        for name in submodules(trained, word)
     ]
     return {name: x for name, x in trained.state_dict().items() if name.startswith(tuple(changed))}, source
 

@@ -33,7 +33,7 @@ from .adapters import MARK, WHOLE
 from .checkpoint import tensors, using
 from .fsdp2 import FSDP2, shard
 from .guard import check_step
-from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes
+from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes, submodules
 from .zero import DeepSpeed
 
 if TYPE_CHECKING:
@@ -186,7 +186,12 @@ class LitEEMLLM(LightningModule):
         trained beside them, and buffers, such as the statistics of batch norms."""
         choices = asdict(self.config.optim.tuning)
         whole, adapted = (
-            tuple(f"model.{name}." for word in self.trained if choices[word] == how for name in COMPONENTS[word])
+            tuple(
+                f"model.{name}."
+                for word in self.trained
+                if choices[word] == how
+                for name in submodules(self.model, word)
+            )
             for how in ("full", "lora")
         )
         ends = (WHOLE,) if choices["projector"] == "lora" else ()

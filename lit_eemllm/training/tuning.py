@@ -18,14 +18,18 @@ if TYPE_CHECKING:
     from ..model.vision import VisionEncoder
     from ..schema import LoraConfig, OptimConfig
 
-COMPONENTS = {"vision": ("vision",), "projector": ("projector", "gated"), "llm": ("language_model",)}
-"""Words of ``optim.tuning`` -> submodules of the model. What a mechanism adds between encoder and decoder goes with the
-projector."""
+COMPONENTS = {"vision": "vision", "projector": "projector", "llm": "language_model"}
+"""Words of ``optim.tuning`` -> submodules of the model."""
+
+
+def submodules(model: EEMLLM, word: str) -> list[str]:
+    """Names of the submodules of a word; those that the mechanism adds before layers go where it says."""
+    return [COMPONENTS[word], *[model.mechanism.blocks_name] * (word == model.mechanism.component)]
 
 
 def component(model: EEMLLM, word: str) -> nn.ModuleDict:
     """The submodules of a word, by name."""
-    return nn.ModuleDict({name: getattr(model, name) for name in COMPONENTS[word]})
+    return nn.ModuleDict({name: getattr(model, name) for name in submodules(model, word)})
 
 
 def apply_tuning(model: EEMLLM, config: OptimConfig, frozen_dtype: str) -> list[str]:
@@ -56,7 +60,7 @@ def cast(part: nn.Module, dtype: torch.dtype) -> None:
 
 def adapt(model: EEMLLM, word: str, section: LoraConfig) -> None:
     """Put adapters into a component."""
-    for name in COMPONENTS[word]:
+    for name in submodules(model, word):
         module: nn.Module = getattr(model, name)
         if next(module.parameters(), None) is not None:  # most mechanisms add no modules
             add_adapters(module, section, word)

@@ -1,4 +1,4 @@
-"""Gated cross-attention (Flamingo, as in OpenFlamingo): a perceiver resampler and blocks between the decoder's layers.
+"""Flamingo, as in OpenFlamingo: gated cross-attention, by a perceiver resampler and blocks between the decoder's layers.
 
 Gates begin at zero, so the decoder is at first the base LLM; text with no image before it is never touched, not even by the
 feed-forward network, which OpenFlamingo applies to all text. Blocks stand before layers 0, k, 2k, ..., the paper being silent.
@@ -7,16 +7,99 @@ Legend of shapes in `lit_eemllm.layout`, and G groups of text that see the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
+from ..core.stream import Stream
 from ..layout import SequenceLayout, upload
-from . import Gated
+from .base import NO_ALIGNER, Aligner, BlockCost, Features, Layers, Mechanism, Sizes, register_mechanism
+from .connectors import Added
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Modules before every k-th layer; text is the only stream.
+
+    Args:
+        every: a block stands before layers 0, every, 2 every, ...
+        latents: tokens per image after a perceiver resampler; 0 = the projected visual tokens as they are.
+        heads: heads of the cross-attention and of the resampler.
+        head_size: their size.
+        depth: layers of the resampler.
+        immediate: text sees only the last image before it; False = all images before it.
+    """
+
+    every: int = 4
+    latents: int = 64
+    heads: int = 8
+    head_size: int = 64
+    depth: int = 6
+    immediate: bool = True
+
+
+@dataclass(frozen=True)
+class Flamingo(Mechanism):
+    """No layer of the decoder has visual tokens; see the top of this file."""
+
+    cross_layers: Layers = "none"
+    aligner: Aligner = NO_ALIGNER
+    visual_positions: str = "none"
+    gated: Gated = field(default_factory=Gated)
+
+    blocks_name = "gated"  # of weights that older versions saved
+    no_adapters = "gated cross-attention begins at nothing and learns only as a whole: set full"
+    no_later_images = "gated cross-attention takes all images of a conversation in one pass, not after a cache"
+
+    @property
+    def weights(self) -> Hashable:
+        return type(self), replace(self.gated, every=0, immediate=True)
+
+    def connector(self, sizes: Sizes) -> nn.Module:
+        return Resampler(sizes.vision, self.gated) if self.gated.latents else super().connector(sizes)
+
+    def block(self, layer: int, sizes: Sizes) -> nn.Module | None:
+        if layer % self.gated.every:
+            return None
+        return GatedBlock(layer, sizes.hidden, sizes.vision if self.gated.latents else sizes.hidden, self.gated)
+
+    def enter(self, connector: nn.Module, features: Features, x_Th: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        if stream.cached is not None and stream.cached.past:  # the cache has what text sees
+            return x_Th[:0], stream
+        lengths = stream.layout.image_lengths
+        if self.gated.latents:
+            rows_Vd = features.rows
+            if features.order_V is not None:  # it reads the encoder's rows, among which no newline is known: zeros
+                rows_Vd = pad(rows_Vd, (0, 0, 0, 1)).index_select(0, features.order_V)
+            tokens_Md, lengths = connector(rows_Vd, lengths), [self.gated.latents] * len(lengths)
+        else:
+            tokens_Md = connector(*features)
+        media = Media.of(stream.layout, tokens_Md, lengths, self.gated.immediate, stream.generating)
+        return x_Th[:0], replace(stream, shared=media)
+
+    def block_cost(self, layer: int, sizes: Sizes, text: int, visual: int) -> BlockCost:
+        gated, h = self.gated, sizes.hidden
+        if layer % gated.every or not visual:
+            return BlockCost()
+        inner, tokens, width = gated.heads * gated.head_size, gated.latents or visual, h
+        if gated.latents:
+            width = sizes.vision
+        row = 4 * h * inner + 4 * tokens * inner + 16 * h * h  # W_q and W_o, scores, feed-forward network
+        return BlockCost(text * row + 4 * width * inner * tokens, row, 2 * tokens * inner)
+
+    def problems(self, num_layers: int) -> list[tuple[str, str]]:
+        found = super().problems(num_layers)
+        table = self.table(num_layers)
+        if self.visual_positions != "none" or any(row.update or not row.blind for row in table):
+            text = "needs cross_layers none, dense_layers none, the aligner off and visual_positions none"
+            found.append(("gated", text))
+        if min(self.gated.every, self.gated.heads, self.gated.head_size, self.gated.depth) < 1:
+            found.append(("gated", f"found {self.gated}: every, heads, head_size and depth are 1 or more"))
+        return found
 
 
 def feed_forward(width: int) -> nn.Sequential:
@@ -64,7 +147,7 @@ class ResamplerLayer(nn.Module):
         return x_IRd + self.ffn(x_IRd)
 
 
-class Resampler(nn.Module):
+class Resampler(Added):
     """Perceiver resampler: a fixed number of learned latents reads the features of each image.
 
     Args:
@@ -77,6 +160,10 @@ class Resampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(config.latents, width))
         self.layers = nn.ModuleList(ResamplerLayer(width, config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.latents)
 
     def forward(self, features_Vd: Tensor, lengths: Sequence[int]) -> Tensor:
         """Features of all images in a row, with the length of each, to [images x latents, width]."""
@@ -106,9 +193,7 @@ class Media:
         shape: G, L.
         index_GR: the media tokens that a group sees.
         mask_GR: which of them are real.
-        last_BR: indices and mask of the media tokens that the text after each document would see; None where nothing is
-            cached.
-        text_lengths: text rows of each document.
+        last_BR: indices and mask of the media tokens that the text after each document would see; None where none will follow.
     """
 
     tokens_Md: Tensor
@@ -118,11 +203,10 @@ class Media:
     index_GR: Tensor
     mask_GR: Tensor
     last_BR: tuple[Tensor, Tensor] | None
-    text_lengths: list[int]
 
     @classmethod
     def of(
-        cls, layout: SequenceLayout, tokens_Md: Tensor, lengths: Sequence[int], immediate: bool, cached: bool
+        cls, layout: SequenceLayout, tokens_Md: Tensor, lengths: Sequence[int], immediate: bool, generating: bool
     ) -> Media:
         """
         Args:
@@ -130,7 +214,7 @@ class Media:
             tokens_Md: media tokens of all images in a row.
             lengths: how many each image has.
             immediate: text sees the last image before it only.
-            cached: new text will follow.
+            generating: new text will follow.
         """
         device = tokens_Md.device
         starts = [0, *torch.tensor(list(lengths), dtype=torch.long).cumsum(0).tolist()]
@@ -164,24 +248,41 @@ class Media:
         flat = [r for rows, _ in groups for r in rows]
         rows_n, slots_n = (upload(torch.tensor(x, dtype=torch.long), device) for x in (flat, slots))
         index_GR, mask_GR = tokens([images for _, images in groups])
-        last_BR = tokens(last) if cached else None
+        last_BR = tokens(last) if generating else None
         shape = (len(groups), longest)
-        return cls(tokens_Md, rows_n, slots_n, shape, index_GR, mask_GR, last_BR, layout.text_lengths)
+        return cls(tokens_Md, rows_n, slots_n, shape, index_GR, mask_GR, last_BR)
 
 
-class GatedBlock(nn.Module):
+class GatedBlock(Added):
     """Cross-attention and feed-forward network, each behind a tanh gate that begins at zero."""
 
-    def __init__(self, width: int, media_width: int, config: Gated) -> None:
+    def __init__(self, layer: int, width: int, media_width: int, config: Gated) -> None:
         super().__init__()
+        self.layer = layer
         self.attention = CrossAttention(width, media_width, config.heads, config.head_size)
         self.ffn = feed_forward(width)
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.ffn_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x_Th: Tensor, media: Media) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-        """Text rows, those with an image before them changed; and what `decode` needs later, if the media keep it."""
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.attention_gate)
+        nn.init.zeros_(self.ffn_gate)
+
+    def forward(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Text rows, those with an image before them changed; visual rows, of which there are none, as they come."""
+        cache = stream.cached.cache if stream.cached is not None else None
+        if cache is not None and self.layer in cache.media:
+            k, v, mask = cache.media[self.layer]
+            if len(x_Th) > len(k):  # several new tokens each
+                lengths = upload(torch.tensor(stream.layout.text_lengths), x_Th.device)
+                k, v, mask = (x.repeat_interleave(lengths, dim=0, output_size=len(x_Th)) for x in (k, v, mask))
+            return self._decode(x_Th, k, v, mask), x_Vh
+        media: Media = stream.shared
         k_MNH, v_MNH = self.attention.keys_values(media.tokens_Md)
+        if cache is not None and media.last_BR is not None:
+            index_BR, mask_BR = media.last_BR
+            cache.media[self.layer] = k_MNH[index_BR].transpose(1, 2), v_MNH[index_BR].transpose(1, 2), mask_BR
         x_nh = x_Th.index_select(0, media.rows_n)
         q_nNH = self.attention.queries(self._own(x_nh))
         groups, longest = media.shape
@@ -190,13 +291,9 @@ class GatedBlock(nn.Module):
         k_GNRH, v_GNRH = (x[media.index_GR].transpose(1, 2) for x in (k_MNH, v_MNH))
         mixed = scaled_dot_product_attention(q_GNLH, k_GNRH, v_GNRH, attn_mask=media.mask_GR[:, None, None])
         mixed_nw = mixed.transpose(1, 2).flatten(0, 1).index_select(0, media.slots_n).flatten(-2)
-        x_Th = x_Th.index_copy(0, media.rows_n, self._update(x_nh, mixed_nw).to(x_Th.dtype))
-        if media.last_BR is None:
-            return x_Th, None
-        index_BR, mask_BR = media.last_BR
-        return x_Th, (k_MNH[index_BR].transpose(1, 2), v_MNH[index_BR].transpose(1, 2), mask_BR)
+        return x_Th.index_copy(0, media.rows_n, self._update(x_nh, mixed_nw).to(x_Th.dtype)), x_Vh
 
-    def decode(self, x_Bh: Tensor, k_BNRH: Tensor, v_BNRH: Tensor, mask_BR: Tensor) -> Tensor:
+    def _decode(self, x_Bh: Tensor, k_BNRH: Tensor, v_BNRH: Tensor, mask_BR: Tensor) -> Tensor:
         """New text rows, each over the media that its sequence sees; rows of sequences without any are untouched."""
         if not mask_BR.shape[1]:
             return x_Bh
@@ -213,3 +310,6 @@ class GatedBlock(nn.Module):
     def _own(self, x_nh: Tensor) -> Tensor:
         """In the type of the weights here: the decoder may be frozen in 16 bits, or these be gathered in them."""
         return x_nh.to(self.attention_gate.dtype)
+
+
+register_mechanism("flamingo", Flamingo())

@@ -1,4 +1,4 @@
-"""From the encoder's features to what the decoder sees of them."""
+"""Modules that a mechanism adds to encoder and decoder, and the two that many share: one projector, or one for each layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ import torch
 from torch import Tensor, nn
 
 
-class Projector(nn.Module):
+class Added(nn.Module):
+    """A module that is neither the encoder's nor the decoder's, so that its initial values are ours."""
+
+    def reset_parameters(self) -> None:
+        """Torch's initial values, as LLaVA: biases of zero would keep a visual token whose features are zero at zero in every
+        layer, with gradients that explode in the norms. A subclass adds those of parameters of its own."""
+        for part in self.modules():
+            if isinstance(part, nn.Linear | nn.LayerNorm):
+                part.reset_parameters()
+
+
+class Projector(Added):
     """Two linear layers with a GELU between them, from the encoder's width to the decoder's (LLaVA-1.5's connector).
 
     Args:
@@ -21,9 +32,13 @@ class Projector(nn.Module):
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(hidden, hidden)
         self.newline = nn.Parameter(torch.empty(hidden)) if newline else None
-        self.reset_newline()
+        self._reset_newline()
 
-    def reset_newline(self) -> None:
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_newline()
+
+    def _reset_newline(self) -> None:
         if self.newline is not None:
             nn.init.normal_(self.newline, std=len(self.newline) ** -0.5)
 

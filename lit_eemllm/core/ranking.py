@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,14 +52,3 @@ def least_attended_dropped(
             visual += lengths[i]
         text, image = text + tokens, image + len(images)
     return torch.cat(stay)
-
-
-def kept_layout(layout: SequenceLayout, kept_V: Tensor, lengths: list[int]) -> tuple[SequenceLayout, Tensor]:
-    """The layout without the visual tokens that were dropped, at the positions they have, and its rows of the stream."""
-    left = iter(lengths)
-    documents = [
-        [run._replace(length=next(left)) if run.visual else run for run in document] for document in layout.documents
-    ]
-    smaller = SequenceLayout.of(documents).to(layout.positions.device)
-    rows_R = smaller.merge(layout.text_index, layout.visual_index[kept_V])
-    return replace(smaller, positions=layout.positions[rows_R]), rows_R

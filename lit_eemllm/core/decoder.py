@@ -1,0 +1,195 @@
+"""The decoder: a pretrained causal LM whose layers execute the rows of a mechanism's table on a packed stream.
+
+`adopt_layers` replaces each Hugging Face layer by a `DecoderLayer` that holds the same submodules under the same
+names: checkpoints of the base model load unchanged, and because the submodules are *called*, adapters, quantised
+linears and hooks keep working. Legend of shapes in `lit_eemllm.layout`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..layout import Visibility
+from .families import check_decoder
+from .stream import Stream, Tokens
+from .table import ALL, LayerPlan, Top
+
+
+class DecoderLayer(nn.Module):
+    """One layer of a Llama-like decoder on a packed stream, with visual rows treated as its row of the table says.
+
+    Args:
+        layer: the transformers layer whose submodules are taken over.
+        index: its number, from 0.
+    """
+
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
+    def __init__(self, layer: nn.Module, index: int) -> None:
+        super().__init__()
+        self.self_attn = layer.self_attn
+        self.mlp = layer.mlp
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.index = index
+        self.row, self.unrotated, self.freeze_prefix = LayerPlan(), False, False
+
+    def forward(
+        self, x_Th: Tensor, x_Vh: Tensor, stream: Stream, kept: Tokens | None = None
+    ) -> tuple[Tensor, Tensor, Tokens | None]:
+        """Text rows and visual rows through the layer.
+
+        With u = norm1(x), text T, the visual tokens I that are here and those of them J that text sees::
+
+            H_T = T + attention(u_T W_q, [u_T; u_J] W_k, [u_T; u_J] W_v) W_o         T' = H_T + FFN(norm2(H_T))
+            H_I = I + path W_o                                                       I' = H_I + FFN(norm2(H_I))
+
+        The path of I is its own attention, over [u_T; u_I] or a window of u_I, or else u_I W_v; of W_v, W_o and FFN it takes
+        those that `LayerPlan.update` names. Weights that text and images share are one product over the rows of both.
+
+        Args:
+            x_Th: the text.
+            x_Vh: all visual tokens; none where their keys are given.
+            stream: what all layers share.
+            kept: the visual tokens that are left after dropping by rank; None = all.
+
+        Returns:
+            the three as they enter the next layer.
+        """
+        row, attn, text = self.row, self.self_attn, len(x_Th)
+        if row.source == "own" and stream.states is not None:
+            x_Vh = stream.states(self.index)
+        runs = not row.idle and stream.keys is None
+        here = self._here(stream, kept)
+        x_Rh = torch.cat([x_Th, here.of(x_Vh)]) if runs else x_Th
+        u_Rh = self.input_layernorm(x_Rh)
+        q_RNH = self._heads("q", u_Rh if row.queries else u_Rh[:text])
+        k_RKH = self._heads("k", u_Rh if row.keys else u_Rh[:text])
+        v_RKH = self._heads("v", u_Rh if row.values else u_Rh[:text])
+        if row.keys and stream.keys is not None:
+            k_RKH, v_RKH = (torch.cat(pair) for pair in zip((k_RKH, v_RKH), self._given(stream, here), strict=True))
+        if here.select != row.tokens:  # some leave, by rank
+            k_RKH, v_RKH, kept = self._drop(q_RNH, k_RKH, v_RKH, stream, here)
+            here = kept
+
+        mixed_Rw = self._attend(q_RNH, k_RKH, v_RKH, stream, here)
+        mixed_Tw = mixed_Rw[:text]
+        if self.freeze_prefix:
+            mixed_Tw = mixed_Tw.masked_fill(stream.prefix_T1, 0.0)
+        if not runs or not row.update:
+            return self._feed_forward(x_Th + attn.o_proj(mixed_Tw)), x_Vh, kept
+        path_vw = mixed_Rw[text:] if row.causal else self._path(q_RNH, k_RKH, v_RKH, u_Rh, stream, here)
+        if "output" in row.update:
+            h_Rh = x_Rh + attn.o_proj(torch.cat([mixed_Tw, path_vw.to(mixed_Tw.dtype)]))
+        else:
+            h_vh = x_Rh[text:] + path_vw if "value" in row.update else x_Rh[text:]
+            h_Rh = torch.cat([x_Th + attn.o_proj(mixed_Tw), h_vh])
+        if "ffn" in row.update:
+            x_Rh = self._feed_forward(h_Rh)
+            return x_Rh[:text], here.put(x_Vh, x_Rh[text:]), kept
+        return self._feed_forward(h_Rh[:text]), here.put(x_Vh, h_Rh[text:]), kept
+
+    def images_alone(self, x_Vh: Tensor, stream: Stream) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Visual rows that depend on no text, and no text: as they enter the next layer, and the keys, before rotation, and values
+        of those that are here, if text sees any."""
+        row, here = self.row, stream.tokens(self.row.tokens)
+        if row.source == "own" and stream.states is not None:
+            x_Vh = stream.states(self.index)
+        if row.idle:
+            return x_Vh, None
+        x_vh = here.of(x_Vh)
+        u_vh = self.input_layernorm(x_vh)
+        q_vNH, k_vKH, v_vKH = (
+            self._heads(kind, u_vh) if wanted else u_vh.new_zeros(0, 1, 1)
+            for kind, wanted in (("q", row.queries), ("k", row.keys), ("v", row.values))
+        )
+        if row.update:
+            path_vw = self._path(q_vNH, k_vKH, v_vKH, u_vh, stream, here)
+            if "output" in row.update:
+                x_vh = x_vh + self.self_attn.o_proj(path_vw)
+            elif "value" in row.update:
+                x_vh = x_vh + path_vw
+            x_Vh = here.put(x_Vh, self._feed_forward(x_vh) if "ffn" in row.update else x_vh)
+        return x_Vh, (k_vKH, v_vKH) if row.keys else None
+
+    def _here(self, stream: Stream, kept: Tokens | None) -> Tokens:
+        """The visual tokens with which the layer begins."""
+        tokens = self.row.tokens
+        if not isinstance(tokens, Top) or not stream.generating or not stream.layout.num_visual:
+            return stream.tokens(tokens)
+        return stream.tokens(ALL) if kept is None else kept
+
+    def _heads(self, kind: str, u_Rh: Tensor) -> Tensor:
+        """Queries, keys or values (q, k, v) by head, not rotated yet; Qwen3 normalises each head of the first two."""
+        attn = self.self_attn
+        x_RNH: Tensor = getattr(attn, f"{kind}_proj")(u_Rh).unflatten(-1, (-1, attn.head_dim))
+        norm = getattr(attn, f"{kind}_norm", None)
+        return x_RNH if norm is None else norm(x_RNH)
+
+    def _given(self, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
+        """Keys and values of the visual tokens that are here, made earlier."""
+        assert stream.keys is not None
+        given = stream.keys[self.index]
+        assert given is not None
+        k_vKH, v_vKH = given
+        return (here.of(k_vKH), here.of(v_vKH)) if isinstance(self.row.tokens, Top) else (k_vKH, v_vKH)
+
+    def _drop(
+        self, q_TNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, stream: Stream, before: Tokens
+    ) -> tuple[Tensor, Tensor, Tokens]:
+        """Keys and values without those of the visual tokens that the prompt attends to least; see `Top`."""
+        assert isinstance(self.row.tokens, Top)
+        turned_q, turned_k, scale = stream.rotated(q_TNH, before), stream.rotated(k_RKH, before), self.self_attn.scaling
+        stay_R, kept = stream.rank(self.index, self.row.tokens, before, turned_q, turned_k, scale)
+        return k_RKH[stay_R], v_RKH[stay_R], kept
+
+    def _feed_forward(self, h_Rh: Tensor) -> Tensor:
+        return h_Rh + self.mlp(self.post_attention_layernorm(h_Rh))
+
+    def _attend(self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, stream: Stream, here: Tokens) -> Tensor:
+        """Attention of the text, or of all rows where images see the text before them, to what W_o takes, [T or R, N x H]."""
+        row, scale, text = self.row, self.self_attn.scaling, stream.layout.num_text
+        turned_q, turned_k = stream.rotated(q_RNH, here), stream.rotated(k_RKH, here)
+        if row.causal and row.seen != row.tokens:
+            return stream.attend_apart(self.index, turned_q, turned_k, v_RKH, here, row.seen, scale).flatten(-2)
+        view = stream.view(here, row.seen)
+        if row.causal:
+            q_SNH, k_SKH, v_SKH, kind = view.of(turned_q), view.of(turned_k), view.of(v_RKH), Visibility(True)
+            mixed_SNH = stream.attend(self.index, q_SNH, k_SKH, v_SKH, view, kind, scale)
+            return (mixed_SNH if view.order is None else mixed_SNH.index_select(0, view.text_first)).flatten(-2)
+        turned_q = turned_q[:text]
+        if self.unrotated:  # text scores visual keys without rotation on either: twice the head size holds both
+            images_R11, none = (
+                torch.arange(len(k_RKH), device=k_RKH.device)[:, None, None] >= text,
+                torch.zeros_like(k_RKH),
+            )
+            turned_q = torch.cat([turned_q, q_RNH[:text]], dim=-1)
+            turned_k = torch.where(images_R11, torch.cat([none, k_RKH], -1), torch.cat([turned_k, none], -1))
+        k_SKH, v_SKH = view.of(turned_k), view.of(v_RKH)
+        return stream.attend(self.index, turned_q, k_SKH, v_SKH, view, Visibility(False), scale).flatten(-2)
+
+    def _path(self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, u_Rh: Tensor, stream: Stream, here: Tokens) -> Tensor:
+        """Of visual tokens that see no text, what W_o takes: attention over a window of their image, or the aligner's, [v, N x H]."""
+        row, text, attn = self.row, stream.layout.num_text, self.self_attn
+        if row.queries and stream.layout.num_visual:
+            view, kind = stream.images(here), Visibility(True, window=int(row.attend))
+            q_vNH, k_vKH = (stream.rotated(x, here)[text:] for x in (q_RNH, k_RKH))
+            return stream.attend(self.index, q_vNH, k_vKH, v_RKH[text:], view, kind, attn.scaling).flatten(-2)
+        if "value" not in row.update:
+            return u_Rh[text:]
+        heads = attn.config.num_attention_heads // v_RKH.shape[1]  # a value head serves several heads of W_o
+        return v_RKH[text:].repeat_interleave(heads, dim=1).flatten(-2)
+
+
+def adopt_layers(decoder: PreTrainedModel) -> None:
+    """Replace the layers of a causal LM by `DecoderLayer`s, in place. Raises ConfigError for an unsupported decoder."""
+    check_decoder(decoder.config)
+    layers = enumerate(decoder.model.layers)
+    decoder.model.layers = nn.ModuleList(DecoderLayer(layer, index) for index, layer in layers)

@@ -1,0 +1,285 @@
+"""What all layers of one forward pass share, and attention over some of its rows.
+
+Rows of a layer are all text and then the visual tokens that are there; only keys are in the order of the stream, by the index of
+a `View`. Legend of shapes in `lit_eemllm.layout`, and R the rows of a layer, v the visual tokens among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionBackend
+from ..layout import SequenceLayout, Visibility, upload
+from .ranking import least_attended_dropped
+from .table import ALL, Select, Top
+
+if TYPE_CHECKING:
+    from ..model.cache import CachedPass, Grid
+
+Angles = tuple[Tensor, Tensor]
+"""Cos and sin of rotary positions, [rows, 1, H] each."""
+
+VisualKeys = list[tuple[Tensor, Tensor] | None]
+"""Per layer, keys before rotation and values of the visual tokens that are there, [v, K, H] each; None where it has none."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The visual tokens that are in a layer.
+
+    Attributes:
+        select: which they should be.
+        rows_v: which of all V they are, ascending; None = all.
+        lengths: of each image.
+    """
+
+    select: Select
+    rows_v: Tensor | None
+    lengths: list[int]
+
+    def of(self, x_V: Tensor) -> Tensor:
+        """Their rows among those of all visual tokens."""
+        return x_V if self.rows_v is None else x_V.index_select(0, self.rows_v)
+
+    def put(self, x_V: Tensor, x_v: Tensor) -> Tensor:
+        """All visual tokens, of which these are new."""
+        return x_v if self.rows_v is None else x_V.index_copy(0, self.rows_v, x_v.to(x_V.dtype))
+
+
+@dataclass(frozen=True)
+class View:
+    """Keys of a layer, in stream order: all text with some visual tokens, text alone, or images alone.
+
+    Attributes:
+        name: the same in every pass over a cache.
+        layout: theirs.
+        order: where each of them lies among the layer's rows; None = they are its first rows.
+        kept: text sees them, and when generating they are kept for what will follow.
+    """
+
+    name: str
+    layout: SequenceLayout
+    order: Tensor | None
+    kept: bool = True
+
+    def of(self, x_R: Tensor) -> Tensor:
+        """These rows of a layer's."""
+        return x_R[: self.layout.num_tokens] if self.order is None else x_R.index_select(0, self.order)
+
+    @cached_property
+    def text_first(self) -> Tensor:
+        """Where all its text lies in it, and then its visual tokens."""
+        return torch.cat([self.layout.text_index, self.layout.visual_index])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What every layer of one forward pass shares. Nothing of it changes; what was asked for once is kept.
+
+    Attributes:
+        layout: documents, runs and positions of text and visual tokens.
+        rotary: of all rows, in stream order.
+        backend: computes attention.
+        states: layer -> the visual states that enter it, [V, h], where the source of its row is ``own``.
+        keys: of all images, already made: no visual rows run.
+        cached: the pass over a padded cache, when generating.
+        shared: what modules that the mechanism adds have in common, such as the media of gated cross-attention.
+    """
+
+    layout: SequenceLayout
+    rotary: Angles
+    backend: AttentionBackend
+    states: Callable[[int], Tensor] | None = None
+    keys: VisualKeys | None = None
+    cached: CachedPass | None = None
+    shared: Any = None
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @property
+    def generating(self) -> bool:
+        """Keys are kept for what will follow."""
+        return self.cached is not None and self.cached.cache is not None
+
+    @cached_property
+    def prefix_T1(self) -> Tensor:
+        """True for text before the first image of its document; nothing that comes after a cache is."""
+        prefix_T = self.layout.prefix()
+        return (torch.zeros_like(prefix_T) if self.cached is not None and self.cached.past else prefix_T)[:, None]
+
+    # --- which rows
+    def tokens(self, select: Select) -> Tokens:
+        """Of a selection that depends on nothing that is computed."""
+
+        def make() -> Tokens:
+            lengths = self.layout.image_lengths
+            if select == ALL or isinstance(select, Top):
+                return Tokens(select, None, lengths)
+            rows_v = upload(select.flags(lengths).nonzero().flatten(), self.layout.positions.device)
+            return Tokens(select, rows_v, [select.count(length) for length in lengths])
+
+        made: Tokens = self._once(("tokens", select), make)
+        return made
+
+    def angles(self, here: Tokens) -> Angles:
+        """Of a layer's rows."""
+
+        def make() -> Angles:
+            rows_R = torch.cat([self.layout.text_index, here.of(self.layout.visual_index)])
+            cos_S1H, sin_S1H = self.rotary
+            return cos_S1H[rows_R], sin_S1H[rows_R]
+
+        made: Angles = self._once(("angles", here.select), make)
+        return made
+
+    def rotated(self, x_RNH: Tensor, here: Tokens) -> Tensor:
+        """Queries or keys of a layer's rows, or of its text alone, turned by their positions."""
+        cos_R1H, sin_R1H = self.angles(here)
+        return rotate(x_RNH, (cos_R1H[: len(x_RNH)], sin_R1H[: len(x_RNH)]))
+
+    def view(self, here: Tokens, seen: Select) -> View:
+        """All text with those visual tokens of a layer that are in `seen`."""
+
+        def make() -> View:
+            if seen.empty:
+                return View("text", self.layout.text_only(), None)
+            if not self.layout.num_visual:
+                return View(str(seen), self.layout, None)
+            if seen == here.select:
+                layout = self.layout.with_visual(here.rows_v, here.lengths)
+                return View(str(seen), layout, layout.merge_index)
+            images, text = self.layout.image_lengths, self.layout.num_text
+            among = seen.flags(images)[here.select.flags(images)].nonzero().flatten()
+            those = self.tokens(seen)
+            layout = self.layout.with_visual(those.rows_v, those.lengths)
+            device = self.layout.positions.device
+            rows_R = torch.cat([torch.arange(text, device=device), text + upload(among, device)])
+            return View(str(seen), layout, rows_R[layout.merge_index])
+
+        made: View = self._once(("view", here.select, seen), make)
+        return made
+
+    def images(self, here: Tokens) -> View:
+        """A layer's visual tokens alone, every image a document."""
+
+        def make() -> View:
+            layout, text = self.layout.with_visual(here.rows_v, here.lengths).images_only(), self.layout.num_text
+            return View(f"images, {here.select}", layout, text + layout.visual_index, kept=False)
+
+        made: View = self._once(("images", here.select), make)
+        return made
+
+    def rank(
+        self, layer: int, top: Top, before: Tokens, q_TNH: Tensor, k_RKH: Tensor, scale: float
+    ) -> tuple[Tensor, Tokens]:
+        """Drop what the last text token of each document attends to least; see `Top`.
+
+        Args:
+            layer: its number; if its cache holds earlier turns, they are attended to as well.
+            top: how many stay.
+            before: the visual tokens that were left.
+            q_TNH: rotated queries of the text.
+            k_RKH: rotated keys of the text and of `before`.
+            scale: of the scores.
+
+        Returns:
+            which of the rows R stay, and their visual tokens.
+        """
+        lengths = [top.count(length) for length in self.layout.image_lengths]
+        past = self.cached.earlier_keys(layer, str(top)) if self.cached is not None else []
+        stay_v = least_attended_dropped(self.layout, q_TNH, k_RKH, before.lengths, lengths, scale, past)
+        text = self.layout.num_text
+        rows_R = torch.cat([torch.arange(text, device=stay_v.device), text + stay_v])
+        return rows_R, Tokens(top, stay_v if before.rows_v is None else before.rows_v[stay_v], lengths)
+
+    # --- attention
+    def attend(
+        self, layer: int, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, view: View, kind: Visibility, scale: float
+    ) -> Tensor:
+        """Attention of some rows of a view over its keys, and over those that the cache holds of it, [Q, N, H].
+
+        Args:
+            layer: its number.
+            q_QNH: rotated queries, in stream order.
+            k_SKH: rotated keys of the view.
+            v_SKH: its values.
+            view: the keys.
+            kind: which rows query, and what they see.
+            scale: of the scores.
+        """
+        q_QNH, k_SKH = q_QNH.to(v_SKH.dtype), k_SKH.to(v_SKH.dtype)  # under autocast, rotary angles are float32
+        if view.kept and self.cached is not None and self.cached.cache is not None:
+            grid = self._grid(view)
+            k_BKLH, v_BKLH = self.cached.cache.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
+            if self.cached.past:
+                rows = view.layout.query_rows(kind)
+                q_BNQH = grid.pad(q_QNH, rows)
+                return grid.unpad(self.backend.attend_cached(q_BNQH, k_BKLH, v_BKLH, grid.mask_BQL, scale), rows)
+        return self._packed(q_QNH, k_SKH, v_SKH, view, kind, scale)
+
+    def attend_apart(
+        self, layer: int, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, here: Tokens, seen: Select, scale: float
+    ) -> Tensor:
+        """Visual rows over all that comes before them, text over those of them that are in `seen`, [R, N, H]: all are kept, for
+        the images of later turns. Arguments as in `attend`, but of the layer's rows."""
+        q_RNH, k_RKH, text = q_RNH.to(v_RKH.dtype), k_RKH.to(v_RKH.dtype), self.layout.num_text
+        view, less = self.view(here, here.select), self.view(here, seen)
+        k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)
+        if self.cached is not None and self.cached.cache is not None:
+            grid = self._grid(view)
+            k_BKLH, v_BKLH = self.cached.cache.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
+            seen_BL = self._once(("marked", view.name, seen), lambda: self._marked(here, seen, view, grid))
+            if self.cached.past:
+                parts = [(view.layout.text_index, q_RNH[:text], grid.mask_BQL & seen_BL[:, None])]
+                if self.layout.num_visual:
+                    parts.append((view.layout.visual_index, q_RNH[text:], grid.mask_BQL))
+                mixed = [
+                    grid.unpad(self.backend.attend_cached(grid.pad(q, rows), k_BKLH, v_BKLH, mask, scale), rows)
+                    for rows, q, mask in parts
+                ]
+                return torch.cat(mixed)
+        mixed_TNH = self._packed(q_RNH[:text], less.of(k_RKH), less.of(v_RKH), less, Visibility(False), scale)
+        if not self.layout.num_visual:
+            return mixed_TNH
+        alone = Visibility(True, text_queries=False)
+        return torch.cat([mixed_TNH, self._packed(q_RNH[text:], k_SKH, v_SKH, view, alone, scale)])
+
+    def _packed(
+        self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, view: View, kind: Visibility, scale: float
+    ) -> Tensor:
+        plan = self._once(("plan", view.name, kind), lambda: self.backend.plan(view.layout, kind))
+        return self.backend.attend(q_QNH, k_SKH, v_SKH, plan, scale)
+
+    def _marked(self, here: Tokens, seen: Select, view: View, grid: Grid) -> Tensor:
+        """Which columns of a view in the cache text sees, [B, past + W]."""
+        assert self.cached is not None
+        seen_V = upload(seen.flags(self.layout.image_lengths), self.layout.positions.device)
+        seen_R = torch.cat([seen_V.new_ones(self.layout.num_text), here.of(seen_V)])
+        return self.cached.marked(f"{view.name}, {seen}", grid, view.of(seen_R))
+
+    def _grid(self, view: View) -> Grid:
+        """Of a view in the cache: the columns of the ids where nothing is left out of them."""
+        assert self.cached is not None
+        lengths: list[int] = []
+        if view.name == "text" and self.layout.num_visual:  # its layout lacks documents without text
+            lengths = self.layout.text_lengths
+        elif view.name != str(ALL) and self.layout.num_visual:
+            lengths = [sum(run.length for run in document) for document in view.layout.documents]
+        return self.cached.grid(view.name, lengths)
+
+
+def rotate(x_QNH: Tensor, angles: Angles) -> Tensor:
+    """Rotary position embedding of queries or keys, as in transformers' Llama."""
+    cos_Q1H, sin_Q1H = angles
+    first, second = x_QNH.chunk(2, dim=-1)
+    return x_QNH * cos_Q1H + torch.cat([-second, first], dim=-1) * sin_Q1H

@@ -573,7 +573,7 @@ def a_step_has_a_closure():
 # --- Energon
 
 
-def fresh_shards(folder: Path, training: bool = True) -> Any:
+def fresh_shards(folder: Path, training: bool = True, workers: int = 0) -> Any:
     """Of the embedded set's train split, with what `wrap` was given."""
     energon = compat("energon")
     from megatron.energon import WorkerConfig
@@ -585,7 +585,7 @@ def fresh_shards(folder: Path, training: bool = True) -> Any:
             self.wrapped.append(reader)
             return reader
 
-    worker = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    worker = WorkerConfig(rank=0, world_size=1, num_workers=workers)
     return Wrapped(energon.EPath(folder), split_part="train", training=training, worker_config=worker, decoder=None)
 
 
@@ -606,7 +606,7 @@ def readers_may_be_wrapped(shapes: Path):
     assert reader[40].keys() & {"json", "oversize"} == {"oversize"} and int(reader[40]["oversize"]) > 512
 
 
-def dataset_of(folder: Path, training: bool = True) -> Any:
+def dataset_of(folder: Path, training: bool = True, workers: int = 0) -> Any:
     """Keys of samples: shuffled and without end, or each once."""
     energon = compat("energon")
     from megatron.energon import Cooker, DefaultTaskEncoder, WorkerConfig, stateless
@@ -622,8 +622,8 @@ def dataset_of(folder: Path, training: bool = True) -> Any:
         def build_batch(self, dataset: Any, **_: Any) -> Any:
             return dataset
 
-    worker = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    task, loaded = Task(), energon.LoadedDataset(dataset=fresh_shards(folder, training), weight=1.0)
+    worker = WorkerConfig(rank=0, world_size=1, num_workers=workers)
+    task, loaded = Task(), energon.LoadedDataset(dataset=fresh_shards(folder, training, workers), weight=1.0)
     options = dict(datasets=[loaded], worker_config=worker, batch_size=None, packing_buffer_size=None)
     if not training:
         return task.build_val_datasets(**options)
@@ -663,6 +663,22 @@ def a_loader_counts_and_saves(shapes: Path):
     rest = [next(batches)["__key__"] for _ in range(3)]
     assert [batch["__key__"] for batch, _ in zip(again, range(3), strict=False)] == rest and len({*first, *rest}) == 8
     assert isinstance(state, energon.SavableDataLoaderState)
+
+
+@contract(
+    "energon",
+    "a worker takes snapshots by _store_checkpoint, and has no state to tell of before its first",
+    lacks("megatron.energon.savable_loader.SavableDatasetWrapper._store_checkpoint"),
+)
+def a_worker_takes_snapshots_between_batches(shapes: Path):
+    energon = compat("energon")
+    worker = energon.CountingLoader(dataset_of(shapes, workers=1)).dataset
+    assert type(worker) is energon._BetweenBatches
+    worker._worker_id, worker._save_state = 0, lambda: "state"
+    worker._store_checkpoint(force=True)
+    assert worker.get_checkpoint([-1]).state is None
+    worker._store_checkpoint()
+    assert worker.get_checkpoint([-1]).state == "state"
 
 
 @contract(

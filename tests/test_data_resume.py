@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
+from megatron.energon import savable_loader
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.rng import SystemRng
 from megatron.energon.savable_loader import SavableDatasetCheckpoint, SavableDatasetState
@@ -33,6 +37,7 @@ from shards_util import (
     write_shards,
     write_tar,
 )
+from torch.utils.data import get_worker_info
 
 from lit_eemllm.data import contents as contents_module
 from lit_eemllm.data import loader as loader_module
@@ -102,6 +107,78 @@ def test_saved_again_before_every_worker_has_delivered(
         seen += list(take(data, number))
         saved = data.state_dict()
     assert seen == whole and data.skipped == skipped and saved["ranks"][0]["batches"] == 12
+
+
+@pytest.mark.parametrize("done", [0, 4])
+def test_saved_before_every_worker_has_begun(recipe: Path, done: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker delivers while the other still starts, in a new run and in a resumed one: that has no state yet to be asked for."""
+    fresh = module(recipe, workers=2)
+    whole = list(take(fresh, done + 7))
+    data, seen = module(recipe, workers=2), whole[:done]
+    if done:
+        first = module(recipe, workers=2)
+        assert list(take(first, done)) == seen
+        data.load_state_dict(first.state_dict())
+
+    class Late(type(threading.RLock())):  # type: ignore[misc]
+        """The lock between a worker and its thread that answers: the second worker takes it when that has answered."""
+
+        def __init__(self) -> None:
+            self.answered = threading.Event()
+
+        def __enter__(self) -> bool:
+            if threading.current_thread() is threading.main_thread() and get_worker_info().id == 1:
+                assert self.answered.wait(60)
+            return super().__enter__()
+
+        def __exit__(self, *error: object) -> None:
+            super().__exit__(*error)
+            if threading.current_thread() is not threading.main_thread():
+                self.answered.set()
+
+    with monkeypatch.context() as late:
+        late.setattr(savable_loader, "threading", SimpleNamespace(Thread=threading.Thread, RLock=Late))
+        seen += list(take(data, 1))
+        saved = data.state_dict()
+    continued = module(recipe, workers=2)
+    continued.load_state_dict(saved)
+    assert seen + list(take(continued, 6)) == whole
+    place = loader_state.loads(saved["ranks"][0]["loader"])
+    place.worker_states[1] = replace(place.worker_states[1], state=None, offset=1)  # what earlier versions wrote then
+    saved["ranks"][0]["loader"] = loader_state.dumps(place)
+    continued = module(recipe, workers=2)
+    continued.load_state_dict(saved)
+    with pytest.raises(CheckpointError, match="a loader process has no state"):
+        continued.train_dataloader()
+
+
+def test_saved_after_a_worker_has_failed(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails some batches before the trainer gets there, which may save meanwhile; the file is restored, the run goes on."""
+    whole = list(take(module(recipe, workers=2), 14))
+    read, failed, reads = loader_module._NamingReader.__getitem__, tmp_path / "failed", count(1)
+
+    def fails(reader: Any, index: int) -> Any:
+        if get_worker_info().id == 1 and next(reads) == 50:
+            failed.touch()
+            raise UserError("lost")
+        return read(reader, index)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(loader_module._NamingReader, "__getitem__", fails)
+        data = module(recipe, workers=2)
+        batches = map(fingerprint, data.train_dataloader())
+        assert list(islice(batches, 10)) == whole[:10]
+        for _ in range(600):
+            if failed.exists():
+                break
+            time.sleep(0.1)
+        saved = data.state_dict()
+        assert next(batches) == whole[10]
+        with pytest.raises(UserError, match="lost"):
+            next(batches)
+    continued = module(recipe, workers=2)
+    continued.load_state_dict(saved)
+    assert list(take(continued, 4)) == whole[10:]
 
 
 class Crash(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron.energon.savable_loader import (
     SavableDataLoaderState,
     SavableDatasetCheckpoint,
     SavableDatasetState,
+    SavableDatasetWrapper,
 )
 from megatron.energon.state import FlexState
 from megatron.energon.watchdog import Watchdog
@@ -82,11 +84,38 @@ class Packing(PackingDataset):
 
 
 # --- the loader
+class _BetweenBatches(SavableDatasetWrapper):
+    """The side of the loader that is in a worker. It takes snapshots where a batch has ended, and nowhere else."""
+
+    def _store_checkpoint(self, force: bool = False) -> None:
+        if (
+            not force
+        ):  # Energon's last, also of a worker that has failed amid a batch, for which samples are already taken
+            super()._store_checkpoint()
+
+
 class CountingLoader(SavableDataLoader):
-    """Energon's savable loader, whose place among its workers' batches can be read and set; whose answers a subclass waits for."""
+    """Energon's savable loader, whose place among its workers' batches can be read and set; whose answers a subclass waits for.
+
+    Its state is exact whenever it is asked for.
+    """
 
     _worker_sample_counters: list[int]
     _next_worker_id: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.num_workers:
+            self.dataset.__class__ = _BetweenBatches  # it is made by name within Energon
+
+    def save_state_rank(self) -> SavableDataLoaderState | None:
+        """A worker that has not begun, while others have delivered, would answer with a place one batch too far, and without a
+        state to begin from. It is asked again."""
+        while True:
+            state = super().save_state_rank()
+            if state is None or not self.num_workers or all(worker.state is not None for worker in state.worker_states):
+                return state
+            time.sleep(0.01)
 
     @property
     def counters(self) -> tuple[list[int], int]:

@@ -245,14 +245,16 @@ class PositionLoader(CountingLoader):
 
     def restore(self, state: SavableDataLoaderState | None) -> None:
         """Continue from what `state_at` gave. Raises CheckpointError."""
+        workers = state.worker_states if state is not None and self.num_workers else []
         try:
+            if any(worker.state is None for worker in workers):  # an earlier version could write that
+                raise ValueError("a loader process has no state")
             self.restore_state_rank(state)
+            if workers:
+                # Energon leaves out the batches that a worker is yet to skip, and would replay them if saved before its first
+                self.counters = [w.state.sample_index + w.offset - 1 for w in workers], self.counters[1]
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the loader position in the checkpoint does not fit this data: {error}") from error
-        if state is not None and self.num_workers:
-            # Energon leaves out the batches that a worker is yet to skip, and would replay them if saved before its first
-            delivered = [w.offset - 1 + (w.state.sample_index if w.state else 0) for w in state.worker_states]
-            self.counters = delivered, self.counters[1]
 
 
 class EndlessLoader:

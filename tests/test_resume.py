@@ -289,3 +289,53 @@ def test_a_checkpoint_that_lacks_a_section_is_refused(tmp_path, parts, shapes, r
     with pytest.raises(CheckpointError, match=f"holds no {section}"):
         fit(tiny.config(parts, shapes, tmp_path / "run", "optim.max_steps=4", "data.val=null", f"resume={file}"))
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+MOMENTS = {
+    "another shape": lambda state: state.update(exp_avg=state["exp_avg"][:1]),
+    "another type": lambda state: state.update(exp_avg_sq=state["exp_avg_sq"].to(torch.int8)),
+    "no tensor": lambda state: state.update(exp_avg=7),
+    "one is missing": lambda state: state.pop("exp_avg_sq"),
+    "no count": lambda state: state.pop("step"),
+    "a count that is no number": lambda state: state.update(step=torch.tensor(torch.nan)),
+    "more of them": lambda state: state.update(odd=state["exp_avg"]),
+}
+
+
+@pytest.mark.parametrize("how", MOMENTS)
+def test_moments_that_are_not_those_of_a_weight_are_refused_by_its_name(tmp_path, parts, shapes, run, how):
+    """Else the first step would fail, or take what AdamW makes of them."""
+    checkpoint = torch.load(run / "checkpoints" / "step-2.ckpt", weights_only=True)
+    (saved,) = checkpoint["optimizer_states"]
+    name = next(
+        name for name in checkpoint["state_dict"] if name.startswith("model.projector.")
+    )  # the first that is trained
+    MOMENTS[how](saved["state"][0])
+    file = tmp_path / "other.ckpt"
+    torch.save(checkpoint, file)
+    with pytest.raises(
+        CheckpointError, match=rf"other\.ckpt: the optimiser's moments of {name} are not its own: found"
+    ):
+        fit(tiny.config(parts, shapes, tmp_path / "run", "optim.max_steps=4", "data.val=null", f"resume={file}"))
+
+
+def test_moments_of_other_weights_are_refused(tmp_path, parts, shapes, run):
+    checkpoint = torch.load(run / "checkpoints" / "step-2.ckpt", weights_only=True)
+    (saved,) = checkpoint["optimizer_states"]
+    file = tmp_path / "other.ckpt"
+    count = len(saved["state"])
+    for change in (lambda: saved["state"].update({count: saved["state"][0]}), lambda: saved["param_groups"].pop()):
+        change()
+        torch.save(checkpoint, file)
+        with pytest.raises(CheckpointError, match=rf"other\.ckpt: its optimiser .* this configuration trains {count}"):
+            fit(tiny.config(parts, shapes, tmp_path / "run", "optim.max_steps=4", "data.val=null", f"resume={file}"))
+
+
+def test_steps_that_are_no_number_are_refused(tmp_path, parts, shapes, run):
+    """Those that the run was to have when it began, by which the first step sets its rate."""
+    checkpoint = torch.load(run / "checkpoints" / "step-2.ckpt", weights_only=True)
+    checkpoint["lit_eemllm"]["begun_with"] = {"a": 1}
+    file = tmp_path / "other.ckpt"
+    torch.save(checkpoint, file)
+    with pytest.raises(CheckpointError, match=r"other\.ckpt: .*begun_with: no number of steps"):
+        fit(tiny.config(parts, shapes, tmp_path / "run", "optim.max_steps=4", "data.val=null", f"resume={file}"))

@@ -240,13 +240,44 @@ def refuse_part(checkpoint: Mapping[str, Any]) -> None:
             f"the checkpoint holds no {' and no '.join(missing)}, or not as `fit` writes it, so a run cannot continue from it. "
             "Continue from another, or begin a new run from its weights (init_from)."
         )
-    for state in checkpoint["optimizer_states"]:  # torch takes any value, and fails in the step or, worse, does not
-        if not all(isinstance(x, Tensor) for moments in state["state"].values() for x in moments.values()):
-            raise TypeError("optimizer_states: moments that are no tensors")
-        for group in state["param_groups"]:
-            numbers = [group["lr"], group["initial_lr"], group["weight_decay"], group["eps"], *group["betas"]]
-            if len(numbers) != 6 or not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
-                raise TypeError("optimizer_states: rates that are no numbers")
+    for group in checkpoint["optimizer_states"][0]["param_groups"]:  # torch takes any value
+        numbers = [group["lr"], group["initial_lr"], group["weight_decay"], group["eps"], *group["betas"]]
+        if len(numbers) != 6 or not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
+            raise TypeError("optimizer_states: rates that are no numbers")
+
+
+def refuse_moments(checkpoint: Mapping[str, Any], trained: Mapping[str, Tensor]) -> None:
+    """AdamW takes moments of any shape and type, and fails in the next step or, worse, does not.
+
+    Args:
+        trained: by name, in the order of the optimiser. One that has no moments has had no gradient yet.
+
+    Raises:
+        CheckpointError: naming the first whose moments are not its own. Others as in `refuse_part`.
+    """
+    (saved,) = checkpoint["optimizer_states"]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if numbers != list(range(len(trained))) or not saved["state"].keys() <= set(numbers):
+        raise CheckpointError(
+            f"its optimiser has trained {len(numbers)} tensors and has moments of {len(saved['state'])}, this configuration "
+            f"trains {len(trained)}. Set optim.tuning as it was, or begin a new run from its weights (init_from)."
+        )
+    for (name, weight), number in zip(trained.items(), numbers, strict=True):
+        if number not in saved["state"]:
+            continue
+        own = {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
+        found, expected = (
+            {key: _kind(moments[key]) for key in sorted(moments)} for moments in (saved["state"][number], own)
+        )
+        if found != expected or not 0 < saved["state"][number]["step"] < math.inf:
+            raise CheckpointError(
+                f"the optimiser's moments of {name} are not its own: found {found}, expected {expected}. Continue from another "
+                "checkpoint (resume=FILE), or begin a new run from its weights (init_from)."
+            )
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> None:

@@ -27,6 +27,7 @@ from .checkpoint import (
     newest_checkpoint,
     read_checkpoint,
     refuse_changes,
+    refuse_moments,
     refuse_part,
     save,
     using,
@@ -36,6 +37,7 @@ from .guard import Checkpoints, guarded
 from .initial import initial_model
 from .module import LitEEMLLM
 from .runlog import RunLog, print_summary
+from .tuning import in_order, parameter_groups
 from .zero import DeepSpeed
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
@@ -83,6 +85,10 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
         console.print(loaded)
     data.connect(processor.template, model.vision.transform)
     module = LitEEMLLM(model, config, processor.fingerprint())
+    if resume is not None:
+        with using(resume):
+            trained = in_order(parameter_groups(model, config.optim), module)
+            refuse_moments(read_checkpoint(resume, verified=True), trained)
 
     if trainer.is_global_zero:
         print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size)

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from ..compat.lightning import DataParallel
 from ..errors import ConfigError
 from ..mechanisms.connectors import LayerwiseProjector
+from .tuning import in_order
 
 if TYPE_CHECKING:
     from ..model import EEMLLM
@@ -97,10 +98,8 @@ class FSDP2(DataParallel):
                 setattr(part, name, x.to(self.root_device))
 
     def _names(self, optimizer: Optimizer) -> list[str]:
-        """Names of the optimiser's parameters in the order in which torch numbers them."""
         assert self.model is not None
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        return list(in_order(optimizer.param_groups, self.model))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As `Optimizer.state_dict`, with whole tensors, on rank 0; nothing on the others. (Lightning's would number the

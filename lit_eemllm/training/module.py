@@ -252,6 +252,8 @@ class LitEEMLLM(LightningModule):
             )
         about = checkpoint["lit_eemllm"]
         self.begun_with = about.get("begun_with", about["config"]["optim"]["max_steps"])
+        if not isinstance(self.begun_with, int):  # used in the first step
+            raise TypeError("begun_with: no number of steps")
         self._restored_rng = checkpoint["rng"]
         if has_trainer(self):
             if not alike(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict()):

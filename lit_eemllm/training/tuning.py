@@ -97,6 +97,12 @@ def parameter_groups(model: EEMLLM, config: OptimConfig) -> list[dict[str, Any]]
     return groups
 
 
+def in_order(groups: list[dict[str, Any]], module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of an optimiser by their names in the module, in the order in which torch numbers them."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {names[id(parameter)]: parameter for group in groups for parameter in group["params"]}
+
+
 def _by_depth(vision: VisionEncoder, lr: float, decay: float) -> dict[str, tuple[list[nn.Parameter], float]]:
     """The encoder's parameters by layer with their rates: the highest layer that is read learns at `lr`, and a norm after it; each
     below at `decay` times the rate of the one above, and what comes before the first layer, embeddings, as a layer below it."""

@@ -409,18 +409,45 @@ def test_sources_share_the_places_and_rank_0_reads_them(
         _ = module(recipe)._sources
 
 
-def test_more_ranks_than_validation_samples_are_refused_at_the_start(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = module(recipe, recipe.parent / "a")
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """This process as one of several, which agree with it; `agree` is what the others say."""
+    told = SimpleNamespace(rank=0, of=1, agree=lambda tensor, how: None)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda: told.rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: told.of)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "all_reduce", lambda *asked: told.agree(*asked))
+    return told
+
+
+def test_more_ranks_than_validation_samples_are_refused_at_the_start(recipe: Path, ranks: SimpleNamespace) -> None:
+    data = module(recipe, recipe.parent / "a")
+    ranks.of = 3
     data.setup("fit")
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    ranks.of = 4
     for stage in ("fit", "validate"):
         with pytest.raises(UserError, match=r"3 validation samples cannot feed 4 ranks"):
             data.setup(stage)
+
+
+@WORKERS
+def test_a_rank_without_a_validation_sample_that_it_can_use_is_told_at_the_start(
+    recipe: Path, tmp_path: Path, ranks: SimpleNamespace, workers: int
+) -> None:
+    """By all ranks, since none may wait for it in the first validation, hours later."""
+    bad = {"json": b"{"}
+    write_tar(tmp_path / "val.tar", {f"k{i}": sample(i) if i < 4 else bad for i in range(8)})
+    prepare(tmp_path)
+    data = module(recipe, tmp_path, workers=workers)
+    ranks.of = 2
+    data.setup("fit")
+    ranks.agree = lambda tensor, how: tensor.zero_()
+    with pytest.raises(UserError, match="no sample of a rank can be used"):
+        data.setup("fit")
+    ranks.rank, ranks.agree = 1, lambda tensor, how: None
+    with pytest.raises(UserError, match="no sample of a rank can be used"):
+        data.setup("fit")
 
 
 def test_state_survives_json() -> None:

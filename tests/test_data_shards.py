@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -456,22 +457,27 @@ def test_check_vouches_for_what_training_reads(
 
 
 def test_shards_that_came_after_the_index_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_tar(tmp_path / "a.tar", {f"k{i}": sample(i) for i in range(4)})
+    """`check` searches the folder; training looks where its shards are, as there may be a million pictures beside."""
+    write_tar(tmp_path / "x" / "a.tar", {f"k{i}": sample(i) for i in range(4)})
     prepare(tmp_path)
-    write_tar(tmp_path / "x" / "b.tar", {f"h{i}": sample(i) for i in range(4)})
+    for name in ("x/b.tar", "c.tar", "x/y/d.tar"):
+        write_tar(tmp_path / name, {f"{name[-5]}{i}": sample(i) for i in range(4)})
     (tmp_path / "r.yaml").write_text("splits: {train: {path: .}}")
     for data in (tmp_path, tmp_path / "r.yaml"):
         report = check(data)
-        assert (
-            report.bad == {"not_indexed": 1}
-            and report.good.total() == 4
-            and "x/b.tar: it is not in the index" in str(report)
-        )
+        assert report.bad == {"not_indexed": 3} and report.good.total() == 4
+        assert all(f"{name}: it is not in the index" in str(report) for name in ("x/b.tar", "c.tar", "x/y/d.tar"))
     with caplog.at_level(logging.WARNING):
         module(tmp_path).setup("fit")
-    assert "1 shards, such as x/b.tar, are not in its index and are not read" in caplog.text
+    assert "2 shards, such as c.tar, are not in its index and are not read" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        data = module(tmp_path)
+        data.trainer = SimpleNamespace(local_rank=1)  # type: ignore[assignment]
+        data.setup("fit")
+    assert "not in its index" not in caplog.text, "told once per node"
     prepare(tmp_path)
-    assert check(tmp_path).ok and check(tmp_path).good.total() == 8
+    assert check(tmp_path).ok and check(tmp_path).good.total() == 16
 
 
 def test_prepare_says_what_is_wrong_with_a_foreign_shard(tmp_path: Path) -> None:

@@ -52,11 +52,6 @@ def look(recipe: Recipe, encoder: SampleEncoder, most: int) -> None:
         UserError: there is none among the first so many samples of a source, whose share others would silently take.
     """
     for source in recipe.sources:
-        if unread := not_indexed(source.folder):
-            _log.warning(
-                f"{source.folder}: {len(unread)} shards, such as {unread[0]}, are not in its index and are not read. To read them, "
-                f"run: lit-eemllm shards prepare {source.folder}"
-            )
         report = Report()
         samples = (sample for name, _ in source.shards for sample in read_shard(source.folder / name))
         for key, members in islice(samples, most):
@@ -71,6 +66,16 @@ def look(recipe: Recipe, encoder: SampleEncoder, most: int) -> None:
             raise UserError(
                 f"{source.folder}: none of the first {report.bad.total()} samples of its split {source.split!r} can be used "
                 f"(data.max_bad_in_a_row={most}).\n{report}\nCheck all with: lit-eemllm shards check {recipe.path} CONFIG"
+            )
+
+
+def warn_of_unread(recipe: Recipe) -> None:
+    """Of shards beside those that are read."""
+    for source in recipe.sources:
+        if unread := not_indexed(source.folder, [name for name, _ in source.shards]):
+            _log.warning(
+                f"{source.folder}: {len(unread)} shards, such as {unread[0]}, are not in its index and are not read. To read them, "
+                f"run: lit-eemllm shards prepare {source.folder}"
             )
 
 

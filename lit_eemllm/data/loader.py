@@ -332,7 +332,7 @@ class FiniteLoader:
         self.arguments = recipe, task, config, packing_buffer
         self.timeout = timeout
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Generator[PackedBatch]:
         config = self.arguments[2]
         loader = BasicDataLoader(
             val_dataset(*self.arguments),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 from lit_eemllm.compat.lightning import packs
 from lit_eemllm.config import flat
 from lit_eemllm.data import state as loader_state
-from lit_eemllm.data.check import look
+from lit_eemllm.data.check import look, warn_of_unread
 from lit_eemllm.data.contents import contents
 from lit_eemllm.data.loader import (
     EndlessLoader,
@@ -78,11 +79,18 @@ class ShardDataModule(LightningDataModule):
         self._encoder = SampleEncoder(template, transform, c.max_length, c.truncation, c.max_image_pixels)
 
     def setup(self, stage: str) -> None:
-        """Read the recipes and the first sample of each source, so that what is wrong is said before anything expensive is built."""
+        """Read the recipes, the first sample of each source, and for validation one that this rank can use, so that what is wrong is
+        said before anything expensive is built. A collective call where there are several ranks."""
         for split in ["train"] * (stage == "fit") + ["val"] * (self.config.val is not None):
             recipe = self.recipe(split) if split == "train" else self._for_every_rank()
-            if self._encoder is not None:
-                look(recipe, self._encoder, self.config.max_bad_in_a_row)
+            if self._encoder is None:
+                continue
+            look(recipe, self._encoder, self.config.max_bad_in_a_row)
+            if self.trainer is None or self.trainer.local_rank == 0:  # once per node
+                warn_of_unread(recipe)
+            if stage == "fit" and split == "val":
+                with closing(iter(self._validation(recipe, packing_buffer=1))) as batches:
+                    next(batches)
 
     def recipe(self, split: str) -> Recipe:
         """The checked recipe of split "train" or "val". Raises UserError."""
@@ -157,10 +165,11 @@ class ShardDataModule(LightningDataModule):
     def val_dataloader(self) -> Iterable[PackedBatch]:
         if self.config.val is None:
             return []
-        recipe = self._for_every_rank()
+        return self._validation(self._for_every_rank(), self.config.packing_buffer)
+
+    def _validation(self, recipe: Recipe, packing_buffer: int) -> FiniteLoader:
         workers = min(self.config.workers, recipe.num_samples // worker_config(0, self.seed).world_size)
-        config = worker_config(workers, self.seed)
-        return FiniteLoader(recipe, self.task(), config, self.config.packing_buffer, self.config.timeout)
+        return FiniteLoader(recipe, self.task(), worker_config(workers, self.seed), packing_buffer, self.config.timeout)
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """The trainer takes a batch in hand, which it may have fetched earlier; so it is done with the one before."""

@@ -25,7 +25,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from os.path import normpath
 from pathlib import Path, PurePosixPath
@@ -263,11 +263,20 @@ def _counts(info_path: Path) -> dict[str, int]:
     return counts
 
 
-def not_indexed(folder: Path) -> list[str]:
-    """Shards of a prepared folder that are not in its index: added later, and read by nobody."""
+def not_indexed(folder: Path, shards: Iterable[str] | None = None) -> list[str]:
+    """Shards of a prepared folder that are not in its index: added later, and read by nobody.
+
+    Args:
+        folder: all of it is searched, however deep and large it is, unless `shards` are given:
+        shards: then itself and where these of its shards lie are.
+    """
     counts = _counts(folder / META / ".info.json")
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.tar")))
-    return [name for name in names if name not in counts]
+    if shards is None:
+        found = folder.rglob("*.tar")
+    else:
+        places = {folder, *((folder / name).parent for name in shards)}
+        found = (path for place in places for path in place.glob("*.tar"))
+    return sorted({path.relative_to(folder).as_posix() for path in found} - counts.keys())
 
 
 def check_dataset_yaml(path: Path) -> None:

@@ -22,7 +22,7 @@ from lit_eemllm import __version__
 from lit_eemllm.cli_start import add_verbs
 from lit_eemllm.data.sources import SOURCES
 from lit_eemllm.errors import ConfigError, UserError, not_one_of
-from lit_eemllm.terminal import VisibleFormatter, say, visible
+from lit_eemllm.terminal import VisibleFormatter, say, say_error, visible
 
 if TYPE_CHECKING:
     from lit_eemllm.model import Processor
@@ -486,6 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     `fit` that was asked to stop exits by itself with 143 (SIGTERM) or 130 (SIGINT) after saving.
     """
     args = parse(arguments)
+    sys.excepthook = say_error
     log = logging.StreamHandler()
     log.setFormatter(VisibleFormatter("%(message)s"))
     logging.basicConfig(handlers=[log])

@@ -37,14 +37,12 @@ from omegaconf.errors import (
 )
 from yaml.composer import ComposerError
 
-from lit_eemllm import schema
+from lit_eemllm import limits, schema
 from lit_eemllm.errors import MOST_HINTS, ConfigError, did_you_mean
 from lit_eemllm.schema import Config, Mistake, check
 from lit_eemllm.shipped import find, nowhere
 
 MAX_FILES = 64  # files that one configuration may be built from
-MAX_FILE_BYTES = 256 * 1024
-MAX_DEPTH = 20  # levels of nesting in a file
 
 
 def _kinds(section: type, prefix: str = "") -> dict[str, Any]:
@@ -79,8 +77,8 @@ class Loader(yaml.SafeLoader):
             problem = "aliases (*name) are not allowed; write ${section.key}"
         elif getattr(event, "tag", None) is not None:
             problem = f"the tag {event.tag} is not allowed; write a plain value"
-        elif self.depth >= MAX_DEPTH:
-            problem = f"more than {MAX_DEPTH} levels of nesting"
+        elif self.depth >= limits.YAML_LEVELS:
+            problem = f"more than {limits.YAML_LEVELS} levels of nesting"
         if problem:
             raise ComposerError(None, None, problem, event.start_mark)
         self.depth += 1
@@ -214,10 +212,10 @@ class _Merge:
         else:
             try:
                 with file.open("rb") as stream:
-                    content = stream.read(MAX_FILE_BYTES + 1)
-                if len(content) <= MAX_FILE_BYTES:
+                    content = stream.read(limits.CONFIG_BYTES + 1)
+                if len(content) <= limits.CONFIG_BYTES:
                     return content
-                problem = f"more than {MAX_FILE_BYTES} bytes: not a configuration"
+                problem = f"more than {limits.CONFIG_BYTES} bytes: not a configuration"
             except OSError as error:
                 problem = f"cannot be read: {error.strerror}"
         self.fail(str(path), "", problem + named)

@@ -16,8 +16,12 @@ SAMPLE_BYTES = 2**30
 """Of all members of a sample."""
 META_BYTES = 16 * 2**20
 """Of an index in JSON."""
+CONFIG_BYTES = 2**16
+"""Of a configuration or a sweep, which name what is long, such as data; with a comment on every key one has 9 kB."""
 YAML_BYTES = 2**20
-"""Of a recipe, a list of splits, a suite, whose reader takes some ten seconds for it."""
+"""Of a recipe, a list of splits, a suite, whose reader takes some seconds for it."""
+YAML_LEVELS = 20
+"""Of nesting in any of these."""
 SOURCES = 1000
 """Of a recipe."""
 SHARDS = 10**6

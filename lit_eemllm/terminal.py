@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from traceback import format_exception
+from types import TracebackType
 from typing import TextIO
 
 _STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -18,6 +20,11 @@ def visible(text: object) -> str:
 def say(text: object, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
     """`print`, of a text that is `visible`."""
     print(visible(text), file=file or sys.stdout, end=end, flush=flush)
+
+
+def say_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """`sys.excepthook`: what nobody expected, as Python tells it."""
+    say("".join(format_exception(kind, error, trace)), file=sys.stderr, end="")
 
 
 class VisibleFormatter(logging.Formatter):

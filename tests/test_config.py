@@ -327,7 +327,7 @@ def test_circular_references_are_named(write):
         ("out: !!binary aGk=\n", "x.yaml:1: not valid YAML: the tag tag:yaml.org,2002:binary is not allowed"),
         ("trainer: " + "[" * 5000, "x.yaml:1: not valid YAML: more than 20 levels of nesting"),
         ("out: \x00\n", "x.yaml: not valid YAML: "),
-        ("# " + "x" * 300_000, "x.yaml: more than 262144 bytes: not a configuration"),
+        ("# " + "x" * 70_000, "x.yaml: more than 65536 bytes: not a configuration"),
         ("defaults: {a: b}\n", "x.yaml:1: defaults: expected a list of files, such as [base.yaml]"),
         (
             "defaults: [none.yaml]\n",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from shards_util import encoder, module, picture, row, sample, write_shards, write_tar
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -21,7 +22,7 @@ from lit_eemllm import limits
 from lit_eemllm.chat import IMAGE, Conversation, SpanTokenizer, Turn, get_template
 from lit_eemllm.data.check import check
 from lit_eemllm.data.json_rows import read_json
-from lit_eemllm.data.recipe import read_recipe
+from lit_eemllm.data.recipe import read_recipe, read_yaml
 from lit_eemllm.data.shards import make, prepare
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.evaluation.sets import QuestionSet, read_questions
@@ -164,6 +165,38 @@ def test_lists_of_shards_and_recipes_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at most 1,048,576 are read"):
         read_recipe(recipe, "train")
     assert time.process_time() - start < 10
+
+
+def test_a_recipe_has_no_aliases_and_few_levels(tmp_path: Path) -> None:
+    """An alias stands for any number of values; a value in many lists cannot be shown."""
+    file = tmp_path / "r.yaml"
+    for text, message in {
+        "a: 1\nb: &b {c: d}\ne: [*b]": r"aliases \(\*name\) are not allowed.*\n.*line 2, column 4",
+        "&a [*a]": "aliases",
+        "a: &b c\n*b: d": "aliases",
+        "[" * 21 + "]" * 21: "more than 20 levels of nesting",
+        "a:\n" + "".join(" " * i + "- \n" for i in range(1, 40)): "more than 20 levels",
+        "[" * 10**5: "not plain YAML",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_yaml(file)
+    deep = "[" * 17 + "{a: [1, x, 2.5, null, true, 2020-01-01]}, ''" + "]" * 17
+    for text in (deep, "", "# nothing", "--- a", "a: é😀\n", "? a\n: b"):
+        file.write_text(text, encoding="utf-8")
+        assert read_yaml(file) == yaml.safe_load(text)
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML without libyaml")
+def test_a_recipe_is_read_by_the_fast_reader(tmp_path: Path) -> None:
+    """In seconds at its limit, which Python takes half a minute for."""
+    file, took = tmp_path / "r.yaml", []
+    file.write_text("[" + "a," * 30_000 + "]")
+    for read in (read_yaml, lambda path: yaml.safe_load(path.read_bytes())):
+        start = time.process_time()
+        assert read(file) == ["a"] * 30_000
+        took.append(time.process_time() - start)
+    assert took[0] * 2 < took[1], took
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ import ast
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +35,7 @@ def test_what_steers_is_written_out():
 def test_whatever_the_console_draws(monkeypatch, terminal):
     """In texts, tables and progress; the program's own colours stay."""
     out = io.StringIO()
-    monkeypatch.setattr(console, "file", out)
+    monkeypatch.setattr(console, "_file", out)  # `file` would come back as the stdout of this test, for good
     monkeypatch.setattr(console, "_force_terminal", terminal)
     table = Table(EVIL, title=EVIL)
     table.add_row(EVIL)
@@ -88,6 +90,23 @@ def test_every_verb_and_its_errors(tmp_path, capfd, verb):
     found = "".join(capfd.readouterr())
     assert r"\x1b" in found, found
     assert not [part for part in ("\x1b", "\x07", "\x9b", "\u202e") if part in found]
+
+
+def test_the_trace_of_an_error_that_nobody_expected():
+    """Python ends with status 1, and says the same but for what steers."""
+    code = f"""
+from lit_eemllm import cli
+def broken(args):
+    raise KeyError({EVIL!r}) from ValueError({EVIL!r} + "two\\nlines")
+cli._doctor = broken
+cli.main(["doctor"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, encoding="utf-8")
+    assert done.returncode == 1 and done.stderr.startswith(f"ValueError: {SHOWN}two\nlines\n\nThe above exception was")
+    assert ":\n\nTraceback (most recent call last):\n  File" in done.stderr and done.stderr.endswith(
+        f"KeyError: {EVIL!r}\n"
+    )
+    assert not [part for part in ("\x1b", "\x07", "\x9b", "\u202e", "\r") if part in done.stderr]
 
 
 def test_nothing_else_prints():

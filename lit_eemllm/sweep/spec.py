@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from ..config import MAX_FILE_BYTES, Loader, is_key, nearest_key
+from .. import limits
+from ..config import Loader, is_key, nearest_key
 from ..errors import MOST_HINTS, ConfigError, did_you_mean
 from ..shipped import find, nowhere
 
@@ -106,10 +107,11 @@ class _Loader(Loader):
     """The YAML of configurations; a key that stands twice in a section is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value]
-        for place, (name, _) in enumerate(node.value):
-            if name.value in names[:place]:
+        seen = set()
+        for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
+            if name.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{name.value!r} is set twice", name.start_mark)
+            seen.add(name.value)
         return super().construct_mapping(node, deep)
 
 
@@ -153,9 +155,9 @@ class _Reader:
             where = "" if file.exists() else nowhere(self.file)
             raise ConfigError(f"{self.file}: expected a sweep file (.yaml), see configs/sweeps/{where}")
         with file.open("rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise ConfigError(f"{self.file}: more than {MAX_FILE_BYTES} bytes: not a sweep file")
+            content = stream.read(limits.CONFIG_BYTES + 1)
+        if len(content) > limits.CONFIG_BYTES:
+            raise ConfigError(f"{self.file}: more than {limits.CONFIG_BYTES} bytes: not a sweep file")
         return self.parse(content)
 
     def parse(self, text: str | bytes) -> Any:

@@ -17,7 +17,7 @@ from .console import console, progress, quiet_libraries
 from .errors import CheckpointError, ConfigError, UserError
 from .model import EEMLLM, Processor
 from .model.convert import Fate, change_mechanism, choose_mechanism, mechanism_settings
-from .model.folders import read_config
+from .model.folders import finder, read_config, refuse_adapter
 from .model.llava import SOURCE, check_llava, load_llava, load_tokenizer, load_whole, save_llava
 from .schema import check_names
 from .training.adapters import merge_adapters
@@ -129,6 +129,7 @@ def open_source(path: Path) -> Source:
     if not path.is_dir():
         expected = "a LLaVA checkpoint (one from a hub: download it first), an EEMLLM folder or a run directory"
         raise UserError(f"{path}: no such folder; expected {expected}")
+    refuse_adapter(finder(str(path), SOURCE), SOURCE, str(path))
     checkpoint = newest_checkpoint(path)
     if checkpoint is not None:
         found = _open_run(path, checkpoint)

@@ -28,7 +28,7 @@ from lit_eemllm.schema import LoraConfig
 from lit_eemllm.training.adapters import add_adapters, merge_adapters
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
 from lit_eemllm.training.fit import fit
-from lit_eemllm.training.initial import initial_model, load_weights
+from lit_eemllm.training.initial import initial_model
 from lit_eemllm.training.module import LitEEMLLM
 
 LORA = ["optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=8", "optim.projector_lr=1e-3", "data.val=null",
@@ -113,8 +113,7 @@ def test_merge_gives_a_whole_model_with_equal_logits_and_init_from_takes_a_run(t
     assert tiny.max_error(packed_logits(EEMLLM.from_pretrained(tmp_path / "merged")), true) <= 1e-5
     merged = load_config([tmp_path / "merged" / "config.yaml"])
     assert tiny.max_error(packed_logits(load(merged, None)[0]), true) <= 1e-5  # as the command line opens it
-    model = load(tiny.config(parts, shapes, tmp_path / "new", "optim.tuning.llm=full"), "none")[0]
-    load_weights(model, type(tmp_path)(run.out))
+    model = initial_model(tiny.config(parts, shapes, tmp_path / "new", f"init_from={run.out}"))[0]
     assert tiny.max_error(packed_logits(model), true) <= 1e-5
     assert cli.main(["merge", str(run.out), "--to", str(tmp_path / "merged")]) == 2
     assert "exists already" in capsys.readouterr().err

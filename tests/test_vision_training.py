@@ -17,11 +17,10 @@ from lit_eemllm.errors import ConfigError
 from lit_eemllm.estimate import estimate
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.mechanisms import PRESETS
-from lit_eemllm.model.build import build
 from lit_eemllm.schema import LoraConfig, OptimConfig, TuningConfig
 from lit_eemllm.training.checkpoint import all_checkpoints, read_checkpoint
 from lit_eemllm.training.fit import fit
-from lit_eemllm.training.initial import load_weights
+from lit_eemllm.training.initial import initial_model
 from lit_eemllm.training.module import LitEEMLLM
 from lit_eemllm.training.tuning import apply_tuning, parameter_groups
 
@@ -204,8 +203,7 @@ def test_newlines_are_trained_beside_adapters_and_kept(parts, data, tmp_path, pr
     fresh, _, _ = load(made, "none")
     assert all(not fresh.get_parameter(name).equal(x) for name, x in newlines.items())
     torch.manual_seed(5)
-    plain, _ = build(made.model)
-    load_weights(plain, tmp_path)
+    plain = initial_model(replace(made, init_from=str(tmp_path)))[0]
     assert all(plain.get_parameter(name).equal(x) for name, x in newlines.items())
     frozen = LitEEMLLM(plain, config(parts, data, tmp_path, "anyres", "optim.tuning.projector=frozen"))
     assert not any(name.endswith("newline") for name in frozen._kept(frozen.state_dict()))

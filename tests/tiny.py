@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -220,8 +221,9 @@ def assert_same_picture(found: torch.Tensor, true: torch.Tensor, std: tuple[floa
     assert levels.max() <= 8.001 and levels.mean() <= 0.3, (levels.max(), levels.mean())
 
 
-def write_parts(folder: Path) -> None:
-    """A random decoder with its tokenizer and a random encoder, as transformers folders `decoder` and `encoder`."""
+def write_parts(folder: Path, **sizes: Any) -> None:
+    """A random decoder, of other `sizes` than the common ones, with its tokenizer and a random encoder, as transformers folders
+    `decoder` and `encoder`."""
     torch.manual_seed(0)
     words = [
         "What colour is the big circle left of a square in this picture? It is red, green or blue.",
@@ -237,7 +239,8 @@ def write_parts(folder: Path) -> None:
     model.train_from_iterator(words, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder / "decoder")
-    text = LlamaConfig(**{**COMMON, "vocab_size": len(tokenizer)}, num_attention_heads=4, num_key_value_heads=2)
+    own = {**COMMON, "vocab_size": len(tokenizer), "num_attention_heads": 4, "num_key_value_heads": 2, **sizes}
+    text = LlamaConfig(**own)
     AutoModelForCausalLM.from_config(text).save_pretrained(folder / "decoder")
     vision("siglip").model.save_pretrained(folder / "encoder")
     preprocessor = {

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..chat import IMAGE
-from ..core.decoder import adopt_layers
 from ..errors import ConfigError
 from ..mechanisms import build_mechanism
 from .folders import naming
@@ -41,19 +42,26 @@ def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
         return Processor(tokenizer, config.template, vision.transform, image_token_id), vision
 
 
-def build(config: ModelConfig, quantized_now: bool = True) -> tuple[EEMLLM, Processor]:
-    """Load decoder, encoder and tokenizer and join them. Seed torch before: the projector is fresh. A decoder that is to be
-    quantised is so as it is loaded, if not later by `quantize`."""
+def build(config: ModelConfig, decoder: Mapping[str, Tensor] | None = None) -> tuple[EEMLLM, Processor]:
+    """Load decoder, encoder and tokenizer and join them. Seed torch before: the projector is fresh.
+
+    Args:
+        config: of the model.
+        decoder: all weights that the decoder is to have; those in float32 are not copied. None or empty takes those in its folder.
+    """
     text_config, _ = load_decoder_config(config.decoder)
     overrides = asdict(config.mechanism)
     mechanism = build_mechanism(overrides.pop("preset"), text_config.num_hidden_layers, overrides)
     processor, vision = build_processor(config)
-    how = (
-        quantized(config.quantization, getattr(torch, config.dtype)) if config.quantization and quantized_now else None
-    )
+    how = quantized(config.quantization, getattr(torch, config.dtype)) if config.quantization else None
     parts = config.decoder, config.vision.encoder, vision, mechanism, processor.image_token_id
-    model = EEMLLM.from_parts(*parts, how)
-    _settle(model, config)
+    model = EEMLLM.from_parts(*parts, how, decoder)
+    if config.quantization is not None:
+        from ..compat.peft import keep_packing
+
+        keep_packing(model.language_model)
+    if config.liger:
+        model.use_liger()
     known = model.config.text_config.vocab_size
     beyond = [text for text, i in processor.tokenizer.get_vocab().items() if i >= known and text != IMAGE]
     if beyond:
@@ -64,27 +72,6 @@ def build(config: ModelConfig, quantized_now: bool = True) -> tuple[EEMLLM, Proc
     model.generation_config.eos_token_id = processor.template.stop_ids
     model.generation_config.pad_token_id = processor.template.stop_ids[0]
     return model, processor
-
-
-def quantize(model: EEMLLM, config: ModelConfig) -> None:
-    """Quantise the decoder, as it is, in place."""
-    decoder = model.language_model
-    options = {"state_dict": decoder.state_dict(), "config": decoder.config, "dtype": torch.float32}
-    how = quantized(str(config.quantization), getattr(torch, config.dtype))
-    model.language_model = type(decoder).from_pretrained(None, **options, quantization_config=how)
-    adopt_layers(model.language_model)
-    model.set_mechanism(model.mechanism)
-    _settle(model, config)
-
-
-def _settle(model: EEMLLM, config: ModelConfig) -> None:
-    """What is done with a decoder once it stands."""
-    if config.quantization is not None:
-        from ..compat.peft import keep_packing
-
-        keep_packing(model.language_model)
-    if config.liger:
-        model.use_liger()
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:

@@ -105,11 +105,8 @@ def opened(path: str, key: str, kind: str, names: tuple[str, ...], weights: bool
     """
     get = finder(path, key, **hub)
     with TemporaryDirectory(prefix="lit_eemllm-") as made, naming(key, kind, path, hide=made):
-        if names != TOKENIZER_FILES and get("adapter_config.json") is not None:
-            raise ConfigError(
-                f"{key}: {path} holds an adapter (adapter_config.json), expected a whole model: fold it in with peft "
-                "(merge_and_unload), and save the model into a folder of its own"
-            )
+        if names != TOKENIZER_FILES:
+            refuse_adapter(get, key, path)
         files = {name: get(name, needed=name == "config.json" and names != TOKENIZER_FILES) for name in names}
         if not any(files.values()):
             get(names[0], needed=True)  # says why
@@ -164,6 +161,15 @@ def finder(path: str, key: str, **hub: Any) -> Finder:
     if path and folder.is_dir():
         return partial(_in_folder, folder / hub.get("subfolder", ""))
     return partial(file_of, path, **hub)
+
+
+def refuse_adapter(get: Finder, key: str, path: str) -> None:
+    """Raises ConfigError for a folder of peft, whatever else is in it."""
+    if get("adapter_config.json") is not None:
+        raise ConfigError(
+            f"{key}: {path} holds an adapter (adapter_config.json), expected a whole model: fold it in (lit-eemllm merge without "
+            "--adapter; of others peft's merge_and_unload), and save the model into a folder of its own"
+        )
 
 
 def _in_folder(folder: Path, name: str, needed: bool = False) -> Path | None:

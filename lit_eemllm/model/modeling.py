@@ -5,7 +5,7 @@ The decoder is an ordinary causal LM of transformers under its own weight names;
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
@@ -40,7 +40,7 @@ from ..mechanisms import Added, Features, Mechanism, Sizes
 from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
 from .folders import HUB, MODEL_FILES, naming, opened
 from .image_cache import ImageCache
-from .pretrained import load_pretrained, load_weighted
+from .pretrained import load_pretrained, load_weighted, take_over
 from .vision import VisionEncoder, get_vision_encoder
 
 
@@ -195,6 +195,7 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         mechanism: Mechanism,
         image_token_id: int,
         quantization: Any = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> EEMLLM:
         """Join pretrained parts with a fresh projector (seed torch before).
 
@@ -205,11 +206,14 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
             mechanism: how visual tokens are treated.
             image_token_id: see `EEMLLMConfig`.
             quantization: of the decoder's linear layers, as transformers takes it.
+            weights: the decoder's, if not those in its folder.
         """
         text_config, options = load_decoder_config(decoder)
-        if quantization is not None:
-            options["quantization_config"] = quantization
-        language_model = load_weighted(AutoModelForCausalLM, decoder, "model.decoder", **options)
+        how = {} if quantization is None else {"quantization_config": quantization}
+        if weights:
+            language_model = take_over(AutoModelForCausalLM, text_config, weights, decoder, "model.decoder", **how)
+        else:
+            language_model = load_weighted(AutoModelForCausalLM, decoder, "model.decoder", **options, **how)
         config = EEMLLMConfig(
             text_config=text_config,
             vision={"encoder": encoder, "config": vision.to_config()},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import reduce
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from ..errors import CheckpointError, ConfigError
 from .folders import MODEL_FILES, TOKENIZER_FILES, opened, stored
@@ -68,13 +70,31 @@ def load_model(kind: Any, path: str, key: str, dtype: torch.dtype | None = None,
 
 def _refuse_larger(kind: Any, config: Any, stored: int, where: str) -> None:
     """What has no weights is made at random before the caller can refuse it, however large it is. Raises CheckpointError."""
-    make = getattr(kind, "from_config", kind)
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        needed = sum(parameter.numel() for parameter in make(config).parameters())
+    needed = sum(parameter.numel() for parameter in without_weights(kind, config).parameters())
     if needed > 2 * stored:
         raise CheckpointError(
             f"{where}: its config.json describes {needed:,} parameters, its files hold {stored:,}. Copy the folder again."
         )
+
+
+def without_weights(kind: Any, config: Any) -> Any:
+    """A model of which there are names and shapes only."""
+    make = getattr(kind, "from_config", kind)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return make(config)
+
+
+def take_over(kind: Any, config: Any, weights: Mapping[str, Tensor], path: str, key: str, **options: Any) -> Any:
+    """A model in float32, or quantised, of weights that are at hand, which are not copied where they are that already. All else is as
+    in the folder `path` of its configuration."""
+    model = type(without_weights(kind, config)).from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, **options
+    )
+    with opened(path, key, kind.__name__, MODEL_FILES) as folder:
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = model.config.name_or_path = path
+    return model
 
 
 def load_weighted(kind: Any, path: str, key: str, **options: Any) -> Any:

@@ -13,12 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..console import write_atomically
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from ..model import EEMLLM
     from ..schema import LoraConfig as LoraSection
 
 MARK = "lora_"
@@ -70,12 +69,16 @@ def _peft_config(section: LoraSection, targets: list[str], **more: Any) -> LoraC
     )  # fmt: skip
 
 
-def merge_adapters(model: EEMLLM) -> int:
+def merge_adapters(model: nn.Module) -> int:
     """Fold all adapters into their layers, in place; returns how many there were. Quantised layers become ordinary ones, and
-    all is float32: a narrower type would round the update away."""
+    all is float32: a narrower type would round the update away.
+
+    Raises:
+        CheckpointError: an adapter makes weights that are no numbers.
+    """
     from ..compat.peft import LoraLayer, adapter_delta, is_quantized
 
-    model.float()
+    nn.Module.float(model)  # transformers' own refuses quantised models
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, layer in layers:
         base = layer.get_base_layer()
@@ -83,7 +86,9 @@ def merge_adapters(model: EEMLLM) -> int:
             base = _dequantized(base)
             base.weight.data += adapter_delta(layer)
         else:
-            layer.merge(safe_merge=True)
+            layer.merge()
+        if not base.weight.isfinite().all():
+            raise CheckpointError(f"{name}: with its adapter the weights are no numbers; take an earlier checkpoint")
         _replace(model, name, base)
     _dequantize(model)
     return len(layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,14 @@ from lightning import seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.table import Table
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from ..config import flat, load_config
 from ..errors import CheckpointError, UserError
-from ..model.build import build, quantize
-from ..model.folders import tensors_of
+from ..model.build import build
+from ..model.folders import finder, refuse_adapter, tensors_of
+from ..model.modeling import load_decoder_config
+from ..model.pretrained import without_weights
 from .adapters import MARK, merge_adapters
 from .checkpoint import FOLDER, newest_checkpoint, read_checkpoint, tensors, using
 from .module import LitEEMLLM
@@ -24,11 +28,14 @@ if TYPE_CHECKING:
     from ..model import EEMLLM, Processor
     from ..schema import Config
 
+_DECODER = "language_model."
+
 
 def initial_model(
     config: Config, needed: bool = True, chain: tuple[Path, ...] = ()
 ) -> tuple[EEMLLM, Processor, Table | None]:
-    """The parts joined, with the weights of `init_from` in their place; quantised last, so that these may be of any kind.
+    """The parts joined, with the weights of `init_from` in their place. Those are made first: if the decoder's are among them, no
+    other is loaded, so main memory holds one decoder, and it is they that are quantised.
 
     Args:
         config: of the run. Seed torch before: the projector is fresh.
@@ -36,16 +43,26 @@ def initial_model(
         chain: the checkpoints whose beginning this is.
 
     Returns:
-        the model, its processor, and what `load_weights` tells.
+        the model, its processor, and what was loaded and what keeps its values, by component.
+
+    Raises:
+        CheckpointError: `init_from` holds nothing to load, or tensors that this model has not, or of another shape.
     """
     path = None if config.init_from is None else Path(config.init_from)
     if path is None or not (needed or path.exists()):
         return *build(config.model), None
-    model, processor = build(config.model, quantized_now=False)
-    table = load_weights(model, path, chain)
-    if config.model.quantization is not None:
-        quantize(model, config.model)
-    return model, processor, table
+    state, source = weights_of(path, chain)
+    names = list(state)
+    decoder = {name.removeprefix(_DECODER): state.pop(name) for name in names if name.startswith(_DECODER)}
+    if decoder:
+        _refuse_other_decoder(decoder, config.model.decoder, source)
+    model, processor = build(config.model, decoder)
+    own = {name: x for name, x in model.state_dict().items() if not name.startswith(_DECODER)}
+    _refuse_unfit(state, own, source)
+    model.load_state_dict(state, strict=False)
+    kept = [] if decoder else [name for name, _ in model.named_parameters() if name.startswith(_DECODER)]
+    kept += [name for name in own if name not in state]
+    return model, processor, _table(model, names, kept, source)
 
 
 def trained_model(config: Config, checkpoint: Path | None, chain: tuple[Path, ...] = ()) -> tuple[EEMLLM, Processor]:
@@ -65,51 +82,61 @@ def trained_model(config: Config, checkpoint: Path | None, chain: tuple[Path, ..
     return model, processor
 
 
-def load_weights(model: EEMLLM, path: Path, chain: tuple[Path, ...] = ()) -> Table:
-    """Start from the trained weights of a run directory, a checkpoint or a `save_pretrained` folder; nothing else of it.
+def _refuse_other_decoder(state: Mapping[str, Tensor], path: str, source: Path) -> None:
+    """Raises CheckpointError unless these are all tensors of the decoder in the folder `path`: half of one is none."""
+    own = without_weights(AutoModelForCausalLM, load_decoder_config(path)[0]).state_dict(keep_vars=True)
+    _refuse_unfit(state, own, source, _DECODER)
+    given = {id(own[name]) for name in state}  # a tied one has two names
+    missing = [name for name, x in own.items() if id(x) not in given]
+    if missing:
+        raise CheckpointError(
+            f"init_from={source}: of the {len(own)} tensors of model.decoder={path} it lacks {len(missing)}, such as {missing[0]}: "
+            "expected all or none. Name the decoder that it was trained with."
+        )
 
-    Adapters are folded into the weights that they were trained on, quantised or not, which their run's own configuration names.
 
-    Args:
-        model: not quantised.
-        chain: see `initial_model`.
-
-    Returns:
-        what was loaded and what keeps its values, by component.
-
-    Raises:
-        CheckpointError: there is nothing to load, or tensors that this model has not, or of another shape.
-    """
-    state, source = weights_of(path, chain)
-    own = model.state_dict()
+def _refuse_unfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: Path, prefix: str = "") -> None:
+    """Raises CheckpointError unless all tensors are the model's `own`."""
     wrong = [
-        f"{name}: found {list(tensor.shape)}, expected {list(own[name].shape) if name in own else 'no such tensor'}"
+        f"{prefix}{name}: found {list(tensor.shape)}, expected {list(own[name].shape) if name in own else 'no such tensor'}"
         for name, tensor in state.items()
         if name not in own or own[name].shape != tensor.shape
     ]
-    if wrong or not state:
+    if wrong:
         listed = "\n  ".join(wrong[:5] + (["..."] if len(wrong) > 5 else []))
         raise CheckpointError(
             f"init_from={source}: {len(wrong)} of {len(state)} tensors do not fit this model:\n  {listed}"
         )
-    model.load_state_dict(state, strict=False)
+
+
+def _table(model: EEMLLM, loaded: Sequence[str], kept: Sequence[str], source: Path) -> Table:
     table = Table(
         "component", "tensors loaded", "keep their values", title=f"weights from {source}", title_justify="left"
     )
     for part, _ in model.named_children():
-        mine = [name for name in own if name.startswith(f"{part}.")]
-        kept = [name for name in mine if name not in state]
-        some = f"{len(kept)}, such as {kept[0].removeprefix(f'{part}.')}" if kept else "none"
-        if mine:
-            table.add_row(part, str(len(mine) - len(kept)), some)
+        mine, others = (
+            [name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")] for names in (loaded, kept)
+        )
+        if mine or others:
+            table.add_row(part, str(len(mine)), f"{len(others)}, such as {others[0]}" if others else "none")
     return table
 
 
 def weights_of(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Tensor], Path]:
-    """The tensors that `load_weights` loads, under the names of an unquantised model without adapters, and where they are from."""
+    """The trained weights of a run directory, a checkpoint or a `save_pretrained` folder, under the names of an unquantised model
+    without adapters, and where they are from. Adapters are folded into the weights that they were trained on, quantised or
+    not, which their run's own configuration names.
+
+    Raises:
+        CheckpointError: there are none, or none that can be made again.
+    """
     state, source, checkpoint = stored_weights(path)
-    if checkpoint is None or not any(MARK in name for name in state):
+    if not state:
+        raise CheckpointError(f"init_from={source}: no tensors in it")
+    if checkpoint is None:
         return state, source
+    if not any(MARK in name for name in state):
+        return {name: x.clone() for name, x in state.items()}, source  # a file that stays mapped keeps its place
     if source.resolve() in chain:
         raise CheckpointError(f"init_from={source}: the run begins from itself")
     with using(source):
@@ -118,18 +145,15 @@ def weights_of(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Tens
         config = load_config([], [f"{key}={json.dumps(value)}" for key, value in values.items()])
         with isolate_rng():
             trained, _ = trained_model(config, source, (*chain, source.resolve()))
+        words = [word for word in COMPONENTS if getattr(config.optim.tuning, word) != "frozen"]
+        parts = {name: trained.get_submodule(name) for word in words for name in submodules(trained, word)}
+        for part in parts.values():
+            merge_adapters(part)
     except UserError as error:
         raise CheckpointError(
             f"init_from={source}: its adapters belong to weights that cannot be made again: {error}"
         ) from error
-    merge_adapters(trained)
-    changed = [
-        f"{name}."
-        for word in COMPONENTS
-        if getattr(config.optim.tuning, word) != "frozen"
-        for name in submodules(trained, word)
-    ]
-    return {name: x for name, x in trained.state_dict().items() if name.startswith(tuple(changed))}, source
+    return {f"{name}.{key}": x for name, part in parts.items() for key, x in part.state_dict().items()}, source
 
 
 def stored_weights(path: Path) -> tuple[dict[str, Tensor], Path, dict[str, Any] | None]:
@@ -137,6 +161,8 @@ def stored_weights(path: Path) -> tuple[dict[str, Tensor], Path, dict[str, Any] 
     A checkpoint's are mapped: names and shapes cost no memory."""
     if not path.exists():
         raise CheckpointError(f"init_from={path}: no such run directory, checkpoint or folder of a model")
+    if path.is_dir():
+        refuse_adapter(finder(str(path), "init_from"), "init_from", str(path))
     if path.is_dir() and any(path.glob("model*.safetensors")):
         return tensors_of(path, "init_from"), path, None
     source = path if not path.is_dir() else newest_checkpoint(path)

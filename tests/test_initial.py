@@ -168,3 +168,25 @@ def test_the_folders_decoder_is_quantised_where_only_a_projector_was_trained(par
     )
     assert rows["projector"] == ("4", "none")
     assert rows["language_model"] == ("0", f"{3 * 9 + 3}, such as model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_the_base_is_known_as_it_was_loaded(parts, shapes, tmp_path, monkeypatch, how):
+    """Whatever a kernel does to quantised weights in a validation before the first checkpoint."""
+    bnb = pytest.importorskip("bitsandbytes")
+    kind = bnb.nn.Linear4bit if how == "nf4" else bnb.nn.Linear8bitLt
+    forward, packed = kind.forward, []
+
+    def pack(self, x):
+        if not torch.is_grad_enabled() and self not in packed:
+            packed.append(self)
+            self.weight.data.view(torch.uint8).bitwise_xor_(1)
+        return forward(self, x)
+
+    monkeypatch.setattr(kind, "forward", pack)
+    settings = [*LORA, f"model.quantization={how}", f"data.val={shapes}", "optim.val_every=1", "optim.max_steps=2"]
+    config = tiny.config(parts, shapes, tmp_path / "run", *settings)
+    fit(config)
+    assert len(packed) == 3 * 7
+    monkeypatch.undo()
+    load(config, None)

@@ -85,8 +85,9 @@ class LitEEMLLM(LightningModule):
         return next(rate for word in reversed(COMPONENTS) if (rate := self.step_rates.get(word)) is not None)
 
     def configure_model(self) -> None:
+        # of whole tensors, as they were loaded: later, the first use of quantised ones may rearrange and round them
+        assert self._frozen_fingerprint
         if isinstance(self.trainer.strategy, FSDP2):
-            assert self._frozen_fingerprint  # of whole tensors
             mesh = init_device_mesh(self.trainer.strategy.root_device.type, (self.trainer.world_size,))
             shard(self.model, mesh, compute_dtype(self.config), self.trainer.strategy.offload)
 

@@ -68,12 +68,12 @@ def shake(model):
             parameter.add_(0.2 * torch.randn_like(parameter))
 
 
-def random_llava(tokenizer, encoder="clip", decoder="llama", **changes):
-    """transformers' own, with the image token inside a vocabulary that has room to spare, as LLaVA-1.5's."""
+def random_llava(tokenizer, encoder="clip", decoder="llama", sizes=(), **changes):
+    """transformers' own, with the image token inside a vocabulary that has room to spare, as LLaVA-1.5's; `sizes` are the decoder's."""
     torch.manual_seed(0)
     vision = SiglipVisionConfig(**TOWER) if encoder == "siglip" else CLIPVisionConfig(**TOWER)
     text = (Qwen2Config if "qwen2" in decoder else LlamaConfig)(
-        **{**TEXT, "tie_word_embeddings": decoder == "qwen2-tied"},
+        **{**TEXT, "tie_word_embeddings": decoder == "qwen2-tied", **dict(sizes)},
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=len(tokenizer) + 7,
@@ -652,6 +652,53 @@ def test_a_converted_llava_answers_and_is_trained_further(llava_folder, shapes, 
     capsys.readouterr()
     assert cli.main(["generate", str(run), "--image", str(tmp_path / "a.png"), "--prompt", "What?"]) == 0
     assert cli.main(["convert", str(run), "--out", str(tmp_path / "hf"), "--mechanism", "llava", "--to-llava"]) == 0
+
+
+def test_qlora_of_a_converted_llava(tokenizer, shapes, tmp_path, capsys):
+    """Trained, validated before its first checkpoint and after, asked, continued to the bit, merged."""
+    quantize_4bit = pytest.importorskip("bitsandbytes.functional").quantize_4bit
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+    }  # without gradients, bitsandbytes on CPUs wants multiples of 64
+    llava = random_llava(tokenizer, sizes=sizes)
+    source = write_llava(llava, tokenizer, tmp_path / "llava")
+    out, run, again = tmp_path / "out", tmp_path / "run", tmp_path / "again"
+    assert cli.main(["convert", str(source), "--out", str(out), "--mechanism", "llava"]) == 0
+    settings = [f"data.train={shapes}", f"data.val={shapes}", "data.workers=0", "data.max_length=400", "optim.lr=1e-2",
+                "optim.max_steps=4", "optim.val_every=1", "optim.val_batches=1", "optim.save_every=2", "optim.tuning.llm=lora",
+                "optim.lora.r=4", "model.quantization=nf4", "model.dtype=float32", "trainer.accelerator=cpu",
+                "eval.max_new_tokens=3"]  # fmt: skip
+    assert cli.main(["fit", str(out), f"out={run}", *settings]) == 0
+    model = load(load_config([run / "config.yaml"]), None)[0]
+    theirs = dict(llava.model.language_model.named_modules())
+    layers = {n: m for n, m in model.language_model.model.named_modules() if n.endswith("base_layer")}
+    assert len(layers) == 3 * 7
+    for name, layer in layers.items():
+        small = quantize_4bit(
+            theirs[name.removesuffix(".base_layer")].weight.detach(), quant_type="nf4", compress_statistics=True
+        )
+        assert layer.weight.data.equal(small[0])
+
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    assert cli.main(["validate", str(run), "eval.samples=0"]) == 0
+    assert cli.main(["generate", str(run), "--image", str(tmp_path / "a.png"), "--prompt", "What?"]) == 0
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copy(run / "checkpoints" / "step-2.ckpt", again / "checkpoints")
+    capsys.readouterr()
+    assert cli.main(["fit", str(run), f"out={again}"]) == 0
+    assert f"continuing from {again / 'checkpoints' / 'step-2.ckpt'}" in capsys.readouterr().out.replace("\n", "")
+    first, last, resumed = (
+        torch.load(folder / "checkpoints" / name, weights_only=True)["state_dict"]
+        for folder, name in ((run, "step-2.ckpt"), (run, "step-4.ckpt"), (again, "step-4.ckpt"))
+    )
+    assert resumed.keys() == last.keys() and all(x.equal(last[name]) for name, x in resumed.items())
+    assert not any(x.equal(first[name]) for name, x in resumed.items())
+
+    assert cli.main(["merge", str(run), "--to", str(tmp_path / "merged")]) == 0
+    batch = tiny.pack([[3, 0, 4]])
+    whole = EEMLLM.from_pretrained(tmp_path / "merged").eval()
+    assert tiny.max_error(whole.packed_logits(batch), model.packed_logits(batch)) <= BOUND
 
 
 def test_moved_and_converted_again_a_folder_names_itself(llava_folder, tmp_path, monkeypatch):

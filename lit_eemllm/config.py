@@ -103,6 +103,8 @@ _REFERENCE = re.compile(r"(?<!\\)\$\{([A-Za-z_][\w.]*)\}")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _NOTHING = yaml.ScalarNode("tag:yaml.org,2002:null", "", yaml.Mark("", 0, 0, 0, None, 0))
 _COMMAND_LINE = "command line"
+_EITHER = {"optim.max_steps": "optim.epochs", "optim.epochs": "optim.max_steps"}
+"""Keys of which one is given. A file, or the command line, replaces one by the other; both from there are a mistake."""
 _KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
@@ -272,6 +274,9 @@ class _Merge:
 
     def leaf(self, key: str, value: Any, kind: Any, where: str) -> None:
         self.origin[key] = where
+        other = _EITHER.get(key)
+        if other in self.origin and value is not None and _file(self.origin[other]) != _file(where):
+            OmegaConf.update(self.tree, other, None)
         try:
             if bool in get_args(kind) and type(value) is int:  # OmegaConf would take 3 for true
                 raise OmegaConfBaseException
@@ -347,6 +352,11 @@ class _Merge:
             self.fail(where, key, f"{raw} does not give {_expected(_KINDS[key])}")
         else:
             self.fail(where, key, f"{raw} cannot be resolved: {str(error).splitlines()[0]}")
+
+
+def _file(where: str) -> str:
+    """That of a `_where`; empty for the command line."""
+    return where.rpartition(":")[0]
 
 
 def _where(source: str, node: yaml.Node) -> str:

@@ -179,11 +179,15 @@ class OptimConfig:
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations: less memory, more time."""
     warmup_ratio: float = 0.03
-    """Share of max_steps in which the learning rate rises linearly to its peak."""
+    """Share of all steps in which the learning rate rises linearly to its peak."""
     schedule: str = "cosine"
     """Learning rate after the warm-up: "cosine" or "linear" to 0, or "constant"."""
-    max_steps: int = MISSING
-    """Optimiser steps of the whole run; the schedule's length."""
+    max_steps: int | None = None
+    """Optimiser steps of the whole run; the schedule's length. Either this or epochs: of the two, what is given later, as by a later
+    file or on the command line, replaces the other."""
+    epochs: float | None = None
+    """Passes over data.train instead, such as 2 or 0.5: the steps that take so many times all its usable samples, packed, counted
+    when the run begins. In a blend by whole repetitions a pass has each source so often; by weights, as many samples as all have."""
     clip_grad_norm: float | None = 1.0
     """Largest norm of all gradients together; null = no clipping."""
     save_every: int = 500
@@ -196,6 +200,12 @@ class OptimConfig:
     """Optimiser steps between log lines; less in a short run, so that it has ten."""
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted."""
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run. Epochs have become steps before anything asks (`training.fit`)."""
+        assert self.max_steps is not None
+        return self.max_steps
 
 
 @dataclass
@@ -270,7 +280,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "more than 0",
         lambda v: 0 < v < math.inf,
-        "optim.lr optim.projector_lr optim.vision_lr optim.eps optim.clip_grad_norm optim.lora.alpha data.timeout",
+        "optim.epochs optim.lr optim.projector_lr optim.vision_lr optim.eps optim.clip_grad_norm optim.lora.alpha data.timeout",
     ),
     ("two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "optim.betas"),
     (
@@ -290,12 +300,13 @@ FOR_TRAINER = (
 )  # fmt: skip
 """Arguments of lightning.Trainer that a configuration may set. Every other has its reason below."""
 _STEPS = "set optim.max_steps"
+_EPOCHS = "set optim.epochs"
 _EVALUATION = "`fit` neither tests nor predicts; lit-eemllm validate has eval.samples"
 _OWN = "lit_eemllm has its own"
 NOT_FOR_TRAINER = {
     "max_steps": _STEPS,
-    "max_epochs": _STEPS,
-    "min_epochs": _STEPS,
+    "max_epochs": _EPOCHS,
+    "min_epochs": _EPOCHS,
     "min_steps": _STEPS,
     "limit_train_batches": f"{_STEPS}, which counts optimiser steps",
     "fast_dev_run": f"{_STEPS}=2; lit-eemllm shrink makes a whole configuration small",
@@ -361,6 +372,14 @@ def check(config: Config) -> list[Mistake]:
     if config.data.max_length > config.data.pack_tokens:
         text = f"{config.data.max_length} tokens do not fit in a pack of data.pack_tokens={config.data.pack_tokens}"
         mistakes.append((("data.max_length", "data.pack_tokens"), text))
+    if config.optim.max_steps is None and config.optim.epochs is None:
+        text = "required, but not set; add it to a file or write optim.max_steps=VALUE or optim.epochs=VALUE"
+        mistakes.append((("optim.max_steps", "optim.epochs"), text))
+    elif config.optim.max_steps is not None and config.optim.epochs is not None:
+        text = (
+            f"given beside optim.max_steps={config.optim.max_steps}, which says how long as well: remove one of the two"
+        )
+        mistakes.append((("optim.epochs", "optim.max_steps"), text))
     tuning = asdict(config.optim.tuning)
     if all(word == "frozen" for word in tuning.values()):
         text = "vision, projector and llm are all frozen: nothing is left to train"

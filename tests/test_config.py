@@ -136,6 +136,7 @@ def test_values(write, override, key, value):
         ("num_workers", "data.workers"),
         ("data.batch", "eval.batch_size"),
         ("steps", "optim.max_steps"),
+        ("epochs", "optim.epochs"),
         ("model.preset", "model.mechanism.preset"),
         ("mechanism.preset", "model.mechanism.preset"),
         ("optim.tuning.vison", "optim.tuning.vision"),  # not model.vision
@@ -151,9 +152,7 @@ def test_the_key_that_was_meant(write, key, meant):
     assert only(write(a=GOOD), [f"{key}=1"]) == f"command line: {key}: unknown key; did you mean {meant}?"
 
 
-@pytest.mark.parametrize(
-    "key", ["epochs", "devices", "data.foo", "model.lm_head", "x.y", "_", "a", "data.path", "output"]
-)
+@pytest.mark.parametrize("key", ["devices", "data.foo", "model.lm_head", "x.y", "_", "a", "data.path", "output"])
 def test_no_key_is_guessed_that_is_not_like_it(write, key):
     section = {
         "data.foo": "data has: train,",
@@ -211,7 +210,7 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
         [
             "a.yaml:2: optim.lr: found 'fast' (text), expected a number",
             "a.yaml:3: optim.max_step: unknown key; did you mean optim.max_steps?",
-            "optim.max_steps: required, but not set; add it to a file or write optim.max_steps=VALUE",
+            "optim.max_steps: required, but not set; add it to a file or write optim.max_steps=VALUE or optim.epochs=VALUE",
             "a.yaml:4: optim.warmup_ratio: found 1.5, expected 0 to 1",
             "a.yaml:5: optim.tuning.projector: found 'some', expected frozen or full or lora",
             "a.yaml:7: model.decodr: unknown key; did you mean model.decoder?",
@@ -249,7 +248,7 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
         (["optim.betas=[0.9, 1.0]"], "optim.betas: found [0.9, 1.0], expected two numbers from 0 to below 1"),
         (["optim.betas=[0.9]"], "optim.betas: found [0.9], expected two numbers from 0 to below 1"),
         (["optim.max_steps=1.5"], "optim.max_steps: found 1.5 (a number), expected a whole number"),
-        (["optim.max_steps=null"], "optim.max_steps: found null, expected a whole number"),
+        (["optim.max_steps=null"], "optim.max_steps: required, but not set; add it"),
         (["optim.schedule=cos"], "optim.schedule: found 'cos', expected cosine or linear or constant"),
         (["model.mechanism.dense_layers=[0, 0]"], "model.mechanism.dense_layers: found [0, 0], expected all"),
         (["model.mechanism.dense_layers=[true]"], "model.mechanism.dense_layers: found [True], expected all"),

@@ -357,7 +357,7 @@ search: {grid: {optim.warmup_ratio: [0.1, 2]}, by: loss}
     for expected in (
         "all cells: data.pack_tokns: unknown key; did you mean data.pack_tokens?",
         "a: optim.lrr: unknown key; did you mean optim.lr?",
-        "c: optim.max_steps: found 'none' (text), expected a whole number",
+        "c: optim.max_steps: found 'none' (text), expected a whole number or null",
         "all cells: optim.warmup_ratio: found 2.0, expected 0 to 1",
     ):
         assert expected in lines, lines

@@ -281,7 +281,7 @@ def test_only_what_is_tuned_changes_and_all_of_it(tmp_path, parts, blend, traine
 
 
 def test_schedule_by_hand():
-    optim = SimpleNamespace(max_steps=100, warmup_ratio=0.03, schedule="cosine")
+    optim = SimpleNamespace(steps=100, warmup_ratio=0.03, schedule="cosine")
     factor = schedule(optim)
     assert [factor(step) for step in range(4)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
     assert factor(3 + 97 // 2) == pytest.approx(0.5 * (1 + math.cos(math.pi * 48 / 97)))
@@ -304,6 +304,7 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
         datamodule=SimpleNamespace(skipped={"bad_image": 2}, drawn=dict),
     )  # fmt: skip
     module = SimpleNamespace(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0), step_lr=0.5, batch_end=0.0)
+    module.config = config
     module.step_rates = {"llm": 0.5, "projector": 0.25, "vision": 0.5}
     batch = tiny.pack([[3, 0, 4], [5]])  # 28 tokens, 2 + 3 + 4 = 9 targets
     log.on_train_start(trainer, module)

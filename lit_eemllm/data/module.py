@@ -19,6 +19,7 @@ from lit_eemllm.config import flat
 from lit_eemllm.data import state as loader_state
 from lit_eemllm.data.check import look, warn_of_unread
 from lit_eemllm.data.contents import contents
+from lit_eemllm.data.epoch import epoch_packs
 from lit_eemllm.data.loader import (
     EndlessLoader,
     FiniteLoader,
@@ -106,6 +107,10 @@ class ShardDataModule(LightningDataModule):
             found = f"{recipe.path}: {recipe.num_samples} validation samples cannot feed {ranks} ranks"
             raise UserError(f"{found}. Add data, or train on fewer devices.")
         return recipe
+
+    def packs(self, count: bool) -> int | None:
+        """Packs of a pass over the training data: see `epoch_packs`. Call after `connect`."""
+        return epoch_packs(self.recipe("train"), self._connected, self.config, count)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -201,7 +206,7 @@ class ShardDataModule(LightningDataModule):
         if self._loader is not None:
             raise RuntimeError(
                 "The training loader was built before its position was restored, so the run would begin anew. "
-                "Something touched trainer.estimated_stepping_batches: use max_steps instead."
+                "Something touched trainer.estimated_stepping_batches: use optim.steps instead."
             )
         self._saved = state_dict
         try:

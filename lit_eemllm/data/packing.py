@@ -44,6 +44,14 @@ def plan_packs(lengths: Sequence[int], budget: int, most: int | None = None) -> 
     return packs
 
 
+def emptiest(packs: Sequence[Sequence[int]]) -> int | None:
+    """Of packs, the lengths of their conversations, the one that had better wait for more of them; None if there is but one.
+
+    Never the first, which has the oldest conversation: none waits for ever.
+    """
+    return min(range(1, len(packs)), key=lambda index: sum(packs[index]), default=None)
+
+
 def collate(samples: Sequence[EncodedSample]) -> PackedBatch:
     """Lay encoded conversations back to back. Each is one document; image i of the stream is `pixel_values[i]`.
 

@@ -18,7 +18,7 @@ from megatron.energon import Cooker, CrudeSample, SavableDataset, SkipSample, Ta
 from torch import Tensor
 
 from lit_eemllm.compat.energon import Packing
-from lit_eemllm.data.packing import collate, plan_packs
+from lit_eemllm.data.packing import collate, emptiest, plan_packs
 from lit_eemllm.data.samples import EncodedSample, SampleEncoder, TokenSample
 from lit_eemllm.data.sending import received, sent
 from lit_eemllm.errors import SampleError, UserError
@@ -187,7 +187,7 @@ class PackTask(TaskEncoder):
 class _Packing(Packing):
     """Energon's packing, whose last pack of every round is not sent off half empty: its samples wait for the next round.
 
-    The oldest sample never waits, so none waits for ever. At the end of finite data nothing waits.
+    At the end of finite data nothing waits.
     """
 
     def __init__(
@@ -198,13 +198,10 @@ class _Packing(Packing):
 
     def _choose(self, samples: list[TokenSample]) -> list[list[TokenSample]]:
         packs = self._plan(samples)
-        if len(samples) < self.buffer_size or len(packs) == 1:
-            return packs
-        emptiest = min(
-            packs[1:], key=lambda pack: sum(sample.length for sample in pack)
-        )  # the first has the oldest sample
-        self.hold_back(emptiest)
-        return [pack for pack in packs if pack is not emptiest]
+        waits = emptiest([[sample.length for sample in pack] for pack in packs])
+        if len(samples) >= self.buffer_size and waits is not None:
+            self.hold_back(packs.pop(waits))
+        return packs
 
 
 @stateless

@@ -279,7 +279,7 @@ class _Planner:
         previous: the task from whose weights it starts.
         """
         before = () if previous is None else (previous,)
-        steps = loaded[0].optim.max_steps if loaded is not None else 0
+        steps = loaded[0].optim.steps if loaded is not None else 0
         config, frozen = loaded if loaded is not None and known else (None, None)
         task = Task(name, self.sweep.out / name, row, column, steps, config, frozen, (*before, *needs), **options)
         if loaded is not None and task.evaluated and scored_on(loaded[0]) is None:
@@ -308,11 +308,15 @@ class _Planner:
         placed = [f"seed={seed}", f"out={json.dumps(str(sweep.out / place))}", *start]
         overrides = (*sweep.overrides, *stage.overrides, *own, *values, *sweep.last, *placed)
         try:
-            return _load((*sweep.files, *stage.files, *files), overrides)
+            loaded = _load((*sweep.files, *stage.files, *files), overrides)
         except ConfigError as error:
             for line in str(error).split("\n  ")[1:]:
                 self.note(line.removeprefix("command line: "), cell.name)
             return None
+        if loaded[0].optim.max_steps is None:  # what is done is known by the number of the last step
+            self.note("optim.epochs: a sweep sets optim.max_steps; `fit` says how many steps an epoch has", cell.name)
+            return None
+        return loaded
 
     def note(self, mistake: str, cell: str) -> None:
         cells = self.mistakes.setdefault(mistake, [])

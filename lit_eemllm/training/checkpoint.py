@@ -318,9 +318,9 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
             f"{section}.{key}": (was[section].get(key), now[section][key]) for key in now[section] if key not in free
         }
     pairs["seed"] = was["seed"], now["seed"]
-    if (done := checkpoint.get("global_step", 0)) > config.optim.max_steps:
+    if (done := checkpoint.get("global_step", 0)) > config.optim.steps:
         raise CheckpointError(
-            f"optim.max_steps={config.optim.max_steps:,}, but the run has {done:,} steps already: set as many or more, or go back to an "
+            f"optim.max_steps={config.optim.steps:,}, but the run has {done:,} steps already: set as many or more, or go back to an "
             "earlier checkpoint (resume=FILE)."
         )
     changed = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if _stated(old) != _stated(new)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ..console import console, quiet_libraries
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, ConfigError, not_one_of
 from ..locks import locked
+from ..model.build import build_processor
 from ..schema import Config
 from .checkpoint import (
     FOLDER,
@@ -73,12 +76,13 @@ def fit(config: Config) -> None:
 
 
 def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
-    resume = find_resume(config)
+    resume, data = find_resume(config), ShardDataModule(config.data, config.seed)
+    if config.optim.epochs is not None:
+        config = in_steps(config, data, trainer)
     steps_before = None if resume is None else accept(resume, config, trainer)
 
     # Seed before any module is built: the projector is fresh.
     seed_everything(config.seed, verbose=False)
-    data = ShardDataModule(config.data, config.seed)
     data.setup("fit")
     model, processor, loaded = initial_model(config)  # also when the run goes on: checkpoints leave out what is frozen
     if loaded is not None:
@@ -91,12 +95,12 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
             refuse_moments(read_checkpoint(resume, verified=True), trained)
 
     if trainer.is_global_zero:
-        print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size)
+        print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size, data.packs(count=False))
         if resume is not None:
             console.print(f"continuing from {resume}")
-            if steps_before != config.optim.max_steps:
+            if steps_before != config.optim.steps:
                 console.print(
-                    f"optim.max_steps was {steps_before:,} and is {config.optim.max_steps:,}: from here on the learning rate follows the schedule of "
+                    f"optim.max_steps was {steps_before:,} and is {config.optim.steps:,}: from here on the learning rate follows the schedule of "
                     "as many steps; the warm-up is what it was"
                 )
     if resume is not None:
@@ -111,6 +115,21 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
         raise runlog.logs.failed
     if trainer.is_global_zero:
         console.print(f"done: {trainer.global_step} steps; run directory {out}")
+
+
+def in_steps(config: Config, data: ShardDataModule, trainer: Trainer) -> Config:
+    """The configuration with the steps that its epochs have, in place of them; the trainer is told."""
+    epochs = config.optim.epochs
+    assert epochs is not None
+    processor, vision = build_processor(config.model)
+    data.connect(processor.template, vision.transform)
+    data.setup("fit")  # says what is wrong with the data before they are read through
+    packs, each = data.packs(count=True), trainer.accumulate_grad_batches * trainer.world_size
+    assert packs is not None
+    steps = max(1, math.ceil(epochs * packs / each - 1e-9))  # 0.1 of 30 steps are three
+    console.print(f"optim.epochs={epochs:g} is optim.max_steps={steps}: {packs:,} packs per epoch, {each} per step")
+    set_max_steps(trainer, steps)
+    return replace(config, optim=replace(config.optim, max_steps=steps, epochs=None))
 
 
 def find_resume(config: Config) -> Path | None:
@@ -138,9 +157,9 @@ def accept(resume: Path, config: Config, trainer: Trainer) -> int:
     with using(resume):
         refuse_part(checkpoint)
         refuse_changes(checkpoint, config, trainer.world_size)
-        done = checkpoint["global_step"] == config.optim.max_steps
+        done = checkpoint["global_step"] == config.optim.steps
         if done and validation_pending(checkpoint) and config.data.val is not None:
-            set_max_steps(trainer, config.optim.max_steps + 1)  # until it begins
+            set_max_steps(trainer, config.optim.steps + 1)  # until it begins
         return int(checkpoint["lit_eemllm"]["config"]["optim"]["max_steps"])
 
 
@@ -175,7 +194,7 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
         }
     arguments = {
         "default_root_dir": config.out,  # under Slurm Lightning looks for checkpoints there, by default in the current folder
-        "max_steps": optim.max_steps,
+        "max_steps": optim.max_steps or 1,  # of epochs it is not known yet: `in_steps`
         "logger": runlog.logs,
         "log_every_n_steps": optim.log_every,
         "num_sanity_val_steps": 0,

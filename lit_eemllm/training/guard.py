@@ -71,7 +71,7 @@ class Checkpoints(Checkpoint):
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self._module = pl_module
+        self._module, self.config = pl_module, pl_module.config  # in which epochs have become steps
         self._listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -89,7 +89,7 @@ class Checkpoints(Checkpoint):
                 console.print(f"the run went back to step {self._step}: what it had saved later is kept in {folder}")
         if self._somebody_was_asked(trainer):
             self._stop(trainer, "before this process trained anything")
-        if self._step == self.config.optim.max_steps:  # all is done but the validation after it
+        if self._step == self.config.optim.steps:  # all is done but the validation after it
             validate_now(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LitEEMLLM, *_: Any) -> None:  # type: ignore[override]
@@ -101,11 +101,11 @@ class Checkpoints(Checkpoint):
             pl_module.stop_asked = True  # which all ranks learn in the next step
         asked = pl_module.stop_agreed if trainer.world_size > 1 else pl_module.stop_asked
         optim, validates = self.config.optim, self.config.data.val is not None
-        stop = asked and step < optim.max_steps
-        if step == optim.max_steps:
+        stop = asked and step < optim.steps
+        if step == optim.steps:
             validate_now(trainer)
         if stop or step % optim.save_every == 0:
-            due = validates and (step % optim.val_every == 0 or step == optim.max_steps)
+            due = validates and (step % optim.val_every == 0 or step == optim.steps)
             with (
                 validation_ahead(trainer) if due else contextlib.nullcontext()
             ):  # the run may be killed before it has ended
@@ -114,10 +114,10 @@ class Checkpoints(Checkpoint):
             self._stop(trainer, f"after step {step}, saved as {path}")
 
     def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
-        set_max_steps(trainer, self.config.optim.max_steps)
+        set_max_steps(trainer, self.config.optim.steps)
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.config.optim.max_steps:
+        if trainer.global_step == self.config.optim.steps:
             self._save(trainer)  # without a validation that is pending
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:

@@ -77,7 +77,7 @@ class LitEEMLLM(LightningModule):
         self.step_rates: dict[str, float] = {}  # of the last optimiser step: learning rates by trained component
         self.batch_end = 0.0
         self.has_begun = False  # to train: whatever is restored has been
-        self.begun_with = config.optim.max_steps  # steps that the run was to have when it began
+        self.begun_with = config.optim.max_steps  # that the run was to have when it began
 
     @property
     def step_lr(self) -> float:

@@ -40,8 +40,11 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size: int) -> None:
-    """Components and what is trained, tokens per step, mechanism."""
+def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size: int, packs: int | None) -> None:
+    """Components and what is trained, tokens per step, mechanism.
+
+    packs: of an epoch, if they are known.
+    """
     table = Table("component", "parameters", "trained", "peak lr", title=f"{config.out}", title_justify="left")
     rates = {"vision": config.optim.vision_lr, "projector": config.optim.projector_lr, "llm": None}
     for word in COMPONENTS:
@@ -67,8 +70,11 @@ def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size
     budget = config.data.pack_tokens
     console.print(
         f"tokens per step: at most {budget:,} per pack x {accumulate} packs x {world_size} ranks = "
-        f"{budget * accumulate * world_size:,}; {config.optim.max_steps:,} steps; seed {config.seed}"
+        f"{budget * accumulate * world_size:,}; {config.optim.steps:,} steps; seed {config.seed}"
     )
+    if packs is not None:
+        epoch = packs / (accumulate * world_size)
+        console.print(f"steps per epoch: {epoch:,.1f} ({packs:,} packs); {config.optim.steps / epoch:.2f} epochs")
 
 
 def unseen_positions(config: Config, decoder: Any) -> str | None:
@@ -83,12 +89,14 @@ def unseen_positions(config: Config, decoder: Any) -> str | None:
 
 
 class RunLog(Callback):
-    """Writes one line and one row of metrics per logged step, and keeps a progress bar over `max_steps`."""
+    """Writes one line and one row of metrics per logged step, and keeps a progress bar over all steps.
+
+    Args:
+        config: as it was given; the run directory gets it.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config, self.logs = config, Logs(Path(config.out))
-        self.steps = config.optim.max_steps
-        self.every = min(config.optim.log_every, max(1, self.steps // LINES))
         self._bar = progress_bar()
         self._start_window()
 
@@ -110,6 +118,8 @@ class RunLog(Callback):
         if trainer.is_global_zero:  # only now: a refused checkpoint must leave the run as it was
             write_atomically(Path(self.config.out) / "config.yaml", to_yaml(self.config, comments=True))
             self.logs.log_hyperparams(asdict(self.config))
+        self.steps = pl_module.config.optim.steps
+        self.every = min(self.config.optim.log_every, max(1, self.steps // LINES))
         self._task = self._bar.add_task("step", total=self.steps, completed=trainer.global_step)
         self._logged, self._first = trainer.global_step, True
         self._start_window()

@@ -124,14 +124,14 @@ def _by_depth(vision: VisionEncoder, lr: float, decay: float) -> dict[str, tuple
 def schedule(config: OptimConfig, begun_with: int | None = None) -> Callable[[int], float]:
     """Factor of the peak learning rate at an optimiser step: linear warm-up, then decay; stays at its end.
 
-    begun_with: `max_steps` when the run began, if it was extended: the warm-up is over once, and stays as long as it was.
+    begun_with: its steps when the run began, if it was extended: the warm-up is over once, and stays as long as it was.
     """
-    warmup = math.ceil(config.warmup_ratio * (begun_with or config.max_steps))
+    warmup = math.ceil(config.warmup_ratio * (begun_with or config.steps))
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, config.max_steps - warmup))
+        done = min(1.0, (step - warmup) / max(1, config.steps - warmup))
         return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
 
     return factor

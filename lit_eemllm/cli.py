@@ -247,10 +247,13 @@ def _processor(config: Config) -> Processor:
 # --- from arguments to a configuration
 def _config(args: Namespace, only: Path | None = None) -> Config:
     from lit_eemllm.config import load_config
+    from lit_eemllm.plugins import warn_if_changed
     from lit_eemllm.schema import check_names
 
     files, overrides = _split(args.inputs)
-    return load_config(files if only is None else [only], overrides, checks=[check_names])
+    config = load_config(files if only is None else [only], overrides, checks=[check_names])
+    warn_if_changed(Path(config.out))
+    return config
 
 
 def _split(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:

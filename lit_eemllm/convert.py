@@ -19,6 +19,7 @@ from .model import EEMLLM, Processor
 from .model.convert import Fate, change_mechanism, choose_mechanism, mechanism_settings
 from .model.folders import finder, read_config, refuse_adapter
 from .model.llava import SOURCE, check_llava, load_llava, load_tokenizer, load_whole, save_llava
+from .plugins import warn_if_changed
 from .schema import check_names
 from .training.adapters import merge_adapters
 from .training.checkpoint import new_folder, newest_checkpoint
@@ -149,6 +150,7 @@ def _open_run(path: Path, checkpoint: Path) -> Source:
     from .evaluation.run import load, on_cpu
 
     config = load_config([path / "config.yaml"], [f"out={json.dumps(str(path))}"], checks=[check_names])
+    warn_if_changed(path)
     model, processor, _ = load(on_cpu(config), str(checkpoint))
     merged = merge_adapters(model)
     name = f"run {checkpoint}" + (f", {merged} adapters folded in" if merged else "")

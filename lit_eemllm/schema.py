@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -422,6 +423,7 @@ def check_names(config: Config) -> Iterator[Mistake]:
     from lit_eemllm.mechanisms import PRESETS
     from lit_eemllm.mechanisms.base import rows_of
     from lit_eemllm.model.vision import get_vision_encoder
+    from lit_eemllm.plugins import made_with
 
     try:
         rows_of(config.model.mechanism.rows or [])
@@ -434,8 +436,9 @@ def check_names(config: Config) -> Iterator[Mistake]:
         ("eval.metric", config.eval.metric, [None, *METRICS]),
     ):
         if found not in known:
-            own = "; one of your own needs --import FILE" if key != "model.template" else ""
-            yield (key,), not_one_of(found, sorted(filter(None, known))) + own
+            own = key != "model.template"
+            more = f"; one of your own needs --import FILE{made_with(Path(config.out))}" if own else ""
+            yield (key,), not_one_of(found, sorted(filter(None, known))) + more
     preset = PRESETS.get(config.model.mechanism.preset)
     key = f"optim.tuning.{preset.component}" if preset is not None else ""
     if preset is not None and preset.no_adapters and getattr(config.optim.tuning, preset.component) == "lora":
@@ -443,7 +446,8 @@ def check_names(config: Config) -> Iterator[Mistake]:
     try:
         get_vision_encoder(config.model.vision.encoder)
     except ConfigError as error:
-        yield ("model.vision.encoder",), str(error).removeprefix("model.vision.encoder: ")
+        text = str(error).removeprefix("model.vision.encoder: ").removesuffix(".")
+        yield ("model.vision.encoder",), text + made_with(Path(config.out))
     arguments = list(inspect.signature(Trainer.__init__).parameters)[1:]
     for name in config.trainer:
         if name not in arguments:

@@ -11,19 +11,18 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from shards_util import picture
 from test_cli import PAGES, commands
 from test_sources import RELEASES
+from tiny import forgotten_imports
 
 from lit_eemllm import cli, shrink
-from lit_eemllm.attention.base import _BACKENDS
 from lit_eemllm.config import load_config
 from lit_eemllm.data.sources import run_recipe
-from lit_eemllm.model.vision import _ENCODERS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).parents[1]
@@ -61,14 +60,7 @@ class Reader:
     def __init__(self, page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.text = (REPOSITORY / page).read_text(encoding="utf-8")
         self.monkeypatch, self.capsys = monkeypatch, capsys
-        self.registered = [(registry, set(registry)) for registry in (_ENCODERS, _BACKENDS)]
         self.done: list[str] = []
-
-    def forget(self) -> None:
-        """What --import has registered, as the next process would."""
-        for registry, names in self.registered:
-            for name in set(registry) - names:
-                del registry[name]
 
     def follow(self, weights: bool = False) -> list[str]:
         """Run the commands that need pretrained weights, or the others. Returns them."""
@@ -84,9 +76,9 @@ class Reader:
                 runpy.run_path(words[1], run_name="__main__")
             else:
                 assert words[0] == "lit-eemllm", line
-                assert cli.main([*words[1:], *self.smaller(words[1:])]) == 0, line
+                with forgotten_imports():
+                    assert cli.main([*words[1:], *self.smaller(words[1:])]) == 0, line
             self.done.append(line)
-            self.forget()
         return self.done
 
     def submit(self, preset: str, again: int) -> None:
@@ -136,20 +128,12 @@ class Reader:
 @pytest.fixture
 def read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[[str], Reader]]:
+) -> Callable[[str], Reader]:
     """A reader of a page, with shards where the demo's configurations look for them."""
     monkeypatch.chdir(tmp_path)
     small = ["--source", "shapes", "--train", "24", "--val", "8", "--shard-size", "8"]
     assert cli.main(["shards", "make", *small, "--out", "runs/demo/data"]) == 0
-    readers: list[Reader] = []
-
-    def reader(page: str) -> Reader:
-        readers.append(Reader(page, monkeypatch, capsys))
-        return readers[-1]
-
-    yield reader
-    for one in readers:  # also after a command that failed
-        one.forget()
+    return lambda page: Reader(page, monkeypatch, capsys)
 
 
 def own_rows(*names: str) -> None:

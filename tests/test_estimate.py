@@ -23,7 +23,7 @@ from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism, build
 from lit_eemllm.mechanisms.flamingo import Gated
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
 from lit_eemllm.model.build import build
-from lit_eemllm.model.vision import _ENCODERS, register_vision_encoder
+from lit_eemllm.model.vision import register_vision_encoder
 from lit_eemllm.trace import Document, Step, trace
 from lit_eemllm.training.module import compute_dtype
 from lit_eemllm.training.tuning import apply_tuning, parameter_groups, set_modes
@@ -606,13 +606,11 @@ def test_mistakes(written, parts, capsys, options, expected):
 
 
 def test_an_encoder_of_ones_own(written, capsys):
-    register_vision_encoder("patches")(tiny.Patches)
-    try:
+    with tiny.forgotten_imports():
+        register_vision_encoder("patches")(tiny.Patches)
         assert (
             cli.main(["estimate", written, "model.vision.encoder=patches", "--only", "--json", "--visual", "40"]) == 0
         )
-    finally:
-        del _ENCODERS["patches"]
     flops = json.loads(capsys.readouterr().out)["mechanisms"]["ee_mllm"]["flops"]
     assert flops["encoder"] == 2 * 40 * 48 * 16  # 2.5 images
     assert flops["connector"] == 2 * 40 * (16 * 32 + 32 * 32)

@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 from shards_util import picture
 from test_sources import RELEASES
+from tiny import forgotten_imports
 
 from lit_eemllm import __version__, cli
-from lit_eemllm.model import vision
 from lit_eemllm.shipped import SHIPPED, names
 
 pytestmark = pytest.mark.slow
@@ -203,7 +203,6 @@ def test_every_configuration_is_as_good_as_in_the_clone(
     installed: Installed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(installed.folder)
-    monkeypatch.setattr(vision, "_ENCODERS", dict(vision._ENCODERS))  # what --import registers is forgotten again
     files = [name for name in names() if name.startswith("configs/") and not name.startswith("configs/sweeps/")]
     good = [name for name in files if cli.main(["config", "check", name]) == 0]
     capsys.readouterr()
@@ -214,7 +213,8 @@ def test_every_configuration_is_as_good_as_in_the_clone(
     shown = []
     for name, *words in others:
         assert name not in good
-        assert cli.main(["config", "show", name, *keys, *words]) == 0
+        with forgotten_imports():
+            assert cli.main(["config", "show", name, *keys, *words]) == 0
         shown.append(capsys.readouterr().out)
     checked, *theirs = installed.together(
         ["config", "check", *good], *(["config", "show", name, *keys, *words] for name, *words in others)

@@ -23,7 +23,7 @@ from lit_eemllm.core.families import check_decoder
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
 from lit_eemllm.model import EEMLLM, register_vision_encoder
-from lit_eemllm.model.vision import _ENCODERS, TransformersVision
+from lit_eemllm.model.vision import TransformersVision
 
 BOUND = 1e-5  # of a tensor's largest value, float32
 PACK = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 6]]  # text-image-text, text only, two images, image first
@@ -374,8 +374,8 @@ def test_adapters_of_peft_act_and_merge(preset):
 
 
 def test_an_encoder_of_ones_own_keeps_its_weights(tmp_path):
-    register_vision_encoder("patches")(tiny.Patches)
-    try:
+    with tiny.forgotten_imports():
+        register_vision_encoder("patches")(tiny.Patches)
         tiny.write_parts(tmp_path)
         vision = tiny.Patches()
         weights = {k: v.clone() for k, v in vision.state_dict().items()}
@@ -384,8 +384,6 @@ def test_an_encoder_of_ones_own_keeps_its_weights(tmp_path):
         model.save_pretrained(tmp_path / "both")
         again = EEMLLM.from_pretrained(tmp_path / "both")
         assert all(again.state_dict()[k].equal(v) for k, v in model.state_dict().items())
-    finally:
-        del _ENCODERS["patches"]
     with pytest.raises(ConfigError, match=r"unknown encoder 'patches'.*--import"):
         EEMLLM.from_pretrained(tmp_path / "both")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tiny import forgotten_imports
 
 from lit_eemllm import cli
 from lit_eemllm.model.vision import _ENCODERS
@@ -38,13 +39,13 @@ def test_real_sets_blend_and_train_the_projector(shared, tmp_path, capsys):
               f"model.vision.path={weights / 'efficientnet_lite0.safetensors'}", f"data.val={recipe}",
               "data.pack_tokens=640", "optim.max_steps=6", "optim.log_every=1", "optim.val_every=6", "eval.samples=2",
               "eval.max_new_tokens=4", "optim.val_batches=3"]  # fmt: skip
-    try:
+    with forgotten_imports():
         assert cli.main(["fit", *common]) == 0
         rows = list(csv.DictReader((tmp_path / "run" / "logs" / "version_0" / "metrics.csv").open()))
         losses = [float(row["loss"]) for row in rows if row["loss"]]
         assert len(losses) == 6 and losses[-1] < losses[0]
         assert all(float(row["skipped"]) == 0 for row in rows if row["loss"])
-        del _ENCODERS["efficientnet_lite0"]  # another process would not have it either
+    with forgotten_imports():  # another process
         assert cli.main(["validate", *common]) == 0
         results = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())
         assert results["loss_tokens"] > 50 and results["loss"] > 0 and results["skipped"] == {}
@@ -53,7 +54,5 @@ def test_real_sets_blend_and_train_the_projector(shared, tmp_path, capsys):
         )
         original = load_file(weights / "efficientnet_lite0.safetensors")
         assert all(tensor.equal(original[name]) for name, tensor in encoder.state_dict().items())
-    finally:
-        _ENCODERS.pop("efficientnet_lite0", None)
     assert encoder.transform.num_tokens(500, 300) == 49
     capsys.readouterr()

@@ -1,18 +1,20 @@
 """An attention backend in a user's own file: docs/my_backend.py, as docs/backends.md tells it."""
 
 import doctest
+import hashlib
+import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import model, pack
+from tiny import config, forgotten_imports, model, pack
 
 from lit_eemllm import cli
 from lit_eemllm.attention import registered_backends, resolve_backend
-from lit_eemllm.attention.base import _BACKENDS
-from lit_eemllm.config import load_config
+from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.layout import Run, SequenceLayout, Visibility
 from lit_eemllm.plugins import import_user_code
@@ -25,13 +27,8 @@ EXAMPLE = DOCS / "my_backend.py"
 @pytest.fixture(autouse=True)
 def forget():
     """Whatever a test registers and imports is gone after it."""
-    backends, modules = dict(_BACKENDS), set(sys.modules)
-    yield
-    _BACKENDS.clear()
-    _BACKENDS.update(backends)
-    for name in set(sys.modules) - modules:
-        if name.startswith("lit_eemllm_user_"):
-            del sys.modules[name]
+    with forgotten_imports():
+        yield
 
 
 @pytest.fixture
@@ -113,6 +110,42 @@ def test_it_is_chosen_by_its_name_and_only_once_imported(tmp_path, capsys):
     assert resolve_backend("auto").backend.name == "sdpa"  # the example stands behind it
     with pytest.raises(ValueError, match="'chunked' is registered already"):
         import_user_code([EXAMPLE])
+
+
+def test_a_run_says_with_which_file_it_was_made(parts, shapes, tmp_path, monkeypatch, capsys, caplog):
+    """Never running it: the name and digest of a file are told where the name that it registers is unknown, or it has changed."""
+    monkeypatch.chdir(tmp_path)
+    Path("given.yaml").write_text(
+        to_yaml(config(parts, shapes, "run", "optim.max_steps=1", "data.val=null", "data.workers=0"))
+    )
+    shutil.copy(EXAMPLE, "mine.py")
+    digest = hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()
+    words = ["model.attention=chunked", "--import", "mine.py"]
+    with forgotten_imports():
+        assert cli.main(["fit", "given.yaml", *words]) == 0
+    assert json.loads(Path("run/imports.json").read_text()) == {"mine.py": digest}
+    capsys.readouterr()
+    told = f"run was made with --import mine.py (sha256 {digest[:12]}): give it again"
+    for line in (["generate", "run", "--prompt", "What?"], ["fit", "run"], ["convert", "run", "--out", "there"],
+                 ["fit", "given.yaml", "model.attention=chunked"]):  # fmt: skip
+        assert cli.main(line) == 2
+        assert told in capsys.readouterr().err, line
+    assert "chunked" not in registered_backends()
+    caplog.clear()
+    with forgotten_imports():
+        assert cli.main(["config", "show", "run", "--import", str(EXAMPLE)]) == 0, "the same file elsewhere"
+    assert not caplog.text
+    Path("mine.py").write_text(EXAMPLE.read_text() + "# changed\n")
+    now = hashlib.sha256(Path("mine.py").read_bytes()).hexdigest()
+    with forgotten_imports():
+        assert cli.main(["fit", "run", "optim.max_steps=2", "--import", "mine.py"]) == 0
+    expected = f"run was made with --import mine.py (sha256 {digest[:12]}); given now is mine.py (sha256 {now[:12]})"
+    assert expected in caplog.text
+    assert json.loads(Path("run/imports.json").read_text()) == {"mine.py": now}, "with which it goes on"
+    Path("run/imports.json").write_text("[")
+    capsys.readouterr()
+    assert cli.main(["fit", "run"]) == 2
+    assert "imports.json: not valid JSON" in capsys.readouterr().err
 
 
 def test_the_page_is_true(module):

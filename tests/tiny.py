@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,16 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionCo
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from lit_eemllm import plugins
+from lit_eemllm.attention.base import _BACKENDS
 from lit_eemllm.config import Config, load_config
 from lit_eemllm.data import shards
+from lit_eemllm.evaluation.metrics import METRICS
 from lit_eemllm.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import PRESETS, Mechanism
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
-from lit_eemllm.model.vision import TransformersVision, VisionEncoder
+from lit_eemllm.model.vision import _ENCODERS, TransformersVision, VisionEncoder
 from lit_eemllm.resolutions import AnyresTransform, NativeTransform
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -260,6 +266,22 @@ def write_shards(folder: Path, train: int = 160, val: int = 60) -> Path:
     rows = {split: shapes.write(raw, split, count) for split, count in (("train", train), ("val", val))}
     shards.make(rows, raw / "images", folder, shard_size=40)
     return folder
+
+
+@contextlib.contextmanager
+def forgotten_imports() -> Iterator[None]:
+    """Whatever is registered and imported within, as by --import, is gone after it, as it is in another process."""
+    registries = (_BACKENDS, _ENCODERS, METRICS, plugins.imported)
+    before, modules = [dict(registry) for registry in registries], set(sys.modules)
+    try:
+        yield
+    finally:
+        for registry, names in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(names)
+        for name in set(sys.modules) - modules:
+            if name.startswith("lit_eemllm_user_"):
+                del sys.modules[name]
 
 
 def config(parts: Path, data: str | Path, out: Path, *overrides: str) -> Config:

@@ -20,6 +20,7 @@ from rich.table import Table
 from ..config import to_yaml
 from ..console import console, progress_bar, write_atomically
 from ..layout import PackedBatch
+from ..plugins import record
 from .logs import Logs, quiet_threads
 from .tuning import COMPONENTS, component
 
@@ -117,6 +118,7 @@ class RunLog(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:  # only now: a refused checkpoint must leave the run as it was
             write_atomically(Path(self.config.out) / "config.yaml", to_yaml(self.config, comments=True))
+            record(Path(self.config.out))
             self.logs.log_hyperparams(asdict(self.config))
         self.steps = pl_module.config.optim.steps
         self.every = min(self.config.optim.log_every, max(1, self.steps // LINES))

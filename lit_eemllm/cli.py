@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lit_eemllm import __version__
 from lit_eemllm.cli_start import add_verbs
 from lit_eemllm.data.sources import SOURCES
-from lit_eemllm.errors import ConfigError, UserError, not_one_of
+from lit_eemllm.errors import ConfigError, UserError, did_you_mean, not_one_of
 from lit_eemllm.terminal import VisibleFormatter, say, say_error, visible
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def _config_check(args: Namespace) -> None:
             say(f"{file}: good")
         except ConfigError as error:
             problems.append(f"{file}: {error}")
-            if all(": required" in line for line in str(error).splitlines()[1:]):
-                text = "it seems to be an overlay, to be merged onto another file; to check them together"
+            if ": required, but not set" in str(error):
+                text = "if it is an overlay, to be merged onto another file, check them together"
                 problems[-1] += f"\n  {text}: lit-eemllm config show OTHER.yaml {file}"
     if problems:
         raise ConfigError("\n".join(problems))
@@ -184,7 +184,7 @@ def _shards_make(args: Namespace) -> None:
     from lit_eemllm.data.sources import run_recipe
 
     with tempfile.TemporaryDirectory() as folder:
-        rows, images = {split: Path(path) for split, _, path in args.rows}, args.images
+        rows, images = {split: Path(path) for split, path in args.rows}, args.images
         if len(rows) < len(args.rows):
             raise UserError("shards make: a split is given twice; join its JSON files first")
         if args.source is not None:
@@ -201,6 +201,13 @@ def _source(name: str) -> str:
     if name not in known:
         raise argparse.ArgumentTypeError(not_one_of(name, known))
     return name
+
+
+def _rows(text: str) -> tuple[str, str]:
+    split, equals, file = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected SPLIT=JSON, such as train={text}")
+    return split, file
 
 
 def _shards_prepare(args: Namespace) -> None:
@@ -262,8 +269,20 @@ def _split(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
     paths = [Path(text) for text in inputs if not _OVERRIDE.match(text)]
     if not paths:
         raise ConfigError("name a configuration file or a run directory; key=value overrides follow it")
+    for path in paths:
+        if path.is_dir() and not (path / "config.yaml").is_file():
+            raise ConfigError(_no_run(path))
     moved = [f"out={json.dumps(str(path))}" for path in paths if path.is_dir()]
     return [path / "config.yaml" if path.is_dir() else path for path in paths], moved + overrides
+
+
+def _no_run(folder: Path) -> str:
+    """What a folder is that stands where a run directory could."""
+    if next(folder.rglob("*.tar"), None) is not None:
+        return f"{folder}: a folder of shards, expected a configuration or a run directory; data are named by a key: CONFIG data.train={folder}"
+    files = sorted(str(file) for file in folder.glob("*.yaml"))
+    inside = f" Configurations in it: {', '.join(files[:3])}{', ...' * (len(files) > 3)}" if files else ""
+    return f"{folder}: no run directory: there is no config.yaml in it.{inside}"
 
 
 # --- the command line
@@ -271,6 +290,10 @@ class Parser(ArgumentParser):
     """Tells mistakes in what was typed, which a shell may have filled in from names of files."""
 
     def error(self, message: str) -> NoReturn:
+        """With what was probably meant, where one of a few words was expected."""
+        if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            hint = did_you_mean(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+            message += f"; {hint}" if hint else ""
         super().error(visible(message))
 
 
@@ -415,9 +438,7 @@ def build_parser() -> ArgumentParser:
     made = verb(shards, "make", _shards_make, text, example)
     what = made.add_mutually_exclusive_group(required=True)
     text = "rows (JSON or JSON lines) of train, val or test, in the form of LLaVA, LLaMA-Factory, ms-swift or TRL; repeatable"
-    what.add_argument(
-        "--rows", type=lambda text: text.partition("="), action="append", default=[], metavar="SPLIT=JSON", help=text
-    )
+    what.add_argument("--rows", type=_rows, action="append", default=[], metavar="SPLIT=JSON", help=text)
     text = "instead of files, a procedural set, or a published one as it was released, found in --root"
     what.add_argument("--source", type=_source, metavar="NAME", help=text)
     made.add_argument("--root", type=Path, metavar="DIR", help="with --source: the folder of the release")

@@ -122,6 +122,17 @@ def _expected(kind: Any) -> str:
     )
 
 
+def _other_kind(keys: set[str]) -> str:
+    """What a file is that has these keys and is no configuration, and where it goes; empty if it may be one."""
+    if "splits" in keys:
+        return "a recipe of data, expected a configuration, in which it is named: data.train={}"
+    if keys & {"cells", "grid"}:
+        return "a sweep, expected a configuration. To check it and all its runs: lit-eemllm sweep {} --dry-run"
+    if "sets" in keys:
+        return "a suite of questions, expected a configuration, in which it is named: eval.suite={}"
+    return ""
+
+
 def is_key(key: str) -> bool:
     """Whether a configuration can have it; which arguments lightning.Trainer has, or a mechanism of one's own, is not known here."""
     return key in _KINDS or key.startswith(tuple(f"{section}." for section in _OPEN))
@@ -192,6 +203,10 @@ class _Merge:
         content = self.content(path, named_by)
         node = self.compose(content, str(path)) if content is not None else None
         if node is None:
+            self.unread = True
+            return
+        if isinstance(node, yaml.MappingNode) and (kind := _other_kind({str(item[0].value) for item in node.value})):
+            self.fail(str(path), "", kind.format(path))
             self.unread = True
             return
         if isinstance(node, yaml.MappingNode):

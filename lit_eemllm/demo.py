@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .console import COMMAND
@@ -27,6 +29,8 @@ DATA = Path("runs/demo/data")
 TRAINED = ("llava", "ee_mllm", "naavit", "shortv", "saisa", "vica", "flamingo")
 JOURNEYS = {"demo": (("ee_mllm", "llava"), 1), "compare": (("ee_mllm", "llava"), 3), "mechanisms": (TRAINED, 1)}
 """Mechanisms and seeds."""
+Stage = tuple[str, float, Callable[[], None]]
+"""Its title, how many minutes it takes on two CPU cores, and what does it."""
 
 
 def run(*words: object) -> None:
@@ -76,6 +80,36 @@ def check(name: str) -> bool:
     return well
 
 
+def stages_of(name: str) -> tuple[list[Stage], list[Path]]:
+    """The stages of a journey, and the runs that its report compares."""
+    stages: list[Stage] = []
+    mechanisms, seeds = JOURNEYS[name]
+    if not DATA.is_dir():
+        stages.append(("draw pictures", 0.4, partial(run, "shards", "make", "--source", "shapes", "--out", DATA)))
+    runs = []
+    for mechanism in mechanisms:
+        for seed in range(seeds):
+            out = Path("runs") / name / f"{mechanism}-{seed}"
+            extra = ["configs/demo/long.yaml"] if name == "compare" else []
+            words = ("fit", f"configs/demo/{mechanism}.yaml", *extra, f"seed={seed}", f"out={out}")
+            stages.append((f"train {mechanism}, seed {seed}", 3.4 if extra else 2.5, partial(run, *words)))
+            if seed == 0 and name != "mechanisms":
+                before = ("validate", out, "--checkpoint", "none", "eval.control=0", "eval.samples=1400")
+                stages.append((f"ask {mechanism} as it was before training", 0.3, partial(run, *before)))
+            stages.append((f"ask {mechanism}, seed {seed}", 0.5, partial(run, "validate", out)))
+            runs.append(out)
+    if name == "mechanisms":  # needs no training: the self-attention run with one layer made composite
+        out, trained = Path("runs") / name / "ee_mllm_f-0", Path("runs") / name / "llava-0" / "checkpoints"
+        words = ("validate", "configs/demo/ee_mllm_f.yaml", f"out={out}", "--checkpoint", trained / "step-1500.ckpt")
+        stages.append(("ask ee_mllm_f, which is llava's weights", 0.5, partial(run, *words)))
+        runs.insert(2, out)
+    if name == "demo":
+        work = partial(kill_and_resume, "configs/demo/ee_mllm.yaml", Path("runs/demo/resume"))
+        stages.append(("kill a run, continue it, compare it with one that was not killed", 0.8, work))
+    report = partial(run, "report", *runs, "--out", Path("runs") / name / "report")
+    return [*stages, ("compare all in a table", 0.2, report)], runs
+
+
 def demo(name: str, force: bool = False) -> None:
     """Walk one of the journeys.
 
@@ -87,31 +121,19 @@ def demo(name: str, force: bool = False) -> None:
         UserError: something that it needs is missing or broken.
     """
     start = time.perf_counter()
-    mechanisms, seeds = JOURNEYS[name]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small gain nothing from a second thread
     # a process of its own: it may be taken down by a library, and gives back its memory
     if subprocess.run([*COMMAND, "demo", name, "--check"], check=False).returncode and not force:
         raise UserError(
             "the demo would fail, so nothing was trained; mend what failed above, or try all the same: --force"
         )
-    if not DATA.is_dir():
-        run("shards", "make", "--source", "shapes", "--out", DATA)
-    runs = []
-    for mechanism in mechanisms:
-        for seed in range(seeds):
-            out = Path("runs") / name / f"{mechanism}-{seed}"
-            extra = ["configs/demo/long.yaml"] if name == "compare" else []
-            run("fit", f"configs/demo/{mechanism}.yaml", *extra, f"seed={seed}", f"out={out}")
-            if seed == 0 and name != "mechanisms":
-                run("validate", out, "--checkpoint", "none", "eval.control=0", "eval.samples=1400")
-            run("validate", out)
-            runs.append(out)
-    if name == "mechanisms":  # needs no training: the self-attention run with one layer made composite
-        out, trained = Path("runs") / name / "ee_mllm_f-0", Path("runs") / name / "llava-0" / "checkpoints"
-        run("validate", "configs/demo/ee_mllm_f.yaml", f"out={out}", "--checkpoint", trained / "step-1500.ckpt")
-        runs.insert(2, out)
-    if name == "demo":
-        kill_and_resume("configs/demo/ee_mllm.yaml", Path("runs/demo/resume"))
-    run("report", *runs, "--out", Path("runs") / name / "report")
+    stages, runs = stages_of(name)
+    for number, (title, _, work) in enumerate(stages, 1):
+        left = sum(minutes for _, minutes, _ in stages[number - 1 :])
+        say(
+            f"\n=== {number} of {len(stages)}: {title}; about {max(1, round(left))} minutes left on two CPU cores",
+            flush=True,
+        )
+        work()
     say(f"\npictures with answers: {', '.join(str(out / 'eval' / 'samples.png') for out in runs)}")
     say(f"{name} took {(time.perf_counter() - start) / 60:.1f} minutes")

@@ -155,6 +155,56 @@ def test_shards_verbs(folder, calls, capsys):
     assert cli.main(["shards", "check", "o"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "shards inspect shards",
+            "shards: a folder of shards, expected a configuration or a run directory; data are named by a key",
+        ),
+        ("fit config/demo/ee_mllm.yaml", "Did you mean configs/demo/ee_mllm.yaml? "),
+        ("generate runs/mi --prompt x", "Did you mean runs/mine? "),
+        ("configs show ee_mllm", "Did you mean configs/demo/ee_mllm.yaml? "),
+        ("generat good.yaml", "; did you mean generate?"),
+        ("shards chek x", "; did you mean check?"),
+        (
+            "fit data_recipes/blends/pretrain_558k.yaml",
+            "a recipe of data, expected a configuration, in which it is named: data.train=data_",
+        ),
+        ("config check configs/sweeps/aligner.yaml", "lit-eemllm sweep configs/sweeps/aligner.yaml --dry-run"),
+        ("config check suite.yaml", "in which it is named: eval.suite=suite.yaml"),
+        ("shards make --rows train.json --out x", "found 'train.json', expected SPLIT=JSON, such as train=train.json"),
+        (
+            "shards check pictures",
+            "Make shards of rows and images: lit-eemllm shards make --rows train=ROWS.json --images pictures",
+        ),
+        (
+            "fit good.yaml data.train=pictures",
+            "no shards (.tar) in it. Make them of rows and images: lit-eemllm shards make --rows train=ROWS.json",
+        ),
+        ("shards prepare pictures", "lit-eemllm shards make --rows train=ROWS.json --images pictures"),
+        ("sweep sweep.yaml --dry-run", "missing: nowhere: no such data"),
+    ],
+)
+def test_what_was_meant_is_told(folder, capsys, line, expected):
+    for name in ("pictures", "runs/mine", "shards"):
+        (folder / name).mkdir(parents=True)
+    (folder / "pictures" / "a.jpg").touch()
+    (folder / "shards" / "a.tar").touch()
+    (folder / "suite.yaml").write_text("sets: {a: {data: a}}\n")
+    (folder / "train.json").write_text("[]")
+    (folder / "sweep.yaml").write_text(
+        "base: [good.yaml]\nout: out\nseeds: [0]\ncells: {a: {data.train: nowhere, data.val: nowhere}}\n"
+    )
+    try:
+        status = cli.main(line.split())
+    except SystemExit as end:
+        status = end.code
+    assert status == 2 or ("--dry-run" in line and status == 0)
+    told = capsys.readouterr()
+    assert expected in (told.out if status == 0 else told.err)
+
+
 def test_shards_of_the_procedural_set(folder):
     line = ["shards", "make", "--source", "shapes", "--train", "12", "--val", "5", "--out", "shards"]
     assert cli.main(line) == 0
@@ -178,7 +228,7 @@ def test_shards_of_the_procedural_set(folder):
             "fit gone.yaml",
             "error: a mistake in the configuration:\n  gone.yaml: no such run directory or file; looked for in ",
         ),
-        ("fit .", "config.yaml: no such run directory or file"),
+        ("fit .", "error: .: no run directory: there is no config.yaml in it. Configurations in it: good.yaml"),
         ("fit good.yaml --import gone.py", "error: gone.py: no such Python file (.py)"),
         ("fit good.yaml --import good.yaml", "error: good.yaml: no such Python file (.py)"),
         ("shards make --rows val=a --rows val=b --out x", "a split is given twice"),
@@ -271,7 +321,7 @@ def test_config_show_and_check(folder, calls, capsys):
     capsys.readouterr()
     assert cli.main(["config", "check", "overlay.yaml", "bad.yaml"]) == 2
     err = capsys.readouterr().err
-    assert err.count("seems to be an overlay") == 1  # bad.yaml has a mistake of its own
+    assert err.count("if it is an overlay") == 2, "also where it has a mistake of its own"
     assert err.partition("check them together: ")[2].startswith(
         "lit-eemllm config show OTHER.yaml overlay.yaml\nbad.yaml"
     )

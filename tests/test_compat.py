@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -229,6 +230,36 @@ def a_file_of_a_model_is_found():
     assert file_of(str(here.parent), here.name) == here and file_of(str(here.parent), "no_such_file.json") is None
     with pytest.raises(OSError, match=r"no_such_file\.json"):
         file_of(str(here.parent), "no_such_file.json", needed=True)
+
+
+@contract(
+    "transformers",
+    "constants of the hub's client say where it is, and a file is looked for in the cache alone",
+    lambda patch: patch.delattr("huggingface_hub.constants.ENDPOINT"),
+)
+def a_hub_without_an_address_is_not_asked():
+    module, asked = compat("transformers"), {}
+
+    def no_address(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(module, "getaddrinfo", no_address)
+        patch.setattr(module, "getproxies", dict)
+        patch.setattr("transformers.utils.cached_file", lambda *_, **options: asked.update(options))
+        module.unreachable.cache_clear()
+        try:
+            assert "huggingface.co has no address here (Name or service" in module.unreachable()
+            assert module.file_of("me/mine", "chat_template.jinja") is None
+            with pytest.raises(OSError, match=r"estimate --shape. and .lit-eemllm shrink --published"):
+                module.file_of("me/mine", "config.json", needed=True)
+            patch.setattr(module, "getproxies", lambda: {"https": "proxy"})
+            module.unreachable.cache_clear()
+            assert module.unreachable() == "", "a proxy knows"
+        finally:
+            module.unreachable.cache_clear()
+    assert asked["local_files_only"]
 
 
 @contract(

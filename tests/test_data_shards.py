@@ -27,6 +27,7 @@ from shards_util import (
     IMAGE_TOKENS,
     TRANSFORM,
     CharTemplate,
+    blend,
     encoder,
     module,
     picture,
@@ -509,6 +510,14 @@ def test_prepare_says_what_is_wrong_with_a_foreign_shard(tmp_path: Path) -> None
             tar.addfile(info)
         with pytest.raises(UserError, match=r"'k1.0.png' is a link, which is not read.*--hard-dereference"):
             prepare(tmp_path / "links")
+
+
+def test_check_counts_the_samples_of_each_split(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "a", {"train": [row(i) for i in range(5)], "val": [row(9)]})
+    assert check(folder).good == {"a/train": 5, "a/val": 1}
+    write_shards(tmp_path / "b", {"train": [row(i) for i in range(3)]})
+    found = check(blend(tmp_path, {"a": 1, "b": 1})).good
+    assert found == {"a/train": 5, "b/train": 3, "a/val": 1}, "of a recipe what its splits name"
 
 
 def test_check_finds_an_answer_that_truncation_would_lose(tmp_path: Path) -> None:

@@ -200,6 +200,11 @@ def test_every_command_of_a_journey_is_one(name, monkeypatch, capsys, asked):
     monkeypatch.setattr(demo, "kill_and_resume", lambda *_: None)
     monkeypatch.setattr(demo, "preflight", lambda configs, out: all(cli.parse(["fit", config]) for config in configs))
     assert cli.main(["demo", name]) == 0 and asked == [["demo", name, "--check"]]
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("=== ")]
+    assert len(headings) == len(commands) + (name == "demo"), "each command has its own, and so has what is killed"
+    left = [int(re.search(r"about (\d+) minutes left", line)[1]) for line in headings]
+    assert left == sorted(left, reverse=True) and left[0] == {"demo": 8, "compare": 25, "mechanisms": 22}[name]
+    assert headings[-1].startswith(f"=== {len(headings)} of {len(headings)}: compare all")
     for words in commands:
         cli.parse(words)
         for word in words:

@@ -554,7 +554,10 @@ def test_the_python_example_of_the_documentation_answers_as_generate_does(traine
     exec(page.partition("```python\n")[2].partition("```")[0], {})  # noqa: S102 - of this repository
     shown = capsys.readouterr().out
     run.generate(trained, None, [Path("cat.jpg")], "What is it?", 32, 0.0)
-    assert capsys.readouterr().out == visible(shown) and shown.strip()  # the untrained model says anything
+    assert capsys.readouterr() == (visible(shown), "") and shown.strip()  # the untrained model says anything
+    monkeypatch.setattr(run, "answer", lambda *_: [""])
+    run.generate(trained, None, [], "What is it?", 32, 0.0)
+    assert capsys.readouterr() == ("\n", "the answer is empty: the model ended it at once\n")
 
 
 def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeypatch, tmp_path, capsys):
@@ -580,6 +583,10 @@ def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeyp
         "constant": pytest.approx(2 / 3), "constant_answer": "red",
     }  # fmt: skip
     assert results["average_constant"] == pytest.approx(2 / 3) and results["average_control"] is None
+    assert (
+        "without a score for shuffled images: a. It takes questions of the type about other images"
+        in capsys.readouterr().out
+    )
     lines = (tmp_path / "out" / "eval" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["0", "1", "2"]
 

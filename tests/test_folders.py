@@ -163,7 +163,9 @@ def test_options_of_the_hub_choose_the_files(tmp_path, monkeypatch):
         EEMLLM.from_pretrained("me/mine", **cached, revision="v2")
     asked = {}
     monkeypatch.setattr("transformers.utils.cached_file", lambda *_, **options: asked.update(options))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(
+        ConfigError, match=r"the cache of the hub holds no config\.json of it, and HF_HUB_OFFLINE is set"
+    ):
         EEMLLM.from_pretrained("me/mine", token="secret", force_download=True, proxies={"https": "x"})
     assert (asked["token"], asked["force_download"], asked["proxies"]) == ("secret", True, {"https": "x"})
 

@@ -888,7 +888,11 @@ def test_score_by_type_by_hand(tmp_path, monkeypatch):
             tmp_path / f"{name}{seed}",
             f"optim.lr={i + 1}",
             f"seed={seed}",
-            results={**RESULTS, "types": {each: {**TYPES["colour"], "score": 0.5 + seed / 10} for each in types}},
+            results={
+                **RESULTS,
+                "types": {each: {**TYPES["colour"], "score": 0.5 + seed / 10} for each in types},
+                "average_control": 0.1 + seed / 5,
+            },
         )
         for i, (name, types) in enumerate(kinds.items())
         for seed in (0, 1)
@@ -915,7 +919,9 @@ def test_score_by_type_by_hand(tmp_path, monkeypatch):
         crosses = [line for line in panels[title].lines if line.get_marker() == "x"]
         assert [(*line.get_xdata(), *line.get_ydata()) for line in crosses] == [(0.2, i) for i in asked]
         assert any(list(line.get_xdata()) == [0.3, 0.3] for line in panels[title].lines)
-        assert panels[title].get_xlim() == (0, 1.02)
+        assert panels[title].get_xlim() == (0, 1)
+    crosses = [line for line in panels["average"].lines if line.get_marker() == "x"]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in crosses] == [(0.2, i) for i in range(3)]
     assert [tick.get_text() for tick in panels["colour"].get_yticklabels()] == [
         name.replace(" ", "\n") if len(name) > 26 else name for name in names[:3]
     ]

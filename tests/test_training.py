@@ -332,7 +332,7 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
     assert line.endswith("  skipped 2  0:02:24 left"), "18 steps of 8 s, for whoever reads it in a file"
 
 
-def test_a_run_goes_on_as_what_it_was(tmp_path, parts, blend):
+def test_a_run_goes_on_as_what_it_was(tmp_path, parts, blend, capsys):
     """A finished or broken run is not relabelled: every changed key is named, and nothing of the run is touched."""
     fit(tiny.config(parts, blend, tmp_path, "optim.max_steps=2"))
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -341,13 +341,23 @@ def test_a_run_goes_on_as_what_it_was(tmp_path, parts, blend):
                         "model.vision.policy=pad", "trainer.accumulate_grad_batches=2"))  # fmt: skip
     for key in (
         "optim.lr was 0.003 and is 1e-05",
-        "model.mechanism was",
-        "model.vision was",
+        "model.mechanism.preset was ee_mllm and is llava",
+        "model.vision.policy was resize and is pad",
         "accumulate_grad_batches",
     ):
         assert key in str(error.value)
     assert "max_steps" not in str(error.value)
-    fit(tiny.config(parts, blend, tmp_path, "optim.max_steps=2"))  # nothing left to do
+    assert "{" not in str(error.value), "of what has not changed nothing is said"
+    printed = capsys.readouterr().out
+    assert "done: 2 steps" in printed and "nothing to do" not in printed
+    fit(tiny.config(parts, blend, tmp_path, "optim.max_steps=2"))
+    printed = capsys.readouterr().out
+    assert (
+        f"nothing to do: {tmp_path} is finished, at step 2 of as many. To train it further: lit-eemllm fit {tmp_path} o"
+        in printed
+    )
+    mechanism = "dense_layers none, cross_layers all, visual_source stream, aligner.value true, aligner.output true, aligner.ffn true, "
+    assert f"mechanism ee_mllm: {mechanism}visual_window 0, visual_positions sequence, freeze_prefix false\n" in printed
     assert {path: path.read_bytes() for path in files if path.suffix in (".ckpt", ".yaml")} == {
         path: content for path, content in files.items() if path.suffix in (".ckpt", ".yaml")
     }

@@ -94,6 +94,7 @@ class Probe:
         return "; ".join(f"{provider}: {reason}" if provider else reason for provider, reason in self.refused.items())
 
 
+NEEDS_CUDA = "needs a CUDA device"
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 """Largest error of a working kernel in the probe, relative to the reference's largest value: roundings, TF32's included."""
 
@@ -172,7 +173,9 @@ class Choice:
     refused: dict[str, str]
 
     def __str__(self) -> str:
-        others = "".join(f"\n  not {name}: {reason}" for name, reason in self.refused.items())
+        """That a kernel is for another kind of device is no news: `doctor` says it."""
+        told = {name: reason for name, reason in self.refused.items() if not reason.startswith(NEEDS_CUDA)}
+        others = "".join(f"\n  not {name}: {reason}" for name, reason in told.items())
         return f"{self.backend.name} ({self.backend.provider}){others}"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..layout import upload
-from .base import AttentionBackend, register_backend
+from .base import NEEDS_CUDA, AttentionBackend, register_backend
 from .varlen import Call, VarlenBackend
 
 PROVIDERS = {
@@ -109,7 +109,7 @@ class Flash(VarlenBackend):
     @classmethod
     def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
         if device.type != "cuda":
-            return f"needs a CUDA device, found {device.type}"
+            return f"{NEEDS_CUDA}, found {device.type}"
         if dtype not in (torch.bfloat16, torch.float16):
             return f"computes in bfloat16 or float16, found {dtype}; set trainer.precision=bf16-mixed"
         return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import register_backend
+from .base import NEEDS_CUDA, register_backend
 from .varlen import Call, VarlenBackend
 
 
@@ -32,7 +32,7 @@ class XFormers(VarlenBackend):
 
     @classmethod
     def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        return None if device.type == "cuda" else f"needs a CUDA device, found {device.type}"
+        return None if device.type == "cuda" else f"{NEEDS_CUDA}, found {device.type}"
 
     def prepare(self, call: Call, window: int | None, device: torch.device) -> Any:
         lengths = call.query_lengths, call.key_lengths

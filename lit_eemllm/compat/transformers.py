@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from socket import getaddrinfo
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -36,13 +41,37 @@ class Generating(GenerationMixin):
 def file_of(model: str, name: str, needed: bool = False, **hub: Any) -> Path | None:
     """A file of a model on the hub, None if it has no such file. `hub` is ``revision`` and the like.
 
+    Where the hub has no address, only its cache is looked into: the library would try again for half a minute, for every file.
+
     Raises:
         OSError: nobody answers, or what is `needed` is not there.
     """
     from transformers.utils import cached_file
 
-    found = cached_file(model, name, _raise_exceptions_for_missing_entries=needed, **hub)
+    offline = not Path(model).is_dir() and unreachable()
+    if offline:
+        hub["local_files_only"] = True
+    found = cached_file(model, name, _raise_exceptions_for_missing_entries=needed and not offline, **hub)
+    if found is None and needed:
+        raise OSError(
+            f"it is no folder, the cache of the hub holds no {name} of it, and {offline}. Name a folder; of models that are only looked "
+            "at, `lit-eemllm estimate --shape` and `lit-eemllm shrink --published` need no hub"
+        )
     return None if found is None else Path(found)
+
+
+@cache
+def unreachable() -> str:
+    """Why the hub cannot be asked; empty if it may be."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        if not getproxies():  # which know addresses for us
+            getaddrinfo(host, 443)
+    except OSError as error:
+        return f"{host} has no address here ({error.strerror})"
+    return ""
 
 
 def template_names() -> tuple[dict[str, Any], dict[str, Any]]:

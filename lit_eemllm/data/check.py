@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,17 +30,17 @@ def check(path: Path, encoder: SampleEncoder | None = None, *, max_image_pixels:
         max_image_pixels: for use without an encoder.
 
     Returns:
-        Good samples by folder, and the bad ones by reason: those of `SampleEncoder`, and ``not_prepared``, ``bad_recipe``,
+        Good samples by folder and split, and the bad ones by reason: those of `SampleEncoder`, and ``not_prepared``, ``bad_recipe``,
         ``not_indexed``, ``stale_index`` and ``bad_shard``, which stand for a whole folder, recipe, shard or rest of a shard.
 
     Raises:
         UserError: there are no shards, or the recipe file cannot be read at all.
     """
     report = Report()
-    shards = list(_listed(path, report))
+    shards = _listed(path, report)
     with progress("checking shards", len(shards)) as advance:
-        for shard in shards:
-            _check_shard(shard, encoder, max_image_pixels, report)
+        for shard, name in shards.items():
+            _check_shard(shard, name, encoder, max_image_pixels, report)
             advance(1)
     return report
 
@@ -79,15 +79,15 @@ def warn_of_unread(recipe: Recipe) -> None:
             )
 
 
-def _listed(path: Path, report: Report) -> Iterable[Path]:
-    """The shards to read; what is wrong with recipe, index or files goes to the report."""
+def _listed(path: Path, report: Report) -> dict[Path, str]:
+    """The shards to read, and under which name their samples are counted; what is wrong with recipe, index or files goes to the report."""
     if path.is_dir():
         split_sources = [
             _try(report, "not_prepared", partial(read_folder, path, split, 1.0)) for split in _splits(path, report)
         ]
         sources = [source for source in split_sources if source is not None]
         if len(sources) < len(split_sources):
-            return [path / name for name in shard_names(path)]
+            return dict.fromkeys((path / name for name in shard_names(path)), path.name)
     else:
         document = read_yaml(find(path)) if find(path).is_file() else None
         splits = document.get("splits") if isinstance(document, dict) else None
@@ -101,7 +101,7 @@ def _listed(path: Path, report: Report) -> Iterable[Path]:
                 "not_indexed",
                 f"{folder / name}: it is not in the index, so it is not read. Run: lit-eemllm shards prepare {folder}",
             )
-    return list({source.folder / name: source for source in sources for name, _ in source.shards})
+    return {s.folder / name: f"{s.folder.name}/{s.split}" for s in sources for name, _ in s.shards}
 
 
 def _splits(folder: Path, report: Report) -> list[str]:
@@ -120,12 +120,12 @@ def _try(report: Report, reason: str, function: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _check_shard(shard: Path, encoder: SampleEncoder | None, max_image_pixels: int, report: Report) -> None:
+def _check_shard(shard: Path, name: str, encoder: SampleEncoder | None, max_image_pixels: int, report: Report) -> None:
     try:
         for key, members in read_shard(shard):
             try:
                 _check_sample(f"{shard.name}/{key}", members, encoder, max_image_pixels, report)
-                report.good[shard.parent.name] += 1
+                report.good[name] += 1
             except SampleError as error:
                 report.drop(error.reason, error.message)
             except UserError as error:  # training would stop here

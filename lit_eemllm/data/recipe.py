@@ -231,6 +231,11 @@ def read_folder(folder: Path, split: str, share: float) -> Source:
     )
     for path in (info_path, split_path, dataset_path):
         if not path.is_file():
+            if next(folder.rglob("*.tar"), None) is None:
+                raise UserError(
+                    f"{folder}: no shards (.tar) in it. Make them of rows and images: lit-eemllm shards make --rows {split}=ROWS.json "
+                    f"--images {folder} --out shards/NAME"
+                )
             raise UserError(f"{folder}: not a prepared shard folder ({META}/{path.name} is missing). "
                             f"Run: lit-eemllm shards prepare {folder}")  # fmt: skip
     check_dataset_yaml(dataset_path)

@@ -188,7 +188,7 @@ def shard_names(folder: Path) -> list[str]:
         how = (
             f"{packed} is compressed: unpack it to a .tar first"
             if packed
-            else "Make shards from JSON and images with: lit-eemllm shards make"
+            else f"Make shards of rows and images: lit-eemllm shards make --rows train=ROWS.json --images {folder} --out shards/NAME"
         )
         raise UserError(f"{folder}: no .tar in it. {how}")
     if bad := next((name for name in names if not re.fullmatch(r"[\w./ -]+", name)), None):

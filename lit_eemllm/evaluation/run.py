@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -106,7 +107,7 @@ def validate(config: Config, checkpoint: str | None) -> None:
         write_atomically(folder / "predictions.jsonl", "".join(map(prediction, answered)))
     write_atomically(folder / "results.json", json.dumps(results, indent=2))  # says that all numbers are there
     if answered:
-        print_scores(results)
+        print_scores(results, config.eval.control)
         draw_samples(pick(answered), config.data.max_image_pixels, folder / "samples.png")
         write_gallery(answered, f"{config.out}: {on}", config.data.max_image_pixels, folder / "gallery.html")
     else:
@@ -139,7 +140,10 @@ def generate(
         pictures.append(open_image(read_file(path, str(path)), str(path), config.data.max_image_pixels))
     model, processor, _ = load(config, checkpoint)
     with autocast(config, model):
-        say(answer(model, processor, [conversation], [pictures], max_new_tokens, temperature)[0])
+        text = answer(model, processor, [conversation], [pictures], max_new_tokens, temperature)[0]
+    say(text)
+    if not text.strip():
+        say("the answer is empty: the model ended it at once", file=sys.stderr)
 
 
 def autocast(config: Config, model: EEMLLM) -> torch.autocast:

@@ -141,7 +141,8 @@ def prediction(one: Answered) -> str:
     return json.dumps(row) + "\n"
 
 
-def print_scores(results: dict[str, Any]) -> None:
+def print_scores(results: dict[str, Any], controls: int) -> None:
+    """The table; controls: passes with shuffled images that were asked for."""
     table = Table(title="held-out questions")
     for heading in ("type", "questions", "metric", "score", "images shuffled", "best constant"):
         table.add_column(heading, no_wrap=True)
@@ -152,3 +153,9 @@ def print_scores(results: dict[str, Any]) -> None:
     found = (results["average"], results["average_control"], results["average_constant"])
     table.add_row("average", "", "", *("" if value is None else f"{value:.3f}" for value in found))
     console.print(table)
+    alone = [name for name, row in results["types"].items() if row["control"] is None]
+    if alone and controls:
+        console.print(
+            f"without a score for shuffled images: {', '.join(alone[:5])}{', ...' * (len(alone) > 5)}. It takes questions of the type "
+            "about other images, as many of them, to take these from"
+        )

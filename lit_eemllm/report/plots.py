@@ -13,7 +13,7 @@ from typing import Any
 
 from .difference import deviation
 from .runs import Row
-from .tables import AVERAGE, constant_of, of_type, types_of
+from .tables import AVERAGE, CONTROL, constant_of, of_type, types_of
 
 PANELS = 8  # question types side by side
 MARKERS = "osD^vP*X<>"
@@ -124,7 +124,7 @@ def draw_curves(axis: Any, styled: Sequence[Styled]) -> None:
 
 def draw_type(axis: Any, styled: Sequence[Styled], name: str | None) -> None:
     """A question type, or the average: a line a row with its mean and deviation over seeds, its control, the best constant."""
-    score, shuffled = (AVERAGE, None) if name is None else (of_type(name, "score"), of_type(name, "control"))
+    score, shuffled = (AVERAGE, CONTROL) if name is None else (of_type(name, "score"), of_type(name, "control"))
     most = 1.0
     for y, one in enumerate(styled):
         axis.axhline(y, color="0.92", linewidth=0.8, zorder=0)
@@ -136,15 +136,15 @@ def draw_type(axis: Any, styled: Sequence[Styled], name: str | None) -> None:
             text = f"{mean(found):.3f}".removeprefix("0")
             axis.text(1.04, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7, color=GREY)
             most = max(most, *filter(isfinite, found))
-        if shuffled and (found := list(one.row.by_seed(shuffled.value).values())):
-            axis.plot(mean(found), y, color=GREY, marker="x", linestyle="")
+        if found := list(one.row.by_seed(shuffled.value).values()):
+            axis.plot(mean(found), y, color=GREY, marker="x", linestyle="", clip_on=False)
     constant = None if name is None else constant_of([one.row for one in styled], name)
     if constant is not None:
         axis.axvline(constant, color=GREY, linestyle=":", linewidth=1)
     axis.set_title(
         fill("average" if name is None else name, 20), fontsize="medium", weight="bold" if name is None else None
     )
-    axis.set_xlim(0, 1.02 * most)
+    axis.set_xlim(0, most)
     axis.set_yticks(range(len(styled)), [one.name(26) for one in styled])
     axis.set_ylim(len(styled) - 0.5, -0.5)
 

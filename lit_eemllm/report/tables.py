@@ -70,6 +70,7 @@ def of_type(name: str, what: str) -> Quantity:
 
 
 AVERAGE = Quantity("average", "average", lambda run: run.result("average"))
+CONTROL = Quantity("average_control", "average", lambda run: run.result("average_control"))
 
 
 def costs(rows: Sequence[Row]) -> list[Quantity]:

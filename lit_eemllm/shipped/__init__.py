@@ -15,8 +15,10 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from ..errors import UserError
@@ -51,10 +53,23 @@ def nowhere(path: str | Path) -> str:
     """What follows the message that a file or folder is not there: where it was looked for, and how to find what there is."""
     if Path(path).is_absolute():
         return ""
-    name = os.path.normpath(path)
-    alike = get_close_matches(name, names(), n=1, cutoff=0.8) if name.startswith(("configs", "data_recipes")) else []
-    hint = f"Did you mean {alike[0]}? " if alike else ""
+    hint = f"Did you mean {meant}? " if (meant := _meant(os.path.normpath(path))) else ""
     return f"; looked for in {Path.cwd()} and among the files that come with lit_eemllm. {hint}See: lit-eemllm configs list"
+
+
+def _meant(name: str) -> str:
+    """The shipped name, or what lies beside where it was looked for, that is most like a name; empty if there is none.
+
+    Of shipped files the last part is enough, with or without what stands behind its dot: `ee_mllm` for configs/demo/ee_mllm.yaml.
+    """
+    known, folder = names(), os.path.dirname(name)
+    with suppress(OSError):
+        beside = [one.name for one in islice(os.scandir(folder or "."), 1000) if not one.name.startswith(".")]
+        known += [os.path.join(folder, other) for other in sorted(beside)]
+    if alike := get_close_matches(name, known, n=1, cutoff=0.8):
+        return alike[0]
+    ends = {Path(other).stem: other for other in reversed(known)} if not folder else {}
+    return next((ends[end] for end in get_close_matches(Path(name).stem, ends, n=1, cutoff=0.8)), "")
 
 
 def names() -> list[str]:

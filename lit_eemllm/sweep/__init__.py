@@ -18,7 +18,7 @@ from rich.table import Table
 from ..console import COMMAND, console, write_atomically
 from ..errors import ConfigError, UserError
 from ..locks import locked
-from .execute import Local, Place, run_all
+from .execute import Local, Place, missing_data, run_all
 from .plan import Plan, Task, make_plan, score, scored_on
 from .spec import Search, Sweep, pairs, read_sweep
 from .status import Board, logged
@@ -116,6 +116,8 @@ def show(spec: Sweep, plan: Plan) -> None:
         )
     console.print(table)
     console.print(f"{count(plan)}, {len(wanted)} to run")
+    for missing in missing_data(plan.open()):
+        console.print(f"missing: {missing}")
 
 
 def state(task: Task, wanted: bool) -> tuple[str, str]:

@@ -148,11 +148,8 @@ class Local:
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Raises UserError, before anything is started, if something that they need is not here."""
-        configs = [task.config for task in tasks if task.config is not None]
-        data = [(c.data.train, c.data.val, c.eval.data, c.eval.images, c.eval.suite) for c in configs]
-        paths = dict.fromkeys(path for some in data for path in some if path is not None)
-        missing = [f"{path}: no such data{nowhere(path)}" for path in paths if not find(path).exists()]
-        most = max(map(devices, configs), default=0)
+        missing = missing_data(tasks)
+        most = max((devices(task.config) for task in tasks if task.config is not None), default=0)
         if 0 < self.all_devices < most:
             missing.append(
                 f"trainer.devices={most}, but only {self.all_devices} are visible here (CUDA_VISIBLE_DEVICES)"
@@ -175,6 +172,14 @@ class Local:
     def stop(self) -> None:
         for _, job, _, _ in self._running.values():
             job.stop()
+
+
+def missing_data(tasks: Sequence[Task]) -> list[str]:
+    """What of the data that they name is not here."""
+    configs = [task.config for task in tasks if task.config is not None]
+    data = [(c.data.train, c.data.val, c.eval.data, c.eval.images, c.eval.suite) for c in configs]
+    paths = dict.fromkeys(path for some in data for path in some if path is not None)
+    return [f"{path}: no such data{nowhere(path)}" for path in paths if not find(path).exists()]
 
 
 def devices(config: Config) -> int:

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from ..compat.lightning import saved_packs
+from ..config import flat
 from ..console import unfinished, writing
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, UserError, WriteError
@@ -132,7 +133,7 @@ def _read(path: Path, verified: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def naming(path: Path | None, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def blaming(path: Path | None, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """CheckpointErrors from within name the checkpoint, if there is one, until what is within has `begun` to do without it."""
     try:
         yield
@@ -151,7 +152,7 @@ def using(path: Path) -> Iterator[None]:
         CheckpointError: with the path; also for what is missing, or of another kind or shape than `fit` writes.
     """
     try:
-        with naming(path):
+        with blaming(path):
             yield
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = next(iter(str(error).splitlines()), "")
@@ -314,8 +315,9 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
         pairs["trainer.accumulate_grad_batches x ranks"] = [f"{count} x {many}" for count, many in packs]
         hint = _other_ranks(*packs[0], was["data"]["workers"], ranks)
     for section in ("model", "optim"):
+        before = flat(was[section])
         pairs |= {
-            f"{section}.{key}": (was[section].get(key), now[section][key]) for key in now[section] if key not in free
+            f"{section}.{key}": (before.get(key), new) for key, new in flat(now[section]).items() if key not in free
         }
     pairs["seed"] = was["seed"], now["seed"]
     if (done := checkpoint.get("global_step", 0)) > config.optim.steps:
@@ -323,7 +325,8 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
             f"optim.max_steps={config.optim.steps:,}, but the run has {done:,} steps already: set as many or more, or go back to an "
             "earlier checkpoint (resume=FILE)."
         )
-    changed = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if _stated(old) != _stated(new)]
+    # a key that an earlier version had not is as if it were null
+    changed = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
     if changed:
         raise CheckpointError(
             f"the run cannot continue as something else: {'; '.join(changed)}. {hint}"
@@ -341,8 +344,3 @@ def _other_ranks(accumulate: int, was: int, workers: int, ranks: int) -> str:
         return f"It goes on with {' or '.join(map(str, fitting))} ranks. "
     settings = f"trainer.accumulate_grad_batches={packs // ranks} data.workers={streams // ranks}"
     return f"With {ranks} rank{'s' * (ranks > 1)} it goes on with {settings}. "
-
-
-def _stated(value: Any) -> Any:
-    """Without keys that are null: an earlier version may not have had them."""
-    return {k: _stated(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value

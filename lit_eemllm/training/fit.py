@@ -26,7 +26,7 @@ from ..schema import Config
 from .checkpoint import (
     FOLDER,
     AtomicCheckpointIO,
-    naming,
+    blaming,
     newest_checkpoint,
     read_checkpoint,
     refuse_changes,
@@ -105,7 +105,7 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
                 )
     if resume is not None:
         around_restoring(trainer, using(resume))
-    with runlog.running(), guarded(), naming(resume, lambda: module.has_begun):
+    with runlog.running(), guarded(), blaming(resume, lambda: module.has_begun):
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     out = Path(config.out)
     last = out / FOLDER / f"step-{trainer.global_step}.ckpt"
@@ -114,7 +114,13 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     if runlog.logs.failed is not None:
         raise runlog.logs.failed
     if trainer.is_global_zero:
-        console.print(f"done: {trainer.global_step} steps; run directory {out}")
+        if module.has_begun:
+            console.print(f"done: {trainer.global_step} steps; run directory {out}")
+        else:
+            console.print(
+                f"nothing to do: {out} is finished, at step {trainer.global_step} of as many. To train it further: lit-eemllm fit {out} "
+                "optim.max_steps=MORE; to begin anew, name another folder (out=FOLDER)"
+            )
 
 
 def in_steps(config: Config, data: ShardDataModule, trainer: Trainer) -> Config:

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from rich.table import Table
 
-from ..config import to_yaml
+from ..config import flat, to_yaml
 from ..console import console, progress_bar, write_atomically
 from ..layout import PackedBatch
 from ..plugins import record
@@ -63,7 +63,8 @@ def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size
         )
     console.print(table)
     model, preset = module.model, config.model.mechanism.preset
-    console.print(f"mechanism {preset}: {model.config.mechanism}")
+    parts = {key: value for key, value in flat(model.config.mechanism).items() if value not in (None, [])}
+    console.print(f"mechanism {preset}: {', '.join(f'{key} {value}'.lower() for key, value in parts.items())}")
     if preset != "llava" and model.mechanism.is_llava(layers := len(model.language_model.model.layers)):
         console.print(f"warning: in a decoder of {layers} layers this computes what llava does, bit for bit")
     if unseen := unseen_positions(config, module.model.config.text_config):

@@ -74,7 +74,7 @@ def _load_run() -> ModuleType:
     file = next((place.resolve() for place in places if place.is_file()), None)
     if file is None:
         why = "its run.py is not where its repository has it" if places else "it is not installed"
-        raise UserError(f"VLMEvalKit: {why}; see docs/evaluation.md for how to install it")
+        raise UserError(f"VLMEvalKit: {why}; install it from its source (github.com/open-compass/VLMEvalKit)")
     found = spec_from_file_location("run", file)
     assert found is not None and found.loader is not None
     module = module_from_spec(found)

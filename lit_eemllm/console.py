@@ -64,6 +64,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 PAGE_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """Content policy of every page that is written: what strangers' texts bring along is neither fetched nor run."""
+_VERSION = re.compile(r"version_(\d{1,9})")
 _DISK = re.compile(r"\(os error \d|disk (is full|I/O error)")
 """What libraries say of a disk without an OSError: those in Rust, safetensors and tokenizers, and sqlite."""
 
@@ -98,6 +99,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         finally:
             with suppress(OSError):  # what is wrong with the disk is being told
                 part.unlink(missing_ok=True)
+
+
+def metrics_files(run: Path) -> list[Path]:
+    """What a run has logged, a file for each time that it was started, the first one first."""
+    starts = {
+        int(found[1]): file
+        for file in run.glob("logs/*/metrics.csv")
+        if (found := _VERSION.fullmatch(file.parent.name))
+    }
+    return [starts[number] for number in sorted(starts)]
 
 
 def read_object(path: Path, error: type[UserError] = UserError, mend: str = "") -> dict[str, Any]:

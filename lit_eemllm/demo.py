@@ -91,7 +91,7 @@ def stages_of(name: str) -> tuple[list[Stage], list[Path]]:
         for seed in range(seeds):
             out = Path("runs") / name / f"{mechanism}-{seed}"
             extra = ["configs/demo/long.yaml"] if name == "compare" else []
-            words = ("fit", f"configs/demo/{mechanism}.yaml", *extra, f"seed={seed}", f"out={out}")
+            words: tuple[object, ...] = ("fit", f"configs/demo/{mechanism}.yaml", *extra, f"seed={seed}", f"out={out}")
             stages.append((f"train {mechanism}, seed {seed}", 3.4 if extra else 2.5, partial(run, *words)))
             if seed == 0 and name != "mechanisms":
                 before = ("validate", out, "--checkpoint", "none", "eval.control=0", "eval.samples=1400")

@@ -16,6 +16,7 @@ import tiny
 from shards_util import blend, module, row, write_shards
 
 from lit_eemllm.config import to_yaml
+from lit_eemllm.console import metrics_files
 from lit_eemllm.data.recipe import read_recipe, read_yaml
 from lit_eemllm.data.sources import SOURCES
 from lit_eemllm.training.checkpoint import read_checkpoint
@@ -76,7 +77,7 @@ OWN = ("optim.max_steps=6", "optim.save_every=3", "data.val=null", "data.max_len
 
 def shares(out: Path) -> dict[str, str]:
     """The last row of metrics.csv."""
-    rows = [list(csv.DictReader(path.open())) for path in sorted(out.glob("logs/version_*/metrics.csv"))]
+    rows = [list(csv.DictReader(path.open())) for path in metrics_files(out)]
     return {name: value for name, value in rows[-1][-1].items() if name.startswith("share_of")}
 
 

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lit_eemllm.config import load_config, to_yaml
+from lit_eemllm.console import metrics_files
 from lit_eemllm.data import module as data_module
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.evaluation.run import load
@@ -573,7 +574,7 @@ def losses(run: Path) -> dict[int, float]:
     import csv
 
     rows = {}
-    for file in sorted(run.glob("logs/version_*/metrics.csv")):
+    for file in metrics_files(run):
         with file.open() as lines:
             rows |= {int(row["step"]): float(row["loss"]) for row in csv.DictReader(lines) if row["loss"]}
     return rows

@@ -26,7 +26,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lit_eemllm import cli
 from lit_eemllm.config import to_yaml
-from lit_eemllm.console import unfinished
+from lit_eemllm.console import metrics_files, unfinished
 from lit_eemllm.errors import CheckpointError, UserError, WriteError
 from lit_eemllm.training import guard
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
@@ -208,7 +208,7 @@ def test_a_rank_that_is_killed_is_told_by_the_others(tmp_path, parts, shapes):
 def validation_losses(run):
     """step -> loss, of all attempts."""
     rows = []
-    for file in sorted(run.glob("logs/version_*/metrics.csv")):
+    for file in metrics_files(run):
         with file.open() as lines:
             rows += [(int(row["step"]), float(row["val_loss"])) for row in csv.DictReader(lines) if row.get("val_loss")]
     assert len(dict(rows)) == len(rows), "each once"

@@ -146,6 +146,7 @@ def test_curve_of_a_continued_run(tmp_path):
     run = write_run(tmp_path / "a", metrics=[*rows, [(40, 2, 1, 1, "")]])
     shutil.copytree(run / "logs" / "version_2", run / "logs" / "version_10")
     (run / "logs" / "version_10" / "metrics.csv").write_text("step,loss\n40,1\n")
+    shutil.copytree(run / "logs" / "version_2", run / "logs" / "version_old")  # somebody's copy is none
     curve = read_run(run).curve
     assert [(row["step"], row["loss"]) for row in curve] == [(10, 5), (20, 3.5), (30, 3), (40, 1)]
 

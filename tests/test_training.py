@@ -19,6 +19,7 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from lit_eemllm.config import to_yaml
+from lit_eemllm.console import metrics_files
 from lit_eemllm.errors import CheckpointError, WriteError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.model.build import build
@@ -47,7 +48,7 @@ def blend(tmp_path_factory):
 def metrics(run):
     """step -> row of all metrics files, later files win."""
     rows = {}
-    for file in sorted(run.glob("logs/version_*/metrics.csv")):
+    for file in metrics_files(run):
         with file.open() as lines:
             rows |= {int(row["step"]): row for row in csv.DictReader(lines) if row["loss"]}
     return rows

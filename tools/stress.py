@@ -33,6 +33,7 @@ import tiny
 import torch
 
 from lit_eemllm.config import to_yaml
+from lit_eemllm.console import metrics_files
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
 
 SAME = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step")
@@ -113,13 +114,13 @@ def kill_somewhere(process: subprocess.Popen[bytes], out: Path, training: float,
 
 
 def log_bytes(run: Path) -> int:
-    return sum(file.stat().st_size for file in run.glob("logs/version_*/metrics.csv"))
+    return sum(file.stat().st_size for file in metrics_files(run))
 
 
 def rows(run: Path) -> dict[int, tuple[str, ...]]:
     """step -> what was logged, the last time if several times."""
     found = {}
-    for file in sorted(run.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])):
+    for file in metrics_files(run):
         with file.open() as lines:
             for row in csv.DictReader(lines):
                 if row.get("loss") and row.get("keys_crc"):  # the last line may be cut

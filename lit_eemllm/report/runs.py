@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 from ..config import config_hash, flat, load_config
-from ..console import progress, read_object
+from ..console import metrics_files, progress, read_object
 from ..errors import ConfigError, UserError
 from ..schema import Config
 
@@ -219,7 +219,7 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: not evaluated yet; run: lit-eemllm validate {path}")
     untrained = path / "eval-untrained" / "results.json"
     rows: dict[float, dict[str, float]] = {}
-    for file in sorted((path / "logs").glob("version_*/metrics.csv"), key=lambda f: int(f.parent.name.split("_")[1])):
+    for file in metrics_files(path):
         for row in read_table(file)[1]:
             try:
                 if row.get("loss"):

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..console import console
+from ..console import console, metrics_files
 from ..errors import UserError
 from .plan import Plan, Task
 
@@ -24,8 +24,7 @@ TAIL = 12  # lines of a log that are shown of a run that failed
 
 def logged(run: Path) -> tuple[int, float | None]:
     """Steps taken and seconds a step, as last logged."""
-    files = sorted(run.glob("logs/version_*/metrics.csv"), key=lambda file: int(file.parent.name.split("_")[1]))
-    for file in reversed(files):
+    for file in reversed(metrics_files(run)):
         with suppress(ValueError, csv.Error), file.open(encoding="utf-8") as lines:  # being written, or torn by a crash
             rows = [row for row in csv.DictReader(lines) if row.get("loss") and row.get("step_seconds")]
             if rows:

@@ -436,9 +436,9 @@ def check_names(config: Config) -> Iterator[Mistake]:
         ("eval.metric", config.eval.metric, [None, *METRICS]),
     ):
         if found not in known:
-            own = key != "model.template"
-            more = f"; one of your own needs --import FILE{made_with(Path(config.out))}" if own else ""
-            yield (key,), not_one_of(found, sorted(filter(None, known))) + more
+            wrong, made = not_one_of(found, sorted(filter(None, known))), made_with(Path(config.out))
+            own = key != "model.template" and (made or "did you mean" not in wrong)
+            yield (key,), wrong + (f"; one of your own needs --import FILE{made}" if own else "")
     preset = PRESETS.get(config.model.mechanism.preset)
     key = f"optim.tuning.{preset.component}" if preset is not None else ""
     if preset is not None and preset.no_adapters and getattr(config.optim.tuning, preset.component) == "lora":

@@ -437,7 +437,8 @@ def check_names(config: Config) -> Iterator[Mistake]:
     ):
         if found not in known:
             wrong, made = not_one_of(found, sorted(filter(None, known))), made_with(Path(config.out))
-            own = key != "model.template" and (made or "did you mean" not in wrong)
+            own = key in ("model.attention", "eval.metric")
+            own |= key == "model.mechanism.preset" and ("did you mean" not in wrong or bool(made))
             yield (key,), wrong + (f"; one of your own needs --import FILE{made}" if own else "")
     preset = PRESETS.get(config.model.mechanism.preset)
     key = f"optim.tuning.{preset.component}" if preset is not None else ""

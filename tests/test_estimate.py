@@ -8,14 +8,11 @@ import pytest
 import tiny
 import torch
 from hypothesis import given, settings
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from lib.mechanisms import TEXT, VISUAL, check_flops_and_cache, counted, scores_past_the_window
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from lit_eemllm import cli
-from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.config import load_config
-from lit_eemllm.core.table import executed
 from lit_eemllm.estimate import cache_bytes, decode_flops, mechanisms_of, prefill_flops
 from lit_eemllm.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
@@ -107,7 +104,6 @@ def test_vica_with_and_without_dropping():
 
 
 # --- real models: FLOPs and caches
-TEXT, VISUAL = 9, tiny.TOKENS
 SMALL_GATED = Gated(every=2, latents=5, heads=2, head_size=8, depth=1)
 MECHANISMS = {
     **{name: build_mechanism(name, 3) for name in PRESETS if name != "flamingo"},
@@ -122,62 +118,16 @@ MECHANISMS = {
 }
 
 
-def counted(function) -> tuple[object, FlopCounterMode]:
-    """What a function returns, and its FLOPs; attention decomposed into the products that PyTorch's counter knows."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        return function(), counter
-
-
-def of_layers(model: EEMLLM, counter: FlopCounterMode) -> int:
-    """FLOPs of decoder layers and gated blocks."""
-    names = [f"EEMLLM.language_model.model.layers.{i}" for i in range(len(model.language_model.model.layers))]
-    names += [f"EEMLLM.{model.mechanism.blocks_name}.{i}" for i in model.blocks]
-    counts = counter.get_flop_counts()
-    return sum(sum(counts[name].values()) for name in names if name in counts)
-
-
-def scores_past_the_window(mechanism: Mechanism, model: EEMLLM) -> int:
-    """FLOPs of the scores that the reference computes although a window hides them, in layers that have one."""
-    config, total = model.config.text_config, 0
-    w = config.num_attention_heads * model.language_model.model.layers[0].self_attn.head_dim
-    for row in executed(mechanism.table(config.num_hidden_layers)):
-        if isinstance(row.attend, int):
-            here = row.tokens.count(VISUAL)
-            total += 4 * here * max(0, here - row.attend - 1) * w
-    return total
-
-
 @given(tiny.tables())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_flops_and_cache_of_any_table(mechanism):
-    check_flops_and_cache("llama", mechanism)
+    check_flops_and_cache(tiny.model("llama", mechanism))
 
 
 @pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3"])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_flops_and_cache_of_a_real_prompt(name, decoder):
-    """The reference computes every score, as the formulas count: equal to the last FLOP and byte."""
-    check_flops_and_cache(decoder, MECHANISMS[name])
-
-
-def check_flops_and_cache(decoder: str, mechanism: Mechanism) -> None:
-    config = tiny.DECODERS[decoder]
-    model = tiny.model(decoder, mechanism).requires_grad_(False)
-    prompt = tiny.prompt(model, [[0, TEXT]])
-    output, counter = counted(lambda: model(**prompt, use_cache=True))
-    expected = prefill_flops(mechanism, config, TEXT, VISUAL, vision_width=model.vision.hidden_size)
-    expected += scores_past_the_window(mechanism, model)
-    assert of_layers(model, counter) == expected
-
-    cache = output[CACHE]
-    _, counter = counted(lambda: model(prompt["input_ids"][:, -1:], cache=cache, use_cache=True))
-    head = 2 * config.hidden_size * tiny.VOCAB
-    assert counter.get_total_flops() - head == decode_flops(mechanism, config, TEXT, VISUAL)
-    # After that token:
-    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    tensors += [x for k, v, _ in cache.media.values() for x in (k, v)]
-    held = sum(x.numel() * x.element_size() for x in tensors)
-    assert held == cache_bytes(mechanism, config, TEXT + 1, VISUAL, itemsize=4)
+    check_flops_and_cache(tiny.model(decoder, MECHANISMS[name]))
 
 
 # --- real models: a training step

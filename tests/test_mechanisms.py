@@ -8,6 +8,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lib.mechanisms import BOUND, PACK, check_generation, check_gradients, check_later_turns, check_packing, text_logits
 from test_attention import TRAINABLE
 from torch.nn.functional import cross_entropy
 
@@ -21,8 +22,6 @@ from lit_eemllm.model.cache import StreamCache, continue_positions
 from lit_eemllm.model.image_cache import ImageCache
 from lit_eemllm.training.tuning import cast
 
-BOUND = 1e-5  # relative to the largest value
-PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2], [4, 0, 0, 2]]
 SMALL = Gated(every=2, latents=3, heads=2, head_size=8, depth=2)
 MECHANISMS = {
     **{name: name if name in tiny.DEEPER else preset.stretched(3) for name, preset in PRESETS.items() if name != "flamingo"},
@@ -205,10 +204,6 @@ def plain(model, batch, prompt=None):
     return torch.cat(logits)
 
 
-def text_logits(model, batch):
-    return model.language_model.lm_head(model._text_states(batch.input_ids, batch.pixel_values, batch.layout))
-
-
 @pytest.mark.parametrize(("decoder", "backend"), [
     ("llama-gqa", "reference"), ("llama-gqa", "sdpa"), ("llama-gqa", "flash_attn_2"), ("llama-gqa", "xformers"),
     ("qwen3", "sdpa"), ("qwen3", "torch_2_13"),
@@ -258,19 +253,6 @@ def test_any_table_equals_its_equations(mechanism, decoder, backend):
     check_later_turns(model)
 
 
-def check_later_turns(model):
-    """A prompt in three passes, the second image alone in the second, equals the prompt in one."""
-    inputs = tiny.prompt(model, [[2, 0, 3, 0, 4]])
-    ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
-    with torch.no_grad():
-        whole, cache, found = model(**inputs).logits, None, []
-        for first, last, images in ((0, 20, pixels[:1]), (20, 38, pixels[1:]), (38, 41, None)):
-            out = model(ids[:, first:last], mask[:, :last], images, cache=cache, use_cache=True)
-            cache = out[CACHE]
-            found.append(out.logits)
-    assert tiny.max_error(torch.cat(found, 1)[..., : tiny.VOCAB], whole[..., : tiny.VOCAB]) <= 2 * BOUND
-
-
 @pytest.mark.parametrize("name", [name for name in MECHANISMS if "flamingo" not in name and "prefix" not in name])
 def test_an_image_in_a_later_turn_is_as_in_one_prompt(name):
     """Not so a frozen prefix, which looks ahead to the first image."""
@@ -288,15 +270,7 @@ def test_without_image_every_mechanism_is_the_base_model(name):
 @pytest.mark.parametrize("pack", [PACK, [[5], [9]]], ids=["images", "text only"])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_every_trainable_tensor_has_a_gradient(name, pack):
-    """Also in a pack without image: a rank that draws one must not leave the others waiting."""
-    model = tiny.model("llama-gqa", MECHANISMS[name])
-    model.vision.requires_grad_(False)
-    model.packed_loss(tiny.pack(pack)).backward()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not missing
-    if pack is PACK:
-        zero = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.count_nonzero()]
-        assert not zero
+    check_gradients(tiny.model("llama-gqa", MECHANISMS[name]), pack)
 
 
 def test_in_one_layer_the_text_output_of_related_mechanisms_is_the_same():
@@ -358,33 +332,12 @@ def test_vica_keeps_the_position_gap():
 
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_packing_leaks_nothing(name):
-    model, batch = tiny.model("llama-gqa", MECHANISMS[name]), tiny.pack(PACK)
-    model.set_attention("sdpa")
-    logits = text_logits(model, batch)
-    for texts, rows, images, where in (
-        (slice(7, None), slice(7 + tiny.TOKENS, None), slice(1, None), slice(None, 7)),  # all but the first document
-        (slice(None, -6), slice(None, -6 - 2 * tiny.TOKENS), slice(None, -2), slice(-6, None)),  # all but the last
-    ):
-        ids, pixels = batch.input_ids.clone(), batch.pixel_values.clone()
-        ids[rows] = 7
-        pixels[images] *= -2
-        changed = text_logits(model, replace(batch, input_ids=ids, pixel_values=pixels))
-        assert changed[where].equal(logits[where]) and not changed[texts].equal(logits[texts])
+    check_packing(tiny.model("llama-gqa", MECHANISMS[name]))
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_cached_generation_equals_recomputation_alone_and_in_a_batch(name):
-    model = tiny.model("llama-gqa", MECHANISMS[name])
-    documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 2]]
-    options = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
-    inputs = tiny.prompt(model, documents)
-    batch = model.generate(**inputs, **options)[:, -10:]
-    assert batch.equal(model.generate(**inputs, **options, use_cache=False)[:, -10:])
-    for i, document in enumerate(documents):
-        alone = tiny.prompt(model, [document], seed=3 + i)
-        assert model.generate(**alone, **options)[:, -10:].equal(batch[i : i + 1])
-    beams = model.generate(**inputs, **options, num_beams=3)[:, -10:]
-    assert beams.equal(model.generate(**inputs, **options, num_beams=3, use_cache=False)[:, -10:])
+    check_generation(tiny.model("llama-gqa", MECHANISMS[name]))
 
 
 @pytest.mark.parametrize("name", [name for name in MECHANISMS if name.startswith("flamingo")])

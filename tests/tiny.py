@@ -271,7 +271,7 @@ def write_shards(folder: Path, train: int = 160, val: int = 60) -> Path:
 @contextlib.contextmanager
 def forgotten_imports() -> Iterator[None]:
     """Whatever is registered and imported within, as by --import, is gone after it, as it is in another process."""
-    registries = (_BACKENDS, _ENCODERS, METRICS, plugins.imported)
+    registries = (_BACKENDS, _ENCODERS, METRICS, PRESETS, plugins.imported)
     before, modules = [dict(registry) for registry in registries], set(sys.modules)
     try:
         yield

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..config import flat
 from ..errors import ConfigError
 from ..mechanisms import PRESETS, Mechanism, Projector, build_mechanism
 from ..mechanisms.connectors import LayerwiseProjector
+from ..schema import MechanismConfig
 from .modeling import EEMLLM
+
+SETTINGS = {option.name for option in fields(MechanismConfig)}
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,9 @@ def mechanism_settings(mechanism: Mechanism, num_layers: int) -> dict[str, Any]:
         if type(preset) is type(mechanism):
             base = preset.stretched(num_layers)
             changed = {key: value for key, value in mechanism.to_dict().items() if value != base.to_dict().get(key)}
-            found.append({**changed, "preset": name})
-    return min(found, key=len)
+            options = {key: changed.pop(key) for key in [*changed] if key not in SETTINGS}
+            found.append({**changed, **({"options": options} if options else {}), "preset": name})
+    return min(found, key=lambda settings: len(flat(settings)))
 
 
 def choose_mechanism(current: Mechanism, num_layers: int, wanted: Mapping[str, Any]) -> Mechanism:

@@ -44,7 +44,8 @@ class Run:
     @property
     def label(self) -> str:
         mechanism = self.config.model.mechanism
-        changed = [f"{name}={value}" for name, value in asdict(mechanism.aligner).items() if value is not None]
+        own = {**asdict(mechanism.aligner), **mechanism.options}
+        changed = [f"{name}={value}" for name, value in own.items() if value is not None]
         layers = [] if mechanism.dense_layers is None else [f"dense {mechanism.dense_layers}"]
         return " ".join([mechanism.preset, *layers, *changed])
 

@@ -1,0 +1,124 @@
+"""What holds for every mechanism, shipped or a user's: checks of a model that need no knowledge of what it computes."""
+
+from dataclasses import replace
+
+import tiny
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_eemllm.compat.transformers import CACHE
+from lit_eemllm.core.table import executed
+from lit_eemllm.estimate import cache_bytes, decode_flops, prefill_flops
+from lit_eemllm.layout import PackedBatch
+from lit_eemllm.mechanisms import Mechanism
+from lit_eemllm.model import EEMLLM
+
+BOUND = 1e-5  # relative to the largest value
+PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2], [4, 0, 0, 2]]
+TEXT, VISUAL = 9, tiny.TOKENS
+
+
+def text_logits(model: EEMLLM, batch: PackedBatch) -> torch.Tensor:
+    return model.language_model.lm_head(model._text_states(batch.input_ids, batch.pixel_values, batch.layout))
+
+
+def check_gradients(model: EEMLLM, pack: list[list[int]]) -> None:
+    """Every trainable tensor has one, also in a pack without image: a rank that draws one must not leave the others waiting."""
+    model.vision.requires_grad_(False)
+    model.packed_loss(tiny.pack(pack)).backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    if any(0 in document for document in pack):
+        zero = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.count_nonzero()]
+        assert not zero
+
+
+def check_packing(model: EEMLLM) -> None:
+    """What other documents hold does not change a bit of a document's logits."""
+    batch = tiny.pack(PACK)
+    model.set_attention("sdpa")
+    logits = text_logits(model, batch)
+    for texts, rows, images, where in (
+        (slice(7, None), slice(7 + tiny.TOKENS, None), slice(1, None), slice(None, 7)),  # all but the first document
+        (slice(None, -6), slice(None, -6 - 2 * tiny.TOKENS), slice(None, -2), slice(-6, None)),  # all but the last
+    ):
+        ids, pixels = batch.input_ids.clone(), batch.pixel_values.clone()
+        ids[rows] = 7
+        pixels[images] *= -2
+        changed = text_logits(model, replace(batch, input_ids=ids, pixel_values=pixels))
+        assert changed[where].equal(logits[where]) and not changed[texts].equal(logits[texts])
+
+
+def check_generation(model: EEMLLM) -> None:
+    """With a cache as without, in a batch as alone, in beams."""
+    documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 2]]
+    options = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+    inputs = tiny.prompt(model, documents)
+    batch = model.generate(**inputs, **options)[:, -10:]
+    assert batch.equal(model.generate(**inputs, **options, use_cache=False)[:, -10:])
+    for i, document in enumerate(documents):
+        alone = tiny.prompt(model, [document], seed=3 + i)
+        assert model.generate(**alone, **options)[:, -10:].equal(batch[i : i + 1])
+    beams = model.generate(**inputs, **options, num_beams=3)[:, -10:]
+    assert beams.equal(model.generate(**inputs, **options, num_beams=3, use_cache=False)[:, -10:])
+
+
+def check_later_turns(model: EEMLLM) -> None:
+    """A prompt in three passes, the second image alone in the second, equals the prompt in one."""
+    inputs = tiny.prompt(model, [[2, 0, 3, 0, 4]])
+    ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
+    with torch.no_grad():
+        whole, cache, found = model(**inputs).logits, None, []
+        for first, last, images in ((0, 20, pixels[:1]), (20, 38, pixels[1:]), (38, 41, None)):
+            out = model(ids[:, first:last], mask[:, :last], images, cache=cache, use_cache=True)
+            cache = out[CACHE]
+            found.append(out.logits)
+    assert tiny.max_error(torch.cat(found, 1)[..., : tiny.VOCAB], whole[..., : tiny.VOCAB]) <= 2 * BOUND
+
+
+# --- costs
+def counted(function) -> tuple[object, FlopCounterMode]:
+    """What a function returns, and its FLOPs; attention decomposed into the products that PyTorch's counter knows."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        return function(), counter
+
+
+def of_layers(model: EEMLLM, counter: FlopCounterMode) -> int:
+    """FLOPs of decoder layers and of the modules before them."""
+    names = [f"EEMLLM.language_model.model.layers.{i}" for i in range(len(model.language_model.model.layers))]
+    names += [f"EEMLLM.{model.mechanism.blocks_name}.{i}" for i in model.blocks]
+    counts = counter.get_flop_counts()
+    return sum(sum(counts[name].values()) for name in names if name in counts)
+
+
+def scores_past_the_window(mechanism: Mechanism, model: EEMLLM) -> int:
+    """FLOPs of the scores that the reference computes although a window hides them, in layers that have one."""
+    config, total = model.config.text_config, 0
+    w = config.num_attention_heads * model.language_model.model.layers[0].self_attn.head_dim
+    for row in executed(mechanism.table(config.num_hidden_layers)):
+        if isinstance(row.attend, int):
+            here = row.tokens.count(VISUAL)
+            total += 4 * here * max(0, here - row.attend - 1) * w
+    return total
+
+
+def check_flops_and_cache(model: EEMLLM) -> None:
+    """Of a prompt and of a token after it, equal to the last FLOP and byte: the reference computes every score, as the formulas count."""
+    model.requires_grad_(False)
+    mechanism, config = model.mechanism, model.config.text_config
+    prompt = tiny.prompt(model, [[0, TEXT]])
+    output, counter = counted(lambda: model(**prompt, use_cache=True))
+    expected = prefill_flops(mechanism, config, TEXT, VISUAL, vision_width=model.vision.hidden_size)
+    expected += scores_past_the_window(mechanism, model)
+    assert of_layers(model, counter) == expected
+
+    cache = output[CACHE]
+    _, counter = counted(lambda: model(prompt["input_ids"][:, -1:], cache=cache, use_cache=True))
+    head = 2 * config.hidden_size * tiny.VOCAB
+    assert counter.get_total_flops() - head == decode_flops(mechanism, config, TEXT, VISUAL)
+    # After that token:
+    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    tensors += [x for k, v, _ in cache.media.values() for x in (k, v)]
+    held = sum(x.numel() * x.element_size() for x in tensors)
+    assert held == cache_bytes(mechanism, config, TEXT + 1, VISUAL, itemsize=4)

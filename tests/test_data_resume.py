@@ -152,6 +152,27 @@ def test_saved_before_every_worker_has_begun(recipe: Path, done: int, monkeypatc
         continued.train_dataloader()
 
 
+def test_a_worker_that_does_not_begin_is_not_waited_for_without_end(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has failed to restore its state, which training hears of when it comes to its batch."""
+    first = module(recipe, workers=2)
+    assert len(list(take(first, 4))) == 4
+    restore = savable_loader.SavableDatasetWrapper._restore_state
+
+    def fails(worker: Any, state: Any) -> None:
+        if get_worker_info().id == 1:
+            raise ValueError("lost")
+        restore(worker, state)
+
+    monkeypatch.setattr(savable_loader.SavableDatasetWrapper, "_restore_state", fails)
+    data = module(recipe, workers=2, timeout=2.0)
+    data.load_state_dict(first.state_dict())
+    assert len(list(take(data, 1))) == 1
+    with pytest.raises(UserError, match="a loader process has not begun for 2 s"):
+        data.state_dict()
+
+
 def test_saved_after_a_worker_has_failed(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails some batches before the trainer gets there, which may save meanwhile; the file is restored, the run goes on."""
     whole = list(take(module(recipe, workers=2), 14))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -95,10 +94,7 @@ class _BetweenBatches(SavableDatasetWrapper):
 
 
 class CountingLoader(SavableDataLoader):
-    """Energon's savable loader, whose place among its workers' batches can be read and set; whose answers a subclass waits for.
-
-    Its state is exact whenever it is asked for.
-    """
+    """Energon's savable loader, whose place among its workers' batches can be read and set; whose answers a subclass waits for."""
 
     _worker_sample_counters: list[int]
     _next_worker_id: int
@@ -107,15 +103,6 @@ class CountingLoader(SavableDataLoader):
         super().__init__(*args, **kwargs)
         if self.num_workers:
             self.dataset.__class__ = _BetweenBatches  # it is made by name within Energon
-
-    def save_state_rank(self) -> SavableDataLoaderState | None:
-        """A worker that has not begun, while others have delivered, would answer with a place one batch too far, and without a
-        state to begin from. It is asked again."""
-        while True:
-            state = super().save_state_rank()
-            if state is None or not self.num_workers or all(worker.state is not None for worker in state.worker_states):
-                return state
-            time.sleep(0.01)
 
     @property
     def counters(self) -> tuple[list[int], int]:

@@ -238,8 +238,16 @@ class PositionLoader(CountingLoader):
         if not self.num_workers:
             return position.snapshot
         now, self.counters = self.counters, (position.counters, position.next_worker)
+        deadline = time.monotonic() + self.patience
         try:
-            return self.save_state_rank()
+            while True:
+                state = self.save_state_rank()
+                # a worker that has not begun, while others have delivered, answers with no state and a batch too many to skip
+                if state is None or all(worker.state is not None for worker in state.worker_states):
+                    return state
+                if time.monotonic() > deadline:
+                    raise UserError(f"a loader process has not begun for {self.patience:g} s. {_AFTER_SILENCE}")
+                time.sleep(0.01)
         finally:
             self.counters = now
 

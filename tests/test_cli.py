@@ -164,6 +164,7 @@ def test_shards_verbs(folder, calls, capsys):
         ),
         ("fit config/demo/ee_mllm.yaml", "Did you mean configs/demo/ee_mllm.yaml? "),
         ("generate runs/mi --prompt x", "Did you mean runs/mine? "),
+        ("report runs/mi", "Did you mean runs/mine? "),
         ("configs show ee_mllm", "Did you mean configs/demo/ee_mllm.yaml? "),
         ("generat good.yaml", "; did you mean generate?"),
         ("shards chek x", "; did you mean check?"),

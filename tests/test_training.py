@@ -351,6 +351,7 @@ def test_a_run_goes_on_as_what_it_was(tmp_path, parts, blend, capsys):
     assert "{" not in str(error.value), "of what has not changed nothing is said"
     printed = capsys.readouterr().out
     assert "done: 2 steps" in printed and "nothing to do" not in printed
+    assert "\nattention: " in printed and "needs a CUDA device" not in printed, "which is no news on a CPU"
     fit(tiny.config(parts, blend, tmp_path, "optim.max_steps=2"))
     printed = capsys.readouterr().out
     assert (

@@ -24,6 +24,7 @@ from ..config import config_hash, flat, load_config
 from ..console import metrics_files, progress, read_object
 from ..errors import ConfigError, UserError
 from ..schema import Config
+from ..shipped import nowhere
 
 
 @dataclass
@@ -215,7 +216,8 @@ def compare(paths: Sequence[Path], baseline: str | None = None) -> Comparison:
 def read_run(path: Path) -> Run:
     """Raises UserError if the run has not been evaluated."""
     if not (path / "config.yaml").is_file():
-        raise UserError(f"{path}: not a run directory, it has no config.yaml")
+        where = "" if path.exists() else nowhere(path)
+        raise UserError(f"{path}: not a run directory, it has no config.yaml{where}")
     if not (path / "eval" / "results.json").is_file():
         raise UserError(f"{path}: not evaluated yet; run: lit-eemllm validate {path}")
     untrained = path / "eval-untrained" / "results.json"

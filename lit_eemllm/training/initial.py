@@ -19,6 +19,7 @@ from ..model.build import build
 from ..model.folders import finder, refuse_adapter, tensors_of
 from ..model.modeling import load_decoder_config
 from ..model.pretrained import without_weights
+from ..shipped import nowhere
 from .adapters import MARK, merge_adapters
 from .checkpoint import FOLDER, newest_checkpoint, read_checkpoint, tensors, using
 from .module import LitEEMLLM
@@ -160,7 +161,9 @@ def stored_weights(path: Path) -> tuple[dict[str, Tensor], Path, dict[str, Any] 
     """The tensors that `init_from` names as they are stored, adapters apart; where they are from; the checkpoint, if they are of one.
     A checkpoint's are mapped: names and shapes cost no memory."""
     if not path.exists():
-        raise CheckpointError(f"init_from={path}: no such run directory, checkpoint or folder of a model")
+        raise CheckpointError(
+            f"init_from={path}: no such run directory, checkpoint or folder of a model{nowhere(path)}"
+        )
     if path.is_dir():
         refuse_adapter(finder(str(path), "init_from"), "init_from", str(path))
     if path.is_dir() and any(path.glob("model*.safetensors")):

@@ -338,7 +338,7 @@ sets:
         question_sets(replace(trained, eval=replace(trained.eval, suite=str(files / "suite.yaml"))))
     said = str(caught.value)
     for part in (
-        "none.json is not there", "sets.gone.metric: found 'bleu', expected exact_match or multiple_choice", "not a prepared shard folder",
+        "none.json is not there", "sets.gone.metric: found 'bleu', expected exact_match or multiple_choice", "images: no shards (.tar) in it",
         "sets.escapes.data: '../x.json' leaves the suite's folder", "sets.escapes.images: '../y' leaves", "sets.typo.imges: unknown key",
         "sets.typo.max_new_tokens: found 0, expected 1 or more", "sets.typo.prompt: found ['x'], expected a text",
         "sets.prompts.prompt: 'Say {q}': expected a text with {question}", "'sets.a/b': expected a name", "sets.nothing: found None",

@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import subprocess
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="need
 
 @contextlib.contextmanager
 def no_room(size=64):  # a semaphore is a file too
+    forkserver.ensure_running()  # it is started once, and all processes that it makes later would have no room either
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

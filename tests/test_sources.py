@@ -628,7 +628,7 @@ def test_an_answer_to_nothing_is_not_read_whichever_way_a_row_came(way: str, tmp
     assert report.good == {"train": 2} and report.bad == {"bad_conversation": 2}
     assert report.mended == {"leading_answer": 1} and "leading_answer" in str(report)
     assert [read(row) for row in rows_of(tmp_path / "out", "train")] == [["Go on", "Well"], ["Hi", "Hello"]]
-    assert check(tmp_path / "out").good == {"out": 2}
+    assert check(tmp_path / "out").good == {"out/train": 2}
 
 
 json_values = st.recursive(

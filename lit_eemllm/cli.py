@@ -25,8 +25,8 @@ from lit_eemllm.errors import ConfigError, UserError, did_you_mean, not_one_of
 from lit_eemllm.terminal import VisibleFormatter, say, say_error, visible
 
 if TYPE_CHECKING:
+    from lit_eemllm.config.keys import Config
     from lit_eemllm.model import Processor
-    from lit_eemllm.schema import Config
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 # Procedural data sets: name -> "file:function" in data_recipes/. The function (out, split, number of
@@ -79,7 +79,7 @@ def _convert(args: Namespace) -> None:
         raise ConfigError(f"convert: expected one source, found {' '.join(sources) or 'none'}")
     if args.mechanism is not None:
         overrides.insert(0, f"model.mechanism.preset={args.mechanism}")
-    from lit_eemllm.convert import convert
+    from lit_eemllm.formats.convert import convert
 
     convert(Path(sources[0]), args.out, overrides, args.to_llava)
 
@@ -88,7 +88,7 @@ def _shaped(args: Namespace) -> Any:
     """The configuration, whose parts --shape can stand in for."""
     with tempfile.TemporaryDirectory() as folder:
         if args.shape is not None:
-            from lit_eemllm.weightless import SHAPE_ALONE, SHAPE_CONFIG
+            from lit_eemllm.cost.weightless import SHAPE_ALONE, SHAPE_CONFIG
 
             alone = all(map(_OVERRIDE.match, args.inputs))
             texts = [SHAPE_CONFIG, SHAPE_ALONE] if alone else [SHAPE_CONFIG]
@@ -101,7 +101,7 @@ def _shaped(args: Namespace) -> Any:
 
 def _estimate(args: Namespace) -> None:
     config = _shaped(args)
-    from lit_eemllm.estimate import estimate
+    from lit_eemllm.cost.estimate import estimate
 
     names = ("shape", "text", "visual", "targets", "documents", "gpus", "memory", "only")
     estimate(config, **{name: getattr(args, name) for name in names}, as_json=args.json)
@@ -109,7 +109,7 @@ def _estimate(args: Namespace) -> None:
 
 def _explain(args: Namespace) -> None:
     config = _shaped(args)
-    from lit_eemllm.explain import explain
+    from lit_eemllm.cost.explain import explain
 
     names = ("shape", "text", "visual", "out")
     explain(config, **{name: getattr(args, name) for name in names})
@@ -117,7 +117,7 @@ def _explain(args: Namespace) -> None:
 
 def _merge(args: Namespace) -> None:
     config = _config(args)
-    from lit_eemllm.merge import merge
+    from lit_eemllm.formats.merge import merge
 
     merge(config, args.checkpoint, args.to, args.adapter)
 
@@ -254,8 +254,8 @@ def _processor(config: Config) -> Processor:
 # --- from arguments to a configuration
 def _config(args: Namespace, only: Path | None = None) -> Config:
     from lit_eemllm.config import load_config
+    from lit_eemllm.config.keys import check_names
     from lit_eemllm.plugins import warn_if_changed
-    from lit_eemllm.schema import check_names
 
     files, overrides = _split(args.inputs)
     config = load_config(files if only is None else [only], overrides, checks=[check_names])

@@ -30,7 +30,7 @@ from .errors import UserError, describe
 from .terminal import say
 
 if TYPE_CHECKING:
-    from .schema import Config
+    from .config.keys import Config
 
 PYTHON = (3, 10)
 DISK, TEMPORARY, MEMORY = 1.0, 0.5, 2.0  # GiB; `demo` takes 0.14 and 0.2, its largest step 1.4

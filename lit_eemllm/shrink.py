@@ -31,12 +31,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from .config.keys import Config
+from .cost.weightless import CLIP_L, SHAPES
 from .data import shards
 from .data.sources import RECIPES, run_recipe
 from .errors import ConfigError
 from .model.vision import NATIVE, TransformersVision
-from .schema import Config
-from .weightless import CLIP_L, SHAPES
 
 TOKENIZER = RECIPES / "parts" / "decoder"
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

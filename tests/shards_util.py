@@ -26,13 +26,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from lit_eemllm.chat import IMAGE, IMAGE_SLOT, Conversation, EncodedText
+from lit_eemllm.config.keys import DataConfig
 from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.data.samples import SampleEncoder
 from lit_eemllm.data.shards import make
-from lit_eemllm.images import ImageTransform
+from lit_eemllm.inputs.chat import IMAGE, IMAGE_SLOT, Conversation, EncodedText
+from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.layout import PackedBatch
-from lit_eemllm.schema import DataConfig
 
 BEGIN, END = 1, 2
 TRANSFORM = ImageTransform(height=8, width=8, patch=4, mean=(0.5,) * 3, std=(0.5,) * 3)

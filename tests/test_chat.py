@@ -14,10 +14,18 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lit_eemllm import rendering
-from lit_eemllm.chat import IMAGE, IMAGE_SLOT, Conversation, SpanTokenizer, Turn, get_template, parse_conversation
 from lit_eemllm.errors import ConfigError, SampleError, UserError
-from lit_eemllm.model.processor import Processor
+from lit_eemllm.inputs import rendering
+from lit_eemllm.inputs.chat import (
+    IMAGE,
+    IMAGE_SLOT,
+    Conversation,
+    SpanTokenizer,
+    Turn,
+    get_template,
+    parse_conversation,
+)
+from lit_eemllm.inputs.processor import Processor
 
 # ----------------------------------------------------------------------------------------- tokenizers, trained here
 

@@ -30,17 +30,17 @@ from transformers import (
 )
 
 from lit_eemllm import cli
-from lit_eemllm.chat import Conversation, Turn
 from lit_eemllm.config import load_config, to_yaml
-from lit_eemllm.convert import open_source
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.evaluation.run import load
-from lit_eemllm.images import ImageTransform
+from lit_eemllm.formats.convert import open_source
+from lit_eemllm.formats.llava import check_llava, load_llava, save_llava
+from lit_eemllm.formats.mechanism import change_mechanism, choose_mechanism, mechanism_settings
+from lit_eemllm.inputs.chat import Conversation, Turn
+from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
 from lit_eemllm.mechanisms.flamingo import Gated
 from lit_eemllm.model import EEMLLM, Processor
-from lit_eemllm.model.convert import change_mechanism, choose_mechanism, mechanism_settings
-from lit_eemllm.model.llava import check_llava, load_llava, save_llava
 
 BOUND = 1e-5  # of the largest value, float32
 TOWER = dict(
@@ -368,7 +368,7 @@ def test_the_check_sees_what_was_written_wrongly(tmp_path, tokenizer, monkeypatc
     alter(tmp_path, vision_feature_layer=-1)
     with pytest.raises(CheckpointError, match=r"logits differ from ours by \d"):
         check_llava(model, tmp_path)
-    monkeypatch.setattr("lit_eemllm.model.llava.FORWARD_UP_TO", 100)
+    monkeypatch.setattr("lit_eemllm.formats.llava.FORWARD_UP_TO", 100)
     assert "too large to compare logits" in check_llava(model, tmp_path)
     file = tmp_path / "model.safetensors"
     state = load_file(file)
@@ -806,7 +806,7 @@ def test_an_encoder_that_llava_has_no_word_for_is_refused(tmp_path, tokenizer):
 
 
 def test_a_transform_is_read_back_as_it_was_written():
-    from lit_eemllm.model.llava import preprocessor_config
+    from lit_eemllm.formats.llava import preprocessor_config
 
     for policy in ("resize", "crop"):
         transform = ImageTransform(

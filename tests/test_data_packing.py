@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from shards_util import BEGIN, END, IMAGE_TOKENS, TRANSFORM, encoder, picture, row, sample
 
-from lit_eemllm.chat import IMAGE_SLOT
 from lit_eemllm.data.packing import collate, plan_packs
 from lit_eemllm.data.samples import TokenSample
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.images import open_image
+from lit_eemllm.inputs.chat import IMAGE_SLOT
+from lit_eemllm.inputs.images import open_image
 
 
 @pytest.mark.parametrize("most", [None, 3])

@@ -38,6 +38,7 @@ from shards_util import (
 )
 from test_data_packing import BAD, bomb
 
+from lit_eemllm.config.keys import DataConfig
 from lit_eemllm.data.check import check
 from lit_eemllm.data.packing import collate
 from lit_eemllm.data.preview import inspect, read_pack, token_texts
@@ -45,8 +46,7 @@ from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.shards import make, prepare
 from lit_eemllm.data.writing import Report
 from lit_eemllm.errors import UserError
-from lit_eemllm.images import open_image
-from lit_eemllm.schema import DataConfig
+from lit_eemllm.inputs.images import open_image
 
 
 @pytest.fixture

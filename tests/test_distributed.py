@@ -33,13 +33,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lit_eemllm.config import load_config, to_yaml
+from lit_eemllm.config.keys import Config
 from lit_eemllm.console import metrics_files
 from lit_eemllm.data import module as data_module
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.layout import PackedBatch
 from lit_eemllm.model import EEMLLM
-from lit_eemllm.schema import Config
 from lit_eemllm.training import fit as fit_module
 from lit_eemllm.training.checkpoint import read_checkpoint, refuse_changes
 from lit_eemllm.training.fit import fit, make_trainer

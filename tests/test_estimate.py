@@ -13,18 +13,19 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
-from lit_eemllm.estimate import cache_bytes, decode_flops, mechanisms_of, prefill_flops
-from lit_eemllm.images import ImageTransform
+from lit_eemllm.cost.estimate import mechanisms_of
+from lit_eemllm.cost.formulas import cache_bytes, decode_flops, prefill_flops
+from lit_eemllm.cost.trace import Document, Step, trace
+from lit_eemllm.cost.weightless import Parts, build_weightless, parts_of_config, parts_of_shape
+from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism, build_mechanism
 from lit_eemllm.mechanisms.flamingo import Gated
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
 from lit_eemllm.model.build import build
 from lit_eemllm.model.vision import register_vision_encoder
-from lit_eemllm.trace import Document, Step, trace
 from lit_eemllm.training.module import compute_dtype
 from lit_eemllm.training.tuning import apply_tuning, parameter_groups, set_modes
-from lit_eemllm.weightless import Parts, build_weightless, parts_of_config, parts_of_shape
 
 VICUNA_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
@@ -569,7 +570,7 @@ def test_an_encoder_of_ones_own(written, capsys):
 def test_estimate_and_fit_read_one_configuration(tmp_path, monkeypatch):
     """Of the README's stages, whose files say in which types they train, and of a file that does not."""
     read = []
-    monkeypatch.setattr("lit_eemllm.estimate.estimate", lambda config, **_: read.append(config))
+    monkeypatch.setattr("lit_eemllm.cost.estimate.estimate", lambda config, **_: read.append(config))
     model, parts = tmp_path / "my_model.yaml", {"decoder": "x", "vision": {"path": "x"}}
     model.write_text(json.dumps({"model": parts}))
     bare = tmp_path / "bare.yaml"

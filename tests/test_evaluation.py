@@ -22,7 +22,6 @@ import yaml
 from PIL import Image
 
 from lit_eemllm import cli
-from lit_eemllm.chat import Conversation, Turn
 from lit_eemllm.config import load_config
 from lit_eemllm.data import shards
 from lit_eemllm.errors import CheckpointError, ConfigError, SampleError, UserError
@@ -36,6 +35,7 @@ from lit_eemllm.evaluation.questions import Picture, Question, make_question, sh
 from lit_eemllm.evaluation.scoring import Answered, score
 from lit_eemllm.evaluation.sets import QuestionSet, question_sets, read_questions
 from lit_eemllm.evaluation.text import normalise
+from lit_eemllm.inputs.chat import Conversation, Turn
 from lit_eemllm.report import read_run
 from lit_eemllm.terminal import visible
 from lit_eemllm.training.fit import fit
@@ -366,7 +366,7 @@ def test_keys_of_the_configuration_that_contradict_each_other(trained):
 
 
 def cli_checks():
-    from lit_eemllm.schema import check_names
+    from lit_eemllm.config.keys import check_names
 
     return check_names
 

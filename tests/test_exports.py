@@ -8,10 +8,10 @@ import tiny
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
 
-from lit_eemllm.chat import Conversation, Turn
 from lit_eemllm.errors import CheckpointError
+from lit_eemllm.formats.llava import check_llava, save_llava
+from lit_eemllm.inputs.chat import Conversation, Turn
 from lit_eemllm.model.build import build
-from lit_eemllm.model.llava import check_llava, save_llava
 
 OWN = (
     "{{ bos_token }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"

@@ -14,11 +14,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_eemllm.core.families import FAMILIES
 from lit_eemllm.errors import CheckpointError, ConfigError
+from lit_eemllm.formats.llava import KINDS, load_llava, save_llava
 from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build, build_processor
 from lit_eemllm.model.folders import CONFIG
-from lit_eemllm.model.llava import KINDS, load_llava, save_llava
 from lit_eemllm.model.vision import TransformersVision
 
 CANARY = "canary_of_a_model_folder"  # a module in the current folder, which is on Python's path

@@ -30,13 +30,13 @@ from PIL import Image
 from shards_util import module, picture, row, sample, write_shards, write_tar
 from transformers import AutoTokenizer
 
-from lit_eemllm.chat import get_template
 from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.data.check import check
 from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.samples import SampleEncoder
 from lit_eemllm.data.shards import prepare
 from lit_eemllm.errors import ConfigError, SampleError, UserError
+from lit_eemllm.inputs.chat import get_template
 
 YAML_TAGS = (
     f'!!python/object/apply:os.system ["touch {CANARY}"]',

@@ -21,12 +21,12 @@ import torch
 from fuzz_util import CANARY, ODD_TEXT, SEED, TIMES, bounded, flip, nothing_is_executed, odd, warp  # noqa: F401 a fixture of each test
 from PIL import Image
 
-from lit_eemllm.chat import IMAGE, Conversation, Turn
 from lit_eemllm.errors import SampleError, UserError
+from lit_eemllm.formats.llava import load_llava, save_llava
+from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
 from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build_processor
-from lit_eemllm.model.llava import load_llava, save_llava
 from lit_eemllm.model.vision import TransformersVision
 
 HOSTILE = {

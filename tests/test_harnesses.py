@@ -25,14 +25,14 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from lit_eemllm.chat import VICUNA_SYSTEM
-from lit_eemllm.convert import convert
 from lit_eemllm.data import shards
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.evaluation import run
 from lit_eemllm.evaluation.harnesses.answerer import Answerer, Question, open_picture, read_config, write
-from lit_eemllm.images import open_image
-from lit_eemllm.merge import merge
+from lit_eemllm.formats.convert import convert
+from lit_eemllm.formats.merge import merge
+from lit_eemllm.inputs.chat import VICUNA_SYSTEM
+from lit_eemllm.inputs.images import open_image
 from lit_eemllm.training.fit import fit
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230)}

@@ -19,14 +19,14 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lit_eemllm import limits
-from lit_eemllm.chat import IMAGE, Conversation, SpanTokenizer, Turn, get_template
 from lit_eemllm.data.check import check
 from lit_eemllm.data.json_rows import read_json
 from lit_eemllm.data.recipe import read_recipe, read_yaml
 from lit_eemllm.data.shards import make, prepare
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.evaluation.sets import QuestionSet, read_questions
-from lit_eemllm.images import image_size, read_file, read_picture
+from lit_eemllm.inputs.chat import IMAGE, Conversation, SpanTokenizer, Turn, get_template
+from lit_eemllm.inputs.images import image_size, read_file, read_picture
 
 PIXELS = 10_000  # as the encoder of the tests has it
 

@@ -22,8 +22,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from lit_eemllm import cli
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.model.llava import check_llava, load_llava, save_llava
-from lit_eemllm.resolutions import AnyresTransform
+from lit_eemllm.formats.llava import check_llava, load_llava, save_llava
+from lit_eemllm.inputs.resolutions import AnyresTransform
 
 GRIDS = [[16, 32], [32, 16], [32, 32], [48, 16]]
 TOWER = dict(

@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 from lit_eemllm import cli
 from lit_eemllm.compat.peft import is_quantized
 from lit_eemllm.config import load_config
+from lit_eemllm.config.keys import LoraConfig
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.run import load
+from lit_eemllm.formats.merge import _has_own_base, merge
 from lit_eemllm.mechanisms import PRESETS
-from lit_eemllm.merge import _has_own_base, merge
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build
-from lit_eemllm.schema import LoraConfig
 from lit_eemllm.training.adapters import add_adapters, merge_adapters
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
 from lit_eemllm.training.fit import fit

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from lit_eemllm import cli, shrink
 from lit_eemllm.config import load_config
 from lit_eemllm.data import shards
-from lit_eemllm.images import ImageTransform
-from lit_eemllm.resolutions import NativeTransform, with_policy
+from lit_eemllm.inputs.images import ImageTransform
+from lit_eemllm.inputs.resolutions import NativeTransform, with_policy
 
 REPOSITORY = Path(__file__).parents[1]
 PRESETS = [

@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_eemllm import limits
-from lit_eemllm.rendering import CLOSE, render
+from lit_eemllm.inputs.rendering import CLOSE, render
 
 TODAY = date(1999, 12, 31)
 MESSAGES = [

@@ -16,9 +16,9 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.images import MAX_SIDE, ImageTransform, image_size, open_image
+from lit_eemllm.inputs.images import MAX_SIDE, ImageTransform, image_size, open_image
+from lit_eemllm.inputs.resolutions import AnyresTransform, NativeTransform, transform_from_dict, with_policy
 from lit_eemllm.model.vision import patches_of
-from lit_eemllm.resolutions import AnyresTransform, NativeTransform, transform_from_dict, with_policy
 
 HALF = (0.5, 0.5, 0.5)
 SIZES = [

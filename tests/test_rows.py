@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from shards_util import encoder, picture, write_tar
 
-from lit_eemllm.chat import IMAGE, parse_conversation
 from lit_eemllm.data.check import check
 from lit_eemllm.data.shards import make, prepare
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.evaluation.sets import QuestionSet, read_questions
-from lit_eemllm.rows import as_llava, paths_of
+from lit_eemllm.inputs.chat import IMAGE, parse_conversation
+from lit_eemllm.inputs.rows import as_llava, paths_of
 
 SAID = [("human", f"{IMAGE}\nWhat? {IMAGE}"), ("gpt", "red"), ("human", "Sure?"), ("gpt", "yes")]
 LLAVA = {"image": ["a.png", "b/c.png"], "conversations": [{"from": who, "value": text} for who, text in SAID]}

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from shards_util import picture
 
 from lit_eemllm import cli
-from lit_eemllm.chat import parse_conversation
 from lit_eemllm.data import json_rows, sources
 from lit_eemllm.data.check import check
 from lit_eemllm.data.json_rows import read_json
@@ -22,6 +21,7 @@ from lit_eemllm.data.shards import make, read_shard
 from lit_eemllm.data.sources import SHORT, SOURCES, Question, conversations, convert, held_out, mended
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.evaluation.metrics import METRICS
+from lit_eemllm.inputs.chat import parse_conversation
 
 RELEASES: dict[str, Callable[[Path], dict[str, Any]]] = {}
 """By source: writes a miniature below a folder, returns what `convert` must make of it."""

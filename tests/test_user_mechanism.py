@@ -21,16 +21,16 @@ from transformers import LlamaConfig
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config, to_yaml
+from lit_eemllm.cost.trace import Document, trace
+from lit_eemllm.cost.weightless import Parts
 from lit_eemllm.errors import ConfigError
+from lit_eemllm.formats.mechanism import change_mechanism, choose_mechanism, mechanism_settings
 from lit_eemllm.mechanisms import PRESETS, Mechanism, build_mechanism
 from lit_eemllm.model import EEMLLM
-from lit_eemllm.model.convert import change_mechanism, choose_mechanism, mechanism_settings
 from lit_eemllm.plugins import import_user_code
 from lit_eemllm.report.runs import read_run
-from lit_eemllm.trace import Document, trace
 from lit_eemllm.training.fsdp2 import shared_out
 from lit_eemllm.training.tuning import apply_tuning, parameter_groups
-from lit_eemllm.weightless import Parts
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 4

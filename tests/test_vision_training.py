@@ -12,12 +12,12 @@ from test_vision import make_model, pack, picture
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
+from lit_eemllm.config.keys import LoraConfig, OptimConfig, TuningConfig
+from lit_eemllm.cost.estimate import estimate
 from lit_eemllm.data import shards
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.estimate import estimate
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.mechanisms import PRESETS
-from lit_eemllm.schema import LoraConfig, OptimConfig, TuningConfig
 from lit_eemllm.training.checkpoint import all_checkpoints, read_checkpoint
 from lit_eemllm.training.fit import fit
 from lit_eemllm.training.initial import initial_model

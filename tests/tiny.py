@@ -38,12 +38,12 @@ from lit_eemllm.attention.base import _BACKENDS
 from lit_eemllm.config import Config, load_config
 from lit_eemllm.data import shards
 from lit_eemllm.evaluation.metrics import METRICS
-from lit_eemllm.images import ImageTransform
+from lit_eemllm.inputs.images import ImageTransform
+from lit_eemllm.inputs.resolutions import AnyresTransform, NativeTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import PRESETS, Mechanism
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
 from lit_eemllm.model.vision import _ENCODERS, TransformersVision, VisionEncoder
-from lit_eemllm.resolutions import AnyresTransform, NativeTransform
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 VOCAB, TOKENS = 40, 16  # text vocabulary; visual tokens of an image

@@ -32,17 +32,17 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from lit_eemllm.chat import ChatTemplate, get_template
 from lit_eemllm.compat.torch import worker_processes
+from lit_eemllm.config.keys import DataConfig
 from lit_eemllm.console import console, progress, write_atomically
 from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.samples import read_members, read_row
 from lit_eemllm.data.shards import make, read_shard
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.images import ImageTransform, Transform, open_image, read_picture
+from lit_eemllm.inputs.chat import ChatTemplate, get_template
+from lit_eemllm.inputs.images import ImageTransform, Transform, open_image, read_picture
 from lit_eemllm.report import provenance
-from lit_eemllm.schema import DataConfig
 
 HELD = 512  # samples in memory for the bare costs
 MAX_PIXELS = DataConfig.max_image_pixels

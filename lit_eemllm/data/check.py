@@ -14,7 +14,7 @@ from lit_eemllm.data.recipe import META, Recipe, not_indexed, read_folder, read_
 from lit_eemllm.data.samples import SampleEncoder, read_members
 from lit_eemllm.data.shards import Report, read_shard, shard_names, stale
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.images import read_picture
+from lit_eemllm.inputs.images import read_picture
 from lit_eemllm.shipped import find
 
 _T = TypeVar("_T")

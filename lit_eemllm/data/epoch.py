@@ -27,7 +27,7 @@ from lit_eemllm.data.shards import read_shard
 from lit_eemllm.errors import SampleError, UserError, WriteError
 
 if TYPE_CHECKING:
-    from lit_eemllm.schema import DataConfig
+    from lit_eemllm.config.keys import DataConfig
 
 PREFIX = "tokens-"
 _STORED = "<i4"

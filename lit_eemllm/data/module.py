@@ -36,9 +36,9 @@ from lit_eemllm.errors import CheckpointError, ConfigError, UserError
 from lit_eemllm.layout import PackedBatch
 
 if TYPE_CHECKING:
-    from lit_eemllm.chat import ChatTemplate
-    from lit_eemllm.images import Transform
-    from lit_eemllm.schema import DataConfig
+    from lit_eemllm.config.keys import DataConfig
+    from lit_eemllm.inputs.chat import ChatTemplate
+    from lit_eemllm.inputs.images import Transform
 
 _SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples")
 _TOTALS = ("offset", "batches", "skipped", "truncated")

@@ -21,9 +21,9 @@ from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.layout import PackedBatch
 
 if TYPE_CHECKING:
-    from lit_eemllm.chat import ChatTemplate
-    from lit_eemllm.images import Transform
-    from lit_eemllm.schema import DataConfig
+    from lit_eemllm.config.keys import DataConfig
+    from lit_eemllm.inputs.chat import ChatTemplate
+    from lit_eemllm.inputs.images import Transform
 
 TEXT, TARGET, VISUAL = "#dfe3ea", "#f6b26b", "#8fb8de"
 DOCUMENTS_IN_PNG = 5

@@ -24,13 +24,13 @@ from typing import Any
 import yaml
 
 from lit_eemllm import limits
-from lit_eemllm.chat import SURROGATE
 from lit_eemllm.console import progress, write_atomically, writing
 from lit_eemllm.data.json_rows import read_json
 from lit_eemllm.data.recipe import CRUDE, META, beyond_the_end, read_folder
 from lit_eemllm.data.samples import OVERSIZE
 from lit_eemllm.data.writing import DONE, Options, Report, write
 from lit_eemllm.errors import UserError
+from lit_eemllm.inputs.chat import SURROGATE
 
 SPLITS = ("train", "val", "test")
 

@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_eemllm import limits
-from lit_eemllm.chat import leading_answer, parse_conversation
 from lit_eemllm.console import progress, progress_bar, write_atomically, writing
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.images import read_file, read_picture
-from lit_eemllm.rows import as_llava, encoded, paths_of
+from lit_eemllm.inputs.chat import leading_answer, parse_conversation
+from lit_eemllm.inputs.images import read_file, read_picture
+from lit_eemllm.inputs.rows import as_llava, encoded, paths_of
 
 EXAMPLES = 5
 """Samples named per reason in a report."""

@@ -30,8 +30,8 @@ from ..model.build import fingerprint
 from .questions import Question
 
 if TYPE_CHECKING:
+    from ..config.keys import Config
     from ..model import EEMLLM, Processor
-    from ..schema import Config
 
 Reply = tuple[str | None, str | None]
 """An answer, or None; and the reason why the question could not be asked, or `CUT`."""

@@ -50,8 +50,8 @@ from ..report import provenance
 from .run import autocast, load
 
 if TYPE_CHECKING:
+    from ..config.keys import Config
     from ..model import EEMLLM
-    from ..schema import Config
 
 Row = dict[str, Any]
 """A row of ``layers.json``: a layer, or how many; ``kl``, ``same_top`` (see `Divergence`) and perhaps ``cosine``."""

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..compat.transformers import CACHE
-from ..estimate import prefill_flops
-from ..images import open_image
+from ..cost.formulas import prefill_flops
+from ..inputs.images import open_image
 from .questions import Question
 
 if TYPE_CHECKING:
+    from ..config.keys import Config
     from ..model import EEMLLM, Processor
-    from ..schema import Config
 
 PROMPTS, REPEATS = 32, 5  # prompts of the measured batch; times it is computed
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..chat import IMAGE
 from ..console import PAGE_POLICY, write_atomically
-from ..images import open_image
+from ..inputs.chat import IMAGE
+from ..inputs.images import open_image
 from .questions import Picture
 from .scoring import Answered, by
 

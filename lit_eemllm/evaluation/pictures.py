@@ -9,9 +9,9 @@ from typing import Any
 
 import matplotlib
 
-from ..chat import IMAGE
 from ..console import writing
-from ..images import open_image
+from ..inputs.chat import IMAGE
+from ..inputs.images import open_image
 from .scoring import Answered
 
 matplotlib.use("Agg")

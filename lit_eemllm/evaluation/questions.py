@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
 from typing import Any
 
-from ..chat import IMAGE, SURROGATE, Conversation, Turn, parse_conversation
 from ..data.sources import lettered
 from ..errors import SampleError
+from ..inputs.chat import IMAGE, SURROGATE, Conversation, Turn, parse_conversation
 from .metrics import Truth
 
 QUESTION = "{question}"  # its place in a set's prompt

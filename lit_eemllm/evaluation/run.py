@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from ..chat import IMAGE, Conversation, Turn
 from ..config import to_yaml
 from ..console import console, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, SampleError, UserError
-from ..images import open_image, read_file
+from ..inputs.chat import IMAGE, Conversation, Turn
+from ..inputs.images import open_image, read_file
 from ..model.image_cache import ImageCache
 from ..terminal import say
 from ..training.checkpoint import newest_checkpoint
@@ -40,8 +40,8 @@ from .scoring import Answered, Round, pick, prediction, print_scores, score
 from .sets import QuestionSet, question_sets, read_questions
 
 if TYPE_CHECKING:
+    from ..config.keys import Config
     from ..model import EEMLLM, Processor
-    from ..schema import Config
 
 UNTRAINED = "none"  # value of --checkpoint: the parts as they are, before any training
 

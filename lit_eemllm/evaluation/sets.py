@@ -22,7 +22,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chat import IMAGE
 from ..console import progress
 from ..data.json_rows import read_json
 from ..data.recipe import read_recipe, read_yaml
@@ -30,13 +29,14 @@ from ..data.samples import read_row
 from ..data.shards import read_shard
 from ..data.writing import Options, Report, image_bytes
 from ..errors import ConfigError, SampleError, UserError, did_you_mean, not_one_of
-from ..images import image_size
-from ..rows import as_llava, encoded, paths_of
+from ..inputs.chat import IMAGE
+from ..inputs.images import image_size
+from ..inputs.rows import as_llava, encoded, paths_of
 from .metrics import METRICS
 from .questions import QUESTION, Picture, Question, first, make_question
 
 if TYPE_CHECKING:
-    from ..schema import Config
+    from ..config.keys import Config
 
 KEYS = ("data", "images", "split", "metric", "max_new_tokens", "prompt")
 ROWS = (".json", ".jsonl")

@@ -12,17 +12,17 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ..chat import IMAGE
 from ..errors import ConfigError
+from ..inputs.chat import IMAGE
+from ..inputs.processor import Processor
 from ..mechanisms import build_mechanism
 from .folders import naming
 from .modeling import EEMLLM, load_decoder_config
 from .pretrained import load_pretrained, quantized
-from .processor import Processor
 from .vision import VisionEncoder, get_vision_encoder
 
 if TYPE_CHECKING:
-    from ..schema import ModelConfig
+    from ..config.keys import ModelConfig
 
 
 def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:

@@ -23,9 +23,9 @@ from transformers import (
 
 from ..compat.transformers import Idefics2VisionTransformer
 from ..errors import ConfigError
-from ..images import ImageTransform, Transform
+from ..inputs.images import ImageTransform, Transform
+from ..inputs.resolutions import NativeTransform, transform_from_dict, with_policy
 from ..layout import Pixels
-from ..resolutions import NativeTransform, transform_from_dict, with_policy
 from .folders import naming, read_of
 from .pretrained import load_pretrained, load_weighted
 

@@ -21,9 +21,9 @@ from statistics import mean
 from typing import Any
 
 from ..config import config_hash, flat, load_config
+from ..config.keys import Config
 from ..console import metrics_files, progress, read_object
 from ..errors import ConfigError, UserError
-from ..schema import Config
 from ..shipped import nowhere
 
 

@@ -16,9 +16,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from ..config.keys import Config
 from ..errors import UserError
 from ..locks import try_lock
-from ..schema import Config
 from ..shipped import find, nowhere
 from .plan import Plan, Task, make_plan
 from .spec import Sweep

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from ..schema import LoraConfig as LoraSection
+    from ..config.keys import LoraConfig as LoraSection
 
 MARK = "lora_"
 """In the name of every tensor that belongs to an adapter."""

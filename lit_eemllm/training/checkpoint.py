@@ -27,7 +27,7 @@ from ..errors import CheckpointError, UserError, WriteError
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from ..schema import Config
+    from ..config.keys import Config
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d+)\.ckpt")

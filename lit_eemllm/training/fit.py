@@ -17,12 +17,12 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ..compat.lightning import around_restoring, set_max_steps, validation_pending
+from ..config.keys import Config
 from ..console import console, quiet_libraries
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, ConfigError, not_one_of
 from ..locks import locked
 from ..model.build import build_processor
-from ..schema import Config
 from .checkpoint import (
     FOLDER,
     AtomicCheckpointIO,

@@ -34,7 +34,7 @@ from .tuning import COMPONENTS, component
 from .zero import full_gradient
 
 if TYPE_CHECKING:
-    from ..schema import Config
+    from ..config.keys import Config
     from .module import LitEEMLLM
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

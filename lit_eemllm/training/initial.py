@@ -26,8 +26,8 @@ from .module import LitEEMLLM
 from .tuning import COMPONENTS, submodules
 
 if TYPE_CHECKING:
+    from ..config.keys import Config
     from ..model import EEMLLM, Processor
-    from ..schema import Config
 
 _DECODER = "language_model."
 

@@ -37,9 +37,9 @@ from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_mo
 from .zero import DeepSpeed
 
 if TYPE_CHECKING:
-    from ..images import Transform
+    from ..config.keys import Config
+    from ..inputs.images import Transform
     from ..model import EEMLLM
-    from ..schema import Config
 
 
 def compute_dtype(config: Config) -> torch.dtype | None:

@@ -25,7 +25,7 @@ from .logs import Logs, quiet_threads
 from .tuning import COMPONENTS, component
 
 if TYPE_CHECKING:
-    from ..schema import Config
+    from ..config.keys import Config
     from .module import LitEEMLLM
 
 

@@ -14,9 +14,9 @@ from ..errors import ConfigError
 from .adapters import add_adapters
 
 if TYPE_CHECKING:
+    from ..config.keys import LoraConfig, OptimConfig
     from ..model import EEMLLM
     from ..model.vision import VisionEncoder
-    from ..schema import LoraConfig, OptimConfig
 
 COMPONENTS = {"vision": "vision", "projector": "projector", "llm": "language_model"}
 """Words of ``optim.tuning`` -> submodules of the model."""

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.core.table import executed
-from lit_eemllm.estimate import cache_bytes, decode_flops, prefill_flops
+from lit_eemllm.cost.formulas import cache_bytes, decode_flops, prefill_flops
 from lit_eemllm.layout import PackedBatch
 from lit_eemllm.mechanisms import Mechanism
 from lit_eemllm.model import EEMLLM

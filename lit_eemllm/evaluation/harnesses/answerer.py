@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image, ImageOps
 
-from ...chat import IMAGE, Conversation, Turn
 from ...config import Config, load_config
+from ...config.keys import check_names
 from ...console import quiet_libraries
 from ...data.packing import collate
 from ...data.samples import EncodedSample, TokenSample
 from ...errors import SampleError, UserError
-from ...images import open_image, read_file
+from ...formats.mechanism import mechanism_settings
+from ...inputs.chat import IMAGE, Conversation, Turn
+from ...inputs.images import open_image, read_file
 from ...mechanisms import Mechanism
-from ...model.convert import mechanism_settings
 from ...plugins import import_user_code
-from ...schema import check_names
 from ..run import answer, autocast, load
 
 ROLES = {"system": "system", "user": "human", "assistant": "gpt"}  # both suites' names -> ours

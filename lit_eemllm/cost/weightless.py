@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from .attention import AttentionBackend
-from .compat.torch import FakeTensorMode
-from .errors import ConfigError
-from .images import ImageTransform, Transform
-from .layout import SequenceLayout, Visibility
-from .mechanisms import Mechanism
-from .model import EEMLLM, EEMLLMConfig
-from .model.modeling import load_decoder_config
-from .model.vision import TransformersVision, get_vision_encoder
-from .resolutions import NativeTransform, with_policy
-from .training.tuning import apply_tuning, set_modes
+from ..attention import AttentionBackend
+from ..compat.torch import FakeTensorMode
+from ..errors import ConfigError
+from ..inputs.images import ImageTransform, Transform
+from ..inputs.resolutions import NativeTransform, with_policy
+from ..layout import SequenceLayout, Visibility
+from ..mechanisms import Mechanism
+from ..model import EEMLLM, EEMLLMConfig
+from ..model.modeling import load_decoder_config
+from ..model.vision import TransformersVision, get_vision_encoder
+from ..training.tuning import apply_tuning, set_modes
 
 if TYPE_CHECKING:
-    from .schema import Config, ModelConfig
+    from ..config.keys import Config, ModelConfig
 
 CLIP_L = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,

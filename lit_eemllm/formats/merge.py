@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from .config import to_yaml
-from .console import console, quiet_libraries, write_atomically
-from .errors import UserError
-from .evaluation.run import load, on_cpu
-from .model.modeling import load_decoder_config
-from .schema import Config
-from .training.adapters import drop_adapters, merge_adapters, save_adapter
-from .training.checkpoint import new_folder
-from .training.initial import stored_weights
+from ..config import to_yaml
+from ..config.keys import Config
+from ..console import console, quiet_libraries, write_atomically
+from ..errors import UserError
+from ..evaluation.run import load, on_cpu
+from ..model.modeling import load_decoder_config
+from ..training.adapters import drop_adapters, merge_adapters, save_adapter
+from ..training.checkpoint import new_folder
+from ..training.initial import stored_weights
 
 BASE = "base"
 """Folder beside an adapter for the decoder that it was trained on, where no other folder holds that."""

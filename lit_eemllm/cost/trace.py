@@ -15,18 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .compat.torch import flop_counter, storage_id
-from .core.decoder import DecoderLayer
-from .layout import PackedBatch, Run, SequenceLayout
-from .mechanisms import Features, Mechanism
-from .training.adapters import MARK
-from .training.fsdp2 import shared_out
-from .training.module import compute_dtype
+from ..compat.torch import flop_counter, storage_id
+from ..core.decoder import DecoderLayer
+from ..layout import PackedBatch, Run, SequenceLayout
+from ..mechanisms import Features, Mechanism
+from ..training.adapters import MARK
+from ..training.fsdp2 import shared_out
+from ..training.module import compute_dtype
 from .weightless import Parts, build_weightless
 
 if TYPE_CHECKING:
-    from .model import EEMLLM
-    from .schema import Config
+    from ..config.keys import Config
+    from ..model import EEMLLM
 
 LOSS_BYTES = 12  # a logit as the backward pass begins: its float32 log-probability, that one's gradient and its own
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from ..config import flat
+from ..config.keys import MechanismConfig
 from ..errors import ConfigError
 from ..mechanisms import PRESETS, Mechanism, Projector, build_mechanism
 from ..mechanisms.connectors import LayerwiseProjector
-from ..schema import MechanismConfig
-from .modeling import EEMLLM
+from ..model.modeling import EEMLLM
 
 SETTINGS = {option.name for option in fields(MechanismConfig)}
 

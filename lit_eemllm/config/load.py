@@ -1,4 +1,4 @@
-"""The typed configuration: YAML files and ``key=value`` overrides merged by OmegaConf into the dataclasses of `schema`.
+"""The typed configuration: YAML files and ``key=value`` overrides merged by OmegaConf into the dataclasses of `keys`.
 
 Order: defaults of the schema <- files, left to right <- ``key=value``, left to right; ``${...}`` is resolved last, so
 an override also changes whatever refers to it in any file. A file may begin with ``defaults: [other.yaml]``: those
@@ -37,9 +37,10 @@ from omegaconf.errors import (
 )
 from yaml.composer import ComposerError
 
-from lit_eemllm import limits, schema
+from lit_eemllm import limits
+from lit_eemllm.config import keys
+from lit_eemllm.config.keys import Config, Mistake, check
 from lit_eemllm.errors import MOST_HINTS, ConfigError, did_you_mean
-from lit_eemllm.schema import Config, Mistake, check
 from lit_eemllm.shipped import find, nowhere
 
 MAX_FILES = 64  # files that one configuration may be built from
@@ -423,7 +424,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOA
 def _comments() -> dict[tuple[str, str], str]:
     """(dataclass, field) -> the docstring under the field."""
     found = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
+    for node in ast.parse(inspect.getsource(keys)).body:
         if isinstance(node, ast.ClassDef):
             for item, after in zip(node.body, node.body[1:], strict=False):
                 text = after.value if isinstance(after, ast.Expr) else None

@@ -30,18 +30,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..chat import IMAGE, Conversation, Turn, get_template
 from ..core.families import check_decoder
 from ..errors import CheckpointError, ConfigError
-from ..images import RESAMPLING, ImageTransform, Transform
+from ..inputs.chat import IMAGE, Conversation, Turn, get_template
+from ..inputs.images import RESAMPLING, ImageTransform, Transform
+from ..inputs.processor import Processor
+from ..inputs.resolutions import AnyresTransform
 from ..mechanisms import PRESETS
-from ..resolutions import AnyresTransform
-from .folders import naming, read_config
+from ..model.folders import naming, read_config
+from ..model.modeling import EEMLLM, EEMLLMConfig
+from ..model.pretrained import load_model, load_pretrained
+from ..model.vision import TransformersVision
 from .llava_template import jinja_of
-from .modeling import EEMLLM, EEMLLMConfig
-from .pretrained import load_model, load_pretrained
-from .processor import Processor
-from .vision import TransformersVision
 
 KINDS: dict[str, tuple[Any, Any]] = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration),

@@ -20,8 +20,8 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from lit_eemllm import limits
-from lit_eemllm.chat import IMAGE
 from lit_eemllm.errors import SampleError
+from lit_eemllm.inputs.chat import IMAGE
 
 ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 PICTURES = ("image", "images", "image_path")

@@ -1,8 +1,6 @@
-"""What a mechanism costs before anything is trained: FLOPs, parameters, cache and training memory, from shapes alone.
+"""`estimate`: what every mechanism costs with a configuration's parts, before anything is trained; tables of it, or JSON.
 
-One multiply-add counts 2; attention is counted full, as the papers do. Language-model head, vision encoder, projector or
-resampler, and embeddings are left out of the formulas; projectors of single layers (SAISA) are counted, since they
-replace what the decoder would do. A training step is no formula but the model itself, see `lit_eemllm.trace`.
+FLOPs of a prompt and the cache are formulas (`formulas`); a training step is the model itself, without data (`trace`).
 """
 
 from __future__ import annotations
@@ -14,126 +12,18 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from .console import console, progress, quiet_libraries
-from .core.table import LayerPlan, Top, executed
-from .errors import UserError
-from .mechanisms import PRESETS, Mechanism, Sizes, build_mechanism
+from ..console import console, progress, quiet_libraries
+from ..errors import UserError
+from ..mechanisms import PRESETS, Mechanism, build_mechanism
+from .formulas import cache_bytes, decode_flops, prefill_flops
 
 if TYPE_CHECKING:
-    from .schema import Config
+    from ..config.keys import Config
     from .trace import Document, Step
     from .weightless import Parts
 
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's own, what kernels need for a moment, and gaps
 GIB = 2**30
-
-
-# --- formulas
-def prefill_flops(
-    mechanism: Mechanism,
-    decoder: Any,
-    text: int,
-    visual: int,
-    last_layer_saving: bool = True,
-    vision_width: int = 0,
-    prefix: int = 0,
-) -> int:
-    """FLOPs of the decoder layers for one prompt.
-
-    Args:
-        mechanism: how visual tokens are treated.
-        decoder: the decoder's transformers config.
-        text: text tokens T.
-        visual: visual tokens V, of one image.
-        last_layer_saving: count only keys and values of visual tokens in the last layer, as this program computes;
-            False for comparison with the papers' tables.
-        vision_width: of the encoder's features; needed for layerwise projectors and modules that the mechanism adds.
-        prefix: text tokens whose scores over the image are not counted, since they stand before it (ViCA's accounts).
-    """
-    return sum(layer_flops(mechanism, decoder, text, visual, vision_width, prefix, last_layer_saving))
-
-
-def layer_flops(
-    mechanism: Mechanism,
-    decoder: Any,
-    text: int,
-    visual: int,
-    vision_width: int = 0,
-    prefix: int = 0,
-    last_layer_saving: bool = True,
-) -> list[int]:
-    """Of each layer, with the module before it; arguments as in `prefill_flops`."""
-    layers = decoder.num_hidden_layers
-    sizes, table = Sizes(decoder.hidden_size, layers, vision_width), mechanism.table(layers)
-    table = executed(table) if last_layer_saving else table
-    unrotated = mechanism.visual_positions == "unrotated"
-    own = 2 * (vision_width * sizes.hidden + sizes.hidden**2) * visual
-    return [
-        row_flops(row, layer, decoder, text, visual, prefix, unrotated)
-        + own * (row.source == "own")
-        + mechanism.block_cost(layer, sizes, text, visual).prefill
-        for layer, row in enumerate(table)
-    ]
-
-
-def row_flops(
-    row: LayerPlan, layer: int, decoder: Any, text: int, visual: int, prefix: int = 0, unrotated: bool = False
-) -> int:
-    """FLOPs of a decoder layer for one prompt; arguments as in `prefill_flops`."""
-    h, m = decoder.hidden_size, decoder.intermediate_size
-    w, w_kv, text_row = _widths(decoder)
-    here, seen = row.tokens.count(visual), row.seen.count(visual)
-    total = text * text_row + 4 * (text * text + (text - prefix) * seen) * w
-    if unrotated:
-        total += 2 * text * (text + seen) * w  # queries and keys of twice the head size
-    if isinstance(row.tokens, Top) and row.tokens.layer == layer:
-        here = row.tokens.ranked(visual)
-        total += 2 * (text + here) * w  # the last text token ranks what it sees
-    total += here * 2 * h * w_kv * (row.keys + row.values)
-    if row.queries:
-        sees = text + here if row.causal else min(int(row.attend) + 1, here)
-        total += here * (2 * h * w + 4 * sees * w)
-    return total + here * (2 * h * w * ("output" in row.update) + 6 * h * m * ("ffn" in row.update))
-
-
-def decode_flops(mechanism: Mechanism, decoder: Any, text: int, visual: int) -> int:
-    """FLOPs of the decoder layers for one new token after a prompt."""
-    w, _, text_row = _widths(decoder)
-    sizes = Sizes(decoder.hidden_size, decoder.num_hidden_layers, 0)
-    score = 6 if mechanism.visual_positions == "unrotated" else 4
-    return sum(
-        text_row
-        + score * (text + 1 + row.kept.count(visual)) * w
-        + mechanism.block_cost(layer, sizes, text, visual).decode
-        for layer, row in enumerate(executed(mechanism.table(sizes.layers)))
-    )
-
-
-def cache_bytes(mechanism: Mechanism, decoder: Any, text: int, visual: int, itemsize: int = 2) -> int:
-    """Keys and values kept of one prompt: a layer holds those that its text sees.
-
-    Args:
-        mechanism: how visual tokens are treated; text scoring unrotated keys needs both, twice the size.
-        decoder: the decoder's transformers config.
-        text: text tokens T.
-        visual: visual tokens V, of one image.
-        itemsize: bytes of a number.
-    """
-    _, w_kv, _ = _widths(decoder)
-    sizes = Sizes(decoder.hidden_size, decoder.num_hidden_layers, 0)
-    width = w_kv * (3 if mechanism.visual_positions == "unrotated" else 2)
-    return itemsize * sum(
-        (text + row.kept.count(visual)) * width + mechanism.block_cost(layer, sizes, text, visual).kept
-        for layer, row in enumerate(executed(mechanism.table(sizes.layers)))
-    )
-
-
-def _widths(decoder: Any) -> tuple[int, int, int]:
-    """Width of all query heads and of all key heads, and FLOPs of a row in all matrices of a layer."""
-    h, heads = decoder.hidden_size, decoder.num_attention_heads
-    size = getattr(decoder, "head_dim", None) or h // heads
-    w, w_kv = size * heads, size * decoder.num_key_value_heads
-    return w, w_kv, 2 * (2 * h * w + 2 * h * w_kv + 3 * h * decoder.intermediate_size)
 
 
 # --- from a configuration to the figures of every mechanism
@@ -219,7 +109,7 @@ def estimate(
 def prompt_of(parts: Parts, text: int, visual: int | None) -> int:
     """Visual tokens of a document: as many as asked for, or as the encoder makes of an image, at most. Raises UserError."""
     if visual is None:
-        from .resolutions import transform_from_dict
+        from ..inputs.resolutions import transform_from_dict
 
         transform = transform_from_dict(parts.vision["transform"])
         visual = transform.num_tokens(*transform.largest)
@@ -249,7 +139,7 @@ def _accumulate(config: Config) -> int:
 
 def _itemsize(config: Config) -> int:
     """Bytes of a number where the decoder computes."""
-    from .training.module import compute_dtype
+    from ..training.module import compute_dtype
 
     narrow = config.optim.tuning.llm != "full" and config.model.dtype == "bfloat16"
     return 2 if narrow or compute_dtype(config) is not None else 4

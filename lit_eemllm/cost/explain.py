@@ -12,16 +12,17 @@ from rich import box
 from rich.table import Table as Grid
 from torch import Tensor
 
-from .console import console, quiet_libraries, writing
-from .core.table import PARTS, LayerPlan, ranges
-from .estimate import layer_flops, prefill_flops, si
-from .layout import Run, SequenceLayout, Visibility
-from .mechanisms import PRESETS, Mechanism, build_mechanism
+from ..console import console, quiet_libraries, writing
+from ..core.table import PARTS, LayerPlan, ranges
+from ..layout import Run, SequenceLayout, Visibility
+from ..mechanisms import PRESETS, Mechanism, build_mechanism
+from .estimate import prompt_of, si
+from .formulas import layer_flops, prefill_flops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .schema import Config
+    from ..config.keys import Config
 
 SMALL = SequenceLayout.of([[Run(False, 2), Run(True, 5), Run(False, 3)]])
 """The document whose masks are drawn."""
@@ -46,7 +47,6 @@ def explain(config: Config, *, shape: str | None, text: int, visual: int | None,
         visual: its visual tokens; None = as many as the encoder makes of an image, at most.
         out: a picture (.png, .svg or .pdf); None = none.
     """
-    from .estimate import prompt_of
     from .weightless import parts_of_config, parts_of_shape
 
     quiet_libraries()

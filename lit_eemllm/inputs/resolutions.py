@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.images import (
+from lit_eemllm.inputs.images import (
     RESAMPLING,
     ImageTransform,
     Transform,

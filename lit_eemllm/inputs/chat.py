@@ -346,7 +346,7 @@ class VicunaTemplate(StringTemplate):
 
 
 class JinjaTemplate(ChatTemplate):
-    """The tokenizer's own chat template, rendered by `lit_eemllm.rendering`; it writes BOS and everything else itself. If it asks for
+    """The tokenizer's own chat template, rendered by `lit_eemllm.inputs.rendering`; it writes BOS and everything else itself. If it asks for
     today's date, that is always `DAY`.
 
     Where it has ``{% generation %}`` marks, they say what is trained. Otherwise it is the text an answer adds to its
@@ -482,7 +482,7 @@ class JinjaTemplate(ChatTemplate):
         """Rendered text of turns of the conversation and, if the template has them, the marked (start, end) in it."""
         from jinja2.exceptions import TemplateError
 
-        from lit_eemllm.rendering import render
+        from lit_eemllm.inputs.rendering import render
 
         roles = {"system": "system", "human": "user", "gpt": "assistant"}
         messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.table import Table
 
-from .config import load_config
-from .console import console, progress, quiet_libraries
-from .errors import CheckpointError, ConfigError, UserError
-from .model import EEMLLM, Processor
-from .model.convert import Fate, change_mechanism, choose_mechanism, mechanism_settings
-from .model.folders import finder, read_config, refuse_adapter
-from .model.llava import SOURCE, check_llava, load_llava, load_tokenizer, load_whole, save_llava
-from .plugins import warn_if_changed
-from .schema import check_names
-from .training.adapters import merge_adapters
-from .training.checkpoint import new_folder, newest_checkpoint
+from ..config import load_config
+from ..config.keys import check_names
+from ..console import console, progress, quiet_libraries
+from ..errors import CheckpointError, ConfigError, UserError
+from ..model import EEMLLM, Processor
+from ..model.folders import finder, read_config, refuse_adapter
+from ..plugins import warn_if_changed
+from ..training.adapters import merge_adapters
+from ..training.checkpoint import new_folder, newest_checkpoint
+from .llava import SOURCE, check_llava, load_llava, load_tokenizer, load_whole, save_llava
+from .mechanism import Fate, change_mechanism, choose_mechanism, mechanism_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +147,7 @@ def open_source(path: Path) -> Source:
 
 
 def _open_run(path: Path, checkpoint: Path) -> Source:
-    from .evaluation.run import load, on_cpu
+    from ..evaluation.run import load, on_cpu
 
     config = load_config([path / "config.yaml"], [f"out={json.dumps(str(path))}"], checks=[check_names])
     warn_if_changed(path)

@@ -12,9 +12,9 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..chat import IMAGE_SLOT, ChatTemplate, Conversation, get_template
-from ..images import Transform
 from ..layout import join_images, map_images
+from .chat import IMAGE_SLOT, ChatTemplate, Conversation, get_template
+from .images import Transform
 
 
 class Processor:

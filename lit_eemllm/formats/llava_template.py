@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 
-from ..chat import DAY, VICUNA_SYSTEM, ChatTemplate, JinjaTemplate
+from ..inputs.chat import DAY, VICUNA_SYSTEM, ChatTemplate, JinjaTemplate
 
-# Messages of transformers may hold a list of typed parts: put together as `lit_eemllm.rows` does.
+# Messages of transformers may hold a list of typed parts: put together as `lit_eemllm.inputs.rows` does.
 _PARTS = """\
 {%- set ns = namespace(messages=[], text='', prompt='') -%}
 {%- for m in messages -%}

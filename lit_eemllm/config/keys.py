@@ -418,8 +418,8 @@ def check_names(config: Config) -> Iterator[Mistake]:
     from lightning import Trainer
 
     from lit_eemllm.attention import registered_backends
-    from lit_eemllm.chat import TEMPLATES
     from lit_eemllm.evaluation.metrics import METRICS
+    from lit_eemllm.inputs.chat import TEMPLATES
     from lit_eemllm.mechanisms import PRESETS
     from lit_eemllm.mechanisms.base import rows_of
     from lit_eemllm.model.vision import get_vision_encoder

@@ -1,0 +1,120 @@
+"""FLOPs, cache and their parts as formulas of the table, from shapes alone.
+
+One multiply-add counts 2; attention is counted full, as the papers do. Language-model head, vision encoder, projector or
+resampler, and embeddings are left out; projectors of single layers (SAISA) are counted, since they replace what the decoder
+would do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.table import LayerPlan, Top, executed
+from ..mechanisms import Mechanism, Sizes
+
+
+def prefill_flops(
+    mechanism: Mechanism,
+    decoder: Any,
+    text: int,
+    visual: int,
+    last_layer_saving: bool = True,
+    vision_width: int = 0,
+    prefix: int = 0,
+) -> int:
+    """FLOPs of the decoder layers for one prompt.
+
+    Args:
+        mechanism: how visual tokens are treated.
+        decoder: the decoder's transformers config.
+        text: text tokens T.
+        visual: visual tokens V, of one image.
+        last_layer_saving: count only keys and values of visual tokens in the last layer, as this program computes;
+            False for comparison with the papers' tables.
+        vision_width: of the encoder's features; needed for layerwise projectors and modules that the mechanism adds.
+        prefix: text tokens whose scores over the image are not counted, since they stand before it (ViCA's accounts).
+    """
+    return sum(layer_flops(mechanism, decoder, text, visual, vision_width, prefix, last_layer_saving))
+
+
+def layer_flops(
+    mechanism: Mechanism,
+    decoder: Any,
+    text: int,
+    visual: int,
+    vision_width: int = 0,
+    prefix: int = 0,
+    last_layer_saving: bool = True,
+) -> list[int]:
+    """Of each layer, with the module before it; arguments as in `prefill_flops`."""
+    layers = decoder.num_hidden_layers
+    sizes, table = Sizes(decoder.hidden_size, layers, vision_width), mechanism.table(layers)
+    table = executed(table) if last_layer_saving else table
+    unrotated = mechanism.visual_positions == "unrotated"
+    own = 2 * (vision_width * sizes.hidden + sizes.hidden**2) * visual
+    return [
+        row_flops(row, layer, decoder, text, visual, prefix, unrotated)
+        + own * (row.source == "own")
+        + mechanism.block_cost(layer, sizes, text, visual).prefill
+        for layer, row in enumerate(table)
+    ]
+
+
+def row_flops(
+    row: LayerPlan, layer: int, decoder: Any, text: int, visual: int, prefix: int = 0, unrotated: bool = False
+) -> int:
+    """FLOPs of a decoder layer for one prompt; arguments as in `prefill_flops`."""
+    h, m = decoder.hidden_size, decoder.intermediate_size
+    w, w_kv, text_row = _widths(decoder)
+    here, seen = row.tokens.count(visual), row.seen.count(visual)
+    total = text * text_row + 4 * (text * text + (text - prefix) * seen) * w
+    if unrotated:
+        total += 2 * text * (text + seen) * w  # queries and keys of twice the head size
+    if isinstance(row.tokens, Top) and row.tokens.layer == layer:
+        here = row.tokens.ranked(visual)
+        total += 2 * (text + here) * w  # the last text token ranks what it sees
+    total += here * 2 * h * w_kv * (row.keys + row.values)
+    if row.queries:
+        sees = text + here if row.causal else min(int(row.attend) + 1, here)
+        total += here * (2 * h * w + 4 * sees * w)
+    return total + here * (2 * h * w * ("output" in row.update) + 6 * h * m * ("ffn" in row.update))
+
+
+def decode_flops(mechanism: Mechanism, decoder: Any, text: int, visual: int) -> int:
+    """FLOPs of the decoder layers for one new token after a prompt."""
+    w, _, text_row = _widths(decoder)
+    sizes = Sizes(decoder.hidden_size, decoder.num_hidden_layers, 0)
+    score = 6 if mechanism.visual_positions == "unrotated" else 4
+    return sum(
+        text_row
+        + score * (text + 1 + row.kept.count(visual)) * w
+        + mechanism.block_cost(layer, sizes, text, visual).decode
+        for layer, row in enumerate(executed(mechanism.table(sizes.layers)))
+    )
+
+
+def cache_bytes(mechanism: Mechanism, decoder: Any, text: int, visual: int, itemsize: int = 2) -> int:
+    """Keys and values kept of one prompt: a layer holds those that its text sees.
+
+    Args:
+        mechanism: how visual tokens are treated; text scoring unrotated keys needs both, twice the size.
+        decoder: the decoder's transformers config.
+        text: text tokens T.
+        visual: visual tokens V, of one image.
+        itemsize: bytes of a number.
+    """
+    _, w_kv, _ = _widths(decoder)
+    sizes = Sizes(decoder.hidden_size, decoder.num_hidden_layers, 0)
+    width = w_kv * (3 if mechanism.visual_positions == "unrotated" else 2)
+    return itemsize * sum(
+        (text + row.kept.count(visual)) * width + mechanism.block_cost(layer, sizes, text, visual).kept
+        for layer, row in enumerate(executed(mechanism.table(sizes.layers)))
+    )
+
+
+def _widths(decoder: Any) -> tuple[int, int, int]:
+    """Width of all query heads and of all key heads, and FLOPs of a row in all matrices of a layer."""
+    h, heads = decoder.hidden_size, decoder.num_attention_heads
+    size = getattr(decoder, "head_dim", None) or h // heads
+    w, w_kv = size * heads, size * decoder.num_key_value_heads
+    return w, w_kv, 2 * (2 * h * w + 2 * h * w_kv + 3 * h * decoder.intermediate_size)

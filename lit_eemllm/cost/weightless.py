@@ -17,7 +17,7 @@ from ..inputs.resolutions import NativeTransform, with_policy
 from ..layout import SequenceLayout, Visibility
 from ..mechanisms import Mechanism
 from ..model import EEMLLM, EEMLLMConfig
-from ..model.modeling import load_decoder_config
+from ..model.configuration import load_decoder_config
 from ..model.vision import TransformersVision, get_vision_encoder
 from ..training.tuning import apply_tuning, set_modes
 

@@ -37,8 +37,9 @@ from ..inputs.images import RESAMPLING, ImageTransform, Transform
 from ..inputs.processor import Processor
 from ..inputs.resolutions import AnyresTransform
 from ..mechanisms import PRESETS
+from ..model.configuration import EEMLLMConfig
 from ..model.folders import naming, read_config
-from ..model.modeling import EEMLLM, EEMLLMConfig
+from ..model.modeling import EEMLLM
 from ..model.pretrained import load_model, load_pretrained
 from ..model.vision import TransformersVision
 from .llava_template import jinja_of

@@ -10,7 +10,7 @@ from ..config.keys import Config
 from ..console import console, quiet_libraries, write_atomically
 from ..errors import UserError
 from ..evaluation.run import load, on_cpu
-from ..model.modeling import load_decoder_config
+from ..model.configuration import load_decoder_config
 from ..training.adapters import drop_adapters, merge_adapters, save_adapter
 from ..training.checkpoint import new_folder
 from ..training.initial import stored_weights

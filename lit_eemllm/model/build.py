@@ -16,8 +16,9 @@ from ..errors import ConfigError
 from ..inputs.chat import IMAGE
 from ..inputs.processor import Processor
 from ..mechanisms import build_mechanism
+from .configuration import load_decoder_config
 from .folders import naming
-from .modeling import EEMLLM, load_decoder_config
+from .modeling import EEMLLM
 from .pretrained import load_pretrained, quantized
 from .vision import VisionEncoder, get_vision_encoder
 

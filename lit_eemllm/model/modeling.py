@@ -6,7 +6,6 @@ The decoder is an ordinary causal LM of transformers under its own weight names;
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
 from inspect import signature
@@ -18,11 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     Cache,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -38,70 +35,11 @@ from ..errors import ConfigError
 from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, take_images, upload
 from ..mechanisms import Added, Features, Mechanism, Sizes
 from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
-from .folders import HUB, MODEL_FILES, naming, opened
+from .configuration import EEMLLMConfig, load_decoder_config
+from .folders import HUB, MODEL_FILES, opened
 from .image_cache import ImageCache
-from .pretrained import load_pretrained, load_weighted, take_over
+from .pretrained import load_weighted, take_over
 from .vision import VisionEncoder, get_vision_encoder
-
-
-class EEMLLMConfig(PretrainedConfig):
-    """Everything needed to rebuild the architecture; the attention backend is no part of it.
-
-    Args:
-        text_config: the decoder's own transformers config.
-        vision: ``encoder``, a registered name, and ``config``, what that encoder's `to_config` returned.
-        mechanism: `Mechanism.to_dict`.
-        image_token_id: the id that stands for one visual token in `generate`'s ids; it may lie past the decoder's
-            vocabulary, since it is never embedded.
-    """
-
-    model_type = "eemllm"
-    sub_configs = {"text_config": AutoConfig}
-
-    def __init__(
-        self,
-        text_config: dict[str, Any] | PretrainedConfig | None = None,
-        vision: dict[str, Any] | None = None,
-        mechanism: dict[str, Any] | None = None,
-        image_token_id: int = -1,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
-        self.vision, self.mechanism = vision or {}, mechanism or {}
-        self.image_token_id = image_token_id
-        if text_config is not None:
-            kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
-        super().__init__(**kwargs)
-
-    @property
-    def vocab_size(self) -> int:
-        """Columns of the logits that `forward` returns: the decoder's vocabulary, and the image token if it lies past it."""
-        return max(self.text_config.vocab_size, self.image_token_id + 1)
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
-        """The decoder's config as `generate` needs it: beam search counts the columns of the logits by its vocabulary."""
-        if self.text_config is None or self.text_config.vocab_size == self.vocab_size:
-            return self.text_config or self
-        text_config = copy(self.text_config)
-        text_config.vocab_size = self.vocab_size
-        return text_config
-
-
-AutoConfig.register("eemllm", EEMLLMConfig)
-
-
-def load_decoder_config(path: str) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The config of a causal LM, or of the one in an EEMLLM folder, and the options with which its weights are loaded."""
-    config = load_pretrained(AutoConfig, path, "model.decoder")
-    options: dict[str, Any] = {}
-    if isinstance(config, EEMLLMConfig):
-        config = config.text_config
-        options = {"config": config, "key_mapping": {r"^language_model\.": ""}}
-    with naming("model.decoder", "AutoConfig", path):
-        check_decoder(config)
-    return config, options
 
 
 class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformers wants to see by name

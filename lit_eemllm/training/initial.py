@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from ..config import flat, load_config
 from ..errors import CheckpointError, UserError
 from ..model.build import build
+from ..model.configuration import load_decoder_config
 from ..model.folders import finder, refuse_adapter, tensors_of
-from ..model.modeling import load_decoder_config
 from ..model.pretrained import without_weights
 from ..shipped import nowhere
 from .adapters import MARK, merge_adapters

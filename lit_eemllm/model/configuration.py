@@ -1,0 +1,72 @@
+"""EEMLLMConfig: everything needed to rebuild an EEMLLM's architecture; and the decoder's config that goes into it."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from ..core.families import check_decoder
+from .folders import naming
+from .pretrained import load_pretrained
+
+
+class EEMLLMConfig(PretrainedConfig):
+    """Everything needed to rebuild the architecture; the attention backend is no part of it.
+
+    Args:
+        text_config: the decoder's own transformers config.
+        vision: ``encoder``, a registered name, and ``config``, what that encoder's `to_config` returned.
+        mechanism: `Mechanism.to_dict`.
+        image_token_id: the id that stands for one visual token in `generate`'s ids; it may lie past the decoder's
+            vocabulary, since it is never embedded.
+    """
+
+    model_type = "eemllm"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        vision: dict[str, Any] | None = None,
+        mechanism: dict[str, Any] | None = None,
+        image_token_id: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.vision, self.mechanism = vision or {}, mechanism or {}
+        self.image_token_id = image_token_id
+        if text_config is not None:
+            kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits that `forward` returns: the decoder's vocabulary, and the image token if it lies past it."""
+        return max(self.text_config.vocab_size, self.image_token_id + 1)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The decoder's config as `generate` needs it: beam search counts the columns of the logits by its vocabulary."""
+        if self.text_config is None or self.text_config.vocab_size == self.vocab_size:
+            return self.text_config or self
+        text_config = copy(self.text_config)
+        text_config.vocab_size = self.vocab_size
+        return text_config
+
+
+AutoConfig.register("eemllm", EEMLLMConfig)
+
+
+def load_decoder_config(path: str) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The config of a causal LM, or of the one in an EEMLLM folder, and the options with which its weights are loaded."""
+    config = load_pretrained(AutoConfig, path, "model.decoder")
+    options: dict[str, Any] = {}
+    if isinstance(config, EEMLLMConfig):
+        config = config.text_config
+        options = {"config": config, "key_mapping": {r"^language_model\.": ""}}
+    with naming("model.decoder", "AutoConfig", path):
+        check_decoder(config)
+    return config, options

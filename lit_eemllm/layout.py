@@ -192,7 +192,8 @@ class SequenceLayout:
         left = iter(lengths)
         documents = [[run._replace(length=next(left)) if run.visual else run for run in doc] for doc in self.documents]
         documents = [[run for run in doc if run.length] for doc in documents]
-        smaller = SequenceLayout.of([doc for doc in documents if doc]).to(self.positions.device)
+        smaller = SequenceLayout.of([doc for doc in documents if doc])
+        smaller = smaller._map_tensors(lambda tensor: upload(tensor, self.positions.device))
         rows_S = smaller.merge(self.text_index, self.visual_index[rows_v])
         return replace(smaller, positions=self.positions[rows_S])
 

@@ -207,7 +207,14 @@ def test_evaluation(read: Callable[[str], Reader]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "number"), [("docs/backends.md", 8), ("docs/data.md", 3), ("docs/sweeps.md", 3), ("docs/vision.md", 1)]
+    ("page", "number"),
+    [
+        ("docs/backends.md", 8),
+        ("docs/data.md", 3),
+        ("docs/sweeps.md", 3),
+        ("docs/vision.md", 1),
+        ("docs/mechanisms.md", 6),
+    ],
 )
 def test_other_pages(read: Callable[[str], Reader], page: str, number: int) -> None:
     reader = read(page)
@@ -221,7 +228,10 @@ def test_no_page_is_left_out() -> None:
     """Other pages have commands only of those that are tested elsewhere; and where they are is a file."""
     tested = {
         "README.md",
-        *(f"docs/{name}.md" for name in ("cluster", "evaluation", "backends", "data", "sweeps", "vision")),
+        *(
+            f"docs/{name}.md"
+            for name in ("cluster", "evaluation", "backends", "data", "sweeps", "vision", "mechanisms")
+        ),
     }
     for page in set(PAGES) - tested:
         for words in commands((REPOSITORY / page).read_text(encoding="utf-8")):

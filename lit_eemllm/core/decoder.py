@@ -75,22 +75,22 @@ class DecoderLayer(nn.Module):
         v_RKH = self._heads("v", u_Rh if row.values else u_Rh[:text])
         if row.keys and stream.keys is not None:
             k_RKH, v_RKH = (torch.cat(pair) for pair in zip((k_RKH, v_RKH), self._given(stream, here), strict=True))
+        q_RNH, k_RKH = self._turn(q_RNH, k_RKH, stream, here)
         if here.select != row.tokens:  # some leave, by rank
-            k_RKH, v_RKH, kept = self._drop(q_RNH, k_RKH, v_RKH, stream, here)
-            here = kept
+            assert isinstance(row.tokens, Top)
+            stay_R, kept = stream.rank(self.index, row.tokens, here, q_RNH, k_RKH, attn.scaling)
+            k_RKH, v_RKH, here = k_RKH[stay_R], v_RKH[stay_R], kept
 
-        mixed_Rw = self._attend(q_RNH, k_RKH, v_RKH, stream, here)
-        mixed_Tw = mixed_Rw[:text]
+        out_Rh = self._attend(q_RNH, k_RKH, v_RKH, u_Rh if runs else None, stream, here)
         if self.freeze_prefix:
-            mixed_Tw = mixed_Tw.masked_fill(stream.prefix_T1, 0.0)
+            out_Rh = torch.cat([out_Rh[:text].masked_fill(stream.prefix_T1, 0.0), out_Rh[text:]])
         if not runs or not row.update:
-            return self._feed_forward(x_Th + attn.o_proj(mixed_Tw)), x_Vh, kept
-        path_vw = mixed_Rw[text:] if row.causal else self._path(q_RNH, k_RKH, v_RKH, u_Rh, stream, here)
+            return self._feed_forward(x_Th + out_Rh), x_Vh, kept
         if "output" in row.update:
-            h_Rh = x_Rh + attn.o_proj(torch.cat([mixed_Tw, path_vw.to(mixed_Tw.dtype)]))
+            h_Rh = x_Rh + out_Rh
         else:
-            h_vh = x_Rh[text:] + path_vw if "value" in row.update else x_Rh[text:]
-            h_Rh = torch.cat([x_Th + attn.o_proj(mixed_Tw), h_vh])
+            h_vh = x_Rh[text:] + self._repeated(v_RKH[text:]) if "value" in row.update else x_Rh[text:]
+            h_Rh = torch.cat([x_Th + out_Rh, h_vh])
         if "ffn" in row.update:
             x_Rh = self._feed_forward(h_Rh)
             return x_Rh[:text], here.put(x_Vh, x_Rh[text:]), kept
@@ -111,11 +111,11 @@ class DecoderLayer(nn.Module):
             for kind, wanted in (("q", row.queries), ("k", row.keys), ("v", row.values))
         )
         if row.update:
-            path_vw = self._path(q_vNH, k_vKH, v_vKH, u_vh, stream, here)
+            turned_q, turned_k = (stream.rotated(x, here) if row.queries else x for x in (q_vNH, k_vKH))
             if "output" in row.update:
-                x_vh = x_vh + self.self_attn.o_proj(path_vw)
+                x_vh = x_vh + self.self_attn.o_proj(self._path(turned_q, turned_k, v_vKH, u_vh, stream, here))
             elif "value" in row.update:
-                x_vh = x_vh + path_vw
+                x_vh = x_vh + self._repeated(v_vKH)
             x_Vh = here.put(x_Vh, self._feed_forward(x_vh) if "ffn" in row.update else x_vh)
         return x_Vh, (k_vKH, v_vKH) if row.keys else None
 
@@ -141,51 +141,55 @@ class DecoderLayer(nn.Module):
         k_vKH, v_vKH = given
         return (here.of(k_vKH), here.of(v_vKH)) if isinstance(self.row.tokens, Top) else (k_vKH, v_vKH)
 
-    def _drop(
-        self, q_TNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, stream: Stream, before: Tokens
-    ) -> tuple[Tensor, Tensor, Tokens]:
-        """Keys and values without those of the visual tokens that the prompt attends to least; see `Top`."""
-        assert isinstance(self.row.tokens, Top)
-        turned_q, turned_k, scale = stream.rotated(q_TNH, before), stream.rotated(k_RKH, before), self.self_attn.scaling
-        stay_R, kept = stream.rank(self.index, self.row.tokens, before, turned_q, turned_k, scale)
-        return k_RKH[stay_R], v_RKH[stay_R], kept
+    def _turn(self, q_RNH: Tensor, k_RKH: Tensor, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they are scored: rotated, or with both forms in twice the head size, where text scores visual keys
+        without rotation on either."""
+        turned_q, turned_k = stream.rotated(q_RNH, here), stream.rotated(k_RKH, here)
+        if not self.unrotated:
+            return turned_q, turned_k
+        images_R = torch.arange(len(k_RKH), device=k_RKH.device) >= stream.layout.num_text
+        none = torch.zeros_like(k_RKH)
+        both = torch.cat([none, k_RKH], -1), torch.cat([turned_k, none], -1)
+        return torch.cat([turned_q, q_RNH], -1), torch.where(images_R[:, None, None], *both)
 
     def _feed_forward(self, h_Rh: Tensor) -> Tensor:
         return h_Rh + self.mlp(self.post_attention_layernorm(h_Rh))
 
-    def _attend(self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, stream: Stream, here: Tokens) -> Tensor:
-        """Attention of the text, or of all rows where images see the text before them, to what W_o takes, [T or R, N x H]."""
-        row, scale, text = self.row, self.self_attn.scaling, stream.layout.num_text
-        turned_q, turned_k = stream.rotated(q_RNH, here), stream.rotated(k_RKH, here)
-        if row.causal and row.seen != row.tokens:
-            return stream.attend_apart(self.index, turned_q, turned_k, v_RKH, here, row.seen, scale).flatten(-2)
-        view = stream.view(here, row.seen)
-        if row.causal:
-            q_SNH, k_SKH, v_SKH, kind = view.of(turned_q), view.of(turned_k), view.of(v_RKH), Visibility(True)
-            mixed_SNH = stream.attend(self.index, q_SNH, k_SKH, v_SKH, view, kind, scale)
-            return (mixed_SNH if view.order is None else mixed_SNH.index_select(0, view.text_first)).flatten(-2)
-        turned_q = turned_q[:text]
-        if self.unrotated:  # text scores visual keys without rotation on either: twice the head size holds both
-            images_R11, none = (
-                torch.arange(len(k_RKH), device=k_RKH.device)[:, None, None] >= text,
-                torch.zeros_like(k_RKH),
-            )
-            turned_q = torch.cat([turned_q, q_RNH[:text]], dim=-1)
-            turned_k = torch.where(images_R11, torch.cat([none, k_RKH], -1), torch.cat([turned_k, none], -1))
-        k_SKH, v_SKH = view.of(turned_k), view.of(v_RKH)
-        return stream.attend(self.index, turned_q, k_SKH, v_SKH, view, Visibility(False), scale).flatten(-2)
+    def _attend(
+        self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, u_Rh: Tensor | None, stream: Stream, here: Tokens
+    ) -> Tensor:
+        """Attention through W_o: of the text, [T, h], or of all rows where W_o updates the images too, [R, h].
 
-    def _path(self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, u_Rh: Tensor, stream: Stream, here: Tokens) -> Tensor:
+        Where images see the text before them rows are put text first after W_o: nothing is kept twice for the backward pass."""
+        row, attn, text = self.row, self.self_attn, stream.layout.num_text
+        if row.causal and row.seen != row.tokens:
+            mixed_RNH = stream.attend_apart(self.index, q_RNH, k_RKH, v_RKH, here, row.seen, attn.scaling)
+            return attn.o_proj(mixed_RNH.flatten(-2))
+        view = stream.view(here, row.seen)
+        k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)
+        if row.causal:
+            mixed_SNH = stream.attend(self.index, view.of(q_RNH), k_SKH, v_SKH, view, Visibility(True), attn.scaling)
+            out_Sh = attn.o_proj(mixed_SNH.flatten(-2))
+            return out_Sh if view.order is None else out_Sh.index_select(0, view.text_first)
+        mixed_TNH = stream.attend(self.index, q_RNH[:text], k_SKH, v_SKH, view, Visibility(False), attn.scaling)
+        mixed_Tw = mixed_TNH.flatten(-2)
+        if u_Rh is None or "output" not in row.update:
+            return attn.o_proj(mixed_Tw)
+        path_vw = self._path(q_RNH[text:], k_RKH[text:], v_RKH[text:], u_Rh[text:], stream, here)
+        return attn.o_proj(torch.cat([mixed_Tw, path_vw.to(mixed_Tw.dtype)]))
+
+    def _path(self, q_vNH: Tensor, k_vKH: Tensor, v_vKH: Tensor, u_vh: Tensor, stream: Stream, here: Tokens) -> Tensor:
         """Of visual tokens that see no text, what W_o takes: attention over a window of their image, or the aligner's, [v, N x H]."""
-        row, text, attn = self.row, stream.layout.num_text, self.self_attn
+        row = self.row
         if row.queries and stream.layout.num_visual:
             view, kind = stream.images(here), Visibility(True, window=int(row.attend))
-            q_vNH, k_vKH = (stream.rotated(x, here)[text:] for x in (q_RNH, k_RKH))
-            return stream.attend(self.index, q_vNH, k_vKH, v_RKH[text:], view, kind, attn.scaling).flatten(-2)
-        if "value" not in row.update:
-            return u_Rh[text:]
-        heads = attn.config.num_attention_heads // v_RKH.shape[1]  # a value head serves several heads of W_o
-        return v_RKH[text:].repeat_interleave(heads, dim=1).flatten(-2)
+            return stream.attend(self.index, q_vNH, k_vKH, v_vKH, view, kind, self.self_attn.scaling).flatten(-2)
+        return self._repeated(v_vKH) if "value" in row.update else u_vh
+
+    def _repeated(self, v_vKH: Tensor) -> Tensor:
+        """Values for every head of W_o, [v, N x H]: under grouped queries one serves several."""
+        heads = self.self_attn.config.num_attention_heads // v_vKH.shape[1]
+        return v_vKH.repeat_interleave(heads, dim=1).flatten(-2)
 
 
 def adopt_layers(decoder: PreTrainedModel) -> None:

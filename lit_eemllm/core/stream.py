@@ -84,7 +84,7 @@ class Stream:
 
     Attributes:
         layout: documents, runs and positions of text and visual tokens.
-        rotary: of all rows, in stream order.
+        rotary: positions of rows to their angles.
         backend: computes attention.
         states: layer -> the visual states that enter it, [V, h], where the source of its row is ``own``.
         keys: of all images, already made: no visual rows run.
@@ -93,7 +93,7 @@ class Stream:
     """
 
     layout: SequenceLayout
-    rotary: Angles
+    rotary: Callable[[Tensor], Angles]
     backend: AttentionBackend
     states: Callable[[int], Tensor] | None = None
     keys: VisualKeys | None = None
@@ -136,8 +136,7 @@ class Stream:
 
         def make() -> Angles:
             rows_R = torch.cat([self.layout.text_index, here.of(self.layout.visual_index)])
-            cos_S1H, sin_S1H = self.rotary
-            return cos_S1H[rows_R], sin_S1H[rows_R]
+            return self.rotary(self.layout.positions[rows_R])
 
         made: Angles = self._once(("angles", here.select), make)
         return made

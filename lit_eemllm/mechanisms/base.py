@@ -247,9 +247,12 @@ class Mechanism:
             found.append(("visual_source", text))
         if self.visual_window and not (self.aligner.value and self.aligner.output):
             found.append(("visual_window", "replaces the aligner's value path: needs aligner value and output"))
-        if self.visual_positions == "unrotated" and any(row.causal for row in table):
+        if self.visual_positions == "unrotated" and any(row.queries for row in table):
             found.append(
-                ("visual_positions", "unrotated needs dense_layers none: visual tokens that query have positions")
+                (
+                    "visual_positions",
+                    "unrotated needs dense_layers none and no window: visual tokens that query have positions",
+                )
             )
         if self.visual_drop:
             layers, shares = zip(*self.visual_drop, strict=True)

@@ -274,8 +274,11 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         return self._run_layers(x_Th, *self.mechanism.enter(self.projector, features, x_Th, stream))
 
     def _stream(self, x_Th: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> Stream:
-        cos_1SH, sin_1SH = self.language_model.model.rotary_emb(x_Th, layout.positions[None])
-        return Stream(layout, (cos_1SH[0, :, None], sin_1SH[0, :, None]), self.backend, cached=cached)
+        def rotary(positions_R: Tensor) -> tuple[Tensor, Tensor]:
+            cos_1RH, sin_1RH = self.language_model.model.rotary_emb(x_Th, positions_R[None])
+            return cos_1RH[0, :, None], sin_1RH[0, :, None]
+
+        return Stream(layout, rotary, self.backend, cached=cached)
 
     def _run_layers(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> Tensor:
         decoder, blocks = self.language_model.model, self.blocks
@@ -286,7 +289,10 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
             return layer(x_Th, x_Vh, stream, kept)
 
         again, kept = self.activation_checkpointing and torch.is_grad_enabled(), None
+        none_0h = x_Th.new_zeros(0, x_Th.shape[1])
         for layer in decoder.layers:
+            if layer.row.source == "own":  # else it would be kept with the layer's input
+                x_Vh = none_0h
             if again:
                 x_Th, x_Vh, kept = checkpoint(run, layer, x_Th, x_Vh, kept, use_reentrant=False)
             else:

@@ -139,7 +139,7 @@ def quiet_libraries() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # a filter: DeepSpeed sets the level itself when transformers imports it, and tells on stdout that it finds no GPU
+    # a filter: where DeepSpeed is installed, transformers imports it to save a model; it sets the level itself, and tells on stdout that it finds no GPU
     logging.getLogger("DeepSpeed").addFilter(_errors_only)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of a deprecated function of torch

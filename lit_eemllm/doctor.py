@@ -43,7 +43,6 @@ PACKAGES = {
     "flash-attn-4": "flash_attn.cute",
     "xformers": "xformers.ops",
     "bitsandbytes": "bitsandbytes",
-    "deepspeed": "deepspeed",
 }
 """What is installed under which name, and the module that shows whether it works."""
 

@@ -507,7 +507,7 @@ def test_rows_given_for_a_recipe_are_not_printed(tmp_path, capsys):
 
 
 def test_libraries_keep_to_themselves_what_concerns_nobody(capfd) -> None:
-    """DeepSpeed, imported by others where it is installed, tells on stdout that there is no GPU; Lightning who it is, twice."""
+    """DeepSpeed, imported by transformers where it is installed, tells on stdout that there is no GPU; Lightning who it is, twice."""
     quiet_libraries()
     for name in ("DeepSpeed", "lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
         logger = logging.getLogger(name)

@@ -10,7 +10,6 @@ import ast
 import importlib
 import inspect
 import logging
-import multiprocessing
 import os
 import re
 import socket
@@ -36,7 +35,7 @@ import torch
 PACKAGE = Path(__file__).parents[1] / "lit_eemllm"
 LIBRARIES = {
     "transformers": "transformers", "torch": "torch", "lightning": "lightning", "energon": "megatron-energon",
-    "deepspeed": "deepspeed", "peft": "peft",
+    "peft": "peft",
 }  # fmt: skip
 """The distribution that each module of compat is about."""
 
@@ -787,78 +786,7 @@ def a_watchdog_barks():
     assert calls
 
 
-# --- DeepSpeed, peft
-
-
-def sound(zero: type) -> None:
-    """What a test does to ZeRO's optimiser beforehand: nothing."""
-
-
-def zero_step(folder: str) -> None:
-    """A step of ZeRO-1 in this process, which is spoiled for others."""
-    import deepspeed
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    sound(DeepSpeedZeroOptimizer)
-    ours = compat("deepspeed")
-    ours.compile_nothing()
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
-    deepspeed.utils.logger.setLevel("ERROR")
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    assert deepspeed.comm.comm.cdb.shm_comm_op is None, "something was compiled"
-    model = torch.nn.Linear(3, 2)
-    assert not ours.is_shared_out(model.weight)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "gradient_clipping": 0.0}
-    options = dict(config=settings | {"zero_allow_untested_optimizer": True}, dist_init_required=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    engine, zero, _, _ = deepspeed.initialize(
-        args=SimpleNamespace(device_rank=0), model=model, optimizer=optimizer, **options
-    )
-    assert ours.is_shared_out(model.weight)
-    engine.backward(engine(torch.tensor([[1.0, 2, 3]])).sum())
-    found = torch.cat([share.flatten() for share in ours.gradient_shares(zero)]).tolist()
-    assert sorted(found) == [1, 1, 1, 1, 2, 2, 3, 3], found  # of both weight rows, and of both biases
-    (share,) = (zero.optimizer.param_groups[0]["params"],)
-    zero.optimizer.state[share[0]] = {"step": torch.tensor(1.0), "exp_avg": torch.full_like(share[0], 5)}
-    ours.link_states(zero)
-    full = deepspeed.utils.safe_get_full_optimizer_state(model.weight, "exp_avg")
-    assert full.shape == (2, 3) and full.eq(5).all(), full
-
-
-def in_child(function: Callable[..., None], *args: Any) -> None:
-    """In a forked process, with the libraries as they are here, broken ones too."""
-    receiver, sender = (context := multiprocessing.get_context("fork")).Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            function(*args)
-            sender.send("")
-        except Exception as error:
-            sender.send(repr(error))
-            raise
-        finally:
-            os._exit(0)
-
-    process = context.Process(target=run)
-    process.start()
-    answered = receiver.poll(120)
-    told = receiver.recv() if answered else "no answer"
-    process.join(10)
-    assert not told, told
-
-
-@contract(
-    "deepspeed",
-    "ZeRO's optimiser links parameters to shares by _lazy_init_hp_params_optimizer_state, has averaged_gradients, and marks _hp_mapping",
-    lambda patch: patch.setitem(
-        globals(), "sound", lambda zero: setattr(zero, "_lazy_init_hp_params_optimizer_state", lambda self: None)
-    ),
-)
-def zero_has_shares():
-    pytest.importorskip("deepspeed")
-    with tempfile.TemporaryDirectory() as folder:
-        in_child(zero_step, folder)
+# --- peft
 
 
 def adapted(layer: torch.nn.Module) -> Any:
@@ -921,8 +849,6 @@ def four_bits_stay_as_they_are():
 HOOKS = {
     "lightning": {
         "lit_eemllm.training.fsdp2.FSDP2": "model_to_device optimizer_state load_checkpoint setup_environment",
-        "lit_eemllm.training.zero.DeepSpeed": "configure_ddp setup_optimizers teardown block_backward_sync backward optimizer_step "
-        "optimizer_state load_optimizer_state_dict",
         "lit_eemllm.training.checkpoint.AtomicCheckpointIO": "save_checkpoint load_checkpoint",
         "lit_eemllm.training.guard.Checkpoints": "setup on_train_start on_train_batch_end on_validation_batch_end",
         "lit_eemllm.training.runlog.RunLog": "on_train_start on_train_batch_start on_train_batch_end on_validation_end on_train_end",
@@ -1050,7 +976,6 @@ DOCUMENTED = {
     "lightning": r"lightning(\.pytorch|\.fabric)?(\.(callbacks|loggers|profilers|strategies|utilities\..*|plugins\.io|core\.optimizer))?",
     "megatron": r"megatron\.energon",
     "peft": r"peft",
-    "deepspeed": r"deepspeed(\.utils)?",
 }
 """Modules whose names their documentation uses."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny import max_error
 
@@ -19,11 +20,16 @@ from lit_eemllm.mechanisms.flamingo import Flamingo, Gated
 OLD = Path(__file__).parent / "old" / "before_tables.tar.gz"
 
 
-@pytest.mark.parametrize("run", ["ee_mllm", "flamingo"])
-def test_a_run_of_before_goes_on_as_it_would_have(run, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def old(tmp_path, monkeypatch):
+    """The current folder is the one in which that version ran."""
     with tarfile.open(OLD) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("run", ["ee_mllm", "flamingo"])
+def test_a_run_of_before_goes_on_as_it_would_have(run, old, capsys):
     assert cli.main(["fit", f"runs/{run}"]) == 0
     out = capsys.readouterr().out
     assert "step      8" in out and "step      4" not in out
@@ -33,6 +39,21 @@ def test_a_run_of_before_goes_on_as_it_would_have(run, tmp_path, monkeypatch, ca
     assert (
         max(max_error(found[name], tensor) for name, tensor in true.items()) <= 1e-4
     )  # kernels add up in another order
+
+
+def test_a_run_under_a_strategy_that_has_gone_goes_on_under_another(old, capsys):
+    config = Path("runs/ee_mllm/config.yaml")
+    written = yaml.safe_load(config.read_text())
+    written["trainer"]["strategy"] = "deepspeed_stage_2"
+    config.write_text(yaml.safe_dump(written))
+    assert cli.main(["fit", "runs/ee_mllm"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "trainer.strategy: found 'deepspeed_stage_2', expected auto or ddp or fsdp2 or fsdp2_offload. Instead" in said
+    )
+    assert "trainer.strategy=fsdp2 " in said and said.endswith("goes on under it.") and "Traceback" not in said
+    assert cli.main(["fit", "runs/ee_mllm", "trainer.strategy=auto"]) == 0
+    assert "step      8" in (out := capsys.readouterr().out) and "step      4" not in out
 
 
 def test_mechanisms_in_configs_of_before():

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import tokenizers
 import torch
 from hypothesis import strategies as st
@@ -45,7 +44,6 @@ from lit_eemllm.mechanisms import PRESETS, Mechanism
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
 from lit_eemllm.model.vision import _ENCODERS, TransformersVision, VisionEncoder
 
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 VOCAB, TOKENS = 40, 16  # text vocabulary; visual tokens of an image
 COMMON = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, max_position_embeddings=256,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ContextDecorator, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 # --- counters of packs
@@ -76,17 +76,3 @@ class DataParallel(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
-
-
-class Stepping(DDPStrategy):
-    """Lets a subclass take optimiser steps and start processes by itself."""
-
-    def closure_result(self, optimizer: Any, closure: Callable[[], Any]) -> Any:
-        """Forward and backward passes of a step, with Lightning's hooks after them, without the step."""
-        assert self.lightning_module is not None
-        return self.precision_plugin._wrap_closure(self.lightning_module, optimizer, closure)
-
-    @property
-    def backend_name(self) -> str:
-        """Of the process group: the one that was asked for, or the device's."""
-        return self._get_process_group_backend()

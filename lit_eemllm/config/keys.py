@@ -245,7 +245,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Arguments of lightning.Trainer, such as accelerator, devices, precision; strategy is auto, ddp, fsdp2, fsdp2_offload or deepspeed_stage_1 or _2."""
+    """Arguments of lightning.Trainer, such as accelerator, devices, precision; strategy is auto, ddp, fsdp2 or fsdp2_offload."""
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 

@@ -41,13 +41,10 @@ from .initial import initial_model
 from .module import LitEEMLLM
 from .runlog import RunLog, print_summary
 from .tuning import in_order, parameter_groups
-from .zero import DeepSpeed
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "fsdp2": FSDP2,
     "fsdp2_offload": partial(FSDP2, offload=True),
-    "deepspeed_stage_1": partial(DeepSpeed, 1),
-    "deepspeed_stage_2": partial(DeepSpeed, 2),
 }
 """Words of `trainer.strategy` that are not Lightning's, or mean something else there."""
 
@@ -173,17 +170,13 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
     """`config.trainer` goes to Lightning as it is, but for `STRATEGIES`; what this project decides is added."""
     optim, options = config.optim, dict(config.trainer)
     strategy = str(options.get("strategy", "auto"))
-    if strategy.startswith("deepspeed") and options.get("precision") == "16-mixed":
-        raise ConfigError(
-            f"trainer.precision: found 16-mixed with trainer.strategy={strategy}, whose shares its gradient scaler would not "
-            "find; expected bf16-mixed or 32-true"
-        )
     if strategy in STRATEGIES:
         options["strategy"] = STRATEGIES[strategy]()
     elif strategy not in ("auto", "ddp"):
         raise ConfigError(
-            f"trainer.strategy: {not_one_of(strategy, ('auto', 'ddp', *STRATEGIES))}. Weights are shared out by FSDP2 alone "
-            "here: fsdp2 is what ZeRO-3 and FSDP1 are, fsdp2_offload keeps the shares in main memory."
+            f"trainer.strategy: {not_one_of(strategy, ('auto', 'ddp', *STRATEGIES))}. Instead of "
+            "DeepSpeed's ZeRO and FSDP1: trainer.strategy=fsdp2 (fsdp2_offload keeps the shares in main memory). A run that was "
+            "trained under another strategy goes on under it."
         )
     if (profiler := options.get("profiler")) is not None:  # Lightning's own would print it where nobody sees it
         if profiler not in PROFILERS:

@@ -31,7 +31,6 @@ from ..data.loader import lost_worker
 from ..errors import UserError, WriteError
 from .checkpoint import FOLDER, all_checkpoints, save, set_aside
 from .tuning import COMPONENTS, component
-from .zero import full_gradient
 
 if TYPE_CHECKING:
     from ..config.keys import Config
@@ -243,7 +242,7 @@ def _not_finite(module: LitEEMLLM, loss: float, norm: float) -> UserError:
 
 
 def _bad_gradient(parameter: nn.Parameter) -> bool:
-    gradient = full_gradient(parameter)
+    gradient = parameter.grad
     if gradient is None:
         return False
     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -34,7 +34,6 @@ from .checkpoint import tensors, using
 from .fsdp2 import FSDP2, shard
 from .guard import check_step
 from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes, submodules
-from .zero import DeepSpeed
 
 if TYPE_CHECKING:
     from ..config.keys import Config
@@ -109,11 +108,9 @@ class LitEEMLLM(LightningModule):
         return loss
 
     def _loss(self, batch: PackedBatch) -> Tensor:
-        """Summed over the pack. A trained encoder, and whatever FSDP2 shards, must be used in every pass of every rank, and ZeRO-2
-        sums gradients over ranks in the order in which they come: where there is no image, a blank one is, which nothing reads."""
-        strategy = self.trainer.strategy
-        alike = isinstance(strategy, FSDP2) or (isinstance(strategy, DeepSpeed) and strategy.stage == 2)
-        if batch.pixel_values is None and ("vision" in self.trained or alike):
+        """Summed over the pack. A trained encoder, and whatever FSDP2 shards, must be used in every pass of every rank: where there
+        is no image, a blank one is, which nothing reads."""
+        if batch.pixel_values is None and ("vision" in self.trained or isinstance(self.trainer.strategy, FSDP2)):
             batch = with_blank_image(batch, self.model.vision.transform)
         return self.model.packed_loss(batch)
 
@@ -136,8 +133,6 @@ class LitEEMLLM(LightningModule):
 
     def _gradients(self) -> list[Tensor]:
         """What this rank holds of the step's gradients, to be changed in place: whole tensors, or its share of them."""
-        if isinstance(self.trainer.strategy, DeepSpeed):
-            return self.trainer.strategy.gradients()
         found = [p.grad for p in self.model.parameters() if p.grad is not None]
         return [x.to_local() if isinstance(x, DTensor) else x for x in found]
 
@@ -149,7 +144,7 @@ class LitEEMLLM(LightningModule):
     ) -> None:
         most, gradients = self.config.optim.clip_grad_norm, self._gradients()
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(self.trainer.strategy, FSDP2 | DeepSpeed):  # of shares
+        if isinstance(self.trainer.strategy, FSDP2):  # of shares
             square = self.grad_norm**2
             dist.all_reduce(square)
             self.grad_norm = square.sqrt()

@@ -582,24 +582,6 @@ def all_processes_share_the_data():
     assert asked == [(3, 1)]
 
 
-@contract(
-    "lightning",
-    "Precision._wrap_closure runs a step's passes and hooks",
-    lacks("lightning.pytorch.plugins.precision.Precision._wrap_closure"),
-)
-def a_step_has_a_closure():
-    from lightning.pytorch.plugins.precision import Precision
-
-    module, trainer = trained_steps()
-    calls = []
-    module.on_before_optimizer_step = lambda optimizer: calls.append("hook")
-    strategy = compat("lightning").Stepping(accelerator=trainer.accelerator, precision_plugin=Precision())
-    strategy._lightning_module = module
-    strategy.parallel_devices = [torch.device("cpu")]
-    assert strategy.closure_result(module.optimizers(), lambda: calls.append("passes") or 7) == 7
-    assert calls == ["passes", "hook"] and strategy.backend_name == "gloo"
-
-
 # --- Energon
 
 
@@ -872,7 +854,7 @@ HOOKS = {
 
 
 GONE = {
-    "lightning": "lightning.pytorch.strategies.DDPStrategy.configure_ddp",
+    "lightning": "lightning.pytorch.Callback.on_train_batch_end",
     "energon": "megatron.energon.TaskEncoder.select_samples_to_pack",
     "transformers": "transformers.PreTrainedModel._init_weights",
 }

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
 from lit_eemllm.cost.estimate import mechanisms_of
-from lit_eemllm.cost.formulas import cache_bytes, decode_flops, prefill_flops
+from lit_eemllm.cost.formulas import cache_bytes, decode_flops, layer_flops, prefill_flops
 from lit_eemllm.cost.trace import Document, Step, trace
 from lit_eemllm.cost.weightless import Parts, build_weightless, parts_of_config, parts_of_shape
 from lit_eemllm.inputs.images import ImageTransform
@@ -131,6 +131,49 @@ def test_flops_and_cache_of_a_real_prompt(name, decoder):
     check_flops_and_cache(tiny.model(decoder, MECHANISMS[name]))
 
 
+# --- what is not computed: of weights alone, for 40 text and 256 visual tokens in a layer of h = 256, m = 512
+BLIND = (
+    40 * 2 * (4 * 256**2 + 3 * 256 * 512)
+)  # every row of text through W_q, W_k, W_v, W_o and the feed-forward network
+SEEN = BLIND + 256 * 2 * 2 * 256**2  # every visual row through W_k and W_v
+UPDATED = (40 + 256) * 2 * (4 * 256**2 + 3 * 256 * 512)
+SCORES = {BLIND: 4 * 40 * 40 * 256, SEEN: 4 * 40 * 296 * 256, UPDATED: 4 * 296 * 296 * 256}
+ABSENT = (("tokens", "none"),)
+LAYERS = {
+    "llava": (Mechanism(dense_layers="all"), [UPDATED] * 7 + [SEEN]),
+    "llava, visual tokens enter at layer 4": (
+        Mechanism(dense_layers="all", rows=(("0-3", ABSENT),)), [BLIND] * 4 + [UPDATED] * 3 + [SEEN]
+    ),
+    "llava, they leave after layer 3": (
+        Mechanism(dense_layers="all", rows=(("4-", ABSENT),)), [UPDATED] * 3 + [SEEN] + [BLIND] * 4
+    ),
+    "vica, text sees them in layer 7 only": (Mechanism(cross_layers=(7,), aligner=NO_ALIGNER), [BLIND] * 7 + [SEEN]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_leave_something_out_by_hand(name):
+    """By the formulas, and measured in a real model, layer by layer."""
+    assert [round(flops / 1e6, 2) for flops in (BLIND, SEEN, UPDATED)] == [52.43, 119.54, 387.97]
+    mechanism, expected = LAYERS[name]
+    text = LlamaConfig(
+        vocab_size=99, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4
+    )
+    found = layer_flops(mechanism, text, 40, 256)
+    assert [flops - SCORES[weights] for flops, weights in zip(found, expected, strict=True)] == expected
+    encoder = {**PARTS.vision["model"], "image_size": 64}
+    parts = Parts(text, "transformers", {**PARTS.vision, "model": encoder, "transform": IMAGE.to_dict()})
+    model = built(configured(), parts, mechanism)
+    model.set_attention("reference")
+    ids = torch.tensor([[1] * 9 + [model.config.image_token_id] * 256 + [1] * 31])
+    with torch.no_grad():
+        counts = counted(lambda: model(ids, pixel_values=torch.randn(1, 3, 64, 64)))[1].get_flop_counts()
+    layers = [counts[f"EEMLLM.language_model.model.layers.{layer}"] for layer in range(8)]
+    scores = [layer.pop(torch.ops.aten.bmm) for layer in layers]
+    assert [sum(layer.values()) for layer in layers] == expected
+    assert scores == [SCORES[weights] for weights in expected]
+
+
 # --- real models: a training step
 WORDS = {
     "projector": [],
@@ -226,7 +269,7 @@ WIDE = LlamaConfig(
 CLIP = CLIPVisionConfig(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
 )
-TRANSFORM = ImageTransform(32, 32, 4, (0.5,) * 3, (0.5,) * 3)
+TRANSFORM, IMAGE = (ImageTransform(side, side, 4, (0.5,) * 3, (0.5,) * 3) for side in (32, 64))
 PARTS = Parts(
     WIDE,
     "transformers",

@@ -61,7 +61,7 @@ class Visibility:
     Args:
         visual_queries: visual tokens query and see everything earlier in their document (a dense, LLaVA-like layer).
             Otherwise only text queries (composite attention, EE-MLLM Eq. 1).
-        window: a query sees itself and at most so many rows before it; None = no limit. Only with `visual_queries`.
+        window: a query sees itself and at most so many rows before it; None = no limit. Only where all rows query.
         text_queries: text queries; False only where visual tokens do, which then see the text before them.
     """
 
@@ -70,8 +70,8 @@ class Visibility:
     text_queries: bool = True
 
     def __post_init__(self) -> None:
-        if self.window is not None and (self.window < 0 or not self.visual_queries):
-            raise ValueError(f"a window is 0 or more and needs visual_queries, found {self}")
+        if self.window is not None and (self.window < 0 or not (self.visual_queries and self.text_queries)):
+            raise ValueError(f"a window is 0 or more and needs visual_queries and text_queries, found {self}")
         if not self.visual_queries and not self.text_queries:
             raise ValueError(f"some rows must query, found {self}")
 
@@ -176,9 +176,9 @@ class SequenceLayout:
 
     def query_rows(self, visibility: Visibility) -> Tensor | None:
         """Rows that query, ascending; None = all."""
-        if (visibility.visual_queries and visibility.text_queries) or self.num_text == self.num_tokens:
-            return None
-        return self.visual_index if visibility.visual_queries else self.text_index
+        if not visibility.text_queries:
+            return self.visual_index
+        return None if visibility.visual_queries or not self.num_visual else self.text_index
 
     def with_visual(self, rows_v: Tensor | None, lengths: Sequence[int]) -> SequenceLayout:
         """The layout with some of its visual tokens alone, at the positions they have here.

@@ -6,6 +6,7 @@ from the bottom right, zero where no key is seen. A wrong offset, length or orde
 
 import inspect
 import itertools
+import re
 
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from lit_eemllm.attention import AttentionBackend, flex, register_backend, regis
 from lit_eemllm.attention.base import _BACKENDS, probe
 from lit_eemllm.attention.flash import PROVIDERS, Flash, bind
 from lit_eemllm.attention.flex import Flex
+from lit_eemllm.attention.reference import Reference
 from lit_eemllm.attention.sdpa import PADDING, Sdpa
 from lit_eemllm.attention.varlen import VarlenBackend
 from lit_eemllm.attention.xformers import XFormers
@@ -31,10 +33,12 @@ LAYOUTS = {
     "image last": [[T(3), V(2)]],
     "two images": [[T(2), V(3), T(1), V(2), T(4)]],
     "adjacent images": [[T(1), V(3), V(2), T(2)]],
+    "alike, with an image and without": [[T(5)], [V(1), T(5)], [V(5), T(1)], [V(5)]],
     "pack": [[T(3), V(4), T(5)], [T(7)], [V(2), T(1)], [T(1), V(9), T(2), V(1), T(1)], [T(3), V(4), T(4)], [V(2)]],
 }  # fmt: skip
 DENSE, COMPOSITE, WINDOW = Visibility(True), Visibility(False), Visibility(True, window=2)
-VISIBILITIES = {"dense": DENSE, "composite": COMPOSITE, "window": WINDOW}
+IMAGES = Visibility(True, text_queries=False)  # of a layer in which text sees less of them
+VISIBILITIES = {"dense": DENSE, "composite": COMPOSITE, "window": WINDOW, "images query": IMAGES}
 
 
 # --- the kernels' contracts
@@ -136,6 +140,8 @@ def test_mask_is_drawn_as_documented():
     expected = torch.tensor([[int(x) for x in row.split()] for row in dense.splitlines()]).bool()
     assert layout.mask(DENSE).equal(expected)
     assert layout.mask(COMPOSITE).equal(expected[[0, 1, 4, 6]])
+    assert layout.mask(IMAGES).equal(expected[[2, 3, 5]])
+    assert SequenceLayout.of([[T(2)]]).mask(IMAGES).shape == SequenceLayout.of([[V(2)]]).mask(COMPOSITE).shape == (0, 2)
 
 
 def test_layout_indices_and_positions():
@@ -152,7 +158,7 @@ def test_layout_indices_and_positions():
 
 def tensors(layout, visibility, heads, kv_heads, head_size=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    queries = layout.num_tokens if visibility.visual_queries else layout.num_text
+    queries = layout.num_text * visibility.text_queries + layout.num_visual * visibility.visual_queries
     shapes = [(queries, heads, head_size), *[(layout.num_tokens, kv_heads, head_size)] * 2]
     return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
 
@@ -170,6 +176,8 @@ def attend(backend, layout, visibility, qkv):
 def test_backend_equals_reference_forward_and_backward(backend, layout, heads, visibility):
     if (backend, visibility) == ("torch_2_10", "window"):
         pytest.skip("has no window")
+    if (layout, visibility) == ("text only", "images query"):
+        pytest.skip("no row queries")
     layout, visibility, backend = SequenceLayout.of(LAYOUTS[layout]), VISIBILITIES[visibility], TRAINABLE[backend]()
     qkv = tensors(layout, visibility, *heads)
     out, gradients = attend(backend, layout, visibility, qkv)
@@ -184,8 +192,8 @@ documents = st.lists(
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn_2", "xformers", "flex"])
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(documents=documents, visibility=st.sampled_from([DENSE, COMPOSITE, WINDOW, Visibility(True, window=0)]))
+@settings(max_examples=75, deadline=None, derandomize=True)
+@given(documents=documents, visibility=st.sampled_from([*VISIBILITIES.values(), Visibility(True, window=0)]))
 def test_random_layouts_are_computed_as_the_mask_says(backend, documents, visibility):
     layout = SequenceLayout.of([[Run(*run) for run in document] for document in documents])
     q, k, v = (x.detach() for x in tensors(layout, visibility, 2, 1))
@@ -203,7 +211,7 @@ def test_random_layouts_are_computed_as_the_mask_says(backend, documents, visibi
 def test_flex_blocks_are_those_of_the_dense_mask(lengths, window):
     """Which blocks of 128 x 128 are skipped, partial and full, against a count over the dense mask."""
     layout = SequenceLayout.of([[T(n), V(n // 2 + 1), T(1)] for n in lengths])
-    for visibility in [COMPOSITE, Visibility(True, window)]:
+    for visibility in [COMPOSITE, IMAGES, Visibility(True, window)]:
         mask = Flex().plan(layout, visibility).mask
         queries, keys = mask.seq_lengths
         dense = torch.zeros(queries, keys, dtype=torch.bool)
@@ -321,7 +329,8 @@ def test_sdpa_costs_the_sum_of_the_documents(documents):
     """Rows x columns of its products, padding included, against those of each document by itself."""
     layout = SequenceLayout.of([[Run(*run) for run in document] for document in documents])
     for visibility, count in ((DENSE, lambda runs: sum(n for _, n in runs)),
-                              (COMPOSITE, lambda runs: sum(n for visual, n in runs if not visual))):  # fmt: skip
+                              (COMPOSITE, lambda runs: sum(n for visual, n in runs if not visual)),
+                              (IMAGES, lambda runs: sum(n for visual, n in runs if visual))):  # fmt: skip
         alone = sum(count(runs) * sum(n for _, n in runs) for runs in documents)
         together = sum(g.q_rows_BQ.numel() * g.k_rows_BL.shape[1] for g in Sdpa().plan(layout, visibility).groups)
         assert alone <= together <= PADDING**2 * alone
@@ -335,6 +344,8 @@ def test_sdpa_costs_the_sum_of_the_documents(documents):
 @pytest.mark.parametrize("backend", [name for name in registered_backends() if name != "reference"])
 def test_gpu_kernels_are_as_exact_as_their_type(backend, layout, heads, visibility, dtype):
     """Error against the float32 reference at most twice that of a dense softmax computed in the same type."""
+    if (layout, visibility) == ("text only", "images query"):
+        pytest.skip("no row queries")
     if (reason := _BACKENDS[backend].refusal(torch.device("cuda"), dtype, True)) is not None:
         pytest.skip(reason)
     layout, visibility = SequenceLayout.of(LAYOUTS[layout]).to("cuda"), VISIBILITIES[visibility]
@@ -431,10 +442,9 @@ def test_documents_do_not_leak(backend):
     backend = _BACKENDS["reference"]() if backend == "reference" else TRAINABLE[backend]()
     layout = SequenceLayout.of(LAYOUTS["pack"])
     first = sum(run.length for run in layout.documents[0])
-    for visibility in (DENSE, COMPOSITE):
+    for visibility in (DENSE, COMPOSITE, IMAGES):
         q, k, v = tensors(layout, visibility, 4, 2)
-        rows = layout.positions.new_tensor([r for r in range(first) if r in layout.text_index])
-        rows = rows if not visibility.visual_queries else torch.arange(first)
+        rows = [row for run in layout.documents[0] if visibility.queries(run.visual) for row in range(run.length)]
         plan = backend.plan(layout, visibility)
         out = backend.attend(q, k, v, plan, 0.3)
         changed = [x.detach().clone() for x in (q, k, v)]
@@ -481,3 +491,28 @@ def test_registry_names_what_is_wrong_and_auto_takes_what_runs():
             resolve_backend("broken")
     finally:
         del _BACKENDS["broken"]
+
+
+class NotANumber(Reference):
+    def attend(self, q_QNH, k_SKH, v_SKH, plan, scale):
+        return super().attend(q_QNH, k_SKH, v_SKH, plan, scale) * float("nan")
+
+
+class FromBefore(Reference):
+    """Written when visual rows queried with the text or not at all."""
+
+    def plan(self, layout, visibility):
+        mask_SS = layout.mask(DENSE)
+        return mask_SS if visibility.visual_queries else mask_SS[layout.text_index]
+
+    def attend(self, q_QNH, k_SKH, v_SKH, plan, scale):
+        return super().attend(q_QNH, k_SKH, v_SKH, plan[: len(q_QNH)], scale)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("wrong", "off"), [(NotANumber, "nan%"), (FromBefore, r"\d+%")])
+def test_a_trial_tells_what_is_computed_wrongly(monkeypatch, wrong, off, training):
+    monkeypatch.setitem(_BACKENDS, "wrong", wrong)
+    tried = probe("wrong", "cpu", torch.float32, training)
+    assert tried.backend is None
+    assert re.fullmatch(f"PyTorch: it runs, but its output is off the reference by {off}", str(tried))

@@ -134,8 +134,8 @@ def disagreement(
     """What a text-image-text-image document shows to be wrong, if anything."""
     layout = SequenceLayout.of([[Run(visual, 1) for visual in (False, True, False, True)]]).to(device)
     generator = torch.Generator().manual_seed(0)
-    for visibility in (Visibility(True), Visibility(False)):
-        queries = layout.num_tokens if visibility.visual_queries else layout.num_text
+    for visibility in (Visibility(True), Visibility(False), Visibility(True, text_queries=False)):
+        queries = sum(visibility.queries(run.visual) for run in layout.documents[0])
         shapes = ((queries, 2, head_size), (4, 1, head_size), (4, 1, head_size))
         q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         found = _results(backend, q, k, v, layout, visibility, training)

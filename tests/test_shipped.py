@@ -56,7 +56,7 @@ def test_own_file_then_the_shipped_one() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "configs/../README.md", "configs/../../x", "../configs/demo/base.yaml", "README.md", "lit_eemllm/cli.py", "tools",
+        "configs/../README.md", "configs/../../x", "../configs/demo/base.yaml", "README.md", "lit_eemllm/demo.py", "tools",
         "tools/stress.py", "tests/tiny.py", "configs/demo/../../pyproject.toml", "configsx/demo", "configs/nothing.yaml",
         "/configs/demo/base.yaml", "", "configs/\0", "configs/" + "n" * 5000,
     ],

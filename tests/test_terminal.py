@@ -22,7 +22,7 @@ from lit_eemllm.terminal import VisibleFormatter, visible
 
 EVIL = "a\x1b]0;owned\x07\x1b[31mred\r\x9b2J\u202e"
 SHOWN = r"a\x1b]0;owned\x07\x1b[31mred\r\x9b2J\u202e"
-PACKAGE = Path(cli.__file__).parent
+PACKAGE = Path(cli.__file__).parents[1]
 
 
 def test_what_steers_is_written_out():
@@ -98,7 +98,7 @@ def test_the_trace_of_an_error_that_nobody_expected():
 from lit_eemllm import cli
 def broken(args):
     raise KeyError({EVIL!r}) from ValueError({EVIL!r} + "two\\nlines")
-cli._doctor = broken
+cli.doctor._doctor = broken
 cli.main(["doctor"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, encoding="utf-8")
@@ -117,7 +117,7 @@ def test_nothing_else_prints():
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print" and file.name != "terminal.py":
                 left.append(f"{file.name}: {ast.unparse(node)}")
     assert sorted(left) == [
-        "cli.py: print(to_yaml(config, comments=True), end='')",
+        "config.py: print(to_yaml(config, comments=True), end='')",
         "doctor.py: print(json.dumps(found, indent=2))",
         "estimate.py: print(json.dumps(found, indent=2))",
         "execute.py: print(os.uname().nodename, process.pid, file=lock, flush=True)",

@@ -1,0 +1,25 @@
+"""`fit`: train, or continue a run."""
+
+from __future__ import annotations
+
+import gc
+from argparse import Namespace
+from typing import Any
+
+from lit_eemllm.cli.common import config_of, takes_config, verb
+
+
+def add(verbs: Any) -> None:
+    example = "lit-eemllm fit configs/demo/ee_mllm.yaml optim.lr=1e-3 out=runs/mine"
+    takes_config(verb(verbs, "fit", _fit, "Train, or continue the run found in `out`.", example))
+
+
+def _fit(args: Namespace) -> None:
+    config = config_of(args)
+    from lit_eemllm.training.fit import fit
+
+    # What is imported by now stays, so the garbage collector need not know it. Else each loader process, and every validation
+    # starts its own, walks half a million objects when it starts, and both sides copy the memory that they share: half a second.
+    gc.collect()  # what nobody needs any more shall not stay
+    gc.freeze()
+    fit(config)

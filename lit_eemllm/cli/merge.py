@@ -1,0 +1,23 @@
+"""`merge`: write a run's trained model."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lit_eemllm.cli.common import config_of, takes_config, verb
+
+
+def add(verbs: Any) -> None:
+    example = "lit-eemllm merge runs/demo/ee_mllm-0 --to merged"
+    made = takes_config(verb(verbs, "merge", _merge, "Write a run's trained model.", example), checkpoint=True)
+    made.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    made.add_argument("--adapter", action="store_true", help="only the decoder's LoRA adapter, as peft loads it")
+
+
+def _merge(args: Namespace) -> None:
+    config = config_of(args)
+    from lit_eemllm.formats.merge import merge
+
+    merge(config, args.checkpoint, args.to, args.adapter)

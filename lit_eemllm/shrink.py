@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -31,6 +30,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from .config import strict_yaml
 from .config.keys import Config
 from .cost.weightless import CLIP_L, SHAPES
 from .data import shards
@@ -138,7 +138,7 @@ def write_part(name: str, folder: Path, published: bool) -> None:
 def shrink(config: Config, out: Path, published: bool = False) -> Path:
     """Write below `out` what is not there yet, and the file of overrides, whose path is returned."""
     torch.manual_seed(0)
-    overrides = {} if published else yaml.safe_load(OVERRIDES)
+    overrides = {} if published else strict_yaml.parse(OVERRIDES)
     parts = {name: out / name.replace("/", "--") for name in (config.model.decoder, config.model.vision.path or "")}
     for name, folder in parts.items():
         if not folder.exists():
@@ -153,5 +153,5 @@ def shrink(config: Config, out: Path, published: bool = False) -> Path:
             rows.write_text(json.dumps(asked_once))  # the template of stage 1 takes no more
             shards.make({"train": rows}, out / "raw" / "images", data, shard_size=32)
         overrides["data"]["train"] = str(data.absolute())
-    (out / "shrink.yaml").write_text(yaml.safe_dump(overrides))
+    (out / "shrink.yaml").write_text(strict_yaml.dump(overrides))
     return out / "shrink.yaml"

@@ -171,7 +171,7 @@ def test_a_recipe_has_no_aliases_and_few_levels(tmp_path: Path) -> None:
     """An alias stands for any number of values; a value in many lists cannot be shown."""
     file = tmp_path / "r.yaml"
     for text, message in {
-        "a: 1\nb: &b {c: d}\ne: [*b]": r"aliases \(\*name\) are not allowed.*\n.*line 2, column 4",
+        "a: 1\nb: &b {c: d}\ne: [*b]": r"r.yaml:3: not plain YAML.* aliases \(\*name\) are not allowed",
         "&a [*a]": "aliases",
         "a: &b c\n*b: d": "aliases",
         "[" * 21 + "]" * 21: "more than 20 levels of nesting",
@@ -181,7 +181,7 @@ def test_a_recipe_has_no_aliases_and_few_levels(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             read_yaml(file)
-    deep = "[" * 17 + "{a: [1, x, 2.5, null, true, 2020-01-01]}, ''" + "]" * 17
+    deep = "[" * 17 + "{a: [1, x, 2.5, null, true]}, ''" + "]" * 17
     for text in (deep, "", "# nothing", "--- a", "a: é😀\n", "? a\n: b"):
         file.write_text(text, encoding="utf-8")
         assert read_yaml(file) == yaml.safe_load(text)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -35,10 +35,9 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
-from yaml.composer import ComposerError
 
 from lit_eemllm import limits
-from lit_eemllm.config import keys
+from lit_eemllm.config import keys, strict_yaml
 from lit_eemllm.config.keys import Config, Mistake, check
 from lit_eemllm.errors import MOST_HINTS, ConfigError, did_you_mean
 from lit_eemllm.shipped import find, nowhere
@@ -62,44 +61,6 @@ _OPEN = [key for key in _KEYS if _KINDS[key] == dict[str, Any]]  # sections with
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-class Loader(yaml.SafeLoader):
-    """YAML without tags and aliases; the plain scalars are null, booleans, decimal integers and floats such as 1e-3.
-
-    YAML 1.1 reads 1e-3 as text, 1:30 as the number 90 and 0123 as 83: none of that here.
-    """
-
-    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        problem = None
-        if isinstance(event, yaml.AliasEvent):
-            problem = "aliases (*name) are not allowed; write ${section.key}"
-        elif getattr(event, "tag", None) is not None:
-            problem = f"the tag {event.tag} is not allowed; write a plain value"
-        elif self.depth >= limits.YAML_LEVELS:
-            problem = f"more than {limits.YAML_LEVELS} levels of nesting"
-        if problem:
-            raise ComposerError(None, None, problem, event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-_FLOAT = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-_FLOAT += r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
-_BOOL = "yes|no|true|false|on|off"
-_SCALARS = {
-    "null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "bool": (f"{_BOOL}|{_BOOL.title()}|{_BOOL.upper()}", list("yYnNtTfFoO")),
-    "int": ("[-+]?(?:0|[1-9][0-9_]{0,30})", list("-+0123456789")),
-    "float": (_FLOAT, list("-+.0123456789")),
-}
-for _name, (_pattern, _first) in _SCALARS.items():
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
-
 _REFERENCE = re.compile(r"(?<!\\)\$\{([A-Za-z_][\w.]*)\}")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _NOTHING = yaml.ScalarNode("tag:yaml.org,2002:null", "", yaml.Mark("", 0, 0, 0, None, 0))
@@ -229,9 +190,8 @@ class _Merge:
             problem = "a configuration file ends in .yaml or .yml"
         else:
             try:
-                with file.open("rb") as stream:
-                    content = stream.read(limits.CONFIG_BYTES + 1)
-                if len(content) <= limits.CONFIG_BYTES:
+                content = strict_yaml.read_bytes(file, limits.CONFIG_BYTES)
+                if content is not None:
                     return content
                 problem = f"more than {limits.CONFIG_BYTES} bytes: not a configuration"
             except OSError as error:
@@ -249,13 +209,10 @@ class _Merge:
     def compose(self, text: str | bytes, source: str, key: str = "") -> yaml.Node | None:
         """The root node (null if there is nothing), or None after noting that the text is not valid."""
         try:
-            return Loader(text).get_single_node() or _NOTHING
-        except yaml.MarkedYAMLError as error:
-            where = source if key or error.problem_mark is None else f"{source}:{error.problem_mark.line + 1}"
+            return strict_yaml.compose(text) or _NOTHING
+        except strict_yaml.BadYAML as error:
             quote = "; inside [] or {} write a reference in quotes" if "${" in str(text) else ""
-            self.fail(where, key, f"not valid YAML: {error.problem}{quote}")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.fail(source, key, f"not valid YAML: {str(error).splitlines()[0]}")
+            self.fail(source if key else error.at(source), key, f"not valid YAML: {error}{quote}")
         return None
 
     def override(self, text: str) -> None:
@@ -325,7 +282,7 @@ class _Merge:
             raise _Unusable(node, f"{MISSING} marks a required key of the schema; write a value")
         if as_text and not node.tag.endswith(":null"):
             return node.value
-        return yaml.constructor.SafeConstructor().construct_object(node)
+        return strict_yaml.value(node)
 
     # --- resolving
     def resolve(self) -> Config:
@@ -414,13 +371,6 @@ def load_config(
 
 
 # --------------------------------------------------------------------------------------------------------------- output
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either standard YAML or `Loader` would read as something else."""
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT})$"), list("-+.0123456789"))
-
-
 def _comments() -> dict[tuple[str, str], str]:
     """(dataclass, field) -> the docstring under the field."""
     found = {}
@@ -448,7 +398,7 @@ def to_yaml(config: Config, comments: bool = False) -> str:
                 yield f"{indent}{item.name}:"
                 yield from lines(value, indent + "  ")
             else:
-                dumped = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+                dumped = strict_yaml.dump(value, default_flow_style=True, width=math.inf)
                 yield f"{indent}{item.name}: {dumped.removesuffix('...' + chr(10)).rstrip()}"
 
     return "\n".join(lines(config, "")) + "\n"

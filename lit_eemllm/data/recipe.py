@@ -27,15 +27,12 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from os.path import normpath
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-from yaml.composer import ComposerError
-
 from lit_eemllm import limits
+from lit_eemllm.config.strict_yaml import BadYAML, parse, read_bytes
 from lit_eemllm.errors import UserError
 from lit_eemllm.shipped import find, nowhere
 
@@ -361,44 +358,12 @@ def _expand(patterns: Any, path: Path, where: str) -> list[str]:
     return names
 
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # by libyaml, several times as fast, where PyYAML has it
-
-
 def read_yaml(path: Path) -> Any:
-    """Plain data from a YAML file: no tags, no aliases, bounded size and depth. Raises UserError."""
+    """Plain data from a YAML file of bounded size. Raises UserError."""
     try:
-        loader = _Loader(_read_bytes(path, limits.YAML_BYTES))
-        root = loader.get_single_node()
-        if root is None:
-            return None
-        _refuse_aliases(root)
-        return loader.construct_document(root)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # PyYAML lets through what int() and dict() raise
-        raise UserError(f"{path}: not plain YAML, nothing was executed: {error}") from None
-
-
-def _refuse_aliases(root: yaml.Node) -> None:
-    """By which a small file may stand for a value that no message could show; and what is nested too deep to be shown."""
-    seen, level, depth = {id(root)}, [root], 1
-    while level := [part for node in level if not isinstance(node, yaml.ScalarNode) for part in _parts(node)]:
-        depth += 1
-        if depth > limits.YAML_LEVELS:
-            text = f"more than {limits.YAML_LEVELS} levels of nesting"
-            raise ComposerError(None, None, text, level[0].start_mark)
-        for node in level:
-            if id(node) in seen:
-                text = "aliases (*name) are not allowed; this is what one stands for"
-                raise ComposerError(None, None, text, node.start_mark)
-            seen.add(id(node))
-
-
-def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
-    return chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        return parse(_read_bytes(path, limits.YAML_BYTES))
+    except BadYAML as error:
+        raise UserError(f"{error.at(path)}: not plain YAML, nothing was executed: {error}") from None
 
 
 def _read_json(path: Path) -> Any:
@@ -409,9 +374,10 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_bytes(path: Path, most: int) -> bytes:
-    if path.stat().st_size > most:
+    content = read_bytes(path, most)
+    if content is None:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes; at most {most:,} are read.")
-    return path.read_bytes()
+    return content
 
 
 def _mapping(

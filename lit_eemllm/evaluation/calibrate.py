@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 
+from ..config import strict_yaml
 from ..console import console, progress, quiet_libraries, write_atomically, writing
 from ..core.decoder import DecoderLayer
 from ..data.module import ShardDataModule
@@ -348,7 +348,7 @@ def mechanism_yaml(mechanism: Mechanism, results: dict[str, Any], checkpoint: st
     ]
     header = "".join(f"# {' '.join(line.split())}\n" for line in lines)
     body = {"model": {"mechanism": {"preset": results["target"], **fields}}}
-    return header + yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=10**6)
+    return header + strict_yaml.dump(body, default_flow_style=None, width=10**6)
 
 
 def print_impacts(results: dict[str, Any]) -> None:

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.table import Table
 
-from ..config import load_config
+from ..config import load_config, strict_yaml
 from ..config.keys import check_names
 from ..console import console, progress, quiet_libraries
 from ..errors import CheckpointError, ConfigError, UserError
@@ -190,7 +189,7 @@ def _num_layers(model: EEMLLM) -> int:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return strict_yaml.parse(file.read_bytes())
 
 
 # --- what is written and said
@@ -205,7 +204,7 @@ def _configuration(config: dict[str, Any], model: EEMLLM, source: Path, out: Pat
             part[key] = str(out)
     values = {**config, "init_from": str(out), "out": str(out), "resume": "auto"}
     head = f"# Of lit-eemllm convert. To train the model further:\n#   lit-eemllm fit {out} out=runs/NAME\n"
-    return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return head + strict_yaml.dump(values)
 
 
 def _table(fates: Iterable[Fate], title: str) -> Table:

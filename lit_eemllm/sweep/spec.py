@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .. import limits
-from ..config import Loader, is_key, nearest_key
+from ..config import is_key, nearest_key, strict_yaml
 from ..errors import MOST_HINTS, ConfigError, did_you_mean
 from ..shipped import find, nowhere
 
@@ -103,18 +101,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.")[:80]
 
 
-class _Loader(Loader):
-    """The YAML of configurations; a key that stands twice in a section is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
-            if name.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name.value!r} is set twice", name.start_mark)
-            seen.add(name.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_sweep(file: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep file.
 
@@ -154,17 +140,16 @@ class _Reader:
         if not file.is_file() or file.suffix not in (".yaml", ".yml"):
             where = "" if file.exists() else nowhere(self.file)
             raise ConfigError(f"{self.file}: expected a sweep file (.yaml), see configs/sweeps/{where}")
-        with file.open("rb") as stream:
-            content = stream.read(limits.CONFIG_BYTES + 1)
-        if len(content) > limits.CONFIG_BYTES:
+        content = strict_yaml.read_bytes(file, limits.CONFIG_BYTES)
+        if content is None:
             raise ConfigError(f"{self.file}: more than {limits.CONFIG_BYTES} bytes: not a sweep file")
-        return self.parse(content)
+        return self.parse(content, self.file)
 
-    def parse(self, text: str | bytes) -> Any:
+    def parse(self, text: str | bytes, source: str | Path) -> Any:
         try:
-            return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, ValueError, TypeError) as error:  # the latter two: a list as a key, say
-            raise ConfigError(f"{self.file}: not valid YAML: {' '.join(str(error).split())}") from None
+            return strict_yaml.parse(text)
+        except strict_yaml.BadYAML as error:
+            raise ConfigError(f"{error.at(source)}: not valid YAML: {error}") from None
 
     def sweep(self, overrides: list[str]) -> Sweep:
         document = self.document()
@@ -172,7 +157,7 @@ class _Reader:
         for text in overrides:
             key, _, value = text.partition("=")
             if key in _TOP and isinstance(document, dict):
-                document[key] = self.parse(value)
+                document[key] = self.parse(value, f"command line: {key}")
             else:
                 last.append(text)
                 first = key.partition(".")[0]

@@ -104,7 +104,7 @@ class Probe(LitEEMLLM):
         return torch.optim.SGD([{**g, "lr": 0.02} for g in parameter_groups(self.model, self.config.optim)])
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        self.losses.append(self.mean_loss.item())
+        self.losses.append(self.step.mean_loss.item())
         if not self.gradients:
             some = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
             assert all(gradient is not None for gradient in some.values())

@@ -29,6 +29,7 @@ from lit_eemllm.config import to_yaml
 from lit_eemllm.console import metrics_files, unfinished
 from lit_eemllm.errors import CheckpointError, UserError, WriteError
 from lit_eemllm.training import guard
+from lit_eemllm.training import step as optimiser_step
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
 from lit_eemllm.training.fit import fit
 from lit_eemllm.training.guard import Stopped
@@ -293,16 +294,18 @@ def test_a_gradient_that_is_infinite_is_found_too(tmp_path, parts, shapes, monke
 @pytest.mark.parametrize(("scale", "right"), [(2.0**16, True), (2.0**-15, True), (2.0**-16, False), (None, False)])
 def test_in_float16_an_infinite_gradient_is_a_fault_only_where_no_smaller_scale_helps(monkeypatch, scale, right):
     """Lightning has it on a GPU only. Its scaler halves the scale and skips the step. None: without a scaler."""
-    monkeypatch.setattr(guard, "_not_finite", lambda module, loss, norm: UserError(f"{loss} {norm}"))
+    monkeypatch.setattr(optimiser_step, "_not_finite", lambda *known: UserError(f"{known[-2]} {known[-1]}"))
     plugin = SimpleNamespace(scaler=scale and torch.amp.GradScaler("cpu", init_scale=scale))
     zero, one, inf = map(torch.tensor, (0.0, 1.0, math.inf))
-    module = SimpleNamespace(device="cpu", mean_loss=one, grad_norm=inf, stop_votes=zero,
-                             trainer=SimpleNamespace(precision_plugin=plugin))  # fmt: skip
+    trainer, found = (
+        SimpleNamespace(precision_plugin=plugin),
+        optimiser_step.Step(mean_loss=one, grad_norm=inf, votes=zero),
+    )
     if right:
-        assert guard.check_step(module) is False
-        module.mean_loss = inf  # of the loss there is one scale only
+        assert optimiser_step.check_step(found, None, trainer, "run") is False
+        found.mean_loss = inf  # of the loss there is one scale only
     with pytest.raises(UserError, match="inf"):
-        guard.check_step(module)
+        optimiser_step.check_step(found, None, trainer, "run")
 
 
 STRATEGIES = ["ddp", "fsdp2"]

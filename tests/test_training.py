@@ -28,6 +28,7 @@ from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint, r
 from lit_eemllm.training.fit import fit
 from lit_eemllm.training.module import LitEEMLLM
 from lit_eemllm.training.runlog import RunLog
+from lit_eemllm.training.step import Step
 from lit_eemllm.training.tuning import schedule
 
 
@@ -165,7 +166,7 @@ def test_every_token_of_a_step_weighs_the_same(tmp_path, parts):
             assert (module.gradients[name] - gradient).abs().max() <= 3e-5 * max(
                 gradient.abs().max(), 1e-3 * largest
             ), name
-    losses = [module.mean_loss.item() for module in (whole, *(module for module, _ in others))]
+    losses = [module.step.mean_loss.item() for module in (whole, *(module for module, _ in others))]
     assert losses == pytest.approx([(model.packed_loss(packs[0]) / packs[0].num_targets).item()] * 3, rel=1e-5)
 
 
@@ -274,8 +275,8 @@ def test_only_what_is_tuned_changes_and_all_of_it(tmp_path, parts, blend, traine
                       enable_model_summary=False)  # fmt: skip
     trainer.fit(module, DataLoader([tiny.pack([[3, 0, 4], [5]]), tiny.pack([[2, 0, 1, 0, 3]])], batch_size=None))
     rates = {part: 1e-2 if part == "projector" else config.optim.lr for part in trained}
-    assert module.step_rates == pytest.approx({part: rate * schedule(config.optim)(1) for part, rate in rates.items()})
-    assert module.step_lr == module.step_rates[trained[-1]], "the rate of what is nearest to the output"
+    assert module.step.rates == pytest.approx({part: rate * schedule(config.optim)(1) for part, rate in rates.items()})
+    assert module.step.lr == module.step.rates[trained[-1]], "the rate of what is nearest to the output"
     changed = {n for n, p in module.model.named_parameters() if not p.equal(before[n])}
     ids_seen = {n for n in expected if n.endswith("lm_head.weight")}
     assert changed <= set(expected) and set(expected) - ids_seen <= changed
@@ -304,9 +305,9 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
         global_step=0, world_size=1, is_global_zero=True, callback_metrics={}, sanity_checking=False,
         datamodule=SimpleNamespace(skipped={"bad_image": 2}, drawn=dict),
     )  # fmt: skip
-    module = SimpleNamespace(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0), step_lr=0.5, batch_end=0.0)
-    module.config = config
-    module.step_rates = {"llm": 0.5, "projector": 0.25, "vision": 0.5}
+    step = Step(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0))
+    step.rates = {"llm": 0.5, "projector": 0.25, "vision": 0.5}
+    module = SimpleNamespace(step=step, config=config)
     batch = tiny.pack([[3, 0, 4], [5]])  # 28 tokens, 2 + 3 + 4 = 9 targets
     log.on_train_start(trainer, module)
     for micro in range(4):
@@ -315,10 +316,10 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
         now[0] += 3
         if micro % 2:
             trainer.global_step += 1
-            module.mean_loss = torch.tensor(float(trainer.global_step))
+            module.step.mean_loss = torch.tensor(float(trainer.global_step))
         log.on_train_batch_end(trainer, module, None, batch, micro)
         now[0] += 50 if micro == 2 else 0  # writes a checkpoint
-        module.batch_end = now[0]
+        module.step.ended = now[0]
         if micro == 1:
             now[0] += 100
             log.on_validation_end(trainer, module)
@@ -428,7 +429,7 @@ def test_gradients_are_clipped_to_the_configured_norm(tmp_path, parts):
     trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False)  # fmt: skip
     trainer.fit(module, DataLoader([tiny.pack([[3, 0, 4], [5]])], batch_size=None))
-    assert module.grad_norm.item() > 1 and module.clipped == pytest.approx(0.5, rel=1e-4)
+    assert module.step.grad_norm.item() > 1 and module.clipped == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("preset", ["ee_mllm_f", "saisa", "shortv", "vica", "flamingo"])

@@ -1,4 +1,4 @@
-"""What keeps the work of a run: checkpoints at their time, a stop on request after a whole step, a stop before a bad one.
+"""What keeps the work of a run: checkpoints at their time, and a stop on request after a whole step.
 
 A step is an optimiser step: a checkpoint in the middle of one would lose the gradients accumulated so far, and the continued
 run would not equal the unbroken one.
@@ -7,8 +7,6 @@ run would not equal the unbroken one.
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import signal
 import subprocess
@@ -21,28 +19,19 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..compat.lightning import begin_validation_anew, set_max_steps, validate_now, validation_ahead
 from ..compat.torch import lost_rank
-from ..console import console, write_atomically
+from ..console import console
 from ..data.loader import lost_worker
 from ..errors import UserError, WriteError
 from .checkpoint import FOLDER, all_checkpoints, save, set_aside
-from .tuning import COMPONENTS, component
 
 if TYPE_CHECKING:
     from ..config.keys import Config
-    from .module import LitEEMLLM
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SLURM = "SLURM_JOB_ID"
-SMALLEST_SCALE = 2.0**-16
-"""Of the loss in float16. It begins at 2^16 and is halved with every step that has infinite gradients and is skipped; sums
-over a pack's tokens may need one below 1, but none so small."""
-MOST_NAMED = 20
-"""Sample keys in a message; the evidence has all of them."""
 
 
 class Stopped(SystemExit):
@@ -91,14 +80,14 @@ class Checkpoints(Checkpoint):
         if self._step == self.config.optim.steps:  # all is done but the validation after it
             validate_now(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LitEEMLLM, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         step = trainer.global_step
         if step == self._step:  # the optimiser step goes on
             return
         self._step = step
         if trainer.logger.failed is not None:  # type: ignore[union-attr]
-            pl_module.stop_asked = True  # which all ranks learn in the next step
-        asked = pl_module.stop_agreed if trainer.world_size > 1 else pl_module.stop_asked
+            pl_module.step.stop_asked = True  # which all ranks learn in the next step
+        asked = pl_module.step.stop_agreed if trainer.world_size > 1 else pl_module.step.stop_asked
         optim, validates = self.config.optim, self.config.data.val is not None
         stop = asked and step < optim.steps
         if step == optim.steps:
@@ -153,7 +142,7 @@ class Checkpoints(Checkpoint):
             os.kill(os.getpid(), number)
             return
         self.asked = signal.Signals(number)
-        self._module.stop_asked = True
+        self._module.step.stop_asked = True
         # not by print: the handler may interrupt another one
         text = f"{self.asked.name}: the run stops after this optimiser step; once more stops it at once\n"
         with contextlib.suppress(OSError):
@@ -169,84 +158,6 @@ class Checkpoints(Checkpoint):
         if by == signal.SIGUSR1 and trainer.is_global_zero:
             _requeue()
         raise Stopped(128 + by if trainer.is_global_zero else 0)
-
-
-def check_step(module: LitEEMLLM) -> bool:
-    """Look at what a step has computed before the optimiser uses it.
-
-    The one place where an ordinary step waits for the device, in place of one that was there before (token counts were copied
-    to it). Without waiting, a bad gradient could be zeroed on the device, but a step of AdamW with zeros changes weights and
-    moments too; here the optimiser is not even called. After this wait only clipping and the optimiser are yet to be
-    launched, so the device idles for a fraction of a millisecond.
-
-    In float16 gradients become infinite where the scaled loss is too large; its scaler skips that step and scales less. Only
-    where that has not helped for long is the gradient itself to blame.
-
-    Returns:
-        Whether some rank was asked to stop; the same on all.
-
-    Raises:
-        UserError: loss or gradient is not finite; on all ranks at once.
-    """
-    loss, norm, stop = (
-        torch.stack(
-            [
-                x.detach().to(module.device, torch.float32)
-                for x in (module.mean_loss, module.grad_norm, module.stop_votes)
-            ]
-        )
-    ).tolist()
-    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-    if math.isfinite(loss) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() > SMALLEST_SCALE)):
-        return stop > 0
-    raise _not_finite(module, loss, norm)
-
-
-def _not_finite(module: LitEEMLLM, loss: float, norm: float) -> UserError:
-    """Save what is known and the last good state. A collective call."""
-    trainer, folder = module.trainer, Path(module.config.out) / "nan"
-    mine: list[Any] = [
-        {"rank": trainer.global_rank, "loss": loss.item() / targets, "targets": targets, "keys": keys}
-        for keys, targets, loss in module.step_packs
-    ]
-    ranks = [mine]
-    if dist.is_available() and dist.is_initialized():
-        ranks = [[] for _ in range(trainer.world_size)]
-        dist.all_gather_object(ranks, mine)
-    packs = [pack for rank in ranks for pack in rank]
-    bad = [pack for pack in packs if not math.isfinite(pack["loss"])]
-    step, where = trainer.global_step + 1, []
-    for word in COMPONENTS:
-        names = [name for name, p in component(module.model, word).named_parameters() if _bad_gradient(p)]
-        if names:
-            where.append(f"{word} ({len(names)} tensors, such as {names[0]})")
-    found = (
-        f"the loss is {loss} in {len(bad)} of {len(packs)} packs" if bad else "the losses are finite, a gradient is not"
-    )
-    if where:
-        found += f"; gradients that are not finite: {', '.join(where)}"
-    evidence = {"step": step, "found": found, "loss": loss, "grad_norm": norm, "lr": module.step_lr, "packs": packs}
-    if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"step-{step}.json", json.dumps(evidence, indent=1))
-    good = folder / f"before-step-{step}.ckpt"
-    save(trainer, good)
-    keys = [key for pack in bad or packs for key in pack["keys"]]
-    named = ", ".join(keys[:MOST_NAMED]) + (f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else "")
-    return UserError(
-        f"step {step}: {found}. Samples: {named}. The optimiser did not take this step: {good} holds the weights before it, "
-        f"{folder / f'step-{step}.json'} all keys and losses. Look at these samples (shards inspect, shards check); if they "
-        f"are good, lower optim.lr, lengthen optim.warmup_ratio or set optim.clip_grad_norm, in a new run with "
-        f"init_from={good}."
-    )
-
-
-def _bad_gradient(parameter: nn.Parameter) -> bool:
-    gradient = parameter.grad
-    if gradient is None:
-        return False
-    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    return not bool(local.isfinite().all())
 
 
 def _requeue() -> None:

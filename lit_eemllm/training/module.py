@@ -19,7 +19,6 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from .. import __version__
@@ -32,8 +31,8 @@ from ..model.build import fingerprint
 from .adapters import MARK, WHOLE
 from .checkpoint import tensors, using
 from .fsdp2 import FSDP2, shard
-from .guard import check_step
-from .tuning import COMPONENTS, apply_tuning, parameter_groups, schedule, set_modes, submodules
+from .step import Step, check_step, own_gradients
+from .tuning import apply_tuning, parameter_groups, schedule, set_modes, submodules
 
 if TYPE_CHECKING:
     from ..config.keys import Config
@@ -66,22 +65,10 @@ class LitEEMLLM(LightningModule):
         self.model = model
         self.strict_loading = False  # a checkpoint holds trained weights only; `on_load_checkpoint` is stricter
         self.val_loss = MeanMetric()
-        self.step_loss: Tensor | float = 0.0  # summed loss of the optimiser step so far, on this rank
-        self.step_tokens = 0
-        self.step_packs: list[tuple[list[str], int, Tensor]] = []  # of the step so far: keys, targets and loss
-        self.stop_asked = self.stop_agreed = False  # by a signal on this rank; by all ranks, at the same step
-        self.stop_votes: Tensor = torch.tensor(0.0)
+        self.step = Step()
         self._restored_rng: list[dict[str, Any]] | None = None  # of all ranks that saved
-        self.mean_loss = self.grad_norm = torch.tensor(torch.nan)  # of the last optimiser step
-        self.step_rates: dict[str, float] = {}  # of the last optimiser step: learning rates by trained component
-        self.batch_end = 0.0
         self.has_begun = False  # to train: whatever is restored has been
         self.begun_with = config.optim.max_steps  # that the run was to have when it began
-
-    @property
-    def step_lr(self) -> float:
-        """The decoder's learning rate; if that is frozen, the projector's, else the encoder's."""
-        return next(rate for word in reversed(COMPONENTS) if (rate := self.step_rates.get(word)) is not None)
 
     def configure_model(self) -> None:
         # of whole tensors, as they were loaded: later, the first use of quantised ones may rearrange and round them
@@ -96,15 +83,13 @@ class LitEEMLLM(LightningModule):
             console.print(f"attention: {choice}", markup=False, highlight=False)
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
-        self.batch_end = time.perf_counter()  # after all callbacks, so also after a checkpoint was written
+        self.step.ended = time.perf_counter()  # after all callbacks, so also after a checkpoint was written
 
     # --- one optimiser step ---
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         loss = self._loss(batch)
-        self.step_loss = self.step_loss + loss.detach()
-        self.step_tokens += batch.num_targets
-        self.step_packs.append((batch.keys, batch.num_targets, loss.detach()))
+        self.step.add(batch, loss)
         return loss
 
     def _loss(self, batch: PackedBatch) -> Tensor:
@@ -116,25 +101,10 @@ class LitEEMLLM(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn what Lightning accumulated (sums, divided by micro-batches and averaged over ranks) into the token mean."""
-        sums = (self.step_loss, self.step_tokens, self.stop_asked)
-        # numbers by a kernel that fills: copying them would wait for the device
-        totals = torch.stack(
-            [x.float() if isinstance(x, Tensor) else torch.full((), float(x), device=self.device) for x in sums]
-        )
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(totals)
-        loss, tokens, self.stop_votes = totals
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
-        gradients = self._gradients()
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / self.step.total(self.device)
+        gradients = own_gradients(self.model.parameters())
         scale_(gradients, scale.to(gradients[0].device))  # elsewhere only if they are offloaded
-        self.mean_loss = loss / tokens
-        self.step_rates = {group["name"].partition(",")[0]: group["lr"] for group in reversed(optimizer.param_groups)}
-        self.step_loss, self.step_tokens = 0.0, 0
-
-    def _gradients(self) -> list[Tensor]:
-        """What this rank holds of the step's gradients, to be changed in place: whole tensors, or its share of them."""
-        found = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return [x.to_local() if isinstance(x, DTensor) else x for x in found]
+        self.step.rates = {group["name"].partition(",")[0]: group["lr"] for group in reversed(optimizer.param_groups)}
 
     def configure_gradient_clipping(
         self,
@@ -142,16 +112,18 @@ class LitEEMLLM(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        most, gradients = self.config.optim.clip_grad_norm, self._gradients()
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        step, most = self.step, self.config.optim.clip_grad_norm
+        gradients = own_gradients(self.model.parameters())
+        step.grad_norm = torch.nn.utils.get_total_norm(gradients)
         if isinstance(self.trainer.strategy, FSDP2):  # of shares
-            square = self.grad_norm**2
+            square = step.grad_norm**2
             dist.all_reduce(square)
-            self.grad_norm = square.sqrt()
-        self.stop_agreed = check_step(self)  # before clipping, which would spread a NaN over all gradients
-        self.step_packs.clear()
+            step.grad_norm = square.sqrt()
+        # before clipping, which would spread a NaN over all gradients
+        step.stop_agreed = check_step(step, self.model, self.trainer, self.config.out)
+        step.packs.clear()
         if most is not None:
-            scale_(gradients, (most / (self.grad_norm + 1e-6)).clamp(max=1))  # as torch.nn.utils has it
+            scale_(gradients, (most / (step.grad_norm + 1e-6)).clamp(max=1))  # as torch.nn.utils has it
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim

@@ -129,11 +129,11 @@ class RunLog(Callback):
         self._callbacks_start = self._validation_end = self._window_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: PackedBatch, batch_idx: int) -> None:
-        if pl_module.batch_end > self._callbacks_start:  # not in the first batch
+        if pl_module.step.ended > self._callbacks_start:  # not in the first batch
             self._window_start += (
-                pl_module.batch_end - self._callbacks_start
+                pl_module.step.ended - self._callbacks_start
             )  # writing a checkpoint is no training time
-            self._callbacks_start = pl_module.batch_end
+            self._callbacks_start = pl_module.step.ended
         self._waited += time.perf_counter() - max(self._validation_end, self._callbacks_start)
 
     def on_train_batch_end(
@@ -145,7 +145,7 @@ class RunLog(Callback):
         self._crc = zlib.crc32("\n".join(batch.keys).encode(), self._crc)
         step = trainer.global_step
         if step > self._logged + len(self._losses):  # an optimiser step has ended with this batch
-            self._losses.append(pl_module.mean_loss)
+            self._losses.append(pl_module.step.mean_loss)
             self._bar.update(self._task, completed=step)
             if step % self.every == 0 or step == self.steps:
                 self._log(trainer, pl_module, step)
@@ -153,7 +153,7 @@ class RunLog(Callback):
                 self._start_window()
             elif self._first and trainer.is_global_zero:  # a sign of life where steps are slow
                 seconds = time.perf_counter() - self._window_start
-                text = f"step {step:>6}  loss {pl_module.mean_loss:.4f}  after {seconds:.1f} s"
+                text = f"step {step:>6}  loss {pl_module.step.mean_loss:.4f}  after {seconds:.1f} s"
                 self._print(f"{text}; then a line every {self.every} steps")
             self._first = False
         self._callbacks_start = time.perf_counter()
@@ -165,7 +165,7 @@ class RunLog(Callback):
             self._print(f"step {trainer.global_step:>6}  validation loss {loss:.4f}")
         self._validation_end = time.perf_counter()
         self._window_start += (
-            self._validation_end - pl_module.batch_end
+            self._validation_end - pl_module.step.ended
         )  # is no training time, nor is starting its loader
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -187,8 +187,8 @@ class RunLog(Callback):
         world = trainer.world_size
         metrics: dict[str, float] = {
             "loss": torch.stack(self._losses).mean().item(),
-            "lr": module.step_lr,
-            "grad_norm": module.grad_norm.item(),
+            "lr": module.step.lr,
+            "grad_norm": module.step.grad_norm.item(),
             "tokens_per_second": world * self._tokens / seconds,
             "samples_per_second": world * self._samples / seconds,
             "step_seconds": seconds / len(self._losses),
@@ -202,8 +202,8 @@ class RunLog(Callback):
         for source, (_, samples, tokens) in self._drawn(trainer).items():
             metrics |= {f"share_of_samples/{source}": samples, f"share_of_tokens/{source}": tokens}
         self.logs.log_metrics(metrics, step)
-        others = [f"{word} {rate:.2e}" for word, rate in module.step_rates.items() if rate != module.step_lr]
-        rates = f"{module.step_lr:.2e}" + (f" ({', '.join(others)})" if others else "")
+        others = [f"{word} {rate:.2e}" for word, rate in module.step.rates.items() if rate != module.step.lr]
+        rates = f"{module.step.lr:.2e}" + (f" ({', '.join(others)})" if others else "")
         if trainer.is_global_zero:
             self._print(
                 f"step {step:>6}  loss {metrics['loss']:.4f}  lr {rates}  grad {metrics['grad_norm']:.2f}  "

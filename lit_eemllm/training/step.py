@@ -1,0 +1,167 @@
+"""The optimiser step: what of it has been, what the last one came to, and a look at it before the optimiser takes it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..console import write_atomically
+from ..errors import UserError
+from ..layout import PackedBatch
+from .checkpoint import save
+from .tuning import COMPONENTS, component
+
+if TYPE_CHECKING:
+    from ..model import EEMLLM
+
+SMALLEST_SCALE = 2.0**-16
+"""Of the loss in float16. It begins at 2^16 and is halved with every step that has infinite gradients and is skipped; sums
+over a pack's tokens may need one below 1, but none so small."""
+MOST_NAMED = 20
+"""Sample keys in a message; the evidence has all of them."""
+
+
+class Pack(NamedTuple):
+    """Keys of its samples, its supervised tokens, and its loss, summed over them."""
+
+    keys: list[str]
+    targets: int
+    loss: Tensor
+
+
+@dataclass
+class Step:
+    """Of one rank, but for what all agree on.
+
+    Attributes:
+        packs: of the step so far.
+        mean_loss, grad_norm: of the last step: loss of a supervised token, norm of the gradients of that.
+        rates: of the last step: learning rates by trained component.
+        stop_asked, stop_agreed: to stop after a step: by a signal on this rank, or by all ranks, at the same step.
+        votes: ranks that were asked to.
+        ended: by the clock, when the last batch was done.
+    """
+
+    packs: list[Pack] = field(default_factory=list)
+    mean_loss: Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
+    grad_norm: Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
+    rates: dict[str, float] = field(default_factory=dict)
+    stop_asked: bool = False
+    stop_agreed: bool = False
+    votes: Tensor = field(default_factory=lambda: torch.tensor(0.0))
+    ended: float = 0.0
+
+    def add(self, batch: PackedBatch, loss: Tensor) -> None:
+        """A pack and its loss, summed."""
+        self.packs.append(Pack(batch.keys, batch.num_targets, loss.detach()))
+
+    def total(self, device: torch.device) -> Tensor:
+        """The supervised tokens of all ranks. A collective call, after which the mean loss and the votes are known."""
+        loss = sum((pack.loss.float() for pack in self.packs), torch.zeros((), device=device))
+        numbers = (sum(pack.targets for pack in self.packs), self.stop_asked)
+        # by a kernel that fills: copying them would wait for the device
+        totals = torch.stack([loss, *(torch.full((), float(number), device=device) for number in numbers)])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+        loss, tokens, self.votes = totals
+        self.mean_loss = loss / tokens
+        return tokens
+
+    @property
+    def lr(self) -> float:
+        """The decoder's learning rate; if that is frozen, the projector's, else the encoder's."""
+        return next(rate for word in reversed(COMPONENTS) if (rate := self.rates.get(word)) is not None)
+
+
+def check_step(step: Step, model: EEMLLM, trainer: Trainer, out: str) -> bool:
+    """Look at what a step has computed before the optimiser uses it.
+
+    The one place where an ordinary step waits for the device, in place of one that was there before (token counts were copied
+    to it). Without waiting, a bad gradient could be zeroed on the device, but a step of AdamW with zeros changes weights and
+    moments too; here the optimiser is not even called. After this wait only clipping and the optimiser are yet to be
+    launched, so the device idles for a fraction of a millisecond.
+
+    In float16 gradients become infinite where the scaled loss is too large; its scaler skips that step and scales less. Only
+    where that has not helped for long is the gradient itself to blame.
+
+    Args:
+        step: whose mean loss, norm and votes are known.
+        model: whose gradients they are.
+        trainer: to save by.
+        out: the run directory.
+
+    Returns:
+        Whether some rank was asked to stop; the same on all.
+
+    Raises:
+        UserError: loss or gradient is not finite; on all ranks at once.
+    """
+    device = step.mean_loss.device
+    known = [x.detach().to(device, torch.float32) for x in (step.mean_loss, step.grad_norm, step.votes)]
+    loss, norm, stop = torch.stack(known).tolist()
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if math.isfinite(loss) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() > SMALLEST_SCALE)):
+        return stop > 0
+    raise _not_finite(step, model, trainer, Path(out) / "nan", loss, norm)
+
+
+def _not_finite(step: Step, model: EEMLLM, trainer: Trainer, folder: Path, loss: float, norm: float) -> UserError:
+    """Save what is known and the last good state. A collective call."""
+    mine: list[Any] = [
+        {"rank": trainer.global_rank, "loss": loss.item() / targets, "targets": targets, "keys": keys}
+        for keys, targets, loss in step.packs
+    ]
+    ranks = [mine]
+    if dist.is_available() and dist.is_initialized():
+        ranks = [[] for _ in range(trainer.world_size)]
+        dist.all_gather_object(ranks, mine)
+    packs = [pack for rank in ranks for pack in rank]
+    bad = [pack for pack in packs if not math.isfinite(pack["loss"])]
+    number, where = trainer.global_step + 1, []
+    for word in COMPONENTS:
+        names = [name for name, p in component(model, word).named_parameters() if _bad_gradient(p)]
+        if names:
+            where.append(f"{word} ({len(names)} tensors, such as {names[0]})")
+    found = (
+        f"the loss is {loss} in {len(bad)} of {len(packs)} packs" if bad else "the losses are finite, a gradient is not"
+    )
+    if where:
+        found += f"; gradients that are not finite: {', '.join(where)}"
+    evidence = {"step": number, "found": found, "loss": loss, "grad_norm": norm, "lr": step.lr, "packs": packs}
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"step-{number}.json", json.dumps(evidence, indent=1))
+    good = folder / f"before-step-{number}.ckpt"
+    save(trainer, good)
+    keys = [key for pack in bad or packs for key in pack["keys"]]
+    named = ", ".join(keys[:MOST_NAMED]) + (f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else "")
+    return UserError(
+        f"step {number}: {found}. Samples: {named}. The optimiser did not take this step: {good} holds the weights before it, "
+        f"{folder / f'step-{number}.json'} all keys and losses. Look at these samples (shards inspect, shards check); if they "
+        f"are good, lower optim.lr, lengthen optim.warmup_ratio or set optim.clip_grad_norm, in a new run with "
+        f"init_from={good}."
+    )
+
+
+def _bad_gradient(parameter: nn.Parameter) -> bool:
+    gradient = parameter.grad
+    if gradient is None:
+        return False
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return not bool(local.isfinite().all())
+
+
+def own_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """What this rank holds of the step's gradients, to be changed in place: whole tensors, or its share of them."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    return [x.to_local() if isinstance(x, DTensor) else x for x in found]

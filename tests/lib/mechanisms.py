@@ -121,4 +121,4 @@ def check_flops_and_cache(model: EEMLLM) -> None:
     tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
     tensors += [x for k, v, _ in cache.media.values() for x in (k, v)]
     held = sum(x.numel() * x.element_size() for x in tensors)
-    assert held == cache_bytes(mechanism, config, TEXT + 1, VISUAL, itemsize=4)
+    assert held == cache.num_bytes == cache_bytes(mechanism, config, TEXT + 1, VISUAL, itemsize=4)

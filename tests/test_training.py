@@ -1,8 +1,10 @@
 """Training: exact resume after SIGKILL, token-weighted steps, slim and safe checkpoints, what is trained, honest logs."""
 
 import csv
+import json
 import math
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -12,6 +14,7 @@ import time
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -26,7 +29,7 @@ from lit_eemllm.model.build import build
 from lit_eemllm.training import runlog
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint, refuse_changes
 from lit_eemllm.training.fit import fit
-from lit_eemllm.training.module import LitEEMLLM
+from lit_eemllm.training.module import LitEEMLLM, rng_state, set_rng_state
 from lit_eemllm.training.runlog import RunLog
 from lit_eemllm.training.step import Step
 from lit_eemllm.training.tuning import schedule
@@ -168,6 +171,47 @@ def test_every_token_of_a_step_weighs_the_same(tmp_path, parts):
             ), name
     losses = [module.step.mean_loss.item() for module in (whole, *(module for module, _ in others))]
     assert losses == pytest.approx([(model.packed_loss(packs[0]) / packs[0].num_targets).item()] * 3, rel=1e-5)
+
+
+def trainer_of(steps):
+    return Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+
+
+def test_losses_are_means_over_the_tokens_of_a_step_and_of_a_validation(tmp_path, parts):
+    """Each step's own; packs of 2 and 25 supervised tokens do not weigh the same."""
+    packs = [tiny.pack([[3]]), tiny.pack([[9, 0, 18]], seed=1), tiny.pack([[2, 0, 5]], seed=2)]
+    config = tiny.config(parts, "unused", tmp_path, "optim.max_steps=3", "optim.lr=1e-30")
+    module, model, seen = LitEEMLLM(tiny.model(), config), tiny.model(), []
+    sums = [model.packed_loss(pack).item() for pack in packs]
+    targets = [pack.num_targets for pack in packs]
+    module.on_train_batch_end = lambda *_: seen.append(module.mean_loss.item())
+    trainer_of(3).fit(module, DataLoader(packs, batch_size=None))
+    assert seen == pytest.approx([total / count for total, count in zip(sums, targets, strict=True)], rel=1e-5)
+    trainer = trainer_of(3)
+    trainer.validate(module, DataLoader(packs, batch_size=None), verbose=False)
+    assert targets[:2] == [2, 25]
+    assert trainer.callback_metrics["val_loss"].item() == pytest.approx(sum(sums) / sum(targets), rel=1e-5)
+
+
+def test_generators_go_on_where_they_were():
+    def draw():
+        return [
+            torch.rand(3).tolist(),
+            random.random(),
+            np.random.rand(3).tolist(),
+            np.random.randn(),
+            random.gauss(0, 1),
+        ]
+
+    np.random.randn(), random.gauss(0, 1)  # each has a second number in store
+    state = json.loads(json.dumps({**rng_state(), "torch": None}))  # as plain as it is in a checkpoint
+    state |= {"torch": torch.get_rng_state(), "numpy": tuple(state["numpy"])}
+    first, _ = draw(), draw()
+    set_rng_state(state)
+    assert draw() == first
 
 
 def test_checkpoint_holds_what_was_trained_and_is_strict(tmp_path, parts, blend):
@@ -340,12 +384,13 @@ def test_a_run_goes_on_as_what_it_was(tmp_path, parts, blend, capsys):
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(CheckpointError) as error:
         fit(tiny.config(parts, blend, tmp_path, "optim.max_steps=4", "optim.lr=1e-5", "model.mechanism.preset=llava",
-                        "model.vision.policy=pad", "trainer.accumulate_grad_batches=2"))  # fmt: skip
+                        "model.vision.policy=pad", "trainer.accumulate_grad_batches=2", "seed=7"))  # fmt: skip
     for key in (
         "optim.lr was 0.003 and is 1e-05",
         "model.mechanism.preset was ee_mllm and is llava",
         "model.vision.policy was resize and is pad",
         "accumulate_grad_batches",
+        "seed was 0 and is 7",
     ):
         assert key in str(error.value)
     assert "max_steps" not in str(error.value)

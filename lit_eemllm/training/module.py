@@ -301,10 +301,12 @@ def _some(names: set[str]) -> str:
 def rng_state() -> dict[str, Any]:
     """States of all generators of this process, as types that load with ``weights_only=True``."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    _, numbers, second = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": list(random.getstate()[1]),
+        "python": list(numbers),
+        "python_gauss": second,
         "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
     }
 
@@ -313,6 +315,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    random.setstate((3, tuple(state["python"]), None))
+    second = state.get("python_gauss")  # of `random.gauss`, which makes two numbers at once
+    random.setstate((3, tuple(state["python"]), None if second is None else float(second)))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

@@ -20,6 +20,7 @@ from lit_eemllm.inputs.chat import (
     IMAGE,
     IMAGE_SLOT,
     Conversation,
+    Span,
     SpanTokenizer,
     Turn,
     get_template,
@@ -401,6 +402,20 @@ def test_fused_unknown_characters_do_not_swallow_the_answer() -> None:
     trained = [token for token, flag in zip(encoded.ids, encoded.supervised, strict=True) if flag]
     assert trained[:-1] == tokenizer("☃ sofa", add_special_tokens=False).input_ids
     assert trained[-1] == tokenizer.eos_token_id
+
+
+def test_the_context_does_not_restart_where_a_special_token_is_taken_to_pieces() -> None:
+    """What follows is tokenised as in the whole text: begun anew, the snowman would get a space, as newline and snowman are one."""
+    pieces = [("<unk>", 0.0), *((piece, -1.0) for piece in "▁a<s>/")]
+    raw = Tokenizer(models.Unigram(pieces, unk_id=0))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace("▁")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>")
+    for split in (True, False):
+        tokenizer.split_special_tokens = split
+        ids, _ = SpanTokenizer(tokenizer)([Span("a</s>", False), Span("☃a", True)])
+        whole = tokenizer("a</s>☃a", add_special_tokens=False).input_ids
+        assert (tokenizer.eos_token_id in whole) is not split
+        assert ids == whole
 
 
 # ------------------------------------------------------------------------------------------------------------ Jinja (4)

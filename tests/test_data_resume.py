@@ -487,6 +487,7 @@ def test_state_survives_json() -> None:
     assert back["rng"].random == state["rng"].random and back["rng"].numpy[0] == state["rng"].numpy[0]
     assert np.array_equal(back["rng"].numpy[1], state["rng"].numpy[1]) and back["check"].state.sample_index == 3
     assert loader_state.dumps(back) == text
+    assert back["rng"].numpy[1].flags.writeable  # whoever goes on from it may draw in place
     SystemRng.restore_state(back["rng"])
     for unknown in ({1, 2}, np.float32(1), FlexState(x=range(3)), {1: 2}, np.array([None])):
         with pytest.raises(TypeError, match="loader state"):

@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from lit_eemllm.attention import resolve_backend
 from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.core.families import check_decoder
 from lit_eemllm.errors import ConfigError
@@ -320,6 +321,18 @@ def test_mismatch_of_images_and_image_tokens_names_both_numbers():
         model(inputs["input_ids"], pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match="0 images give 0 visual tokens, but the ids hold 16"):
         model(inputs["input_ids"])
+    ids = torch.tensor([[tiny.VOCAB] * 10 + [5] + [tiny.VOCAB] * 22 + [5]])  # as many as two images have, elsewhere
+    with pytest.raises(ValueError, match="an image of 16 tokens has only 10 image tokens"):
+        model(ids, pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1))
+
+
+def test_half_an_aligner_needs_heads_as_wide_as_the_model_wherever_it_is_executed():
+    """Of the last layer only keys and values of images are read, so there it may be."""
+    half = Aligner(output=False)
+    assert not tiny.model("llama-16", Mechanism((0, 1), aligner=half)).table[-1].update
+    for dense in ((0,), (1, 2)):
+        with pytest.raises(ConfigError, match=r"aligner: value=True with output=False.*has 64 and 32"):
+            tiny.model("llama-16", Mechanism(dense, aligner=half))
 
 
 @pytest.mark.parametrize("encoder", ["clip", "siglip"])
@@ -436,6 +449,31 @@ def test_under_autocast_queries_keys_and_values_have_its_type():
     with torch.autocast("cpu", torch.bfloat16):
         model.packed_loss(tiny.pack(PACK)).backward()
     assert seen == {torch.bfloat16}
+
+
+def test_a_loss_is_summed_in_float32_whatever_the_model_is_in():
+    model, batch = tiny.model().to(torch.bfloat16), tiny.pack(PACK)
+    loss, logits = model.packed_loss(batch), model.packed_logits(batch)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    true = cross_entropy(logits.double(), batch.targets, reduction="sum")
+    assert loss.item() == pytest.approx(true.item(), rel=1e-6)
+
+
+def test_unrotated_positions_try_a_backend_with_the_size_of_head_that_they_give_it(monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        "lit_eemllm.model.modeling.resolve_backend",
+        lambda *args: tried.append(args[-1]) or resolve_backend("reference"),
+    )
+    for mechanism in (Mechanism(), Mechanism(visual_positions="unrotated")):
+        model, given = tiny.model("llama-16", mechanism), []
+        attend = model.backend.attend
+        monkeypatch.setattr(
+            model.backend, "attend", lambda q, *rest, a=attend, g=given: g.append(q.shape[-1]) or a(q, *rest)
+        )
+        model.packed_loss(tiny.pack(PACK))
+        assert set(given) == {tried[-1]}
+    assert tried == [16, 32]
 
 
 def test_a_backend_is_found_in_the_middle_of_generate():

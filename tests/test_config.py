@@ -12,7 +12,7 @@ import yaml
 from lightning import Trainer
 
 from lit_eemllm import errors
-from lit_eemllm.config import config_hash, is_key, load_config, nearest_key, to_yaml
+from lit_eemllm.config import config_hash, is_key, keys, load, load_config, nearest_key, to_yaml
 from lit_eemllm.config.keys import FOR_TRAINER, NOT_FOR_TRAINER, Config, check, check_names
 from lit_eemllm.config.load import MAX_FILES
 from lit_eemllm.errors import ConfigError
@@ -519,3 +519,14 @@ def test_an_argument_that_only_a_newer_trainer_has_is_refused(write, monkeypatch
     monkeypatch.setattr("lit_eemllm.config.keys.FOR_TRAINER", ("devices",))
     found = mistakes(write(a=GOOD), ["trainer.benchmark=true"], checks=[check_names])
     assert "command line: trainer.benchmark: is not known here; of lightning.Trainer's can be set: devices" in found
+
+
+def test_the_meaning_of_a_key_names_the_words_that_it_takes():
+    meanings, taken = load._comments(), {}
+    for key, bound in keys._BOUNDS.items():
+        section, _, name = key.rpartition(".")
+        if load._KINDS[key] in (str, str | None) and (problem := bound("?")):
+            taken[key] = problem.partition(", expected ")[2].split(" or ")
+            meaning = meanings[load._KINDS[section].__name__, name]
+            assert [word for word in taken[key] if f'"{word}"' not in meaning] == [], key
+    assert len(taken) == 10 and taken["model.dtype"] == ["float32", "bfloat16"]

@@ -1,17 +1,32 @@
-"""The keys of a configuration: a dataclass each section, with what a key means, and the checks of their values."""
+"""The keys of a configuration: a dataclass each section, with what a key means and which values it may have; and what several keys
+say together."""
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 from omegaconf import MISSING
 
+from lit_eemllm.config.bounds import (
+    BELOW_1,
+    DROP,
+    FINITE,
+    LAYERS,
+    SHARE,
+    TEXT,
+    TWO_BELOW_1,
+    Bound,
+    at_least,
+    each,
+    more_than,
+    one_of,
+    within,
+)
 from lit_eemllm.errors import ConfigError, did_you_mean, not_one_of
 
 
@@ -24,9 +39,9 @@ class VisionConfig:
     select_layer: int | None = -2
     """Hidden states that the projector reads, without class token: 0 the embeddings, -1 the last layer, -2 as LLaVA; null = what the
     encoder itself gives, after its last norm if it has one, as Idefics2."""
-    policy: str = "pad"
+    policy: Annotated[str, one_of("pad", "resize", "crop", "anyres", "native")] = "pad"
     """Image to pixels: "pad" to a square, "resize" (new aspect), "crop", "anyres" (tiles) or, for encoders of any size, "native"."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, at_least(1)] = None
     """With policy native, most visual tokens of an image; null = as the encoder's preprocessor_config.json says."""
 
 
@@ -42,15 +57,15 @@ class AlignerConfig:
 
 @dataclass
 class GatedConfig:
-    every: int | None = None
+    every: Annotated[int | None, at_least(1)] = None
     """Blocks of gated cross-attention stand before every so-many-th decoder layer, from the first."""
-    latents: int | None = None
+    latents: Annotated[int | None, at_least(0)] = None
     """Tokens per image after the perceiver resampler; 0 = the projected visual tokens as they are."""
-    heads: int | None = None
+    heads: Annotated[int | None, at_least(1)] = None
     """Heads of the cross-attention and of the resampler."""
-    head_size: int | None = None
+    head_size: Annotated[int | None, at_least(1)] = None
     """Size of such a head."""
-    depth: int | None = None
+    depth: Annotated[int | None, at_least(1)] = None
     """Layers of the resampler."""
     immediate: bool | None = None
     """Text sees only the last image before it; false = all images before it."""
@@ -61,21 +76,21 @@ class MechanismConfig:
     preset: str = "ee_mllm"
     """How visual tokens are treated: llava, ee_mllm, ee_mllm_f, naavit, shortv, saisa, vica, flamingo or one of your own; fills the
     nulls below."""
-    dense_layers: Any = None
+    dense_layers: Annotated[Any, LAYERS] = None
     """Layers in which visual tokens also query: "all", "none" or a list of layer numbers."""
-    cross_layers: Any = None
+    cross_layers: Annotated[Any, LAYERS] = None
     """Layers in which text sees the image: "all", "none" or a list of layer numbers."""
-    visual_source: str | None = None
+    visual_source: Annotated[str | None, one_of("stream", "layerwise")] = None
     """Visual states of a layer come from the layer before ("stream") or from a projector of its own ("layerwise")."""
     aligner: AlignerConfig = field(default_factory=AlignerConfig)
     """Which weights of a composite layer update the visual stream (ablation of the EE-MLLM paper, Table 6)."""
-    visual_window: int | None = None
+    visual_window: Annotated[int | None, at_least(0)] = None
     """In composite layers, so many earlier visual tokens of its image that a visual token sees; 0 = only itself."""
-    visual_positions: str | None = None
+    visual_positions: Annotated[str | None, one_of("sequence", "shared", "unrotated", "none")] = None
     """Rotary positions of an image: "sequence" (one a token), "shared" (one in all), "unrotated" (text ignores them), "none"."""
     freeze_prefix: bool | None = None
     """Text before the first image takes no attention, only the feed-forward network (ViCA's code for 7B)."""
-    visual_drop: list[Any] | None = None
+    visual_drop: Annotated[list[Any] | None, each(DROP)] = None
     """Pairs [layer, share]: from that layer on, that share of an image's tokens is dropped, when generating."""
     gated: GatedConfig = field(default_factory=GatedConfig)
     """Gated cross-attention; only with preset "flamingo"."""
@@ -87,7 +102,7 @@ class MechanismConfig:
 
 @dataclass
 class ModelConfig:
-    decoder: str = MISSING
+    decoder: Annotated[str, TEXT] = MISSING
     """Folder or hub id of the pretrained causal LM, in the format of transformers; its weights are loaded unchanged."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; null = the decoder's own."""
@@ -97,9 +112,9 @@ class ModelConfig:
     """Attention backend, or "auto": the fastest one that a trial on the device proves to work."""
     template: str = "vicuna_v1"
     """How a conversation becomes text: "plain" (captions), "vicuna_v1" or "jinja" (the tokenizer's own template)."""
-    dtype: str = "float32"
+    dtype: Annotated[str, one_of("float32", "bfloat16")] = "float32"
     """Type of the parameters that are not trained: "float32" or "bfloat16". Trained ones are always float32."""
-    quantization: str | None = None
+    quantization: Annotated[str | None, one_of("nf4", "int8")] = None
     """Keep the decoder's frozen linear layers in 4 bits, "nf4", or 8, "int8" (QLoRA; needs bitsandbytes); null = no."""
     liger: bool = False
     """Fused norms, feed-forward networks and loss of liger-kernel in the decoder; needs a CUDA device."""
@@ -107,49 +122,49 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    train: str = MISSING
+    train: Annotated[str, TEXT] = MISSING
     """Training data: a recipe (YAML) or a folder of prepared shards."""
     val: str | None = None
     """Validation data, same forms; null = no validation."""
-    pack_tokens: int = 4096
+    pack_tokens: Annotated[int, at_least(1)] = 4096
     """Token budget of one pack, visual tokens counted."""
-    pack_samples: int | None = None
+    pack_samples: Annotated[int | None, at_least(1)] = None
     """Most conversations in one pack; null = as many as fit."""
-    max_length: int = 2048
+    max_length: Annotated[int, at_least(1)] = 2048
     """Most tokens of one conversation, visual tokens counted."""
-    truncation: str = "drop"
+    truncation: Annotated[str, one_of("drop", "truncate", "error")] = "drop"
     """A longer conversation: "drop", "truncate" (never an image, never the whole answer) or stop with an "error"."""
-    workers: int = 2
+    workers: Annotated[int, at_least(0)] = 2
     """Loader processes per device; 0 = load in the training process."""
-    shuffle_buffer: int = 1000
+    shuffle_buffer: Annotated[int, at_least(0)] = 1000
     """Samples held per worker to shuffle from; 0 = no shuffling between neighbours."""
-    packing_buffer: int = 256
+    packing_buffer: Annotated[int, at_least(1)] = 256
     """Conversations held per worker to choose packs from: more = fuller packs, more memory."""
-    max_image_pixels: int = 50_000_000
+    max_image_pixels: Annotated[int, at_least(1)] = 50_000_000
     """Images of more pixels are refused before they are decoded."""
-    max_bad_in_a_row: int = 100
+    max_bad_in_a_row: Annotated[int, at_least(1)] = 100
     """Consecutive unusable samples that stop the run."""
-    timeout: float = 300.0
+    timeout: Annotated[float, more_than(0)] = 300.0
     """Seconds to wait for a batch before the run stops instead of hanging; the first takes longest, as buffers fill."""
 
 
 @dataclass
 class TuningConfig:
-    vision: str = "frozen"
+    vision: Annotated[str, one_of("frozen", "full", "lora")] = "frozen"
     """Vision encoder: "frozen", "full" or "lora"."""
-    projector: str = "full"
+    projector: Annotated[str, one_of("frozen", "full", "lora")] = "full"
     """Projector, and modules that a mechanism adds: "frozen", "full" or "lora"."""
-    llm: str = "frozen"
+    llm: Annotated[str, one_of("frozen", "full", "lora")] = "frozen"
     """Decoder: "frozen", "full" or "lora"."""
 
 
 @dataclass
 class LoraConfig:
-    r: int = 128
+    r: Annotated[int, at_least(1)] = 128
     """Rank of the adapters of components with tuning "lora"; this and the next two are LLaVA's."""
-    alpha: float = 256
+    alpha: Annotated[float, more_than(0)] = 256
     """Their updates are scaled by alpha / r."""
-    dropout: float = 0.05
+    dropout: Annotated[float, BELOW_1] = 0.05
     """Share of an adapter's inputs dropped in training."""
     targets: list[str] | None = None
     """Last names of the linear layers that are adapted, such as [q_proj, v_proj]; null = all in repeated blocks."""
@@ -163,43 +178,43 @@ class LoraConfig:
 class OptimConfig:
     tuning: TuningConfig = field(default_factory=TuningConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    lr: float = MISSING
+    lr: Annotated[float, more_than(0)] = MISSING
     """Peak learning rate of AdamW."""
-    projector_lr: float | None = None
+    projector_lr: Annotated[float | None, more_than(0)] = None
     """Peak learning rate of the projector; null = lr."""
-    vision_lr: float | None = None
+    vision_lr: Annotated[float | None, more_than(0)] = None
     """Peak learning rate of the vision encoder; null = lr."""
-    vision_layer_decay: float | None = None
+    vision_layer_decay: Annotated[float | None, SHARE] = None
     """Each layer of the vision encoder learns at this share of the rate of the layer above it; null = all at one rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: Annotated[list[float], TWO_BELOW_1] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's decay rates of the first and second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, more_than(0)] = 1e-8
     """AdamW's term added to the denominator."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, FINITE] = 0.0
     """Decoupled weight decay of matrices; biases and norms are never decayed."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations: less memory, more time."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: Annotated[float, within(0, 1)] = 0.03
     """Share of all steps in which the learning rate rises linearly to its peak."""
-    schedule: str = "cosine"
+    schedule: Annotated[str, one_of("cosine", "linear", "constant")] = "cosine"
     """Learning rate after the warm-up: "cosine" or "linear" to 0, or "constant"."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, at_least(1)] = None
     """Optimiser steps of the whole run; the schedule's length. Either this or epochs: of the two, what is given later, as by a later
     file or on the command line, replaces the other."""
-    epochs: float | None = None
+    epochs: Annotated[float | None, more_than(0)] = None
     """Passes over data.train instead, such as 2 or 0.5: the steps that take so many times all its usable samples, packed, counted
     when the run begins. In a blend by whole repetitions a pass has each source so often; by weights, as many samples as all have."""
-    clip_grad_norm: float | None = 1.0
+    clip_grad_norm: Annotated[float | None, more_than(0)] = 1.0
     """Largest norm of all gradients together; null = no clipping."""
-    save_every: int = 500
+    save_every: Annotated[int, at_least(1)] = 500
     """Optimiser steps between checkpoints."""
-    val_every: int = 500
+    val_every: Annotated[int, at_least(1)] = 500
     """Optimiser steps between validations; there is one after the last step too."""
-    val_batches: int = 20
+    val_batches: Annotated[int, at_least(1)] = 20
     """Packs per validation and device."""
-    log_every: int = 10
+    log_every: Annotated[int, at_least(1)] = 10
     """Optimiser steps between log lines; less in a short run, so that it has ten."""
-    keep: int = 2
+    keep: Annotated[int, at_least(1)] = 2
     """Newest checkpoints kept; older ones are deleted."""
 
     @property
@@ -219,25 +234,25 @@ class EvalConfig:
     """Several sets of questions in one file (YAML), in place of eval.data."""
     metric: str | None = None
     """Score, such as multiple_choice, vqa or anls; null = what a row asks for, else exact_match. A suite may say another."""
-    batch_size: int = 32
+    batch_size: Annotated[int, at_least(1)] = 32
     """Questions generated together."""
-    max_new_tokens: int = 32
+    max_new_tokens: Annotated[int, at_least(1)] = 32
     """Most tokens generated per answer."""
-    samples: int | None = None
+    samples: Annotated[int | None, at_least(0)] = None
     """Questions of each set, spread over it; null = all, 0 = none, only the loss."""
-    image_cache: float = 1.0
+    image_cache: Annotated[float, at_least(0)] = 1.0
     """GiB for keys and values of images that come again, where the mechanism lets them be reused; 0 = none."""
-    control: int = 1
+    control: Annotated[int, at_least(0)] = 1
     """Passes with the images shuffled among the questions: what a model scores that does not look. 0 = none."""
 
 
 @dataclass
 class Config:
-    seed: int = 0
+    seed: Annotated[int, within(0, 2**32 - 1)] = 0
     """Seeds every random generator before any module is built."""
-    out: str = "runs/default"
+    out: Annotated[str, TEXT] = "runs/default"
     """Run directory: checkpoints, logs and the resolved configuration."""
-    resume: str = "auto"
+    resume: Annotated[str, TEXT] = "auto"
     """"auto" continues a run found in `out`, "never" starts anew, anything else is the path of a checkpoint."""
     init_from: str | None = None
     """Weights to start from (no optimiser state): a folder written by save_pretrained, such as an earlier stage's."""
@@ -252,48 +267,17 @@ class Config:
 Mistake = tuple[tuple[str, ...], str]
 """The dotted keys that are at odds, the one to change first, and what is wrong with them."""
 
-_NULLABLE = ("model.mechanism.visual_source", "model.mechanism.visual_positions", "model.quantization")
-_WORDS = {
-    "model.mechanism.visual_source": ("stream", "layerwise"),
-    "model.mechanism.visual_positions": ("sequence", "shared", "unrotated", "none"),
-    "model.vision.policy": ("pad", "resize", "crop", "anyres", "native"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.quantization": ("nf4", "int8"),
-    "data.truncation": ("drop", "truncate", "error"),
-    "optim.tuning.vision": ("frozen", "full", "lora"),
-    "optim.tuning.projector": ("frozen", "full", "lora"),
-    "optim.tuning.llm": ("frozen", "full", "lora"),
-    "optim.schedule": ("cosine", "linear", "constant"),
-}
-# Comparisons are written so that NaN fails them. A null value is not compared.
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("0 to 4294967295", lambda v: 0 <= v < 2**32, "seed"),
-    (
-        "0 or more",
-        lambda v: v >= 0,
-        "data.workers data.shuffle_buffer eval.control eval.samples eval.image_cache model.mechanism.visual_window "
-        "model.mechanism.gated.latents",
-    ),
-    ("0 or more", lambda v: 0 <= v < math.inf, "optim.weight_decay"),
-    ("0 to 1", lambda v: 0 <= v <= 1, "optim.warmup_ratio"),
-    ("more than 0, to 1", lambda v: 0 < v <= 1, "optim.vision_layer_decay"),
-    ("0 to below 1", lambda v: 0 <= v < 1, "optim.lora.dropout"),
-    (
-        "more than 0",
-        lambda v: 0 < v < math.inf,
-        "optim.epochs optim.lr optim.projector_lr optim.vision_lr optim.eps optim.clip_grad_norm optim.lora.alpha data.timeout",
-    ),
-    ("two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "optim.betas"),
-    (
-        "1 or more",
-        lambda v: v >= 1,
-        "data.pack_tokens data.pack_samples data.max_length data.packing_buffer data.max_image_pixels "
-        "data.max_bad_in_a_row optim.max_steps optim.save_every optim.val_every optim.val_batches optim.log_every "
-        "optim.keep optim.lora.r eval.batch_size eval.max_new_tokens model.mechanism.gated.every model.mechanism.gated.heads "
-        "model.mechanism.gated.head_size model.mechanism.gated.depth model.vision.max_tokens",
-    ),
-    ("text that is not empty", lambda v: bool(v.strip()), "out resume model.decoder data.train"),
-)
+
+def _bounds(section: type, prefix: str = "") -> Iterator[tuple[str, Bound]]:
+    """Dotted name and bound of every key below `section` that has one."""
+    for name, kind in get_type_hints(section, include_extras=True).items():
+        if is_dataclass(kind):
+            yield from _bounds(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        for bound in getattr(kind, "__metadata__", ()):
+            yield prefix + name, bound
+
+
+_BOUNDS = dict(_bounds(Config))
 _PRECISIONS = (None, 32, "32", "32-true", "bf16-mixed", "16-mixed")
 FOR_TRAINER = (
     "accelerator", "strategy", "devices", "num_nodes", "precision", "accumulate_grad_batches", "num_sanity_val_steps",
@@ -345,27 +329,10 @@ def check(config: Config) -> list[Mistake]:
     def value(key: str) -> Any:
         return reduce(getattr, key.split("."), config)
 
-    for key, words in _WORDS.items():
-        if value(key) not in words and not (value(key) is None and key in _NULLABLE):
-            mistakes.append(((key,), not_one_of(value(key), words)))
-    for expected, holds, keys in _RANGES:
-        for key in keys.split():
-            if value(key) is not None and not holds(value(key)):
-                mistakes.append(((key,), f"found {value(key)!r}, expected {expected}"))
+    for key, bound in _BOUNDS.items():
+        if value(key) is not None and (wrong := bound(value(key))):
+            mistakes.append(((key,), wrong))
 
-    for key in ("model.mechanism.dense_layers", "model.mechanism.cross_layers"):
-        layers = value(key)
-        numbers = isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers)
-        if layers not in (None, "all", "none") and not (numbers and len(set(layers)) == len(layers)):
-            expected = "all, none, null or a list of distinct layer numbers such as [0, 1]"
-            mistakes.append(((key,), f"found {layers!r}, expected {expected}"))
-    for pair in config.model.mechanism.visual_drop or []:
-        numbers = (
-            isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and isinstance(pair[1], int | float)
-        )
-        if not (numbers and pair[0] >= 0 and 0 < pair[1] < 1):
-            expected = "pairs of a layer number and a share between 0 and 1, such as [[7, 0.25]]"
-            mistakes.append((("model.mechanism.visual_drop",), f"found {pair!r}, expected {expected}"))
     if config.model.vision.encoder == "transformers" and not config.model.vision.path:
         mistakes.append(
             (("model.vision.path", "model.vision.encoder"), "required by model.vision.encoder=transformers")

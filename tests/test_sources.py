@@ -453,7 +453,7 @@ def rows_of(folder: Path, split: str) -> list[dict[str, Any]]:
 
 def test_one_registry() -> None:
     files = {path.stem for path in sources.RECIPES.glob("*.py")}
-    procedural = {spec.partition(".")[0] for spec in cli._SOURCES.values()}
+    procedural = {spec.partition(".")[0] for spec in sources.PROCEDURAL.values()}
     assert set(SOURCES) == files - procedural and list(SOURCES) == sorted(SOURCES)
     assert set(SOURCES) == set(RELEASES), "every source has a miniature"
     for name in SOURCES:

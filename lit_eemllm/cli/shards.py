@@ -8,22 +8,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_eemllm.cli.common import config_of, group, takes_config, verb
-from lit_eemllm.data.sources import SOURCES
+from lit_eemllm.cli.common import config_of, group, takes_config, takes_imports, verb
 from lit_eemllm.errors import UserError, not_one_of
 from lit_eemllm.terminal import say
 
 if TYPE_CHECKING:
     from lit_eemllm.config.keys import Config
     from lit_eemllm.model import Processor
-
-# Procedural data sets: name -> "file:function" in data_recipes/. The function (out, split, number of
-# rows) writes out/images/ and returns the path of the rows' JSON file.
-_PROCEDURAL = {
-    "shapes": "shapes.py:write",
-    "puzzles": "puzzles.py:write",
-    "puzzles_search": "puzzles.py:write_search",
-}
 
 
 def add(verbs: Any) -> None:
@@ -54,12 +45,12 @@ def _add_make(shards: Any) -> None:
         "lit-eemllm shards make --source chartqa --root 'ChartQA Dataset' --out shards",
     )
     text = "Turn rows of JSON and images into shards; every image is decoded once, damaged ones are left out."
-    made = verb(shards, "make", _make, text, *examples)
+    made = takes_imports(verb(shards, "make", _make, text, *examples))
     what = made.add_mutually_exclusive_group(required=True)
     text = "rows (JSON or JSON lines) of train, val or test, in the form of LLaVA, LLaMA-Factory, ms-swift or TRL; repeatable"
     what.add_argument("--rows", type=_rows, action="append", default=[], metavar="SPLIT=JSON", help=text)
-    text = "instead of files, a procedural set, or a published one as it was released, found in --root"
-    what.add_argument("--source", type=_source, metavar="NAME", help=text)
+    text = "instead of files, a procedural set, or a published one, or one of your own, as it was released, found in --root"
+    what.add_argument("--source", metavar="NAME", help=text)
     made.add_argument("--root", type=Path, metavar="DIR", help="with --source: the folder of the release")
     text = "with --root: those to convert, such as train,val; default: all that the release has"
     made.add_argument("--splits", type=lambda text: text.split(","), metavar="SPLIT,...", help=text)
@@ -83,13 +74,6 @@ def _add_make(shards: Any) -> None:
     made.add_argument("--max-image-pixels", type=int, default=50_000_000, metavar="N", help=text)
 
 
-def _source(name: str) -> str:
-    known = sorted({*_PROCEDURAL, *SOURCES})
-    if name not in known:
-        raise argparse.ArgumentTypeError(not_one_of(name, known))
-    return name
-
-
 def _rows(text: str) -> tuple[str, str]:
     split, equals, file = text.partition("=")
     if not equals:
@@ -100,26 +84,28 @@ def _rows(text: str) -> tuple[str, str]:
 def _make(args: Namespace) -> None:
     options = {"shard_size": args.shard_size, "follow_links": args.follow_links}
     options |= {"max_image_pixels": args.max_image_pixels, **({"workers": args.workers} if args.workers else {})}
-    if args.source in SOURCES:
-        if args.root is None:
-            raise UserError(f"shards make: --source {args.source} needs --root, the folder of the release; "
-                            f"lit-eemllm configs show data_recipes/{args.source}.py says what is expected there")  # fmt: skip
-        from lit_eemllm.data.sources import convert
+    from lit_eemllm.data.sources import PROCEDURAL, SOURCES, convert, names, run_recipe
 
+    if args.source is not None and args.source not in names():
+        args.parser.error(f"argument --source: {not_one_of(args.source, names())}; one of your own needs --import FILE")
+    if args.source is not None and args.source not in PROCEDURAL:
+        if args.root is None:
+            hint = f"; lit-eemllm configs show data_recipes/{args.source}.py says what is expected there"
+            raise UserError(f"shards make: --source {args.source} needs --root, the folder of the release"
+                            + hint * (args.source in SOURCES))  # fmt: skip
         wishes = {"splits": args.splits, "turns": args.turns, "format_prompts": not args.bare, "holdout": args.holdout}
         say(convert(args.source, args.root, args.out, **wishes, **options))
         return
     if args.root is not None:
         raise UserError(f"shards make: --root is the folder of a published --source, one of {', '.join(SOURCES)}")
     from lit_eemllm.data.shards import make
-    from lit_eemllm.data.sources import run_recipe
 
     with tempfile.TemporaryDirectory() as folder:
         rows, images = {split: Path(path) for split, path in args.rows}, args.images
         if len(rows) < len(args.rows):
             raise UserError("shards make: a split is given twice; join its JSON files first")
         if args.source is not None:
-            file, _, function = _PROCEDURAL[args.source].partition(":")
+            file, _, function = PROCEDURAL[args.source].partition(":")
             write = getattr(run_recipe(file), function)
             counts = {"train": args.train, "val": args.val}
             rows = {split: write(Path(folder), split, count) for split, count in counts.items() if count}

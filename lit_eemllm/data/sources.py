@@ -1,8 +1,8 @@
 """Published data sets, as their authors release them, to rows: the registry of sources and what their converters share.
 
-A source is one file, ``data_recipes/NAME.py``. Its docstring says where the release comes from, its licence, and what is
-expected below ``--root``. It has ``SPLITS``, the splits that the release has, and ``rows(root, split)``, which yields in the
-release's order
+A shipped source is one file, ``data_recipes/NAME.py``. Its docstring says where the release comes from, its licence, and what is
+expected below ``--root``. It has ``SPLITS``, the splits that the release has, and ``rows(root, split)``; one of your own is such a
+function with a decorator, `register_source`. The function yields in the release's order
 
 * a row in LLaVA's form, complete; its image paths are relative to `root`;
 * a `Question`: one question, which becomes a row, or a turn of one together with others about the same image;
@@ -18,11 +18,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import cleandoc
 from os.path import isfile  # which takes any name, even one that no file can have
 from pathlib import Path
 from string import ascii_uppercase
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lit_eemllm.data.json_rows import read_json
 from lit_eemllm.errors import SampleError, UserError, not_one_of
@@ -33,11 +34,62 @@ if TYPE_CHECKING:
     from lit_eemllm.data.writing import Report
 
 RECIPES = ROOT / "data_recipes"
+Rows = TypeVar("Rows", bound=Callable[[Path, str], Iterable[Any]])
 SOURCES = (
     "alpaca", "blip_laion_cc_sbu_558k", "chartqa", "clevr", "docvqa", "dvqa", "easy_vqa", "grocery", "iconqa", "laion_gpt4v",
     "llava_v1_5_mix665k", "localized_narratives", "lvis_instruct4v", "nlvr", "openstax", "plotqa", "scienceqa", "sharegpt",
     "sharegpt4v", "sharegpt4v_mix665k", "sharegpt4v_pt", "textocr_gpt4v",
 )  # fmt: skip
+
+PROCEDURAL = {"shapes": "shapes.py:write", "puzzles": "puzzles.py:write", "puzzles_search": "puzzles.py:write_search"}
+"""Name -> file and function of a set that is drawn anew. The function (out, split, number of rows) writes out/images/ and returns the
+path of the rows' JSON file."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a release is read: its splits, the rows of one, and what is told of it where files are missing."""
+
+    splits: tuple[str, ...]
+    rows: Callable[[Path, str], Iterable[Any]]
+    about: str
+
+
+REGISTERED: dict[str, Source] = {}
+"""Those of your own."""
+
+
+def names() -> list[str]:
+    """Of all sources."""
+    return sorted([*SOURCES, *PROCEDURAL, *REGISTERED])
+
+
+def register_source(name: str, splits: Sequence[str] = ("train",)) -> Callable[[Rows], Rows]:
+    """Decorator that makes ``rows(root, split)`` available as ``shards make --source NAME``. Raises ValueError if taken.
+
+    Args:
+        name: of the source.
+        splits: those that the release has.
+    """
+
+    def register(rows: Rows) -> Rows:
+        if name in names():
+            raise ValueError(f"data source {name!r} is registered already; registered: {', '.join(names())}")
+        REGISTERED[name] = Source(tuple(splits), rows, cleandoc(rows.__doc__ or ""))
+        return rows
+
+    return register
+
+
+def _source(name: str) -> Source:
+    """Raises UserError that lists the names."""
+    if name in REGISTERED:
+        return REGISTERED[name]
+    if name not in SOURCES:
+        raise UserError(f"source: {not_one_of(name, sorted([*SOURCES, *REGISTERED]))}")
+    module = run_recipe(f"{name}.py")
+    return Source(module.SPLITS, module.rows, module.__doc__ or "")
+
 
 # What LLaVA-1.5 appends to questions whose answers are short (docs/Evaluation.md of haotian-liu/LLaVA).
 SHORT = "Answer the question using a single word or phrase."
@@ -92,7 +144,7 @@ def convert(
     """Write the shards of a source.
 
     Args:
-        name: one of `SOURCES`.
+        name: one of `SOURCES`, or of your own.
         root: the folder of the release, laid out as the source's file says.
         out: folder to create.
         splits: those to convert; default: all that the release has.
@@ -111,12 +163,10 @@ def convert(
     """
     from lit_eemllm.data.shards import make_from
 
-    if name not in SOURCES:
-        raise UserError(f"source: {not_one_of(name, SOURCES)}")
-    source = run_recipe(f"{name}.py")
-    wanted = tuple(splits or source.SPLITS)
-    if unknown := [split for split in wanted if split not in source.SPLITS]:
-        raise UserError(f"{name}: no split {unknown[0]!r}; the release has {', '.join(source.SPLITS)}.")
+    source = _source(name)
+    wanted = tuple(splits or source.splits)
+    if unknown := [split for split in wanted if split not in source.splits]:
+        raise UserError(f"{name}: no split {unknown[0]!r}; the release has {', '.join(source.splits)}.")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder.")
     if turns < 1:
@@ -132,10 +182,10 @@ def convert(
             found = conversations(source.rows(root, part), turns if split == "train" else 1, format_prompts)
             yield from (row for row in found if not holdout or held_out(row, holdout) == (split == "val"))
         except FileNotFoundError as error:
-            raise UserError(f"{name}: {error.filename} is not there.\n\n{source.__doc__}") from None
+            raise UserError(f"{name}: {error.filename} is not there.\n\n{source.about}") from None
         except (KeyError, TypeError) as error:  # of a file; a record's are `each`'s
             raise UserError(
-                f"{name}: the files below {root} are not as expected: {error!r}\n\n{source.__doc__}"
+                f"{name}: the files below {root} are not as expected: {error!r}\n\n{source.about}"
             ) from None
 
     about = {"source": name, "turns": turns, "format_prompts": format_prompts, "holdout": holdout}

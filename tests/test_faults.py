@@ -21,6 +21,7 @@ import pytest
 import shards_util
 import tiny
 import torch
+from lib.processes import Started, run_code
 from test_training import assert_same, metrics
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -110,8 +111,7 @@ def start(tmp_path, config, before="", **options):
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(config))
     code = f"{before}\nimport sys; from lit_eemllm.cli import main; sys.exit(main(['fit', {str(file)!r}]))"
-    command = [sys.executable, "-c", code]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
+    return Started(run_code, code, **options)
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def two_ranks(tmp_path, config, before=""):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [start(tmp_path, config, before, env={**os.environ, **network, "LOCAL_RANK": rank}) for rank in "01"]
+    ranks = [start(tmp_path, config, before, **network, LOCAL_RANK=rank) for rank in "01"]
     try:
         yield ranks
     finally:
@@ -133,7 +133,7 @@ def after_step(process, step):
     for line in process.stdout:
         if line.startswith(f"step {step:>6}"):
             return
-    raise AssertionError(process.stderr.read())
+    raise AssertionError(process.said())
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_exit_status_when_the_whole_group_is_signalled(tmp_path, parts, shapes, 
     """As a terminal does at Ctrl-C and a scheduler at pre-emption: the loader processes get it too. They must serve on."""
     config = tiny.config(parts, shapes, tmp_path / "run", *OPTIONS, "optim.max_steps=2000")
     for number in (signal.SIGINT, signal.SIGTERM):
-        process = start(tmp_path, config, start_new_session=True)
+        process = start(tmp_path, config, session=True)
         after_step(process, 3 if number == signal.SIGINT else 30)
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
@@ -164,7 +164,6 @@ def test_a_second_signal_stops_at_once(tmp_path, parts, shapes):
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == -signal.SIGTERM and time.monotonic() - begin < 3
-    process.communicate()
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 

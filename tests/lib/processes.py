@@ -1,0 +1,94 @@
+"""Processes that have the program's imports, which take seconds, from the start: forks of one that has made them and done nothing else.
+
+A test of the command itself, of how it starts or ends as a Python program, uses `subprocess`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["lit_eemllm.cli", "lit_eemllm.training.fit", "tiny"])
+
+
+def _within(
+    environment: dict[str, str], session: bool, stdout: Connection, stderr: str, function: Any, arguments: Any
+) -> None:
+    if session:
+        os.setsid()
+    os.environ |= environment
+    os.dup2(stdout.fileno(), 1)
+    stdout.close()
+    with open(stderr, "w") as file:
+        os.dup2(file.fileno(), 2)
+    function(*arguments)
+
+
+def run_code(code: str) -> None:
+    """As `python -c` does."""
+    exec(code, {"__name__": "__main__"})  # noqa: S102
+
+
+class Started:
+    """A process, under the names of `subprocess.Popen`.
+
+    Args:
+        function: to call in it, of a module that it can import.
+        session: in a session of its own, which a signal can be sent to as a whole.
+        environment: beside this process's own.
+    """
+
+    def __init__(
+        self, function: Callable[..., None], *arguments: Any, session: bool = False, **environment: str
+    ) -> None:
+        handle, stderr = tempfile.mkstemp()
+        os.close(handle)
+        self._stderr = Path(stderr)
+        self._reader, writer = CONTEXT.Pipe(duplex=False)
+        self.stdout = os.fdopen(os.dup(self._reader.fileno()), errors="replace")
+        self._process = CONTEXT.Process(
+            target=_within, args=(environment, session, writer, stderr, function, arguments)
+        )
+        self._process.start()
+        writer.close()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def said(self) -> str:
+        """To standard error."""
+        return self._stderr.read_text(errors="replace")
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """The rest of standard output, and standard error. A process that has not ended by then is killed."""
+        timer = threading.Timer(timeout, self.kill)
+        timer.start()
+        try:
+            rest = self.stdout.read()
+            self._process.join()
+        finally:
+            timer.cancel()
+        return rest, self.said()

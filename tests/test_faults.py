@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import pytest
 import shards_util
 import tiny
 import torch
-from lib.processes import Started, run_code
+from lib.processes import Started, network, run_code
 from test_training import assert_same, metrics
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -117,11 +116,8 @@ def start(tmp_path, config, before="", **options):
 @contextlib.contextmanager
 def two_ranks(tmp_path, config, before=""):
     """`start`, as both of two ranks. Gloo on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [start(tmp_path, config, before, **network, LOCAL_RANK=rank) for rank in "01"]
+    shared = network()
+    ranks = [start(tmp_path, config, before, **shared, LOCAL_RANK=rank) for rank in "01"]
     try:
         yield ranks
     finally:

@@ -5,8 +5,10 @@ A test of the command itself, of how it starts or ends as a Python program, uses
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Callable
@@ -21,6 +23,7 @@ CONTEXT.set_forkserver_preload(["lit_eemllm.cli", "lit_eemllm.training.fit", "ti
 def _within(
     environment: dict[str, str], session: bool, stdout: Connection, stderr: str, function: Any, arguments: Any
 ) -> None:
+    gc.freeze()  # see tests/conftest.py
     if session:
         os.setsid()
     os.environ |= environment
@@ -34,6 +37,14 @@ def _within(
 def run_code(code: str) -> None:
     """As `python -c` does."""
     exec(code, {"__name__": "__main__"})  # noqa: S102
+
+
+def network(count: int = 2) -> dict[str, str]:
+    """What Lightning reads of the environment of so many ranks, on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
 
 
 class Started:
@@ -92,3 +103,15 @@ class Started:
         finally:
             timer.cancel()
         return rest, self.said()
+
+
+def run_ranks(function: Callable[..., None], *arguments: Any, count: int = 2, timeout: float = 600) -> None:
+    """Call a function as each of so many ranks, until all have ended."""
+    shared = network(count)
+    ranks = [Started(function, *arguments, **shared, LOCAL_RANK=str(rank)) for rank in range(count)]
+    try:
+        said = ["\n".join(rank.communicate(timeout))[-3000:] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * count, "\n\n".join(said)
+    finally:
+        for rank in ranks:
+            rank.kill()

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lib.pages import PAGES, REPOSITORY, commands
 
 from lit_eemllm import cli
 from lit_eemllm.config import Config, flat, is_key, load_config, to_yaml
@@ -23,7 +24,6 @@ from lit_eemllm.config.keys import check_names
 from lit_eemllm.console import COMMAND, quiet_libraries
 from lit_eemllm.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 GOOD = """
 model: {decoder: some/decoder, vision: {path: some/encoder}}
 data: {train: recipe.yaml}
@@ -365,18 +365,7 @@ def test_a_continued_run_does_not_warn_of_its_own_checkpoints():
     assert [str(warning.message) for warning in heard] == ["something else"]
 
 
-def commands(markdown: str) -> list[list[str]]:
-    """The commands in the ```bash blocks of a text, comments and prompts taken off, continued lines joined."""
-    found = []
-    for block in re.findall(r"^```(?:bash|sh|shell)[^\n]*\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            found += [words] if words else []
-    return found
-
-
 KEYS = flat(asdict(Config()))
-PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))]
 
 
 @pytest.mark.parametrize("page", PAGES)

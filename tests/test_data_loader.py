@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lib.samples import BAD
 from megatron.energon.wrappers import ShuffleBufferDataset
 from shards_util import blend, fingerprint, module, picture, row, sample, take, write_shards, write_tar
-from test_data_packing import BAD
 
 from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.samples import SampleEncoder

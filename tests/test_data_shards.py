@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lib.samples import BAD, bomb
 from PIL import Image
 from shards_util import (
     IMAGE_TOKENS,
@@ -36,7 +37,6 @@ from shards_util import (
     write_shards,
     write_tar,
 )
-from test_data_packing import BAD, bomb
 
 from lit_eemllm.config.keys import DataConfig
 from lit_eemllm.data.check import check

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_vision
 import tiny
 import torch
 import torch.distributed as dist
+from lib import vision
 from lib.processes import run_ranks
 from lightning import Trainer
 from torch.distributed.device_mesh import init_device_mesh
@@ -102,7 +102,7 @@ def packed(model: EEMLLM, documents: list[list[int]], seed: int) -> PackedBatch:
     if model.vision.transform.fixed:
         return tiny.pack(documents, seed)
     sizes = iter(SIZES[seed % 4 :] + SIZES)
-    return test_vision.pack(model, [[run or next(sizes) for run in document] for document in documents], seed)
+    return vision.pack(model, [[run or next(sizes) for run in document] for document in documents], seed)
 
 
 def train(

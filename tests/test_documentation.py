@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lib.pages import PAGES, commands
+from lib.releases import RELEASES
 from shards_util import picture
-from test_cli import PAGES, commands
-from test_sources import RELEASES
 from tiny import forgotten_imports
 
 from lit_eemllm import cli, shrink

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from lib.runs import Killed, assert_same, fit_until
 from shards_util import blend, module, row, write_shards
-from test_resume import Killed, fit_until
-from test_training import assert_same
 
 from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.data import epoch

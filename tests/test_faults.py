@@ -1,7 +1,6 @@
 """Faults: signals, NaN, dying and hanging workers, shards that rot under way, full disks. Nothing lost, nothing silent."""
 
 import contextlib
-import csv
 import json
 import math
 import multiprocessing
@@ -21,12 +20,12 @@ import shards_util
 import tiny
 import torch
 from lib.processes import Started, network, run_code
-from test_training import assert_same, metrics
+from lib.runs import assert_same, at_pack, metrics, steps, validation_losses
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lit_eemllm import cli
 from lit_eemllm.config import to_yaml
-from lit_eemllm.console import metrics_files, unfinished
+from lit_eemllm.console import unfinished
 from lit_eemllm.errors import CheckpointError, UserError, WriteError
 from lit_eemllm.training import guard
 from lit_eemllm.training import step as optimiser_step
@@ -49,10 +48,6 @@ def unbroken(tmp_path_factory, parts, shapes):
     return out
 
 
-def steps(run):
-    return sorted(int(path.name[5:-5]) for path in (run / "checkpoints").iterdir())
-
-
 def assert_ends_as(unbroken, run):
     a, b = (read_checkpoint(r / "checkpoints" / "step-10.ckpt") for r in (run, unbroken))
     for section in SECTIONS:
@@ -60,19 +55,6 @@ def assert_ends_as(unbroken, run):
     rows, true = metrics(run), metrics(unbroken)
     for step in range(1, 11):
         assert all(rows[step][name] == true[step][name] for name in ("loss", "lr", "grad_norm", "keys_crc")), step
-
-
-def at_pack(monkeypatch, number, do):
-    """`do(module, batch, loss)` gives the loss of the pack of that number, counted from 0."""
-    right, seen = LitEEMLLM._loss, []
-
-    def loss(self, batch):
-        seen.append(batch.keys)
-        value = right(self, batch)
-        return do(self, batch, value) if len(seen) == number + 1 else value
-
-    monkeypatch.setattr(LitEEMLLM, "_loss", loss)
-    return seen
 
 
 # --- signals
@@ -199,16 +181,6 @@ def test_a_rank_that_is_killed_is_told_by_the_others(tmp_path, parts, shapes):
         _, error = ranks[1].communicate(timeout=100)
     assert ranks[1].returncode == 2 and "Traceback" not in error, error
     assert "error: another rank has ended or cannot be reached, for which rank 1 waited: " in error
-
-
-def validation_losses(run):
-    """step -> loss, of all attempts."""
-    rows = []
-    for file in metrics_files(run):
-        with file.open() as lines:
-            rows += [(int(row["step"]), float(row["val_loss"])) for row in csv.DictReader(lines) if row.get("val_loss")]
-    assert len(dict(rows)) == len(rows), "each once"
-    return dict(rows)
 
 
 @pytest.mark.parametrize("saved", [10, 4], ids=["not saved yet", "saved before it"])

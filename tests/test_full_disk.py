@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_faults import at_pack
-from test_training import assert_same, metrics
+from lib.runs import assert_same, at_pack, metrics
 
 from lit_eemllm import cli
 from lit_eemllm.console import COMMAND, console

@@ -22,7 +22,7 @@ import pytest
 import tiny
 import torch
 from fuzz_util import CANARY, ODD_TEXT, SEED, TIMES, bounded, flip, nothing_is_executed, warp  # noqa: F401 a fixture of each test
-from test_report import write_run, write_sweep
+from lib.reports import write_run, write_sweep
 
 from lit_eemllm.errors import UserError
 from lit_eemllm.evaluation.asking import Answers

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from lib.releases import RELEASES
 from shards_util import picture
-from test_sources import RELEASES
 from tiny import forgotten_imports
 
 from lit_eemllm import __version__, cli

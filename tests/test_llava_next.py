@@ -8,7 +8,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from test_vision import PICTURES, picture
+from lib.vision import PICTURES, picture
 from tokenizers import AddedToken
 from transformers import (
     AutoTokenizer,

@@ -8,8 +8,8 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lib.backends import TRAINABLE
 from lib.mechanisms import BOUND, PACK, check_generation, check_gradients, check_later_turns, check_packing, text_logits
-from test_attention import TRAINABLE
 from torch.nn.functional import cross_entropy
 
 from lit_eemllm.compat.transformers import CACHE

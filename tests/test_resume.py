@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_faults import validation_losses
-from test_training import assert_same, metrics
+from lib.runs import Killed, assert_same, fit_until, killed, metrics, validation_losses
 from torch import nn
 
 from lit_eemllm.data.module import ShardDataModule
@@ -153,28 +152,6 @@ def test_recomputed_activations_change_nothing_under_way(tmp_path, parts, shapes
 
 
 # --- validations
-
-
-class Killed(Exception):
-    """Stands for a process that ends without a word."""
-
-
-def killed(*_):
-    raise Killed
-
-
-def fit_until(step, config):
-    """Killed when the next step begins."""
-    right = LitEEMLLM.training_step
-
-    def killed(module, *arguments):
-        if module.global_step == step:
-            raise Killed
-        return right(module, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LitEEMLLM, "training_step", killed)
-        fit(config)
 
 
 @pytest.mark.parametrize("at", [2, 5], ids=["under way", "after the last step"])

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_faults import at_pack, steps
-from test_training import assert_same, metrics
+from lib.runs import assert_same, at_pack, metrics, steps
 
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint

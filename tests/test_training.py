@@ -1,6 +1,5 @@
 """Training: exact resume after SIGKILL, token-weighted steps, slim and safe checkpoints, what is trained, honest logs."""
 
-import csv
 import json
 import math
 import pickle
@@ -18,11 +17,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from lib.runs import assert_same, metrics
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from lit_eemllm.config import to_yaml
-from lit_eemllm.console import metrics_files
 from lit_eemllm.errors import CheckpointError, WriteError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.model.build import build
@@ -47,31 +46,6 @@ def blend(tmp_path_factory):
         "  val:\n    path: a\n"
     )
     return recipe
-
-
-def metrics(run):
-    """step -> row of all metrics files, later files win."""
-    rows = {}
-    for file in metrics_files(run):
-        with file.open() as lines:
-            rows |= {int(row["step"]): row for row in csv.DictReader(lines) if row["loss"]}
-    return rows
-
-
-def assert_same(a, b, where=""):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.equal(b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 @pytest.mark.slow

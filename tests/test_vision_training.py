@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from test_vision import make_model, pack, picture
+from lib.vision import make_model, pack, picture
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config

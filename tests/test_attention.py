@@ -67,6 +67,9 @@ def test_layout_indices_and_positions():
     assert layout.image_lengths == [3, 1]
     stream = torch.arange(9)
     assert layout.merge(stream[layout.text_index], stream[layout.visual_index]).equal(stream)
+    layout = SequenceLayout.of([[T(2), V(3), T(1), V(1), T(2)], [V(1), T(1)]])
+    assert layout.with_image_positions(1).positions.tolist() == [0, 1, 2, 2, 2, 3, 4, 5, 6, 0, 1]
+    assert layout.with_image_positions(0).positions.tolist() == [0, 1, 2, 2, 2, 2, 3, 3, 4, 0, 0]
     for broken in ([], [[]], [[T(0)]]):
         with pytest.raises(ValueError, match="non-empty"):
             SequenceLayout.of(broken)

@@ -111,6 +111,7 @@ MECHANISMS = {
     "flamingo": replace(PRESETS["flamingo"], gated=SMALL_GATED),
     "flamingo, all tokens": replace(PRESETS["flamingo"], gated=replace(SMALL_GATED, latents=0)),
     "ee_mllm, text blind in the last layer": Mechanism(cross_layers=(0, 1)),
+    "ee_mllm, text blind in the first layer": Mechanism(cross_layers=(1, 2)),  # which makes values, and no keys
     "no ffn": Mechanism(aligner=Aligner(ffn=False)),
     "unrotated": Mechanism(visual_positions="unrotated"),
     "unrotated vica": Mechanism(visual_positions="unrotated", cross_layers=(1,), aligner=NO_ALIGNER),

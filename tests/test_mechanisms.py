@@ -13,7 +13,8 @@ from lib.mechanisms import BOUND, PACK, check_generation, check_gradients, check
 from torch.nn.functional import cross_entropy
 
 from lit_eemllm.compat.transformers import CACHE
-from lit_eemllm.core.table import IDLE
+from lit_eemllm.core.ranking import least_attended_dropped
+from lit_eemllm.core.table import IDLE, NOTHING, LayerPlan, executed, parse_select
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.layout import Run, SequenceLayout
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism, build_mechanism
@@ -236,7 +237,8 @@ def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
 @given(tiny.tables(), st.sampled_from(["llama-gqa", "llama"]), st.sampled_from(["reference", "sdpa"]))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_table_equals_its_equations(mechanism, decoder, backend):
-    """In a pack, with gradients; from a cache, with an image in a later turn; what is equal to a plain dense computation."""
+    """In a pack, with gradients; from a cache, with an image in a later turn; what is equal to a plain dense computation. By images
+    whose keys are already made, where those depend on no text."""
     model, batch = tiny.model(decoder, mechanism), tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3], [2]])
     model.set_attention(backend)
     true, found = plain(model, batch), text_logits(model, batch)
@@ -251,6 +253,9 @@ def test_any_table_equals_its_equations(mechanism, decoder, backend):
         a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * max(1, a.abs().max().item()))
     check_later_turns(model)
+    model.image_cache = ImageCache(10**9)
+    with torch.no_grad():
+        assert tiny.max_error(text_logits(model, batch), true) <= 2 * BOUND
 
 
 @pytest.mark.parametrize("name", [name for name in MECHANISMS if "flamingo" not in name and "prefix" not in name])
@@ -389,6 +394,7 @@ def test_contradictions_are_named_together():
         ("llava", {"visual_positions": "unrotated"}, "unrotated needs"),
         ("ee_mllm", {"visual_drop": [[1, 0.5]]}, "needs constant"),
         ("vica", {"cross_layers": "all", "visual_drop": [[2, 0.5], [1, 0.7]]}, "must ascend"),
+        ("vica", {"cross_layers": "all", "visual_drop": [[1, 0.5], [2, 0.5]]}, "shares must sum to less than 1"),
         (
             "vica",
             {"visual_positions": "unrotated", "visual_drop": [[1, 0.5]]},
@@ -410,6 +416,34 @@ def test_contradictions_are_named_together():
             assert Mechanism.from_dict(mechanism.to_dict()) == mechanism
     assert build_mechanism("vica", 32).cross_layers == (0, 1, 7, 8, 9, 10, 11, 14)
     assert build_mechanism("shortv", 32).dense_layers == (1, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16)
+
+
+def test_layer_numbers_are_carried_over_in_proportion():
+    """By hand: the layer at whose depth in 32 layers one begins, in 24 and in 40."""
+    assert build_mechanism("vica", 24).cross_layers == (0, 5, 6, 7, 8, 10)  # 0 0.75 5.25 6 6.75 7.5 8.25 10.5
+    assert build_mechanism("vica", 40).cross_layers == (0, 1, 8, 10, 11, 12, 13, 17)
+    assert build_mechanism("ee_mllm_f", 25).dense_layers == tuple(range(12))
+
+
+def test_of_a_hundred_tokens_a_share_drops_its_percent():
+    """0.29 x 100 is 28.999999999999996 in binary."""
+    assert [parse_select(f"all but {n / 100} ranked in 1").count(100) for n in range(1, 100)] == list(range(99, 0, -1))
+
+
+def test_what_no_later_layer_reads_is_not_executed():
+    dense, keys = LayerPlan(attend="causal"), LayerPlan(update=frozenset())  # all, or keys and values of images alone
+    own, blind = LayerPlan(source="own"), LayerPlan(seen=NOTHING)
+    for table, expected in (
+        ((dense, dense), (dense, keys)),
+        ((dense, blind), (keys, IDLE)),
+        ((blind, dense), (blind, keys)),
+        ((blind, own), (IDLE, replace(keys, source="own"))),  # a layer with visual states of its own reads none
+        ((dense, own, dense), (keys, own, keys)),
+        ((dense, replace(own, seen=NOTHING)), (keys, IDLE)),  # for which none are made
+        ((replace(IDLE, source="own"), dense), (replace(IDLE, source="own"), keys)),
+        ((dense, replace(dense, tokens=NOTHING), dense), (dense, IDLE, keys)),
+    ):
+        assert executed(table) == expected
 
 
 INDEPENDENT = [n for n, m in MECHANISMS.items() if type(m) is Mechanism and m.dense_layers == "none"]
@@ -608,6 +642,24 @@ def test_an_image_of_a_later_turn_is_ranked_among_all_that_the_prompt_sees():
         assert tiny.max_error(cache.layers[0].keys[0], k[::2][:, found]) <= BOUND  # two heads share a key
         differs += found[-len(alone) :] != alone
     assert differs, "or what was there before the new columns did not matter"
+
+
+def test_images_of_many_lengths_are_ranked_each_by_itself():
+    """In a pack, with several images in a document, against one score after the other."""
+    layout = SequenceLayout.of(
+        [[Run(True, 3), Run(False, 1), Run(True, 5), Run(False, 2)], [Run(False, 1)], [Run(True, 4), Run(False, 1)], [Run(True, 2)]]
+    )  # fmt: skip
+    q, k = torch.randn(5, 4, 8), torch.randn(5 + 14, 2, 8)
+    found = least_attended_dropped(layout, q, k, [3, 5, 4, 2], [1, 3, 2, 2], 0.7)
+    expected = []
+    for last, text, images in ((2, [0, 1, 2], [(0, 3, 1), (3, 8, 3)]), (4, [4], [(8, 12, 2)])):
+        rows = text + [5 + i for first, end, _ in images for i in range(first, end)]
+        heads = [torch.stack([q[last, n] @ k[row, n // 2] for row in rows]).mul(0.7).softmax(0) for n in range(4)]
+        weight = dict(zip(rows, torch.stack(heads).mean(0).tolist(), strict=True))
+        for first, end, most in images:
+            ranked = sorted(range(first, end), key=lambda i, weight=weight: -weight[5 + i])
+            expected += sorted(ranked[:most])
+    assert found.tolist() == [*expected, 12, 13]
 
 
 def test_positions_go_on_where_a_column_is_an_image_for_some():

@@ -70,6 +70,10 @@ def test_layout_indices_and_positions():
     layout = SequenceLayout.of([[T(2), V(3), T(1), V(1), T(2)], [V(1), T(1)]])
     assert layout.with_image_positions(1).positions.tolist() == [0, 1, 2, 2, 2, 3, 4, 5, 6, 0, 1]
     assert layout.with_image_positions(0).positions.tolist() == [0, 1, 2, 2, 2, 2, 3, 3, 4, 0, 0]
+    layout = SequenceLayout.of([[T(2), V(3), T(1)], [V(2)], [V(1), T(1)]])
+    some = layout.with_visual(torch.tensor([0, 2, 5]), [2, 0, 1])  # nothing is left of the second document
+    assert some.documents == (((False, 2), (True, 2), (False, 1)), ((True, 1), (False, 1)))
+    assert some.positions.tolist() == [0, 1, 2, 4, 5, 0, 1]
     for broken in ([], [[]], [[T(0)]]):
         with pytest.raises(ValueError, match="non-empty"):
             SequenceLayout.of(broken)

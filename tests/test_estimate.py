@@ -52,7 +52,7 @@ def test_published_prefill_flops(name):
 
 
 def test_text_only_last_layer_and_grouped_queries():
-    for mechanism in ROWS.values():
+    for mechanism in (*ROWS.values(), build_mechanism("flamingo", 32)):
         assert round(prefill_flops(mechanism, VICUNA_7B, 64, 0) / 1e12, 3) == 0.831
     h, m, text, visual = 4096, 11008, 64, 576
     full = prefill_flops(build_mechanism("ee_mllm", 32), VICUNA_7B, text, visual, last_layer_saving=False)
@@ -117,6 +117,7 @@ MECHANISMS = {
     "unrotated vica": Mechanism(visual_positions="unrotated", cross_layers=(1,), aligner=NO_ALIGNER),
     "dropping": Mechanism(aligner=NO_ALIGNER, visual_drop=((1, 0.4), (2, 0.3))),
     "window": Mechanism(visual_window=3),
+    "window, wider than an image": Mechanism(visual_window=20),
 }
 
 

@@ -400,6 +400,9 @@ def test_contradictions_are_named_together():
             {"visual_positions": "unrotated", "visual_drop": [[1, 0.5]]},
             "visual_drop: .*visual_positions is unrotated",
         ),
+        ("ee_mllm", {"rows": [{"layers": 4, "seen": "none"}]}, "rows: found '4', expected layers from 0 to 3"),
+        ("ee_mllm", {"rows": [{"layers": "2-4", "seen": "none"}]}, "rows: found '2-4', expected layers from 0 to 3"),
+        ("ee_mllm", {"rows": [{"layers": "4-", "seen": "none"}]}, "rows: found '4-', expected layers from 0 to 3"),
         ("flamingo", {"cross_layers": "all"}, "gated: needs cross_layers none"),
         ("flamingo", {"gated": {"every": 0}}, "are 1 or more"),
         ("saisa", {"cross_layers": [0, 1]}, "cross_layers all"),
@@ -428,6 +431,19 @@ def test_layer_numbers_are_carried_over_in_proportion():
 def test_of_a_hundred_tokens_a_share_drops_its_percent():
     """0.29 x 100 is 28.999999999999996 in binary."""
     assert [parse_select(f"all but {n / 100} ranked in 1").count(100) for n in range(1, 100)] == list(range(99, 0, -1))
+    twice = Mechanism(aligner=NO_ALIGNER, visual_drop=((0, 0.1), (1, 0.2))).table(2)[1].tokens
+    assert twice == parse_select("all but 0.3 ranked in 1 after 0.1")
+
+
+def test_it_is_known_which_mechanisms_compute_what_llava_does():
+    batch, same = tiny.pack(PACK), []
+    for name, mechanism in {**MECHANISMS, "all but the last": Mechanism(dense_layers=(0, 1))}.items():
+        layers = tiny.layers_of(mechanism)
+        model, base = tiny.model("llama-gqa", mechanism), tiny.model("llama-gqa", "llava", layers=layers)
+        equal = text_logits(model, batch).equal(text_logits(base, batch))
+        assert model.mechanism.is_llava(layers) == equal, name
+        same += [name] * equal
+    assert same == ["llava", "all but the last"]
 
 
 def test_what_no_later_layer_reads_is_not_executed():

@@ -23,6 +23,7 @@ from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.core.families import check_decoder
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
+from lit_eemllm.mechanisms.connectors import Projector
 from lit_eemllm.model import EEMLLM, register_vision_encoder
 from lit_eemllm.model.vision import TransformersVision
 
@@ -407,6 +408,28 @@ def test_a_fresh_projector_has_no_zero_bias():
     for linear in (fresh.linear_1, fresh.linear_2):  # torch's default, as LLaVA
         bound = linear.in_features**-0.5
         assert linear.bias.abs().max() > 0.5 * bound and linear.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_parameter_that_is_added_gets_its_initial_value(preset):
+    """Also where it was made without one, as transformers makes what a folder lacks: norms begin at one and zero."""
+    model = tiny.model("llama-gqa", preset, "anyres")
+    added = [*model.projector.modules(), *model.blocks.modules()]
+    with torch.no_grad():
+        for module in added:
+            for parameter in module.parameters(recurse=False):
+                parameter.fill_(float("nan"))
+    model.apply(model._init_weights)
+    assert all(p.isfinite().all() for module in added for p in module.parameters())
+    norms = [module for module in added if isinstance(module, torch.nn.LayerNorm)]
+    assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
+    assert bool(norms) == (preset == "flamingo")
+
+
+def test_a_fresh_newline_is_as_long_as_that_of_llava():
+    """Which divides normal numbers by the root of the width."""
+    torch.manual_seed(0)
+    assert Projector(8, 4096, newline=True).newline.norm().item() == pytest.approx(1, rel=0.05)
 
 
 def test_unsupported_decoders_are_refused_with_what_to_do():

@@ -581,6 +581,19 @@ def test_one_new_column_may_be_an_image_for_some_and_text_for_others(name):
     )
 
 
+@pytest.mark.parametrize("name", ["llava", "vica", "dense, text sees every third", "flamingo"])
+def test_sequences_of_a_cache_can_change_places_and_be_repeated(name):
+    model = tiny.model("llama-gqa", MECHANISMS[name])
+    inputs = tiny.prompt(model, [[3, 0, 4], [2, 0, 1, 0, 9]])
+    ids, mask, order = inputs["input_ids"], inputs["attention_mask"], torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        whole = model(**inputs).logits[order, -2:]
+        cache = model(ids[:, :-2], mask[:, :-2], inputs["pixel_values"], use_cache=True)[CACHE]
+        cache.batch_select_indices(order)
+        found = model(ids[order, -2:], mask[order], cache=cache).logits
+    assert tiny.max_error(found[..., : tiny.VOCAB], whole[..., : tiny.VOCAB]) <= BOUND
+
+
 def test_what_cannot_be_generated_is_refused():
     model = tiny.model("llama-gqa", "ee_mllm")
     with pytest.raises(ValueError, match="a prompt ends with an image"):

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from lib.pages import PAGES, commands
 from lib.releases import RELEASES
-from shards_util import picture
+from shards_util import picture, write_quiz
 from tiny import forgotten_imports
+from transformers import ArceeConfig, AutoModelForCausalLM
 
 from lit_eemllm import cli, shrink
 from lit_eemllm.config import load_config
@@ -95,7 +96,7 @@ class Reader:
         if verb == "shards make" and "--root" in words:
             root = Path(words[words.index("--root") + 1])
             root.mkdir(parents=True)
-            RELEASES[words[words.index("--source") + 1]](root)
+            {**RELEASES, "quiz": write_quiz}[words[words.index("--source") + 1]](root)
             return ["--workers", "1"]
         if verb == "shards make" and "--source" in words:
             return ["--train", "12", "--val", "4"]
@@ -142,6 +143,15 @@ def own_rows(*names: str) -> None:
     shutil.move("drawn/images", "images")
     for name in names:
         Path(name).write_text(json.dumps([row | {"conversations": row["conversations"][:2]} for row in rows]))
+
+
+def write_arcee(folder: Path) -> None:
+    """A decoder of the family of docs/my_decoder.py, with the tokenizer of the demo's."""
+    config = ArceeConfig(vocab_size=832, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for text in shrink.TEXTS:
+        shutil.copy(shrink.TOKENIZER / text, folder)
 
 
 def test_readme(read: Callable[[str], Reader]) -> None:
@@ -200,7 +210,8 @@ def test_evaluation(read: Callable[[str], Reader]) -> None:
     make = ["shards", "make", "--source", "scienceqa", "--root", "scienceqa", "--workers", "1", "--out"]
     assert cli.main([*make, "scienceqa/shards"]) == 0
     Path("benchmarks.yaml").write_text(shown(reader.text, "benchmarks.yaml"))
-    assert len(reader.follow()) == 3
+    Path("docs").symlink_to(REPOSITORY / "docs")
+    assert len(reader.follow()) == 4
     (python,) = re.findall(r"```python\n(from pathlib.*?)```", reader.text, re.DOTALL)
     Path("ask.py").write_text(python)
     runpy.run_path("ask.py")
@@ -210,16 +221,18 @@ def test_evaluation(read: Callable[[str], Reader]) -> None:
     ("page", "number"),
     [
         ("docs/backends.md", 8),
-        ("docs/data.md", 3),
+        ("docs/data.md", 4),
         ("docs/sweeps.md", 3),
         ("docs/vision.md", 1),
         ("docs/mechanisms.md", 6),
+        ("docs/decoders.md", 2),
     ],
 )
 def test_other_pages(read: Callable[[str], Reader], page: str, number: int) -> None:
     reader = read(page)
     own_rows("train.json")
     Path("my_config.yaml").write_text("defaults: [configs/demo/ee_mllm.yaml]\nout: runs/vision\n")
+    write_arcee(Path("AFM-4.5B"))
     Path("docs").symlink_to(REPOSITORY / "docs")
     assert len(reader.follow()) == number
 
@@ -230,7 +243,7 @@ def test_no_page_is_left_out() -> None:
         "README.md",
         *(
             f"docs/{name}.md"
-            for name in ("cluster", "evaluation", "backends", "data", "sweeps", "vision", "mechanisms")
+            for name in ("cluster", "evaluation", "backends", "data", "sweeps", "vision", "mechanisms", "decoders")
         ),
     }
     for page in set(PAGES) - tested:

@@ -35,7 +35,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from lit_eemllm import plugins
 from lit_eemllm.attention.base import _BACKENDS
 from lit_eemllm.config import Config, load_config
+from lit_eemllm.core.families import FAMILIES
 from lit_eemllm.data import shards
+from lit_eemllm.data.sources import REGISTERED
 from lit_eemllm.evaluation.metrics import METRICS
 from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.inputs.resolutions import AnyresTransform, NativeTransform
@@ -269,7 +271,7 @@ def write_shards(folder: Path, train: int = 160, val: int = 60) -> Path:
 @contextlib.contextmanager
 def forgotten_imports() -> Iterator[None]:
     """Whatever is registered and imported within, as by --import, is gone after it, as it is in another process."""
-    registries = (_BACKENDS, _ENCODERS, METRICS, PRESETS, plugins.imported)
+    registries = (_BACKENDS, _ENCODERS, FAMILIES, METRICS, PRESETS, REGISTERED, plugins.imported)
     before, modules = [dict(registry) for registry in registries], set(sys.modules)
     try:
         yield

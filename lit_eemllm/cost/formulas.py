@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..core.families import FAMILIES
 from ..core.table import LayerPlan, Top, executed
 from ..mechanisms import Mechanism, Sizes
 
@@ -64,8 +65,8 @@ def row_flops(
     row: LayerPlan, layer: int, decoder: Any, text: int, visual: int, prefix: int = 0, unrotated: bool = False
 ) -> int:
     """FLOPs of a decoder layer for one prompt; arguments as in `prefill_flops`."""
-    h, m = decoder.hidden_size, decoder.intermediate_size
-    w, w_kv, text_row = _widths(decoder)
+    h = decoder.hidden_size
+    w, w_kv, ffn, text_row = _widths(decoder)
     here, seen = row.tokens.count(visual), row.seen.count(visual)
     total = text * text_row + 4 * (text * text + (text - prefix) * seen) * w
     if unrotated:
@@ -77,12 +78,12 @@ def row_flops(
     if row.queries:
         sees = text + here if row.causal else min(int(row.attend) + 1, here)
         total += here * (2 * h * w + 4 * sees * w)
-    return total + here * (2 * h * w * ("output" in row.update) + 6 * h * m * ("ffn" in row.update))
+    return total + here * (2 * h * w * ("output" in row.update) + ffn * ("ffn" in row.update))
 
 
 def decode_flops(mechanism: Mechanism, decoder: Any, text: int, visual: int) -> int:
     """FLOPs of the decoder layers for one new token after a prompt."""
-    w, _, text_row = _widths(decoder)
+    w, _, _, text_row = _widths(decoder)
     sizes = Sizes(decoder.hidden_size, decoder.num_hidden_layers, 0)
     score = 6 if mechanism.visual_positions == "unrotated" else 4
     return sum(
@@ -103,7 +104,7 @@ def cache_bytes(mechanism: Mechanism, decoder: Any, text: int, visual: int, item
         visual: visual tokens V, of one image.
         itemsize: bytes of a number.
     """
-    _, w_kv, _ = _widths(decoder)
+    _, w_kv, _, _ = _widths(decoder)
     sizes = Sizes(decoder.hidden_size, decoder.num_hidden_layers, 0)
     width = w_kv * (3 if mechanism.visual_positions == "unrotated" else 2)
     return itemsize * sum(
@@ -112,9 +113,10 @@ def cache_bytes(mechanism: Mechanism, decoder: Any, text: int, visual: int, item
     )
 
 
-def _widths(decoder: Any) -> tuple[int, int, int]:
-    """Width of all query heads and of all key heads, and FLOPs of a row in all matrices of a layer."""
+def _widths(decoder: Any) -> tuple[int, int, int, int]:
+    """Width of all query heads and of all key heads, and FLOPs of a row in the feed-forward network and in all matrices of a layer."""
     h, heads = decoder.hidden_size, decoder.num_attention_heads
     size = getattr(decoder, "head_dim", None) or h // heads
     w, w_kv = size * heads, size * decoder.num_key_value_heads
-    return w, w_kv, 2 * (2 * h * w + 2 * h * w_kv + 3 * h * decoder.intermediate_size)
+    ffn = 2 * FAMILIES[decoder.model_type].ffn_matrices * h * decoder.intermediate_size
+    return w, w_kv, ffn, 2 * (2 * h * w + 2 * h * w_kv) + ffn

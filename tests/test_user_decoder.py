@@ -1,0 +1,59 @@
+"""A decoder family in a user's own file, as docs/decoders.md tells it: docs/my_decoder.py against transformers' own model."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import tiny
+from lib.decoders import check_decoder_equals_transformers
+from lib.mechanisms import PACK, check_flops_and_cache, check_generation
+from transformers import ArceeConfig, PreTrainedConfig
+
+from lit_eemllm.core.families import FAMILIES, check_decoder, register_family
+from lit_eemllm.errors import ConfigError
+from lit_eemllm.model.folders import CONFIG
+from lit_eemllm.plugins import import_user_code
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {
+    "arcee": ("docs/my_decoder.py", ArceeConfig(**tiny.COMMON, num_attention_heads=4, num_key_value_heads=2)),
+}
+"""Family -> the file that registers it, and a config of a few narrow layers that has all kinds of layers that the family has."""
+
+
+@pytest.fixture(params=EXAMPLES)
+def family(request, monkeypatch):
+    file, config = EXAMPLES[request.param]
+    monkeypatch.setitem(tiny.DECODERS, request.param, config)
+    with tiny.forgotten_imports():
+        import_user_code([ROOT / file])
+        yield request.param
+
+
+@pytest.mark.parametrize("preset", ["ee_mllm", "llava"])
+def test_it_equals_transformers(family, preset):
+    check_decoder_equals_transformers(tiny.model(family, preset), PACK, diagonal=preset == "ee_mllm")
+
+
+@pytest.mark.parametrize("preset", ["ee_mllm", "llava", "vica"])
+def test_costs_and_generation(family, preset):
+    check_flops_and_cache(tiny.model(family, preset))
+    check_generation(tiny.model(family, preset))
+
+
+def test_every_field_of_its_configuration_is_read(family):
+    """What a folder's reader leaves out has its default, whatever the folder says."""
+    own = {field.name for field in fields(type(tiny.DECODERS[family]))}
+    assert own - {field.name for field in fields(PreTrainedConfig)} - CONFIG == set()
+
+
+def test_it_is_known_only_once_imported_and_registered_once():
+    file, config = EXAMPLES["arcee"]
+    with pytest.raises(ConfigError, match=r"model_type 'arcee' is not one of \('llama', .*register_family in a file"):
+        check_decoder(config)
+    with tiny.forgotten_imports():
+        import_user_code([ROOT / file])
+        check_decoder(config)
+        with pytest.raises(ValueError, match=r"'arcee' is registered already; registered: llama, mistral, .*, arcee"):
+            register_family("arcee")
+    assert "arcee" not in FAMILIES

@@ -17,8 +17,8 @@ from PIL import ExifTags, Image, ImageOps
 from simplejpeg import decode_jpeg
 from torch.nn.functional import interpolate
 
-from lit_eemllm import images
 from lit_eemllm.errors import ConfigError, SampleError
+from lit_eemllm.inputs import images
 from lit_eemllm.inputs.images import MAX_SIDE, ImageTransform, image_size, open_image, picture_of, read_picture, resized
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)

@@ -22,7 +22,7 @@ from transformers import (
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.loss import with_moved_images
 from lit_eemllm.layout import PackedBatch, SequenceLayout, join_images
-from lit_eemllm.mechanisms import PRESETS
+from lit_eemllm.mechanisms import PRESETS, Mechanism
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.image_cache import ImageCache
 from lit_eemllm.model.vision import TransformersVision, alike_lengths
@@ -194,7 +194,12 @@ def test_llava_next_of_transformers():
         assert tiny.max_error(ours[0, text][:, : tiny.VOCAB], theirs[0, text][:, : tiny.VOCAB]) < 1e-5
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+THINNED = Mechanism(
+    rows=(("0", (("attend", "causal"), ("seen", "every 3"))), ("1", (("attend", 2), ("tokens", "every 2"))))
+)
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, pytest.param(THINNED, id="thinned")])
 @pytest.mark.parametrize("encoder", MANY)
 def test_a_pack_of_many_sizes_is_one_image_at_a_time(encoder, preset):
     model = make_model(encoder, preset)
@@ -229,7 +234,7 @@ def prompts(model, documents, seed=0):
     }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, pytest.param(THINNED, id="thinned")])
 @pytest.mark.parametrize("encoder", MANY)
 def test_generation_of_many_sizes(encoder, preset):
     """A batch gives what each prompt gives alone, with the cache what is recomputed, with remembered images the same."""
@@ -252,7 +257,7 @@ def test_generation_of_many_sizes(encoder, preset):
     torch.manual_seed(1)
     several = model.generate(**sampled, **{**options, "do_sample": True}, num_return_sequences=2, top_k=1)
     assert several[::2].equal(several[1::2])
-    if model.mechanism.dense_layers == "none" and preset != "flamingo":
+    if not any(row.causal for row in model.table) and preset != "flamingo":
         model.image_cache = ImageCache(10**9)
         for _ in range(2):
             assert model.generate(**prompts(model, documents), **options).equal(found)

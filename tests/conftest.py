@@ -66,7 +66,7 @@ LEFT_OUT = pytest.StashKey[int]()
 # Modules that take a worker minutes begin first, the longest before the others, so that workers end together.
 LONGEST = [
     f"test_{name}.py"
-    for name in ("distributed", "installed", "presets", "faults", "sweep", "documentation", "fuzz_results", "fuzz_models", "training", "sources", "evaluation")
+    for name in ("distributed_runs", "faults", "presets", "installed", "distributed", "sweep", "fuzz_results", "documentation", "estimate", "evaluation", "training", "sources", "fuzz_models")
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib.processes import Started
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
@@ -186,6 +187,11 @@ def script(*arguments: object) -> subprocess.Popen[str]:
     }
     command = [sys.executable, __file__, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def forked(*arguments: object) -> Started:
+    """Likewise, with the imports made."""
+    return Started(main, *map(str, arguments))
 
 
 def take(data: ShardDataModule, number: int) -> Iterator[str]:

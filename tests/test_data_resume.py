@@ -29,10 +29,10 @@ from shards_util import (
     blend,
     fingerprint,
     fit,
+    forked,
     module,
     row,
     sample,
-    script,
     take,
     write_shards,
     write_tar,
@@ -84,7 +84,7 @@ def test_cut_anywhere_and_go_on_in_a_new_process(recipe: Path, tmp_path: Path, m
         expected += [seen[cut : cut + 6] for cut in cuts]
         assert len(set(seen)) == len(seen), "the batches differ, so equality says something"
         assert skipped[13]["bad_json"] > skipped[1].get("bad_json", 0) >= 0
-    process = script("restore", recipe, *states)
+    process = forked("restore", recipe, *states)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     for path, found, wanted in zip(states, json.loads(out), expected, strict=True):
@@ -218,7 +218,7 @@ class CrashAt(Callback):
 @pytest.mark.parametrize(("workers", "accumulate"), [(0, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_trainer_stopped_and_continued(recipe: Path, tmp_path: Path, workers: int, accumulate: int) -> None:
     """In a real `Trainer.fit`, against an unbroken run: by a signal that kills another process, and by an exception here."""
-    killed = script("kill", recipe, tmp_path / "stopped", workers, accumulate, 9) if workers else None
+    killed = forked("kill", recipe, tmp_path / "stopped", workers, accumulate, 9) if workers else None
     val = None if workers else recipe  # validation in between must not disturb; once is enough
     options: dict[str, Any] = dict(accumulate_grad_batches=accumulate, val_check_interval=3, num_sanity_val_steps=1)
     whole = Recorder()
@@ -287,7 +287,7 @@ def test_exception_in_the_middle_of_a_step_does_not_lose_its_batch(recipe: Path,
 
 @pytest.mark.slow
 def test_two_ranks_share_the_data_and_resume_each_from_its_own_place(recipe: Path, tmp_path: Path) -> None:
-    processes = [script("rank", rank, recipe, tmp_path) for rank in (0, 1)]
+    processes = [forked("rank", rank, recipe, tmp_path) for rank in (0, 1)]
     found = []
     for process in processes:
         out, err = process.communicate(timeout=200)

@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from lib.processes import Started, run_command
 from PIL import Image
 
 from lit_eemllm import cli
@@ -764,6 +765,11 @@ def start(*arguments):
     )
 
 
+def forked(*arguments):
+    """Likewise one process, with the imports made."""
+    return Started(run_command, "validate", *arguments, session=True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2000)
 def test_sigkill_and_two_ranks_change_nothing(talkative, tmp_path):
@@ -773,7 +779,7 @@ def test_sigkill_and_two_ranks_change_nothing(talkative, tmp_path):
     kept = run.Path(talkative.out) / "eval"
 
     def ended(process):
-        said, _ = process.communicate(timeout=400)
+        said = process.communicate(timeout=400)
         assert process.returncode == 0, said
         assert not list(kept.glob("answers*"))
         return outcome(talkative.out)
@@ -796,8 +802,8 @@ def test_sigkill_and_two_ranks_change_nothing(talkative, tmp_path):
         == whole
     )
 
-    for devices in ("1", "2"):
-        process = start(*overrides, f"trainer.devices={devices}")
+    for begin, devices in ((forked, 1), (start, 2)):
+        process = begin(*overrides, f"trainer.devices={devices}")
         deadline = time.monotonic() + 400
         while (
             sum(len(path.read_bytes().splitlines()) for path in kept.glob("answers-*")) < 4 and process.poll() is None
@@ -805,9 +811,9 @@ def test_sigkill_and_two_ranks_change_nothing(talkative, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=60)
         assert list(kept.glob("answers*")), "it had ended before it was killed"
-    assert ended(start(*overrides)) == whole
+    assert ended(forked(*overrides)) == whole
 
 
 def test_answers_end_with_the_turn(trained):

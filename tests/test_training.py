@@ -6,9 +6,6 @@ import pickle
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from lib.processes import Started, run_command
 from lib.runs import assert_same, metrics
 from lightning import Trainer
 from torch.utils.data import DataLoader
@@ -59,14 +57,13 @@ def test_killed_and_resumed_run_equals_an_unbroken_one(tmp_path, parts, blend, w
     config = tiny.config(parts, blend, cut, *options)
     file = tmp_path / "cut.yaml"
     file.write_text(to_yaml(config))
-    with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen([sys.executable, "-m", "lit_eemllm", "fit", file], stdout=output, stderr=output)
-        deadline = time.monotonic() + 120
-        while not (cut / "checkpoints" / "step-10.ckpt").is_file():
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = Started(run_command, "fit", file)
+    deadline = time.monotonic() + 120
+    while not (cut / "checkpoints" / "step-10.ckpt").is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.said()
+        time.sleep(0.005)
+    process.kill()
+    process.wait(60)
     assert newest_checkpoint(cut).name == "step-10.ckpt"
     killed_at = max(metrics(cut))
     fit(config)

@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -45,6 +46,13 @@ def network(count: int = 2) -> dict[str, str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
+
+
+def run_command(*words: object) -> None:
+    """`lit-eemllm` with these arguments; of one device, as Lightning starts others by what stands in `sys.argv`."""
+    from lit_eemllm.cli import main
+
+    sys.exit(main([*map(str, words)]))
 
 
 class Started:

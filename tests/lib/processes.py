@@ -22,11 +22,19 @@ CONTEXT.set_forkserver_preload(["lit_eemllm.cli", "lit_eemllm.training.fit", "ti
 
 
 def _within(
-    environment: dict[str, str], session: bool, stdout: Connection, stderr: str, function: Any, arguments: Any
+    folder: str,
+    environment: dict[str, str],
+    session: bool,
+    stdout: Connection,
+    stderr: str,
+    function: Any,
+    arguments: Any,
 ) -> None:
     gc.freeze()  # see tests/conftest.py
     if session:
         os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
     os.environ |= environment
     os.dup2(stdout.fileno(), 1)
     stdout.close()
@@ -67,14 +75,11 @@ class Started:
     def __init__(
         self, function: Callable[..., None], *arguments: Any, session: bool = False, **environment: str
     ) -> None:
-        handle, stderr = tempfile.mkstemp()
-        os.close(handle)
-        self._stderr = Path(stderr)
+        self._stderr = tempfile.NamedTemporaryFile()  # noqa: SIM115  gone with this object
         self._reader, writer = CONTEXT.Pipe(duplex=False)
         self.stdout = os.fdopen(os.dup(self._reader.fileno()), errors="replace")
-        self._process = CONTEXT.Process(
-            target=_within, args=(environment, session, writer, stderr, function, arguments)
-        )
+        about = (os.getcwd(), {**os.environ, **environment}, session, writer, self._stderr.name)
+        self._process = CONTEXT.Process(target=_within, args=(*about, function, arguments))
         self._process.start()
         writer.close()
         assert self._process.pid is not None
@@ -99,7 +104,7 @@ class Started:
 
     def said(self) -> str:
         """To standard error."""
-        return self._stderr.read_text(errors="replace")
+        return Path(self._stderr.name).read_text(errors="replace")
 
     def communicate(self, timeout: float) -> tuple[str, str]:
         """The rest of standard output, and standard error. A process that has not ended by then is killed."""

@@ -74,7 +74,8 @@ class Reader:
                 self.submit(words[words.index("tools/slurm.sh") + 1], again=self.done.count(line))
             elif words[0] == "python":
                 self.monkeypatch.setattr(sys, "argv", words[1:])
-                runpy.run_path(words[1], run_name="__main__")
+                with forgotten_imports():
+                    runpy.run_path(words[1], run_name="__main__")
             else:
                 assert words[0] == "lit-eemllm", line
                 with forgotten_imports():

@@ -225,7 +225,11 @@ def estimated(preset: Path, options: list[str], folder: Path, capsys: pytest.Cap
 def test_the_table_of_encoders() -> None:
     """docs/vision.md: the layers of the model configs, policies that the encoder takes, and the tokens of four pictures."""
     page = (REPOSITORY / "docs" / "vision.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")][1:]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if line.startswith("| ") and line.count("|") == 6
+    ][1:]
     configs = {
         path.stem: load_config([PRESETS[0], path]) for path in (REPOSITORY / "configs" / "models").glob("*.yaml")
     }

@@ -158,7 +158,7 @@ def test_losses_are_means_over_the_tokens_of_a_step_and_of_a_validation(tmp_path
     module, model, seen = LitEEMLLM(tiny.model(), config), tiny.model(), []
     sums = [model.packed_loss(pack).item() for pack in packs]
     targets = [pack.num_targets for pack in packs]
-    module.on_train_batch_end = lambda *_: seen.append(module.mean_loss.item())
+    module.on_train_batch_end = lambda *_: seen.append(module.step.mean_loss.item())
     trainer_of(3).fit(module, DataLoader(packs, batch_size=None))
     assert seen == pytest.approx([total / count for total, count in zip(sums, targets, strict=True)], rel=1e-5)
     trainer = trainer_of(3)

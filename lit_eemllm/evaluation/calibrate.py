@@ -225,7 +225,7 @@ def text_to_image_cosine(layer: DecoderLayer, args: tuple[Any, ...]) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    mixed_Tw = mixed[0][: len(x_Th)]
+    mixed_Tw = mixed[0][stream.layout.text_index] if layer.row.causal else mixed[0]
     part_Th = attn.o_proj(mixed_Tw) - attn.o_proj(torch.zeros_like(mixed_Tw[:1]))  # without a bias
     before_Th = x_Th.double()  # most are all but 1
     return cosine_similarity(before_Th, before_Th + part_Th, dim=-1)[~stream.layout.prefix()]

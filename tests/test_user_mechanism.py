@@ -30,14 +30,16 @@ from lit_eemllm.model import EEMLLM
 from lit_eemllm.plugins import import_user_code
 from lit_eemllm.report.runs import read_run
 from lit_eemllm.training.fsdp2 import shared_out
-from lit_eemllm.training.tuning import apply_tuning, parameter_groups
+from lit_eemllm.training.tuning import apply_tuning, cast, parameter_groups
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 4
 EXAMPLES = {
     "thinning": ("docs/my_mechanism.py", {"scaled": 3}),
+    "skipping": ("tests/examples/skipping.py", {"k": 1}),
+    "adapted": ("tests/examples/adapted.py", {"k": 1, "r": 4}),
 }
-"""Preset -> the file that registers it, and options that put modules before some layers of four."""
+"""Preset -> the file that registers it, and options for four layers, such that modules stand before some if it has any."""
 
 
 @pytest.fixture(params=EXAMPLES)
@@ -63,15 +65,45 @@ def made(preset: str, decoder: str = "llama-gqa") -> EEMLLM:
 def test_it_does_something_and_begins_as_its_table_alone(preset):
     model, batch = made(preset), tiny.pack(PACK)
     changed = text_logits(model, batch)
-    for block in model.blocks.values():
-        block.reset_parameters()
-    begun = text_logits(model, batch)
-    assert len(model.blocks) and tiny.max_error(changed, begun) > 1e-3
-    blocks, model.blocks.__dict__["_modules"] = dict(model.blocks.items()), {}
-    assert tiny.max_error(text_logits(model, batch), begun) <= 1e-6 and blocks
+    if len(model.blocks):
+        for block in model.blocks.values():
+            block.reset_parameters()
+        begun = text_logits(model, batch)
+        assert tiny.max_error(changed, begun) > 1e-3
+        model.blocks.__dict__["_modules"] = {}
+        assert tiny.max_error(text_logits(model, batch), begun) <= 1e-6
+    usual = tiny.model("llama-gqa", "ee_mllm", layers=LAYERS)
+    usual.load_state_dict({n: x for n, x in model.state_dict().items() if n in usual.state_dict()})
+    assert tiny.max_error(changed, text_logits(usual, batch)) > 1e-3
     base = tiny.model("llama-gqa", "llava", layers=LAYERS)
     base.language_model.load_state_dict(model.language_model.state_dict())
     assert tiny.max_error(text_logits(model, tiny.pack([[5], [9]])), text_logits(base, tiny.pack([[5], [9]]))) <= 1e-5
+
+
+def test_a_decoder_frozen_in_16_bits_without_autocast(preset):
+    """Where the states that enter a block have another type than its weights."""
+    model = made(preset)
+    model.vision.requires_grad_(False).to(torch.bfloat16)
+    cast(model.language_model.requires_grad_(False), torch.bfloat16)
+    for pack in (PACK, [[5], [9]]):
+        model.packed_loss(tiny.pack(pack)).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert model.generate(**tiny.prompt(model, [[3, 0, 4], [5]]), max_new_tokens=3, pad_token_id=0).shape[0] == 2
+
+
+def test_options_of_another_type_are_refused(preset, capsys):
+    with tiny.forgotten_imports():
+        for name, told in (("nonsense", f"options.nonsense: the preset {preset} has none; found 'nonsense'"),
+                           (next(iter(options(preset))), "found 'x', expected a whole number")):  # fmt: skip
+            line = [
+                "explain",
+                "--shape",
+                "vicuna-7b",
+                f"model.mechanism.preset={preset}",
+                f"model.mechanism.options.{name}=x",
+            ]
+            assert cli.main(line) == 2
+            assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pack", [PACK, [[5], [9]]], ids=["images", "text only"])
@@ -87,7 +119,8 @@ def test_gradients_are_those_of_finite_differences(preset):
         return cross_entropy(model.packed_logits(batch), batch.targets, reduction="sum")
 
     loss().backward()
-    for parameter in [next(iter(block.parameters())) for block in model.blocks.values()]:
+    parameters = [p for block in model.blocks.values() for p in block.parameters()]
+    for parameter in parameters or [model.projector.linear_2.weight]:
         flat, gradient = parameter.data.view(-1), parameter.grad.view(-1)
         i = int(gradient.abs().argmax())
         with torch.no_grad():
@@ -202,7 +235,10 @@ def test_a_run_resumes_to_the_bit_is_evaluated_and_reported(preset, parts, shape
         torch.load(f"{name}/checkpoints/step-4.ckpt", weights_only=True)["state_dict"] for name in ("whole", "cut")
     ]
     assert states[0].keys() == states[1].keys() and all(states[0][n].equal(x) for n, x in states[1].items())
-    assert any(name.startswith("model.added.") for name in states[0])
+    with tiny.forgotten_imports():
+        import_user_code([ROOT / EXAMPLES[preset][0]])
+        has_modules = bool(len(made(preset).blocks))
+    assert any(name.startswith("model.added.") for name in states[0]) == has_modules
     with tiny.forgotten_imports():
         assert cli.main(["validate", "cut", "--import", file, "eval.samples=4"]) == 0
     label = read_run(Path("cut")).label  # of files alone: nothing is imported

@@ -81,7 +81,13 @@ class Sizes:
 
 
 class BlockCost(NamedTuple):
-    """Of the module before a layer, for one document: FLOPs of a prompt, those of a new token, and numbers kept for it."""
+    """Of the module before a layer, for one document. Of products of matrices alone; m x n by n x k costs 2 m n k.
+
+    Attributes:
+        prefill: FLOPs of a prompt.
+        decode: FLOPs of a new token of text after it.
+        kept: numbers that a cache keeps of it for new tokens, such as keys and values.
+    """
 
     prefill: int = 0
     decode: int = 0
@@ -212,7 +218,7 @@ class Mechanism:
         return connector(*features).to(x_Th.dtype), stream
 
     def block_cost(self, layer: int, sizes: Sizes, text: int, visual: int) -> BlockCost:
-        """Of the module before a layer; of nothing where there is none."""
+        """Of the module before a layer, for a document of so many text and visual tokens; nothing where there is none."""
         return BlockCost()
 
     # --- what is wrong, and other forms
@@ -368,6 +374,21 @@ def _part(kind: type[Mechanism], name: str) -> type[Any]:
     return type(getattr(next(preset for preset in PRESETS.values() if type(preset) is kind), name))
 
 
+_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((float, int), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "text"),
+}
+
+
+def _wrong_type(kind: type[Mechanism], name: str, value: Any) -> str:
+    """What is wrong with the value of an option whose annotation is a plain type, if anything."""
+    hint = {option.name: option.type for option in fields(kind)}[name]
+    types, words = _TYPES.get(hint if isinstance(hint, str) else getattr(hint, "__name__", ""), ((), ""))
+    return f"found {value!r}, expected {words}" if types and type(value) not in types else ""
+
+
 def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] | None = None) -> Mechanism:
     """A preset for a decoder of so many layers, with overrides; None keeps what the preset says.
 
@@ -381,7 +402,8 @@ def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] |
     """
     mechanism = mechanism_named(preset).stretched(num_layers)
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    given |= {name: value for name, value in (given.pop("options", None) or {}).items() if value is not None}
+    own = given.pop("options", None) or {}
+    given |= {name: value for name, value in own.items() if value is not None}
     known = [option.name for option in fields(mechanism)]
     problems: list[tuple[str, str]] = []
     for name, value in list(given.items()):
@@ -393,8 +415,12 @@ def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] |
                 given[name] = replace(getattr(mechanism, name), **part)
         if name in given and name not in known:
             others = [other for other, each in PRESETS.items() if name in {option.name for option in fields(each)}]
-            hint = f"use preset={' or '.join(others)}" if others else not_one_of(name, known)
-            problems.append((name, f"the preset {preset} has none; {hint}"))
+            options = known[len(fields(Mechanism)) :]
+            hint = not_one_of(name, options) if options else "it has no options of its own"
+            hint = f"use preset={' or '.join(others)}" if others else hint
+            problems.append((f"options.{name}" if name in own else name, f"the preset {preset} has none; {hint}"))
+        elif name in own and (wrong := _wrong_type(type(mechanism), name, value)):
+            problems.append((f"options.{name}", wrong))
     if problems:
         raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
     for name in ("dense_layers", "cross_layers"):

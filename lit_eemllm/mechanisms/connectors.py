@@ -16,6 +16,10 @@ class Added(nn.Module):
             if isinstance(part, nn.Linear | nn.LayerNorm):
                 part.reset_parameters()
 
+    def own(self, x: Tensor) -> Tensor:
+        """In the type of the weights here: the decoder may be frozen in 16 bits, or these be gathered in them."""
+        return x.to(next(self.parameters()).dtype)
+
 
 class Projector(Added):
     """Two linear layers with a GELU between them, from the encoder's width to the decoder's (LLaVA-1.5's connector).

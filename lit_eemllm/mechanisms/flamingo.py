@@ -284,7 +284,7 @@ class GatedBlock(Added):
             index_BR, mask_BR = media.last_BR
             cache.media[self.layer] = k_MNH[index_BR].transpose(1, 2), v_MNH[index_BR].transpose(1, 2), mask_BR
         x_nh = x_Th.index_select(0, media.rows_n)
-        q_nNH = self.attention.queries(self._own(x_nh))
+        q_nNH = self.attention.queries(self.own(x_nh))
         groups, longest = media.shape
         q_GLNH = q_nNH.new_zeros(groups * longest, *q_nNH.shape[1:]).index_copy(0, media.slots_n, q_nNH)
         q_GNLH = q_GLNH.unflatten(0, media.shape).transpose(1, 2)
@@ -299,17 +299,13 @@ class GatedBlock(Added):
             return x_Bh
         some_B1 = mask_BR.any(1, keepdim=True)
         sees_B11R = (mask_BR | ~some_B1)[:, None, None]  # a row that sees nothing would be not a number
-        q_BN1H = self.attention.queries(self._own(x_Bh))[:, :, None]
+        q_BN1H = self.attention.queries(self.own(x_Bh))[:, :, None]
         mixed_Bw = scaled_dot_product_attention(q_BN1H, k_BNRH, v_BNRH, attn_mask=sees_B11R).flatten(1)
         return torch.where(some_B1, self._update(x_Bh, mixed_Bw).to(x_Bh.dtype), x_Bh)
 
     def _update(self, x_nh: Tensor, mixed_nw: Tensor) -> Tensor:
         x_nh = x_nh + self.attention_gate.tanh() * self.attention.o_proj(mixed_nw)
-        return x_nh + self.ffn_gate.tanh() * self.ffn(self._own(x_nh))
-
-    def _own(self, x_nh: Tensor) -> Tensor:
-        """In the type of the weights here: the decoder may be frozen in 16 bits, or these be gathered in them."""
-        return x_nh.to(self.attention_gate.dtype)
+        return x_nh + self.ffn_gate.tanh() * self.ffn(self.own(x_nh))
 
 
 register_mechanism("flamingo", Flamingo())

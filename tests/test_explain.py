@@ -85,7 +85,7 @@ def test_the_verb_prints_and_draws(tmp_path, monkeypatch, capsys):
     assert "every 2" in capsys.readouterr().out and not list(tmp_path.glob("*.svg"))
     for given, told in (
         (["--visual", "0"], "--visual 0: expected 1 or more"),
-        (["--out", "gone/x.png"], "gone/x.png could not be written"),
+        (["--out", "vica.png/x.png"], "vica.png/x.png could not be written"),
         (["model.mechanism.rows=[{layers: 40, seen: none}]"], "found '40', expected layers from 0 to 31"),
         (["model.mechanism.rows=[{layers: 4, sees: none}]"], "a row has no sees"),
     ):
@@ -99,5 +99,5 @@ def test_a_mechanism_of_ones_own(tmp_path, capsys):
         line = ["explain", "--import", str(example), "--shape", "vicuna-7b", "model.mechanism.preset=thinning"]
         assert cli.main([*line, "--out", str(tmp_path / "x.svg")]) == 0
     said = capsys.readouterr().out
-    assert "16–23" in said and "Modules of its own stand before layers" in said
+    assert "16–23" in said and "FLOPs of modules before layers are counted" in said and "a module" in said
     assert (tmp_path / "x.svg").read_text().startswith("<?xml")

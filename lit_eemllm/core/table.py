@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import lcm
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -249,7 +250,10 @@ def executed(table: Sequence[LayerPlan]) -> Table:
     return tuple(reversed(rows))
 
 
-def ranges(table: Sequence[LayerPlan]) -> list[tuple[int, int, LayerPlan]]:
+Row = TypeVar("Row")
+
+
+def ranges(table: Sequence[Row]) -> list[tuple[int, int, Row]]:
     """First and last layer of each stretch of equal rows, and the row."""
     found, first = [], 0
     for row, same in groupby(table):

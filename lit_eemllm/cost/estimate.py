@@ -229,7 +229,7 @@ def show(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         "Prefill and decode: the decoder's layers, for a document and for a new token after it. Published: as papers count, "
-        "who update visual tokens in the last layer too, where nothing reads them. Outside: encoder, and projector or "
+        "who update visual tokens in the last layer too, where nothing reads them; of llava: of its published. Outside: encoder, and projector or "
         f"resampler. KV cache: of {documents:,} such prompts."
     )
     if found["computes_llava"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..console import console, quiet_libraries, writing
 from ..core.table import PARTS, LayerPlan, ranges
 from ..layout import Run, SequenceLayout, Visibility
-from ..mechanisms import PRESETS, Mechanism, build_mechanism
+from ..mechanisms import PRESETS, Mechanism, Sizes, build_mechanism
 from .estimate import prompt_of, si
 from .formulas import layer_flops, prefill_flops
 
@@ -55,13 +55,16 @@ def explain(config: Config, *, shape: str | None, text: int, visual: int | None,
     preset, layers = overrides.pop("preset"), parts.decoder.num_hidden_layers
     mechanism = build_mechanism(preset, layers, overrides)
     visual = prompt_of(parts, text, visual)
+    sizes = Sizes(parts.decoder.hidden_size, layers, parts.vision_width)
+    with torch.device("meta"):
+        modules = [mechanism.block(layer, sizes) is not None for layer in range(layers)]
     flops = layer_flops(mechanism, parts.decoder, text, visual, parts.vision_width)
     dense = prefill_flops(PRESETS["llava"], parts.decoder, text, visual)
     table = mechanism.table(layers)
     what = f"{preset} in {layers} layers of {shape or config.model.decoder}"
     head = f"{what}: a document of {visual:,} visual and {text:,} text tokens"
     console.print(f"{head}\n")
-    console.print(grid(table, flops))
+    console.print(grid(table, flops, modules))
     total = sum(flops)
     console.print(
         f"{si(total)} FLOPs in the decoder's layers, {total / dense:.1%} of llava's.{notes(mechanism)} A layer updates visual "
@@ -79,9 +82,8 @@ def notes(mechanism: Mechanism) -> str:
         found.append(f"Rotary positions of images: {mechanism.visual_positions}.")
     if mechanism.freeze_prefix:
         found.append("Text before the first image takes no attention.")
-    blocks = type(mechanism).block is not Mechanism.block
-    if blocks:
-        found.append("Modules of its own stand before layers; their FLOPs are counted.")
+    if type(mechanism).block is not Mechanism.block:
+        found.append("FLOPs of modules before layers are counted.")
     return "".join(f" {text}" for text in found)
 
 
@@ -95,16 +97,18 @@ def cells(row: LayerPlan) -> dict[str, str]:
     return {name: "–" if value == "none" else value for name, value in columns.items()}
 
 
-def grid(table: tuple[LayerPlan, ...], flops: list[int]) -> Grid:
-    """A line for each stretch of equal rows."""
+def grid(table: tuple[LayerPlan, ...], flops: list[int], modules: list[bool]) -> Grid:
+    """A line for each stretch of equal rows, with modules before all of its layers or before none."""
     drawn, total = Grid(box=box.SIMPLE_HEAD, pad_edge=False), sum(flops)
-    for heading in ("layers", *COLUMNS.values(), "FLOPs a layer", "share"):
+    before = ["before it"] * any(modules)
+    for heading in ("layers", *COLUMNS.values(), *before, "FLOPs a layer", "share"):
         drawn.add_column(heading, no_wrap=True, justify="right" if heading in ("FLOPs a layer", "share") else "left")
-    for first, last, row in ranges(table):
+    for first, last, (row, has) in ranges(list(zip(table, modules, strict=True))):
         part = flops[first : last + 1]
         each = si(min(part)) if min(part) == max(part) else f"{si(min(part))} – {si(max(part))}"
         where = str(first) if first == last else f"{first}–{last}"
-        drawn.add_row(where, *cells(row).values(), each, f"{sum(part) / total:.1%}")
+        own = ["a module" if has else "–"] * any(modules)
+        drawn.add_row(where, *cells(row).values(), *own, each, f"{sum(part) / total:.1%}")
     return drawn
 
 
@@ -203,5 +207,6 @@ def draw(table: tuple[LayerPlan, ...], flops: list[int], title: str, out: Path) 
     note = "masks: rows query, columns are keys; orange: an image is seen, blue: text is seen, pale: its own weights, no attention"
     figure.supxlabel(note + left, fontsize=8, color="0.35")
     with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=110)
     plt.close(figure)

@@ -8,6 +8,7 @@ up to rounding. With eval.image_cache=0 nothing at all depends on another batch.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -59,12 +60,19 @@ def start_ranks(config: Config) -> Fabric:
         fabric = Fabric(accelerator="cuda" if on_gpu else "cpu", devices=devices, num_nodes=nodes, strategy=strategy)
         if fabric.world_size > 1:
             fabric.launch()
+            atexit.register(_leave)
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"trainer.devices, trainer.num_nodes: {error}") from error
     if on_gpu:
         torch.cuda.set_device(fabric.device)
     console.quiet = fabric.global_rank > 0
     return fabric
+
+
+def _leave() -> None:
+    """End the process group before Python takes itself down, which its threads may answer by an abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def identity(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..layout import Visibility
 from .families import check_decoder
-from .stream import Stream, Tokens
+from .stream import Stream, Tokens, View
 from .table import ALL, LayerPlan, Top
 
 
@@ -70,18 +70,26 @@ class DecoderLayer(nn.Module):
         here = self._here(stream, kept)
         x_Rh = torch.cat([x_Th, here.of(x_Vh)]) if runs else x_Th
         u_Rh = self.input_layernorm(x_Rh)
+        whole = stream.view(here, row.tokens) if row.causal and row.seen == row.tokens else None
+        if whole is not None:  # all rows query what all rows see: in stream order from here to W_o
+            u_Rh = whole.of(u_Rh)
         q_RNH = self._heads("q", u_Rh if row.queries else u_Rh[:text])
         k_RKH = self._heads("k", u_Rh if row.keys else u_Rh[:text])
         v_RKH = self._heads("v", u_Rh if row.values else u_Rh[:text])
         if row.keys and stream.keys is not None:
             k_RKH, v_RKH = (torch.cat(pair) for pair in zip((k_RKH, v_RKH), self._given(stream, here), strict=True))
-        q_RNH, k_RKH = self._turn(q_RNH, k_RKH, stream, here)
+        q_RNH, k_RKH = self._turn(q_RNH, k_RKH, stream, here, whole)
         if here.select != row.tokens:  # some leave, by rank
             assert isinstance(row.tokens, Top)
             stay_R, kept = stream.rank(self.index, row.tokens, here, q_RNH, k_RKH, attn.scaling)
             k_RKH, v_RKH, here = k_RKH[stay_R], v_RKH[stay_R], kept
 
-        out_Rh = self._attend(q_RNH, k_RKH, v_RKH, u_Rh if runs else None, stream, here)
+        if whole is None:
+            out_Rh = self._attend(q_RNH, k_RKH, v_RKH, u_Rh if runs else None, stream, here)
+        else:
+            mixed_SNH = stream.attend(self.index, q_RNH, k_RKH, v_RKH, whole, Visibility(True), attn.scaling)
+            out_Sh = attn.o_proj(mixed_SNH.flatten(-2))
+            out_Rh = out_Sh if whole.order is None else out_Sh.index_select(0, whole.text_first)
         if self.freeze_prefix:
             out_Rh = torch.cat([out_Rh[:text].masked_fill(stream.prefix_T1, 0.0), out_Rh[text:]])
         if not runs or not row.update:
@@ -141,10 +149,12 @@ class DecoderLayer(nn.Module):
         k_vKH, v_vKH = given
         return (here.of(k_vKH), here.of(v_vKH)) if isinstance(self.row.tokens, Top) else (k_vKH, v_vKH)
 
-    def _turn(self, q_RNH: Tensor, k_RKH: Tensor, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
+    def _turn(
+        self, q_RNH: Tensor, k_RKH: Tensor, stream: Stream, here: Tokens, whole: View | None
+    ) -> tuple[Tensor, Tensor]:
         """Queries and keys as they are scored: rotated, or with both forms in twice the head size, where text scores visual keys
         without rotation on either."""
-        turned_q, turned_k = stream.rotated(q_RNH, here), stream.rotated(k_RKH, here)
+        turned_q, turned_k = (stream.rotated(x, here, whole) for x in (q_RNH, k_RKH))
         if not self.unrotated:
             return turned_q, turned_k
         images_R = torch.arange(len(k_RKH), device=k_RKH.device) >= stream.layout.num_text
@@ -158,19 +168,13 @@ class DecoderLayer(nn.Module):
     def _attend(
         self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, u_Rh: Tensor | None, stream: Stream, here: Tokens
     ) -> Tensor:
-        """Attention through W_o: of the text, [T, h], or of all rows where W_o updates the images too, [R, h].
-
-        Where images see the text before them rows are put text first after W_o: nothing is kept twice for the backward pass."""
+        """Attention through W_o: of the text, [T, h], or of all rows where W_o updates the images too, [R, h]."""
         row, attn, text = self.row, self.self_attn, stream.layout.num_text
-        if row.causal and row.seen != row.tokens:
+        if row.causal:
             mixed_RNH = stream.attend_apart(self.index, q_RNH, k_RKH, v_RKH, here, row.seen, attn.scaling)
             return attn.o_proj(mixed_RNH.flatten(-2))
         view = stream.view(here, row.seen)
         k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)
-        if row.causal:
-            mixed_SNH = stream.attend(self.index, view.of(q_RNH), k_SKH, v_SKH, view, Visibility(True), attn.scaling)
-            out_Sh = attn.o_proj(mixed_SNH.flatten(-2))
-            return out_Sh if view.order is None else out_Sh.index_select(0, view.text_first)
         mixed_TNH = stream.attend(self.index, q_RNH[:text], k_SKH, v_SKH, view, Visibility(False), attn.scaling)
         mixed_Tw = mixed_TNH.flatten(-2)
         if u_Rh is None or "output" not in row.update:

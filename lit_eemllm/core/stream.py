@@ -141,9 +141,13 @@ class Stream:
         made: Angles = self._once(("angles", here.select), make)
         return made
 
-    def rotated(self, x_RNH: Tensor, here: Tokens) -> Tensor:
-        """Queries or keys of a layer's rows, or of its text alone, turned by their positions."""
+    def rotated(self, x_RNH: Tensor, here: Tokens, whole: View | None = None) -> Tensor:
+        """Queries or keys of a layer's rows, or of its text alone, turned by their positions; of a view, in its order."""
         cos_R1H, sin_R1H = self.angles(here)
+        if whole is not None and whole.order is not None:
+            cos_R1H, sin_R1H = self._once(
+                ("angles of", whole.name), lambda: tuple(whole.of(x) for x in self.angles(here))
+            )
         return rotate(x_RNH, (cos_R1H[: len(x_RNH)], sin_R1H[: len(x_RNH)]))
 
     def view(self, here: Tokens, seen: Select) -> View:

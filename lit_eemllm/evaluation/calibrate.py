@@ -215,7 +215,8 @@ def text_to_image_cosine(layer: DecoderLayer, args: tuple[Any, ...]) -> Tensor:
     x_Th, _, stream, _ = args
     attn: Any = layer.self_attn
     mixed: list[Tensor] = []
-    text_T = torch.arange(len(x_Th), device=x_Th.device)
+    # a layer in which all rows query is in stream order from the norm to W_o
+    text_T = stream.layout.text_index if layer.row.causal else torch.arange(len(x_Th), device=x_Th.device)
     hooks = [
         attn.v_proj.register_forward_hook(lambda module, inputs, v_Rw: v_Rw.index_fill(0, text_T, 0)),
         attn.o_proj.register_forward_pre_hook(lambda module, inputs: mixed.append(inputs[0])),
@@ -225,7 +226,7 @@ def text_to_image_cosine(layer: DecoderLayer, args: tuple[Any, ...]) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    mixed_Tw = mixed[0][stream.layout.text_index] if layer.row.causal else mixed[0]
+    mixed_Tw = mixed[0][text_T]
     part_Th = attn.o_proj(mixed_Tw) - attn.o_proj(torch.zeros_like(mixed_Tw[:1]))  # without a bias
     before_Th = x_Th.double()  # most are all but 1
     return cosine_similarity(before_Th, before_Th + part_Th, dim=-1)[~stream.layout.prefix()]

@@ -225,7 +225,7 @@ def main(verb: str, *arguments: str) -> None:
         start, parent = loader._start_worker, os.getpid()
 
         def late(*options: Any) -> None:
-            print(os.getpid(), flush=True)
+            os.write(1, f"{os.getpid()}\n".encode())  # whole: the lines of both come at once
             while os.getppid() == parent:
                 time.sleep(0.01)
             start(*options)

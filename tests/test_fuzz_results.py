@@ -132,7 +132,7 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_sweep = [(Path("sweep/sweep.json"), 120, bad_json), (Path("sweep/search.csv"), 60, bad_text)]
     try_all(files(1), lambda: report(runs, Path("report"), str(runs[0])))
     monkeypatch.setattr("lit_eemllm.report.draw", lambda rows: b"")
-    try_all(files(40), lambda: report(runs, Path("report"), str(runs[0])))
+    try_all(files(60), lambda: report(runs, Path("report"), str(runs[0])))
     try_all(of_sweep, lambda: report([Path("sweep")]))
 
 

@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lib.backends import TRAINABLE
-from lib.mechanisms import BOUND, PACK, check_generation, check_gradients, check_later_turns, check_packing, text_logits
+from lib.mechanisms import (
+    BOUND,
+    PACK,
+    check_frozen_in_16_bits,
+    check_generation,
+    check_gradients,
+    check_later_turns,
+    check_packing,
+    text_logits,
+)
 from torch.nn.functional import cross_entropy
 
 from lit_eemllm.compat.transformers import CACHE
@@ -21,7 +30,6 @@ from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism, build
 from lit_eemllm.mechanisms.flamingo import Gated
 from lit_eemllm.model.cache import StreamCache, continue_positions
 from lit_eemllm.model.image_cache import ImageCache
-from lit_eemllm.training.tuning import cast
 
 SMALL = Gated(every=2, latents=3, heads=2, head_size=8, depth=2)
 MECHANISMS = {
@@ -360,13 +368,7 @@ def test_gated_cross_attention_goes_on_after_a_cache_with_several_tokens_each(na
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_decoder_frozen_in_bfloat16_trains_and_generates_without_autocast(name):
-    model = tiny.model("llama-gqa", MECHANISMS[name])
-    model.vision.requires_grad_(False).to(torch.bfloat16)
-    cast(model.language_model.requires_grad_(False), torch.bfloat16)
-    for pack in (PACK, [[5], [9]]):
-        model.packed_loss(tiny.pack(pack)).backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    assert model.generate(**tiny.prompt(model, [[3, 0, 4], [5]]), max_new_tokens=3, pad_token_id=0).shape[0] == 2
+    check_frozen_in_16_bits(tiny.model("llama-gqa", MECHANISMS[name]))
 
 
 def test_layers_cache_only_what_text_sees():

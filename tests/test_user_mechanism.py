@@ -10,6 +10,7 @@ import torch
 from lib.mechanisms import (
     PACK,
     check_flops_and_cache,
+    check_frozen_in_16_bits,
     check_generation,
     check_gradients,
     check_later_turns,
@@ -30,7 +31,7 @@ from lit_eemllm.model import EEMLLM
 from lit_eemllm.plugins import import_user_code
 from lit_eemllm.report.runs import read_run
 from lit_eemllm.training.fsdp2 import shared_out
-from lit_eemllm.training.tuning import apply_tuning, cast, parameter_groups
+from lit_eemllm.training.tuning import apply_tuning, parameter_groups
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 4
@@ -82,13 +83,7 @@ def test_it_does_something_and_begins_as_its_table_alone(preset):
 
 def test_a_decoder_frozen_in_16_bits_without_autocast(preset):
     """Where the states that enter a block have another type than its weights."""
-    model = made(preset)
-    model.vision.requires_grad_(False).to(torch.bfloat16)
-    cast(model.language_model.requires_grad_(False), torch.bfloat16)
-    for pack in (PACK, [[5], [9]]):
-        model.packed_loss(tiny.pack(pack)).backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    assert model.generate(**tiny.prompt(model, [[3, 0, 4], [5]]), max_new_tokens=3, pad_token_id=0).shape[0] == 2
+    check_frozen_in_16_bits(made(preset))
 
 
 def test_options_of_another_type_are_refused(preset, capsys):

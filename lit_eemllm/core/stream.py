@@ -20,7 +20,7 @@ from .ranking import least_attended_dropped
 from .table import ALL, Select, Top
 
 if TYPE_CHECKING:
-    from ..model.cache import CachedPass, Grid
+    from ..model.cache import CachedPass, Grid, StreamCache
 
 Angles = tuple[Tensor, Tensor]
 """Cos and sin of rotary positions, [rows, 1, H] each."""
@@ -107,9 +107,13 @@ class Stream:
         return self._made[key]
 
     @property
+    def cache(self) -> StreamCache | None:
+        """Where keys are kept for what will follow, when generating."""
+        return None if self.cached is None else self.cached.cache
+
+    @property
     def generating(self) -> bool:
-        """Keys are kept for what will follow."""
-        return self.cached is not None and self.cached.cache is not None
+        return self.cache is not None
 
     @cached_property
     def prefix_T1(self) -> Tensor:
@@ -221,9 +225,9 @@ class Stream:
             scale: of the scores.
         """
         q_QNH, k_SKH = q_QNH.to(v_SKH.dtype), k_SKH.to(v_SKH.dtype)  # under autocast, rotary angles are float32
-        if view.kept and self.cached is not None and self.cached.cache is not None:
+        if view.kept and self.cached is not None and self.cache is not None:
             grid = self._grid(view)
-            k_BKLH, v_BKLH = self.cached.cache.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
+            k_BKLH, v_BKLH = self.cache.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
             if self.cached.past:
                 rows = view.layout.query_rows(kind)
                 q_BNQH = grid.pad(q_QNH, rows)
@@ -238,9 +242,9 @@ class Stream:
         q_RNH, k_RKH, text = q_RNH.to(v_RKH.dtype), k_RKH.to(v_RKH.dtype), self.layout.num_text
         view, less = self.view(here, here.select), self.view(here, seen)
         k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)
-        if self.cached is not None and self.cached.cache is not None:
+        if self.cached is not None and self.cache is not None:
             grid = self._grid(view)
-            k_BKLH, v_BKLH = self.cached.cache.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
+            k_BKLH, v_BKLH = self.cache.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
             seen_BL = self._once(("marked", view.name, seen), lambda: self._marked(here, seen, view, grid))
             if self.cached.past:
                 parts = [(view.layout.text_index, q_RNH[:text], grid.mask_BQL & seen_BL[:, None])]

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..console import console, progress, quiet_libraries
 from ..errors import UserError
-from ..mechanisms import PRESETS, Mechanism, build_mechanism
+from ..mechanisms import PRESETS, Mechanism, build_mechanism, configured_mechanism
 from .formulas import cache_bytes, decode_flops, prefill_flops
 
 if TYPE_CHECKING:
@@ -125,9 +125,8 @@ def _one_or_more(name: str, value: float) -> None:
 
 def mechanisms_of(config: Config, layers: int, only: bool) -> tuple[dict[str, Mechanism], str]:
     """By name, and the name of the configured one: its preset's, if nothing of it is changed."""
-    overrides = asdict(config.model.mechanism)
-    preset = overrides.pop("preset")
-    own = build_mechanism(preset, layers, overrides)
+    preset = config.model.mechanism.preset
+    own = configured_mechanism(config.model.mechanism, layers)
     name = preset if own == build_mechanism(preset, layers) else f"{preset}, changed"
     presets = {} if only else {each: build_mechanism(each, layers) for each in PRESETS}
     return {**presets, name: own}, name

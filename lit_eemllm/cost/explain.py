@@ -3,7 +3,6 @@ FLOPs of a prompt."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..console import console, quiet_libraries, writing
 from ..core.table import PARTS, LayerPlan, ranges
 from ..layout import Run, SequenceLayout, Visibility
-from ..mechanisms import PRESETS, Mechanism, Sizes, build_mechanism
+from ..mechanisms import PRESETS, Mechanism, Sizes, configured_mechanism
 from .estimate import prompt_of, si
 from .formulas import layer_flops, prefill_flops
 
@@ -51,9 +50,8 @@ def explain(config: Config, *, shape: str | None, text: int, visual: int | None,
 
     quiet_libraries()
     parts = parts_of_config(config.model) if shape is None else parts_of_shape(shape)
-    overrides = asdict(config.model.mechanism)
-    preset, layers = overrides.pop("preset"), parts.decoder.num_hidden_layers
-    mechanism = build_mechanism(preset, layers, overrides)
+    preset, layers = config.model.mechanism.preset, parts.decoder.num_hidden_layers
+    mechanism = configured_mechanism(config.model.mechanism, layers)
     visual = prompt_of(parts, text, visual)
     sizes = Sizes(parts.decoder.hidden_size, layers, parts.vision_width)
     with torch.device("meta"):

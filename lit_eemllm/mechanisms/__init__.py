@@ -11,6 +11,7 @@ from .base import (
     Mechanism,
     Sizes,
     build_mechanism,
+    configured_mechanism,
     register_mechanism,
 )
 from .connectors import Added, Projector
@@ -29,5 +30,6 @@ __all__ = [
     "Projector",
     "Sizes",
     "build_mechanism",
+    "configured_mechanism",
     "register_mechanism",
 ]

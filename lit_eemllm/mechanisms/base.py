@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,6 +16,9 @@ from ..core.stream import Stream
 from ..core.table import ALL, NOTHING, PARTS, LayerPlan, Table, Top, executed
 from ..errors import ConfigError, did_you_mean, not_one_of
 from .connectors import LayerwiseProjector, Projector
+
+if TYPE_CHECKING:
+    from ..config.keys import MechanismConfig
 
 Layers = str | tuple[int, ...]
 """``"all"``, ``"none"`` or layer numbers from 0."""
@@ -441,3 +444,9 @@ def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] |
     if problems:
         raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
     return mechanism
+
+
+def configured_mechanism(section: MechanismConfig, num_layers: int) -> Mechanism:
+    """That of a configuration's section ``model.mechanism``; raises as `build_mechanism`."""
+    overrides = asdict(section)
+    return build_mechanism(overrides.pop("preset"), num_layers, overrides)

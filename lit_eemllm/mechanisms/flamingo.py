@@ -271,7 +271,7 @@ class GatedBlock(Added):
 
     def forward(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
         """Text rows, those with an image before them changed; visual rows, of which there are none, as they come."""
-        cache = stream.cached.cache if stream.cached is not None else None
+        cache = stream.cache
         if cache is not None and self.layer in cache.media:
             k, v, mask = cache.media[self.layer]
             if len(x_Th) > len(k):  # several new tokens each

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from transformers import AutoTokenizer
 from ..errors import ConfigError
 from ..inputs.chat import IMAGE
 from ..inputs.processor import Processor
-from ..mechanisms import build_mechanism
+from ..mechanisms import configured_mechanism
 from .configuration import load_decoder_config
 from .folders import naming
 from .modeling import EEMLLM
@@ -51,8 +50,7 @@ def build(config: ModelConfig, decoder: Mapping[str, Tensor] | None = None) -> t
         decoder: all weights that the decoder is to have; those in float32 are not copied. None or empty takes those in its folder.
     """
     text_config, _ = load_decoder_config(config.decoder)
-    overrides = asdict(config.mechanism)
-    mechanism = build_mechanism(overrides.pop("preset"), text_config.num_hidden_layers, overrides)
+    mechanism = configured_mechanism(config.mechanism, text_config.num_hidden_layers)
     processor, vision = build_processor(config)
     how = quantized(config.quantization, getattr(torch, config.dtype)) if config.quantization else None
     parts = config.decoder, config.vision.encoder, vision, mechanism, processor.image_token_id

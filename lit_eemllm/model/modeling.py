@@ -98,7 +98,7 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
     @property
     def table(self) -> Table:
         """What the layers execute."""
-        return executed(self.mechanism.table(len(self.language_model.model.layers)))
+        return tuple(layer.row for layer in self.language_model.model.layers)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Only what is added is ours to initialise; transformers' own parts do it themselves, and an encoder that is no
@@ -185,7 +185,8 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
     def _take(self, mechanism: Mechanism) -> None:
         """Tell the layers what to execute."""
         self.mechanism, self.config.mechanism = mechanism, mechanism.to_dict()
-        for layer, row in zip(self.language_model.model.layers, self.table, strict=True):
+        layers = self.language_model.model.layers
+        for layer, row in zip(layers, executed(mechanism.table(len(layers))), strict=True):
             layer.row, layer.freeze_prefix = row, mechanism.freeze_prefix
             layer.unrotated = mechanism.visual_positions == "unrotated"
 

@@ -13,6 +13,7 @@ from lit_eemllm.cost.formulas import cache_bytes, decode_flops, prefill_flops
 from lit_eemllm.layout import PackedBatch
 from lit_eemllm.mechanisms import Mechanism
 from lit_eemllm.model import EEMLLM
+from lit_eemllm.training.tuning import cast
 
 BOUND = 1e-5  # relative to the largest value
 PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2], [4, 0, 0, 2]]
@@ -75,6 +76,16 @@ def check_later_turns(model: EEMLLM) -> None:
             cache = out[CACHE]
             found.append(out.logits)
     assert tiny.max_error(torch.cat(found, 1)[..., : tiny.VOCAB], whole[..., : tiny.VOCAB]) <= 2 * BOUND
+
+
+def check_frozen_in_16_bits(model: EEMLLM) -> None:
+    """Without autocast, where the decoder's states have another type than the weights that are trained."""
+    model.vision.requires_grad_(False).to(torch.bfloat16)
+    cast(model.language_model.requires_grad_(False), torch.bfloat16)
+    for pack in (PACK, [[5], [9]]):
+        model.packed_loss(tiny.pack(pack)).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert model.generate(**tiny.prompt(model, [[3, 0, 4], [5]]), max_new_tokens=3, pad_token_id=0).shape[0] == 2
 
 
 # --- costs

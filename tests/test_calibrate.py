@@ -200,6 +200,16 @@ def test_how_many_layers():
             calibrate.how_many("shortv", 32, wrong, None)
 
 
+def test_a_target_of_ones_own_is_found_by_its_layers(monkeypatch):
+    monkeypatch.setitem(PRESETS, "mine", Mechanism(dense_layers=tuple(range(8)), aligner=Aligner(False, False, True)))
+    assert not calibrate.kept("mine") and calibrate.kept("vica") and calibrate.how_many("mine", 8, None, None) == 6
+    made = calibrate.converted(replace(DENSE, aligner=Aligner(True, True, False)), "mine", [2], 3)
+    assert made == Mechanism(dense_layers=(0, 1), aligner=Aligner(False, False, False))
+    for other in ("llava", "nonsense"):
+        with pytest.raises(UserError, match=f"--target {other}: .*ee_mllm_f, shortv, vica, mine, or --import"):
+            calibrate.kept(other)
+
+
 def test_the_base_must_be_dense():
     for fits in (DENSE, Mechanism(dense_layers=(0, 1)), replace(DENSE, visual_positions="shared")):
         calibrate.refuse_base(fits, 3)

@@ -13,7 +13,7 @@ from lightning import Trainer
 
 from lit_eemllm import errors
 from lit_eemllm.config import config_hash, is_key, keys, load, load_config, nearest_key, to_yaml
-from lit_eemllm.config.keys import FOR_TRAINER, NOT_FOR_TRAINER, Config, check, check_names
+from lit_eemllm.config.keys import FOR_TRAINER, NOT_FOR_TRAINER, Config, check, check_names, check_options
 from lit_eemllm.config.load import MAX_FILES
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.shipped import nowhere
@@ -470,6 +470,43 @@ def test_every_key_is_explained():
     for key in keys(config, ""):
         index = next(i for i, line in enumerate(text) if line.startswith(key))
         assert re.match(r" *# \S.*\.$", text[index - 1]), key
+
+
+def test_a_key_of_an_older_version_is_read_under_its_new_name(write):
+    files = write(good=GOOD, old="model: {mechanism: {gated: {every: 2, heads: null}}}")
+    for words, every in (
+        ([], 2),
+        (["model.mechanism.gated.every=3"], 3),
+        (["model.mechanism.options.gated.every=4"], 4),
+    ):
+        assert load_config(files, words).model.mechanism.options == {"gated": {"every": every, "heads": None}}
+
+
+def test_options_of_a_mechanism_are_checked_with_all_else(write):
+    own = """
+model:
+  mechanism:
+    preset: flamingo
+    options: {gated: {every: two, evry: 1}, other: 1}
+  nonsense: 1
+"""
+    assert mistakes(write(good=GOOD, own=own), checks=[check_options]) == [
+        "own.yaml:6: model.nonsense: unknown key; model has: decoder, tokenizer, vision, mechanism, attention, template, dtype, "
+        "quantization, liger",
+        "own.yaml:5: model.mechanism.options.gated.every: found 'two', expected a whole number",
+        "own.yaml:5: model.mechanism.options.gated.evry: the preset flamingo has none; found 'evry', expected every or latents or heads or "
+        "head_size or depth or immediate; did you mean every?",
+        "own.yaml:5: model.mechanism.options.other: the preset flamingo has none; found 'other', expected gated",
+    ]
+    for option, told in (
+        ("gated=1", "gated: found 1, expected a section"),
+        ("gated.every=true", "every: found True, expected a whole number"),
+    ):
+        words = ["model.mechanism.preset=flamingo", f"model.mechanism.options.{option}"]
+        assert told in only(write(good=GOOD), words, checks=[check_options])
+    assert "use preset=flamingo" in only(
+        write(good=GOOD), ["model.mechanism.options.gated.every=1"], checks=[check_options]
+    )
 
 
 def test_checks_of_names(write):

@@ -707,7 +707,7 @@ def test_moved_and_converted_again_a_folder_names_itself(llava_folder, tmp_path,
     assert cli.main(["convert", str(tmp_path / "a"), "--out", "b", "model.mechanism.gated.immediate=false"]) == 0
     config = yaml.safe_load(Path("b/config.yaml").read_text())
     assert [config["model"]["decoder"], config["model"]["vision"]["path"], config["init_from"]] == ["b"] * 3
-    assert config["model"]["mechanism"]["gated"]["immediate"] is False
+    assert config["model"]["mechanism"]["options"]["gated"]["immediate"] is False
     a, b = load_file("a/model.safetensors"), load_file("b/model.safetensors")
     assert a.keys() == b.keys() and all(tensor.equal(b[name]) for name, tensor in a.items())
 

@@ -384,6 +384,13 @@ def test_a_run_goes_on_as_what_it_was(tmp_path, parts, blend, capsys):
     assert newest_checkpoint(tmp_path).name == "step-4.ckpt"
 
 
+def test_a_run_keeps_the_options_of_its_mechanism(tmp_path, parts, blend):
+    flamingo = ["model.mechanism.preset=flamingo", "optim.max_steps=1"]
+    fit(tiny.config(parts, blend, tmp_path, *flamingo, "model.mechanism.options.gated.every=2"))
+    with pytest.raises(CheckpointError, match=r"model.mechanism.options.gated.every was 2 and is None"):
+        fit(tiny.config(parts, blend, tmp_path, *flamingo))
+
+
 @pytest.mark.parametrize(
     ("workers", "ranks", "expected"),
     [

@@ -13,12 +13,14 @@ def add(verbs: Any) -> None:
     example = "lit-eemllm calibrate runs/llava --target shortv --layers 19"
     text = "Find the layers of a self-attention model that can treat visual tokens more cheaply."
     made = takes_config(verb(verbs, "calibrate", _calibrate, text, example), checkpoint=True)
-    made.add_argument("--target", required=True, choices=("ee_mllm_f", "shortv", "vica"), help="the mechanism to find")
+    made.add_argument(
+        "--target", required=True, metavar="PRESET", help="the mechanism to find, such as ee_mllm_f, shortv or vica"
+    )
     many = made.add_mutually_exclusive_group()
-    text = "layers to convert, for vica those in which text sees the image; default: the preset's share of all"
+    text = "layers to convert or, as for vica, those in which text sees the image; default: the preset's share of all"
     many.add_argument("--layers", type=int, metavar="N", help=text)
     many.add_argument("--budget", type=float, metavar="SHARE", help="the same as a share of all layers, such as 0.6")
-    text = "rank by the KL of the output or, vica only, by the cosine similarity of text states; default kl"
+    text = "rank by the KL of the output or, as for vica, by the cosine similarity of text states; default kl"
     made.add_argument("--by", choices=("kl", "cosine"), default="kl", help=text)
     made.add_argument("--samples", type=int, default=40, metavar="N", help="of data.val, with images; default 40")
     made.add_argument("--out", type=Path, metavar="DIR", help="default: calibrate-TARGET in the run directory")

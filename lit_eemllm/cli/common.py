@@ -53,11 +53,11 @@ def takes_config(made: ArgumentParser, checkpoint: bool = False) -> ArgumentPars
 def config_of(args: Namespace, only: Path | None = None) -> Config:
     """The configuration that a verb was given. only: this file of it, with all overrides."""
     from lit_eemllm.config import load_config
-    from lit_eemllm.config.keys import check_names
+    from lit_eemllm.config.keys import check_names, check_options
     from lit_eemllm.plugins import warn_if_changed
 
     files, overrides = files_and_overrides(args.inputs)
-    config = load_config(files if only is None else [only], overrides, checks=[check_names])
+    config = load_config(files if only is None else [only], overrides, checks=[check_names, check_options])
     warn_if_changed(Path(config.out))
     return config
 

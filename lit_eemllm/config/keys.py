@@ -56,22 +56,6 @@ class AlignerConfig:
 
 
 @dataclass
-class GatedConfig:
-    every: Annotated[int | None, at_least(1)] = None
-    """Blocks of gated cross-attention stand before every so-many-th decoder layer, from the first."""
-    latents: Annotated[int | None, at_least(0)] = None
-    """Tokens per image after the perceiver resampler; 0 = the projected visual tokens as they are."""
-    heads: Annotated[int | None, at_least(1)] = None
-    """Heads of the cross-attention and of the resampler."""
-    head_size: Annotated[int | None, at_least(1)] = None
-    """Size of such a head."""
-    depth: Annotated[int | None, at_least(1)] = None
-    """Layers of the resampler."""
-    immediate: bool | None = None
-    """Text sees only the last image before it; false = all images before it."""
-
-
-@dataclass
 class MechanismConfig:
     preset: str = "ee_mllm"
     """How visual tokens are treated: llava, ee_mllm, ee_mllm_f, naavit, shortv, saisa, vica, flamingo or one of your own; fills the
@@ -92,10 +76,8 @@ class MechanismConfig:
     """Text before the first image takes no attention, only the feed-forward network (ViCA's code for 7B)."""
     visual_drop: Annotated[list[Any] | None, each(DROP)] = None
     """Pairs [layer, share]: from that layer on, that share of an image's tokens is dropped, when generating."""
-    gated: GatedConfig = field(default_factory=GatedConfig)
-    """Gated cross-attention; only with preset "flamingo"."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of a mechanism of your own (--import FILE), by name."""
+    """Options that only this preset has, by name, such as those of flamingo or of a mechanism of your own (--import FILE)."""
     rows: list[Any] | None = None
     """Columns of the table that the mechanism makes (lit-eemllm explain), over all above, such as [{layers: 8-15, seen: every 2}]."""
 
@@ -426,3 +408,14 @@ def check_names(config: Config) -> Iterator[Mistake]:
                 (f"trainer.{name}",),
                 f"is not known here; of lightning.Trainer's can be set: {', '.join(FOR_TRAINER)}",
             )
+
+
+def check_options(config: Config) -> Iterator[Mistake]:
+    """Options of the mechanism. A hook like `check_names`, for where the preset is not left to another place."""
+    from lit_eemllm.mechanisms import PRESETS
+    from lit_eemllm.mechanisms.build import option_problems, without_nulls
+
+    mechanism = config.model.mechanism
+    if mechanism.preset in PRESETS:
+        for name, text in option_problems(mechanism.preset, without_nulls(mechanism.options)):
+            yield (f"model.mechanism.{name}", "model.mechanism.preset"), text

@@ -67,6 +67,8 @@ _NOTHING = yaml.ScalarNode("tag:yaml.org,2002:null", "", yaml.Mark("", 0, 0, 0, 
 _COMMAND_LINE = "command line"
 _EITHER = {"optim.max_steps": "optim.epochs", "optim.epochs": "optim.max_steps"}
 """Keys of which one is given. A file, or the command line, replaces one by the other; both from there are a mistake."""
+_RENAMED = {"model.mechanism.gated": "model.mechanism.options.gated"}
+"""Keys, or sections, of older versions, and what they are called now."""
 _KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
@@ -95,8 +97,17 @@ def _other_kind(keys: set[str]) -> str:
     return ""
 
 
+def current_key(key: str) -> str:
+    """What a key of an older version is called now."""
+    for old, new in _RENAMED.items():
+        if f"{key}.".startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return key
+
+
 def is_key(key: str) -> bool:
-    """Whether a configuration can have it; which arguments lightning.Trainer has, or a mechanism of one's own, is not known here."""
+    """Whether a configuration can have it; which arguments lightning.Trainer has, or which options a mechanism, is not known here."""
+    key = current_key(key)
     return key in _KINDS or key.startswith(tuple(f"{section}." for section in _OPEN))
 
 
@@ -225,7 +236,7 @@ class _Merge:
     # --- merging
     def node(self, key: str, node: yaml.Node, source: str) -> None:
         """Merge a YAML node into `key`, which is a section (the whole configuration: "") or a single key."""
-        where = _where(source, node)
+        where, key = _where(source, node), current_key(key)
         free = is_key(key) and key not in _KINDS
         kind = Config if key == "" else Any if free else _KINDS.get(key)
         section = is_dataclass(kind) or key in _OPEN

@@ -2,21 +2,22 @@
 
 One layer at a time is changed in an otherwise dense model, and the output distributions P (dense) and P_-l are compared at
 the supervised positions of a few conversations with images: KL(P || P_-l), as ShortV (its Layer Contribution) and V-Skip
-(its Visual Information Gain) rank layers. What changes in the layer is the target's treatment of visual tokens:
+(its Visual Information Gain) rank layers. A target is a preset that treats some layers in another way than the rest:
 
-    ee_mllm_f   they do not query; their states pass the aligner, or a window (with `aligner` value and output off: V-Skip)
-    shortv      they are frozen
-    vica        text does not see them; they still query, so nothing else is changed
+    dense_layers lists the rest, as in EE-MLLM-F, V-Skip or ShortV: layers are converted. In these visual tokens do not query; their
+                 states pass what both aligners, the target's and the run's own, have on, or the run's own window.
+    cross_layers lists some, as in ViCA: layers are kept. In the others text does not see the image; in the comparison of one
+                 layer visual tokens still query, so nothing else is changed.
 
-For vica there is the paper's first criterion beside it, the cosine similarity of text states before and after what the
+Where layers are kept there is ViCA's first criterion beside it, the cosine similarity of text states before and after what the
 layer's attention takes from the visual tokens: the lowest similarities are the key layers. Its exact place in the layer is
 our reading: x and x + W_o sum_j a_j v_j, j over the visual tokens only, a the weights of the joint softmax.
 
-The choice is greedy, as in the papers: the layers of the least single impact are converted (vica: those of the most keep
-their text-to-image part), whatever they do together. So the KL of 1, 2, ... layers together is measured too.
+The choice is greedy, as in the papers: the layers of the least single impact are converted (or those of the most are kept),
+whatever they do together. So the KL of 1, 2, ... layers together is measured too.
 
 Our choices: ShortV compares one position, the first of the answer; here it is every supervised one, under the true answer.
-The last layer never passes visual states on, so converting it to ee_mllm_f or shortv changes nothing (KL 0).
+The last layer never passes visual states on, so converting it changes nothing (KL 0).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from ..data.samples import EncodedSample, SampleEncoder
 from ..data.shards import read_shard
 from ..errors import ConfigError, SampleError, UserError
 from ..layout import PackedBatch
-from ..mechanisms import NO_ALIGNER, PRESETS, Mechanism
+from ..mechanisms import PRESETS, Mechanism
 from ..report import provenance
 from .run import autocast, load
 
@@ -91,16 +92,18 @@ def calibrate(
     Args:
         config: of a run whose mechanism is dense.
         checkpoint: a file; None takes the run's newest; "none" the untrained parts.
-        target: ee_mllm_f, shortv or vica.
-        layers: how many to convert (vica: how many keep their text-to-image part); None = by `budget`.
+        target: a preset that treats some layers in another way than the rest.
+        layers: how many to convert, or to keep; None = by `budget`.
         budget: likewise, as a share of all layers; None = the preset's share.
-        by: the criterion: "kl", or for vica "cosine".
+        by: the criterion: "kl", or where layers are kept "cosine".
         samples: conversations with images, drawn from ``data.val`` with the seed.
         out: folder; None = ``calibrate-TARGET`` in the run directory.
     """
     quiet_libraries()
-    if by == "cosine" and target != "vica":
-        raise UserError(f"--by cosine is ViCA's criterion; for --target {target} use --by kl")
+    if not kept(target) and by == "cosine":
+        raise UserError(
+            f"--by cosine is ViCA's criterion, of layers in which text sees the image; for --target {target} use --by kl"
+        )
     if samples < 1:
         raise UserError(f"--samples {samples}: expected 1 or more")
     if budget is not None and not 0 < budget <= 1:
@@ -153,6 +156,19 @@ def calibrate(
 
 
 # --- what is compared
+def kept(target: str) -> bool:
+    """Whether layers are kept, in which text sees the image, or else converted. Raises UserError for a preset that is no target."""
+    targets = {
+        name: type(m.cross_layers) is tuple
+        for name, m in PRESETS.items()
+        if tuple in map(type, (m.cross_layers, m.dense_layers))
+    }
+    if target not in targets:
+        expected = f"a preset that treats some layers in another way than the rest: {', '.join(targets)}"
+        raise UserError(f"--target {target}: expected {expected}, or --import FILE with one of your own")
+    return targets[target]
+
+
 def refuse_base(base: Mechanism, depth: int) -> None:
     """Raises ConfigError unless visual tokens query in every layer. (In the last one it makes no difference.)"""
     sparse = [layer for layer in range(depth - 1) if not base.is_dense(layer)]
@@ -165,27 +181,28 @@ def refuse_base(base: Mechanism, depth: int) -> None:
 
 
 def how_many(target: str, depth: int, layers: int | None, budget: float | None) -> int:
-    """Layers to convert, or for vica to keep. Raises UserError."""
+    """Layers to convert, or to keep. Raises UserError."""
     if layers is not None and not 1 <= layers <= depth:
         raise UserError(f"--layers {layers}: expected 1 to {depth}, the layers of this decoder")
     if layers is not None:
         return layers
     if budget is None:  # presets are written for 32 layers
         preset = PRESETS[target]
-        budget = len(preset.cross_layers) / 32 if target == "vica" else 1 - len(preset.dense_layers) / 32
+        budget = len(preset.cross_layers) / 32 if kept(target) else 1 - len(preset.dense_layers) / 32
     return max(1, round(budget * depth))
 
 
 def converted(base: Mechanism, target: str, layers: Sequence[int], depth: int) -> Mechanism:
-    """The base with so many layers treated as the target does; for vica, with text seeing the image only in these."""
+    """The base with these layers treated as the target does; or with text seeing the image only in these, if layers are kept."""
 
     def named(chosen: set[int]) -> str | tuple[int, ...]:
         return {0: "none", depth: "all"}.get(len(chosen), tuple(sorted(chosen)))
 
-    if target == "vica":
-        return replace(base, dense_layers="none", cross_layers=named(set(layers)), aligner=NO_ALIGNER)
+    aligner = PRESETS[target].aligner
+    if kept(target):
+        return replace(base, dense_layers="none", cross_layers=named(set(layers)), aligner=aligner)
     others = named(set(range(depth)) - set(layers))
-    return replace(base, dense_layers=others, aligner=NO_ALIGNER if target == "shortv" else base.aligner)
+    return replace(base, dense_layers=others, aligner=aligner & base.aligner)
 
 
 @contextmanager
@@ -200,8 +217,8 @@ def switched(model: EEMLLM, mechanism: Mechanism) -> Iterator[None]:
 
 
 def changed(base: Mechanism, target: str, layer: int, depth: int) -> Mechanism:
-    """The base with one layer treated as the target does; for vica its text does not see the image, which still queries."""
-    if target == "vica":
+    """The base with one layer treated as the target does; if layers are kept, its text does not see the image, which still queries."""
+    if kept(target):
         return replace(base, rows=((str(layer), (("seen", "none"),)),))
     return converted(base, target, [layer], depth)
 
@@ -235,7 +252,7 @@ def text_to_image_cosine(layer: DecoderLayer, args: tuple[Any, ...]) -> Tensor:
 # --- measuring
 @torch.inference_mode()
 def one_by_one(model: EEMLLM, packs: Sequence[PackedBatch], target: str, advance: Callable[[int], None]) -> list[Row]:
-    """What changing each layer alone does; for vica with its cosine. The model is left as it was."""
+    """What changing each layer alone does; with the cosine, if layers are kept. The model is left as it was."""
     decoder = model.language_model.model.layers
     found = [Divergence() for _ in decoder]
     cosines: list[list[Tensor]] = [[] for _ in decoder]
@@ -244,7 +261,7 @@ def one_by_one(model: EEMLLM, packs: Sequence[PackedBatch], target: str, advance
         cosines[layer.index].append(text_to_image_cosine(layer, args))
 
     for pack in packs:
-        hooks = [layer.register_forward_pre_hook(record) for layer in decoder if target == "vica"]
+        hooks = [layer.register_forward_pre_hook(record) for layer in decoder if kept(target)]
         try:
             dense_nv = model.packed_logits(pack)
         finally:
@@ -263,13 +280,13 @@ def one_by_one(model: EEMLLM, packs: Sequence[PackedBatch], target: str, advance
 
 
 def ranked(rows: Sequence[Row], target: str, by: str) -> list[int]:
-    """Layers in the order of conversion, least impact first; for vica in the order in which they are kept, most first.
+    """Layers in the order of conversion, least impact first; or in that in which they are kept, most first.
 
     Of equal ones the later layer is the less important.
     """
     values = {row["layer"]: 1 - row["cosine"] if by == "cosine" else row["kl"] for row in rows}
     least_first = sorted(values, key=lambda layer: (values[layer], -layer))
-    return least_first[::-1] if target == "vica" else least_first
+    return least_first[::-1] if kept(target) else least_first
 
 
 @torch.inference_mode()
@@ -328,7 +345,7 @@ def draw_packs(
 def verdict(results: dict[str, Any]) -> str:
     """The choice and what it does, in words."""
     chosen, depth = results["chosen"], len(results["layers"])
-    do = "keep their text-to-image part" if results["target"] == "vica" else f"become {results['target']}"
+    do = "keep their text-to-image part" if kept(results["target"]) else f"become {results['target']}"
     whole = results["together"][len(chosen)]
     effect = f"KL {whole['kl']:.3g} a token from the dense model, the same most likely token at {whole['same_top']:.1%}"
     return f"layers {', '.join(map(str, chosen))} ({len(chosen)} of {depth}) {do}; all together: {effect}"
@@ -338,7 +355,7 @@ def mechanism_yaml(mechanism: Mechanism, results: dict[str, Any], checkpoint: st
     """Every field of the mechanism, so that nothing of the configuration before it shines through."""
     fields = mechanism.to_dict()
     criterion = "cosine similarity before and after text-to-image" if results["by"] == "cosine" else "KL"
-    order = "most" if results["target"] == "vica" else "least"
+    order = "most" if kept(results["target"]) else "least"
     lines = [
         f"Found by lit-eemllm calibrate: {verdict(results)}.",
         f"From {results['checkpoint']} with {results['samples']} conversations of {results['data']} "
@@ -353,7 +370,7 @@ def mechanism_yaml(mechanism: Mechanism, results: dict[str, Any], checkpoint: st
 
 
 def print_impacts(results: dict[str, Any]) -> None:
-    cosine = results["target"] == "vica"
+    cosine = kept(results["target"])
     table = Table(title=f"layers for {results['target']}, each changed alone")
     for heading in ("layer", "KL", "same top token", *(["cosine"] if cosine else []), "rank", "chosen"):
         table.add_column(heading, no_wrap=True, justify="right")
@@ -375,25 +392,25 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     layers, chosen, target = results["layers"], set(results["chosen"]), results["target"]
-    vica = target == "vica"
-    figure, axes = plt.subplots(1, 3 if vica else 2, figsize=(15 if vica else 11, 4.2))
+    keep = kept(target)
+    figure, axes = plt.subplots(1, 3 if keep else 2, figsize=(15 if keep else 11, 4.2))
     colours = ["tab:blue" if row["layer"] in chosen else "lightgrey" for row in layers]
     numbers = [row["layer"] for row in layers]
 
     axes[0].bar(numbers, [row["kl"] for row in layers], color=colours)
     axes[0].set(title="one layer alone", xlabel="layer", ylabel="KL from the dense model (nats a token)")
-    if vica:
+    if keep:
         axes[1].bar(numbers, [1 - row["cosine"] for row in layers], color=colours)
         axes[1].set(title="text before and after its look at the image", xlabel="layer", ylabel="1 - cosine similarity")
     curve, values = axes[-1], [row["kl"] for row in results["together"]]
     curve.plot(values, color="black", marker="o", markersize=3)
     curve.plot(len(chosen), values[len(chosen)], color="tab:blue", marker="o", markersize=9)
-    what = "layers that keep it, most impact first" if vica else f"layers that become {target}, least impact first"
+    what = "layers that keep it, most impact first" if keep else f"layers that become {target}, least impact first"
     curve.set(title="so many layers together", xlabel=what, ylabel="KL from the dense model (nats a token)")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    done = "keep their text-to-image part" if vica else f"become {target}"
+    done = "keep their text-to-image part" if keep else f"become {target}"
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in ("tab:blue", "lightgrey")]
     figure.legend(handles, [f"layers that {done}", "the others"], loc="upper center", ncols=2, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.93))

@@ -15,6 +15,7 @@ from ..config import load_config, strict_yaml
 from ..config.keys import check_names
 from ..console import console, progress, quiet_libraries
 from ..errors import CheckpointError, ConfigError, UserError
+from ..mechanisms.build import without_nulls
 from ..model import EEMLLM, Processor
 from ..model.folders import finder, read_config, refuse_adapter
 from ..plugins import warn_if_changed
@@ -99,8 +100,8 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
     console.print(_table(fates, f"{found.name} -> {out}, mechanism {named}"))
     fresh = {fate.name.partition(".")[0] for fate in fates if fate.fate == "fresh"}
     if fresh:
-        gates = "; gates begin at zero: until they are trained, text is as without an image" if "gated" in fresh else ""
-        console.print(f"fresh is untrained, from seed {seed}: {', '.join(sorted(fresh))}{gates}")
+        begins = f"; {mechanism.blocks_begin}" if mechanism.blocks_name in fresh and mechanism.blocks_begin else ""
+        console.print(f"fresh is untrained, from seed {seed}: {', '.join(sorted(fresh))}{begins}")
     console.print(checked or f"to train it further: lit-eemllm fit {out} out=runs/NAME")
 
 
@@ -110,15 +111,10 @@ def _wanted(overrides: Sequence[str]) -> tuple[dict[str, Any], int]:
     if strays:
         raise ConfigError(f"convert takes {MECHANISM}* and seed, found {' '.join(strays)}")
     config = load_config([], [*_REQUIRED, *overrides], checks=[check_names])
-    given = _without_nulls(asdict(config.model.mechanism))
+    given = without_nulls(asdict(config.model.mechanism))
     if not any(text.startswith(f"{MECHANISM}preset=") for text in overrides):
         del given["preset"]
     return given, config.seed
-
-
-def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    plain = {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: value for key, value in plain.items() if value is not None and value != {}}
 
 
 # --- sources

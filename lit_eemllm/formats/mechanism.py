@@ -54,10 +54,17 @@ def choose_mechanism(current: Mechanism, num_layers: int, wanted: Mapping[str, A
         wanted: keys of ``model.mechanism``, without nulls. Raises ConfigError naming every key that is wrong.
     """
     settings = {} if "preset" in wanted else mechanism_settings(current, num_layers)
-    for key, value in wanted.items():
-        settings[key] = {**settings.get(key, {}), **value} if isinstance(value, Mapping) else value
+    settings = _merged(settings, wanted)
     preset = settings.pop("preset")
     return build_mechanism(preset, num_layers, settings)
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Section by section, the new over the old."""
+    both = {
+        key: _merged(old.get(key, {}), value) if isinstance(value, Mapping) else value for key, value in new.items()
+    }
+    return {**old, **both}
 
 
 def change_mechanism(model: EEMLLM, mechanism: Mechanism, seed: int) -> tuple[EEMLLM, list[Fate]]:

@@ -10,10 +10,9 @@ from .base import (
     Features,
     Mechanism,
     Sizes,
-    build_mechanism,
-    configured_mechanism,
     register_mechanism,
 )
+from .build import build_mechanism, configured_mechanism
 from .connectors import Added, Projector
 
 for _name in ("llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo"):

@@ -6,9 +6,9 @@ subclass in a file of its own. Nothing outside such a file knows its name.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,9 +16,6 @@ from ..core.stream import Stream
 from ..core.table import ALL, NOTHING, PARTS, LayerPlan, Table, Top, executed
 from ..errors import ConfigError, did_you_mean, not_one_of
 from .connectors import LayerwiseProjector, Projector
-
-if TYPE_CHECKING:
-    from ..config.keys import MechanismConfig
 
 Layers = str | tuple[int, ...]
 """``"all"``, ``"none"`` or layer numbers from 0."""
@@ -61,6 +58,10 @@ class Aligner:
     @property
     def off(self) -> bool:
         return not self.parts
+
+    def __and__(self, other: Aligner) -> Aligner:
+        """What both have on."""
+        return Aligner(*(part in self.parts & other.parts for part in PARTS))
 
 
 NO_ALIGNER = Aligner(False, False, False)
@@ -141,6 +142,8 @@ class Mechanism:
     """Of a subclass, as it is registered."""
     blocks_name: ClassVar[str] = "added"
     """Under which the model holds the modules before its layers."""
+    blocks_begin: ClassVar[str] = ""
+    """What those do before they are trained, if that is to be known."""
     component: ClassVar[str] = "projector"
     """With which part of the model those are trained, a key of ``optim.tuning``."""
     no_adapters: ClassVar[str] = ""
@@ -375,78 +378,3 @@ def mechanism_named(name: str) -> Mechanism:
 def _part(kind: type[Mechanism], name: str) -> type[Any]:
     """The dataclass of an option that has options itself."""
     return type(getattr(next(preset for preset in PRESETS.values() if type(preset) is kind), name))
-
-
-_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "a whole number"),
-    "float": ((float, int), "a number"),
-    "bool": ((bool,), "true or false"),
-    "str": ((str,), "text"),
-}
-
-
-def _wrong_type(kind: type[Mechanism], name: str, value: Any) -> str:
-    """What is wrong with the value of an option whose annotation is a plain type, if anything."""
-    hint = {option.name: option.type for option in fields(kind)}[name]
-    types, words = _TYPES.get(hint if isinstance(hint, str) else getattr(hint, "__name__", ""), ((), ""))
-    return f"found {value!r}, expected {words}" if types and type(value) not in types else ""
-
-
-def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] | None = None) -> Mechanism:
-    """A preset for a decoder of so many layers, with overrides; None keeps what the preset says.
-
-    Args:
-        preset: a name of `PRESETS`.
-        num_layers: the decoder's.
-        overrides: the mechanism's options; those that have options themselves (`aligner`) as mappings.
-
-    Raises:
-        ConfigError: naming every key that is wrong.
-    """
-    mechanism = mechanism_named(preset).stretched(num_layers)
-    given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    own = given.pop("options", None) or {}
-    given |= {name: value for name, value in own.items() if value is not None}
-    known = [option.name for option in fields(mechanism)]
-    problems: list[tuple[str, str]] = []
-    for name, value in list(given.items()):
-        if isinstance(value, Mapping):
-            part = {key: each for key, each in value.items() if each is not None}
-            if not part:
-                del given[name]
-            elif name in known:
-                given[name] = replace(getattr(mechanism, name), **part)
-        if name in given and name not in known:
-            others = [other for other, each in PRESETS.items() if name in {option.name for option in fields(each)}]
-            options = known[len(fields(Mechanism)) :]
-            hint = not_one_of(name, options) if options else "it has no options of its own"
-            hint = f"use preset={' or '.join(others)}" if others else hint
-            problems.append((f"options.{name}" if name in own else name, f"the preset {preset} has none; {hint}"))
-        elif name in own and (wrong := _wrong_type(type(mechanism), name, value)):
-            problems.append((f"options.{name}", wrong))
-    if problems:
-        raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
-    for name in ("dense_layers", "cross_layers"):
-        layers = given.get(name)
-        if isinstance(layers, Sequence) and not isinstance(layers, str):
-            given[name] = tuple(sorted(int(layer) for layer in layers))
-        elif layers not in (None, "all", "none"):
-            raise ConfigError(f'model.mechanism.{name}: found {layers!r}, expected "all", "none" or a list')
-    if "visual_drop" in given:
-        given["visual_drop"] = tuple((int(layer), float(share)) for layer, share in given["visual_drop"])
-    if "rows" in given:
-        given["rows"] = rows_of(given["rows"])
-    mechanism = replace(mechanism, **given)
-    problems = mechanism.problems(num_layers)
-    blocks = type(mechanism).block is not Mechanism.block
-    if not blocks and all(row.blind for row in mechanism.table(num_layers)):
-        problems.append(("cross_layers", "text sees the image in no layer"))
-    if problems:
-        raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
-    return mechanism
-
-
-def configured_mechanism(section: MechanismConfig, num_layers: int) -> Mechanism:
-    """That of a configuration's section ``model.mechanism``; raises as `build_mechanism`."""
-    overrides = asdict(section)
-    return build_mechanism(overrides.pop("preset"), num_layers, overrides)

@@ -52,6 +52,7 @@ class Flamingo(Mechanism):
     gated: Gated = field(default_factory=Gated)
 
     blocks_name = "gated"  # of weights that older versions saved
+    blocks_begin = "gates begin at zero: until they are trained, text is as without an image"
     no_adapters = "gated cross-attention begins at nothing and learns only as a whole: set full"
     no_later_images = "gated cross-attention takes all images of a conversation in one pass, not after a cache"
 

@@ -46,7 +46,7 @@ class Run:
     def label(self) -> str:
         mechanism = self.config.model.mechanism
         own = {**asdict(mechanism.aligner), **mechanism.options}
-        changed = [f"{name}={value}" for name, value in own.items() if value is not None]
+        changed = [f"{name}={value}" for name, value in own.items() if value is not None and type(value) is not dict]
         layers = [] if mechanism.dense_layers is None else [f"dense {mechanism.dense_layers}"]
         return " ".join([mechanism.preset, *layers, *changed])
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import config_hash, flat, load_config, to_yaml
-from ..config.keys import Config, Mistake, check_names
+from ..config.keys import Config, Mistake, check_names, check_options
 from ..console import read_object, write_atomically
 from ..errors import ConfigError
 from .spec import Cell, Stage, Sweep, slug
@@ -171,7 +171,7 @@ def _check_place(config: Config) -> Iterator[Mistake]:
 
 @cache  # plans are made again and again
 def _load(files: tuple[Path, ...], overrides: tuple[str, ...]) -> tuple[Config, str]:
-    config = load_config(files, overrides, checks=(check_names, _check_place))
+    config = load_config(files, overrides, checks=(check_names, check_options, _check_place))
     return config, to_yaml(config, comments=True)
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from ..compat.lightning import saved_packs
-from ..config import flat
+from ..config import current_key, flat
 from ..console import unfinished, writing
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, UserError, WriteError
@@ -315,17 +315,17 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
         pairs["trainer.accumulate_grad_batches x ranks"] = [f"{count} x {many}" for count, many in packs]
         hint = _other_ranks(*packs[0], was["data"]["workers"], ranks)
     for section in ("model", "optim"):
-        before = flat(was[section])
-        pairs |= {
-            f"{section}.{key}": (before.get(key), new) for key, new in flat(now[section]).items() if key not in free
-        }
+        before = {current_key(f"{section}.{key}"): value for key, value in flat(was[section]).items()}
+        after = {f"{section}.{key}": value for key, value in flat(now[section]).items()}
+        keys = [key for key in before | after if key.partition(".")[2] not in free]
+        pairs |= {key: (before.get(key), after.get(key)) for key in keys}
     pairs["seed"] = was["seed"], now["seed"]
     if (done := checkpoint.get("global_step", 0)) > config.optim.steps:
         raise CheckpointError(
             f"optim.max_steps={config.optim.steps:,}, but the run has {done:,} steps already: set as many or more, or go back to an "
             "earlier checkpoint (resume=FILE)."
         )
-    # a key that an earlier version had not is as if it were null
+    # a key that only one of the two has is null in the other
     changed = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
     if changed:
         raise CheckpointError(

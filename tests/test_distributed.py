@@ -72,6 +72,8 @@ class Probe(LitEEMLLM):
         self.narrow = [p.detach().bfloat16() for p in layers.parameters() if p.ndim == 2 and p.any()]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1:  # of two that are accumulated
+            self.summed = {p.grad is not None for p in self.model.parameters() if p.requires_grad}
         saved: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda x: x):
             loss = super().training_step(batch, batch_idx)
@@ -107,7 +109,7 @@ def packed(model: EEMLLM, documents: list[list[int]], seed: int) -> PackedBatch:
 
 def train(
     folder: Path, case: str, rank: int | None = None, strategy: Any = "auto", sgd: bool = True, mixed: bool = False,
-    accelerator: str = "cpu",
+    accelerator: str = "cpu", nodes: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Five steps on STEPS: as one of two ranks, or alone on the packs of both. `mixed` with bfloat16: frozen parts are in it,
     and what FSDP2 would gather in it begins with values that it holds."""
@@ -125,11 +127,17 @@ def train(
     trainer = Trainer(
         max_steps=5, accumulate_grad_batches=len(packs) // 5, accelerator=accelerator, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        devices=1 if rank is None else 2, strategy=strategy, precision="bf16-mixed" if mixed else None,
+        devices=1 if rank is None else 2 // nodes, num_nodes=nodes, strategy=strategy, precision="bf16-mixed" if mixed else None,
     )  # fmt: skip
     trainer.fit(module, DataLoader(packs, batch_size=None))
     weights = {name: whole(p.detach()).clone() for name, p in module.model.named_parameters() if p.requires_grad}
-    found = {"gradients": module.gradients, "weights": weights, "losses": module.losses, "copies": module.copies}
+    found = {
+        "gradients": module.gradients,
+        "weights": weights,
+        "losses": module.losses,
+        "copies": module.copies,
+        "summed": module.summed,
+    }
     return {**found, "narrow": sum(x.nbytes for x in module.narrow)}
 
 
@@ -138,6 +146,9 @@ def train_as_rank(folder: Path) -> None:
     result: dict[str, Any] = {case: train(folder, case, rank, "ddp") for case in CASES}
     for case in SHARED:
         result[f"{case}, fsdp2"] = train(folder, case, rank, FSDP2(), sgd=False)
+    os.environ |= {"NODE_RANK": str(rank), "LOCAL_RANK": "0"}  # two nodes, as far as Lightning knows
+    result["lora, hybrid"] = train(folder, "lora", rank, FSDP2(hybrid=True), sgd=False, nodes=2)
+    os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
     result["ee_mllm, offloaded"] = train(folder, "ee_mllm", rank, FSDP2(offload=True), sgd=False)
     for case in MIXED:
         result[f"{case}, mixed"] = train(folder, case, rank, FSDP2(), sgd=False, mixed=True)
@@ -192,6 +203,19 @@ def test_fsdp2_trains_as_one_process(trained: list[dict[str, Any]], alone: Any, 
     for found in (results[f"{case}, fsdp2"] for results in trained):
         assert found["losses"] == pytest.approx(true["losses"], rel=1e-4)
         assert_close(found["gradients"], true["gradients"])
+
+
+def test_every_node_may_have_all_weights(trained: list[dict[str, Any]], alone: Any) -> None:
+    true = alone("lora", sgd=False)
+    for found in (results["lora, hybrid"] for results in trained):
+        assert found["losses"] == pytest.approx(true["losses"], rel=1e-4)
+        assert_close(found["gradients"], true["gradients"])
+
+
+def test_gradients_are_summed_over_ranks_once_a_step_unless_they_are_large(trained: list[dict[str, Any]]) -> None:
+    """Before, a rank has no share of them."""
+    for results in trained:
+        assert results["recomputed lora, fsdp2"]["summed"] == {False} and results["ee_mllm, fsdp2"]["summed"] == {True}
 
 
 def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -614,3 +614,22 @@ def test_stress(tmp_path):
     assert stress.compare(run, tmp_path / "s" / "whole") != []
     shutil.rmtree(run / "logs")
     assert len(stress.compare(run, tmp_path / "s" / "whole")) == 21
+
+
+@pytest.mark.slow
+def test_stress_of_ranks_that_save_in_shares(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "tools" / "stress.py",
+        "--ranks",
+        "2",
+        "--kills",
+        "2",
+        "--steps",
+        "20",
+        "--out",
+        tmp_path / "s",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the same, bit for bit" in result.stdout and "\n2 kills (" in result.stdout

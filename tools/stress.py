@@ -2,6 +2,7 @@
 
     make stress                              30 kills, some minutes
     python tools/stress.py --kills 100 --seed 7
+    python tools/stress.py --ranks 2         processes under FSDP2, which save in shares while they train on
 
 The run saves at every step. Kills (SIGKILL) come as soon as a checkpoint is being written, or a line of the log, or when the first
 loader process has been forked, some while the program starts, the others at random moments of training; moments are drawn from
@@ -104,13 +105,19 @@ def kill_somewhere(process: subprocess.Popen[bytes], out: Path, training: float,
     while process.poll() is None:
         due = time.monotonic() - begin >= delay
         written = written if due else log_bytes(out)
-        if due and {"saving": any(folder.glob(".*.unfinished")), "logging": log_bytes(out) > written}.get(kind, True):
-            process.send_signal(signal.SIGKILL)
+        if due and {"saving": saves(folder), "logging": log_bytes(out) > written}.get(kind, True):
+            os.killpg(process.pid, signal.SIGKILL)  # all ranks; loader processes end by themselves
             process.wait()
             wait_until_all_have_ended(process, out)
-            return "saving" if any(folder.glob(".*.unfinished")) else kind.replace("saving", "training")
+            return "saving" if saves(folder) else kind.replace("saving", "training")
         time.sleep(0.0005)
     return None
+
+
+def saves(folder: Path) -> bool:
+    """Whether a checkpoint is being written, or shares of one."""
+    whole = {path.stem for path in folder.glob("step-*.ckpt")}
+    return any(folder.glob(".*.unfinished")) or any(x.stem not in whole for x in folder.glob("step-*.shards-*"))
 
 
 def log_bytes(run: Path) -> int:
@@ -153,14 +160,15 @@ def compare(cut: Path, whole: Path) -> list[str]:
     return wrong + [f"log of step {step}" for step in true if found.get(step) != true[step]]
 
 
-def stress(folder: Path, kills: int, seed: int, steps: int) -> bool:
+def stress(folder: Path, kills: int, seed: int, steps: int, ranks: int) -> bool:
     """All kills, in as many runs as they need. Prints counts; whether all runs ended as the unbroken one."""
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     tiny.write_parts(folder / "parts")
     tiny.write_shards(folder / "data", val=4)
     options = [f"optim.max_steps={steps}", "optim.save_every=1", "optim.keep=2", "data.val=null", "data.workers=2"]
-    made = tiny.config(folder / "parts", folder / "data", folder, *options, "trainer.accumulate_grad_batches=2")
+    options += [f"trainer.accumulate_grad_batches={2 // ranks}", f"trainer.devices={ranks}"]
+    made = tiny.config(folder / "parts", folder / "data", folder, *options, *["trainer.strategy=fsdp2"] * (ranks > 1))
     config = folder / "config.yaml"
     config.write_text(to_yaml(made))
 
@@ -194,7 +202,7 @@ def stress(folder: Path, kills: int, seed: int, steps: int) -> bool:
             print(f"kill {done:>3} while {when:<8}  newest checkpoint: step {kept}", flush=True)
         wrong = compare(cut, whole)
         files = sorted(path.name for path in (cut / "checkpoints").iterdir())
-        good = good and not wrong and len(files) == 2
+        good = good and not wrong and len(files) == (2 if ranks == 1 else 4)
         result = "the same, bit for bit" if not wrong else f"{len(wrong)} differences, such as {wrong[0]}"
         print(f"run {number}: {steps} steps, compared with the unbroken run: {result}; left in checkpoints/: {files}")
     told = ", ".join(f"{counts[name]} while {name}" for name in MOMENTS)
@@ -207,10 +215,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="of each run")
+    parser.add_argument("--ranks", type=int, default=1, choices=(1, 2))
     parser.add_argument("--out", type=Path, metavar="DIR", help="keeps the runs there; default: a temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        return 0 if stress(args.out or Path(temporary), args.kills, args.seed, args.steps) else 1
+        return 0 if stress(args.out or Path(temporary), args.kills, args.seed, args.steps, args.ranks) else 1
 
 
 if __name__ == "__main__":

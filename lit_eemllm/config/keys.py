@@ -242,7 +242,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Arguments of lightning.Trainer, such as accelerator, devices, precision; strategy is auto, ddp, fsdp2 or fsdp2_offload."""
+    """Arguments of lightning.Trainer, such as accelerator, devices, precision; strategy is auto, ddp, fsdp2, hsdp or fsdp2_offload."""
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 

@@ -6,9 +6,10 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..config import current_key, flat
 from ..console import unfinished, writing
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, UserError, WriteError
+from . import sharded
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -55,6 +57,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         finally:
             with contextlib.suppress(OSError):  # what is wrong with the disk has been told
                 part.unlink(missing_ok=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+        for folder in sharded.folders_of(Path(path)):
+            shutil.rmtree(folder)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return read_checkpoint(Path(path), verified=True)  # by `fit`, before anything was built
@@ -90,19 +97,20 @@ def save(trainer: Trainer, path: Path) -> None:
         raise WriteError(told) from error
 
 
-def read_checkpoint(path: Path, verified: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path, verified: bool = False, shares: Collection[str] = sharded.SECTIONS) -> dict[str, Any]:
     """The contents, on the CPU.
 
     Args:
         path: the file.
         verified: its checksums have just been compared, which takes as long as reading it.
+        shares: sections in which tensors that are in shares are read; in others they have a shape and a type, and no numbers.
 
     Raises:
         CheckpointError: it is missing, damaged, foreign or would execute code. Where its run has earlier ones that are whole,
             the newest of them is named.
     """
     try:
-        return _read(path, verified)
+        return _read(path, verified, shares)
     except CheckpointError as error:
         ours = path.parent.name == FOLDER and _NAME.fullmatch(path.name)
         others = (
@@ -117,7 +125,7 @@ def read_checkpoint(path: Path, verified: bool = False) -> dict[str, Any]:
         ) from error
 
 
-def _read(path: Path, verified: bool) -> dict[str, Any]:
+def _read(path: Path, verified: bool, shares: Collection[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
@@ -129,6 +137,14 @@ def _read(path: Path, verified: bool) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or not {"lit_eemllm", "state_dict"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: not a checkpoint of lit_eemllm (no section 'lit_eemllm' or 'state_dict')")
+    try:
+        if (folder := sharded.folder_of(checkpoint, path)) is not None:
+            sharded.fill(checkpoint, folder, shares)
+    except CheckpointError:
+        raise
+    except Exception as error:  # likewise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path}: its shares are not readable: {reason}") from error
     return checkpoint
 
 
@@ -225,6 +241,8 @@ def set_aside(run: Path, start: Path, step: int) -> Path | None:
     folder.mkdir()
     for path in later:
         path.rename(folder / path.name)
+        for shares in sharded.folders_of(path):
+            shares.rename(folder / shares.name)
     return folder
 
 

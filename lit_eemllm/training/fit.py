@@ -35,7 +35,7 @@ from .checkpoint import (
     save,
     using,
 )
-from .fsdp2 import FSDP2
+from .fsdp2 import FSDP2, settle
 from .guard import Checkpoints, guarded
 from .initial import initial_model
 from .module import LitEEMLLM
@@ -45,6 +45,7 @@ from .tuning import in_order, parameter_groups
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "fsdp2": FSDP2,
     "fsdp2_offload": partial(FSDP2, offload=True),
+    "hsdp": partial(FSDP2, hybrid=True),
 }
 """Words of `trainer.strategy` that are not Lightning's, or mean something else there."""
 
@@ -89,7 +90,7 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     if resume is not None:
         with using(resume):
             trained = in_order(parameter_groups(model, config.optim), module)
-            refuse_moments(read_checkpoint(resume, verified=True), trained)
+            refuse_moments(read_checkpoint(resume, verified=True, shares=()), trained)
 
     if trainer.is_global_zero:
         print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size, data.packs(count=False))
@@ -108,6 +109,7 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     last = out / FOLDER / f"step-{trainer.global_step}.ckpt"
     if not trainer.strategy.broadcast(last.is_file()):  # all ranks save, or none
         save(trainer, last)
+        settle(trainer)
     if runlog.logs.failed is not None:
         raise runlog.logs.failed
     if trainer.is_global_zero:
@@ -156,7 +158,7 @@ def accept(resume: Path, config: Config, trainer: Trainer) -> int:
     Returns:
         its `optim.max_steps`.
     """
-    checkpoint = read_checkpoint(resume)
+    checkpoint = read_checkpoint(resume, shares=())
     with using(resume):
         refuse_part(checkpoint)
         refuse_changes(checkpoint, config, trainer.world_size)

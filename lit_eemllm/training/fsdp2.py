@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -27,11 +32,15 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 
 from ..compat.lightning import DataParallel
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError, WriteError
 from ..mechanisms.connectors import LayerwiseProjector
+from .checkpoint import read_checkpoint
+from .sharded import begin_saving, changed, fill_shares, folder_of
 from .tuning import in_order
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from ..model import EEMLLM
 
 
@@ -66,17 +75,38 @@ def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None, offload:
 
 
 class FSDP2(DataParallel):
-    """Data parallel over all processes. A checkpoint is one file of whole tensors, as every other strategy writes it, so that
-    a run resumes under another strategy, or on one device. Every rank reads it; rank 0 gathers it in its main memory.
+    """Data parallel over all processes. Each rank writes its shares of a checkpoint, while training goes on, and reads its shares
+    of any; so a run resumes on other ranks, under another strategy, or on one device (`sharded`).
 
     Args:
         offload: see `shard`. The norm of gradients is then summed over ranks in main memory.
+        hybrid: weights are sharded over the processes of a node, and each node has them all (HSDP).
     """
 
-    def __init__(self, offload: bool = False) -> None:
-        backend = "cpu:gloo,cuda:nccl" if offload and torch.cuda.is_available() else None
-        super().__init__(save_distributed_checkpoint=False, process_group_backend=backend)
-        self.offload = offload
+    def __init__(self, offload: bool = False, hybrid: bool = False) -> None:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
+        super().__init__(save_distributed_checkpoint=True, process_group_backend=backend)
+        self.offload, self.hybrid = offload, hybrid
+        self._saving: Future[Any] | None = None
+        self._savers: dist.ProcessGroup | None = None
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """Of all processes; if `hybrid`, nodes x processes of a node."""
+        shape = (self.num_nodes, self.world_size // self.num_nodes) if self.hybrid else (self.world_size,)
+        return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("nodes", "shares")[-len(shape) :])
+
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """While a step accumulates, gradients are summed over ranks once, at its end. They stay whole until then: not where that
+        is what sharding is for, because the decoder is trained wholly."""
+        module: Any = self.model
+        wholly = module.config.optim.tuning.llm == "full"
+        module.model.set_requires_gradient_sync(wholly)
+        try:
+            yield
+        finally:
+            module.model.set_requires_gradient_sync(True)
 
     def model_to_device(self) -> None:
         """All but offloaded shares, which torch would not take back."""
@@ -102,29 +132,87 @@ class FSDP2(DataParallel):
         return list(in_order(optimizer.param_groups, self.model))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As `Optimizer.state_dict`, with whole tensors, on rank 0; nothing on the others. (Lightning's would number the
-        parameters as the model lists them, frozen ones included.)"""
+        """As `Optimizer.state_dict`, with DTensors. (Lightning's would number the parameters as the model lists them, frozen ones
+        included.)"""
         optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         assert self.model is not None
-        named: dict[str, Any] = get_optimizer_state_dict(
-            self.model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
-        if not named:
-            return {}
+        named: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer)
         number = {name: n for n, name in enumerate(self._names(optimizer))}
         groups = [{**g, "params": [number[name] for name in g["params"]]} for g in named["param_groups"]]
         return {"state": {number[name]: x for name, x in named["state"].items()}, "param_groups": groups}
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Begun here, ended by `settle`, which also comes before the next; so a WriteError may be that of the one before."""
+        self.settle()
+        if self._savers is None:
+            self._savers = dist.new_group(backend="gloo")
+        with _as_write_errors():
+            path = Path(self.broadcast(filepath))
+            self._saving = begin_saving(checkpoint, path, self.checkpoint_io.save_checkpoint, self._savers)
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written. Raises WriteError, on all ranks, if it could not be."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with _as_write_errors():
+                saving.result()
+
+    def teardown(self) -> None:
+        self.settle()
+        super().teardown()
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Into model and optimiser, and returned whole for `on_load_checkpoint`."""
-        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        """Into model and optimiser, and returned for `on_load_checkpoint`."""
+        path = Path(self.broadcast(checkpoint_path))
+        checkpoint = read_checkpoint(path, verified=True, shares=())
         assert self.model is not None
-        options = StateDictOptions(full_state_dict=True, strict=False)
+        folder = folder_of(checkpoint, path)
+        if folder is not None:
+            self._refuse_changed(checkpoint, folder)
+            own, names = dict(self.model.named_parameters()), [self._names(optimizer) for optimizer in self.optimizers]
+
+            def like(name: str) -> Tensor:
+                section, _, rest = name.partition(".")
+                if section == "state_dict":
+                    return own[rest]
+                index, _, number, _ = rest.split(".")
+                return own[names[int(index)][int(number)]]
+
+            fill_shares(checkpoint, folder, like)
+        options = StateDictOptions(full_state_dict=folder is None, strict=False)
         set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)  # it fills in the rest
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             named = _by_name(state, self._names(optimizer))
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
         return checkpoint
+
+    def _refuse_changed(self, checkpoint: Mapping[str, Any], folder: Path) -> None:
+        """Each rank compares the checksums of some files. Raises CheckpointError on all."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, changed(checkpoint, folder, slice(self.global_rank, None, self.world_size)))
+        if wrong := [name for names in found for name in names]:
+            raise CheckpointError(f"{', '.join(wrong)}: its bytes have changed since they were written")
+
+
+@contextlib.contextmanager
+def _as_write_errors() -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointException, OSError) as error:
+        causes = [each[0] for each in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        told = next((cause for cause in causes if isinstance(cause, WriteError)), None)
+        if told is not None:
+            raise told from error
+        reason = causes[0].__context__ or causes[0]
+        raise WriteError(
+            f"the shares of a checkpoint could not be written: {reason}. Earlier checkpoints are as they were."
+        ) from error
+
+
+def settle(trainer: Trainer) -> None:
+    """Until a checkpoint that is being written is complete. Raises WriteError, on all ranks."""
+    if isinstance(trainer.strategy, FSDP2):
+        trainer.strategy.settle()
 
 
 def _by_name(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:

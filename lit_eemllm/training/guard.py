@@ -26,6 +26,8 @@ from ..console import console
 from ..data.loader import lost_worker
 from ..errors import UserError, WriteError
 from .checkpoint import FOLDER, all_checkpoints, save, set_aside
+from .fsdp2 import settle
+from .sharded import forget_unfinished
 
 if TYPE_CHECKING:
     from ..config.keys import Config
@@ -68,6 +70,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for unfinished in self.folder.glob(".*.unfinished"):  # of a process that was killed while it saved
                 unfinished.unlink(missing_ok=True)
+            forget_unfinished(self.folder)
             folder = (
                 None
                 if trainer.ckpt_path is None
@@ -99,6 +102,7 @@ class Checkpoints(Checkpoint):
             ):  # the run may be killed before it has ended
                 path = self._save(trainer)
         if stop:
+            settle(trainer)
             self._stop(trainer, f"after step {step}, saved as {path}")
 
     def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
@@ -112,16 +116,24 @@ class Checkpoints(Checkpoint):
         if not trainer.sanity_checking and self._somebody_was_asked(trainer):
             begin_validation_anew(trainer)
             path = self._save(trainer)
+            settle(trainer)
             self._stop(trainer, f"in the validation after step {trainer.global_step}, saved as {path}")
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        settle(trainer)
+        self._remove_old(trainer)
 
     def _save(self, trainer: Trainer) -> Path:
         path = self.folder / f"step-{trainer.global_step}.ckpt"
         save(trainer, path)
+        self._remove_old(trainer)
+        return path
+
+    def _remove_old(self, trainer: Trainer) -> None:
+        """One that is still being written is none yet, so the one before it stays."""
         if trainer.is_global_zero:
             for old in all_checkpoints(Path(self.config.out))[: -self.config.optim.keep]:
-                if old != path:
-                    trainer.strategy.remove_checkpoint(old)
-        return path
+                trainer.strategy.remove_checkpoint(old)
 
     def _somebody_was_asked(self, trainer: Trainer) -> bool:
         asked = torch.tensor(int(self.asked is not None or trainer.received_sigterm), device=self._module.device)

@@ -76,7 +76,7 @@ def trained_model(config: Config, checkpoint: Path | None, chain: tuple[Path, ..
     model, processor, _ = initial_model(config, needed=False, chain=chain)
     module = LitEEMLLM(model, config, processor.fingerprint())
     if checkpoint is not None:
-        trained = read_checkpoint(checkpoint)
+        trained = read_checkpoint(checkpoint, shares=["state_dict"])
         with using(checkpoint):
             module.on_load_checkpoint(trained)
             module.load_state_dict(trained["state_dict"], strict=False)
@@ -171,6 +171,6 @@ def stored_weights(path: Path) -> tuple[dict[str, Tensor], Path, dict[str, Any] 
     source = path if not path.is_dir() else newest_checkpoint(path)
     if source is None:
         raise CheckpointError(f"init_from={path}: no checkpoint in {path / FOLDER} and no model.safetensors")
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, shares=["state_dict"])
     with using(source):
         return {name.removeprefix("model."): x for name, x in tensors(checkpoint).items()}, source, checkpoint

@@ -18,7 +18,6 @@ from lightning import seed_everything
 from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torchmetrics import MeanMetric
 
 from .. import __version__
@@ -74,8 +73,8 @@ class LitEEMLLM(LightningModule):
         # of whole tensors, as they were loaded: later, the first use of quantised ones may rearrange and round them
         assert self._frozen_fingerprint
         if isinstance(self.trainer.strategy, FSDP2):
-            mesh = init_device_mesh(self.trainer.strategy.root_device.type, (self.trainer.world_size,))
-            shard(self.model, mesh, compute_dtype(self.config), self.trainer.strategy.offload)
+            strategy = self.trainer.strategy
+            shard(self.model, strategy.mesh, compute_dtype(self.config), strategy.offload)
 
     def on_fit_start(self) -> None:
         choice = self.model.set_attention(self.config.model.attention, compute_dtype(self.config))
@@ -117,7 +116,7 @@ class LitEEMLLM(LightningModule):
         step.grad_norm = torch.nn.utils.get_total_norm(gradients)
         if isinstance(self.trainer.strategy, FSDP2):  # of shares
             square = step.grad_norm**2
-            dist.all_reduce(square)
+            dist.all_reduce(square, group=self.trainer.strategy.mesh.get_group("shares"))
             step.grad_norm = square.sqrt()
         # before clipping, which would spread a NaN over all gradients
         step.stop_agreed = check_step(step, self.model, self.trainer, self.config.out)

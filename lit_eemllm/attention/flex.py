@@ -22,7 +22,7 @@ BUCKETS_PER_DOUBLING = 4
 def bucket(rows: int) -> int:
     """A length to pad to, a multiple of `BLOCK`, out of few: at most a quarter more, so that few shapes are compiled."""
     blocks = -(-rows // BLOCK)
-    step = max(1, 2 ** (blocks.bit_length() - 1) // BUCKETS_PER_DOUBLING)
+    step: int = max(1, 2 ** (blocks.bit_length() - 1) // BUCKETS_PER_DOUBLING)
     return -(-blocks // step) * step * BLOCK
 
 
@@ -104,5 +104,5 @@ class Flex(AttentionBackend):
             pad(x, (0, 0, 0, 0, 0, keys - len(x))).transpose(0, 1)[None].contiguous() for x in (k_SKH, v_SKH)
         )
         attention = flex_attention if q_QNH.device.type == "cpu" else _compiled()
-        out_1NQH = attention(q_1NQH, k_1KSH, v_1KSH, block_mask=plan.mask, scale=scale, enable_gqa=True)
+        out_1NQH: Tensor = attention(q_1NQH, k_1KSH, v_1KSH, block_mask=plan.mask, scale=scale, enable_gqa=True)
         return out_1NQH[0].transpose(0, 1)[: len(q_QNH)]

@@ -41,4 +41,5 @@ class XFormers(VarlenBackend):
         return self._masks.BlockDiagonalMask.from_seqlens(*lengths, device=device).make_local_attention(window + 1)
 
     def kernel(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, prepared: Any, scale: float) -> Tensor:
-        return self._attention(q_QNH[None], k_SKH[None], v_SKH[None], attn_bias=prepared, scale=scale)[0]
+        out_1QNH: Tensor = self._attention(q_QNH[None], k_SKH[None], v_SKH[None], attn_bias=prepared, scale=scale)
+        return out_1QNH[0]

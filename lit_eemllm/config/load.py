@@ -131,7 +131,8 @@ def nearest_key(key: str, others: Iterable[str] = (), without: Collection[str] =
 @cache
 def _defaults() -> DictConfig:
     """The schema as OmegaConf's tree, not to be changed. To make it takes longer than all else that a configuration needs."""
-    return OmegaConf.structured(Config)
+    tree: DictConfig = OmegaConf.structured(Config)
+    return tree
 
 
 @cache

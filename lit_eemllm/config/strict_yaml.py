@@ -48,7 +48,7 @@ class BadYAML(ValueError):
 class _Composer(Composer, Resolver):
     """Makes nodes of a parser's events."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
     depth = 0
 
     def __init__(self, parser: Any) -> None:
@@ -134,4 +134,5 @@ def value(node: yaml.Node) -> Any:
 
 def dump(values: Any, **style: Any) -> str:
     """YAML that `parse` and standard YAML read back to equal values. style: of `yaml.dump`."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
+    return text

@@ -47,7 +47,7 @@ def least_attended_dropped(
             importance_V = scores_NL.softmax(-1).mean(0)[len(keys_LNH) - seen :]
         else:
             importance_V = k_RKH.new_zeros(seen, dtype=torch.float32)
-        for i, part in zip(images, importance_V.split([lengths[i] for i in images]), strict=True):
+        for i, part in zip(images, torch.split(importance_V, [lengths[i] for i in images]), strict=True):
             stay.append(visual + part.topk(kept[i]).indices.sort().values)
             visual += lengths[i]
         text, image = text + tokens, image + len(images)

@@ -170,7 +170,8 @@ class Resampler(Added):
         """Features of all images in a row, with the length of each, to [images x latents, width]."""
         images, latents = len(lengths), len(self.latents)
         features_Vd = features_Vd.to(self.latents.dtype)
-        features_ILd = pad_sequence(list(features_Vd.split(list(lengths))) or [features_Vd], batch_first=True)[:images]
+        each = list(torch.split(features_Vd, list(lengths))) or [features_Vd]
+        features_ILd = pad_sequence(each, batch_first=True)[:images]
         x_IRd = self.latents.expand(images, -1, -1)
         real_IL = _lengths_mask(lengths, features_ILd.shape[1], features_Vd.device)
         sees_IL = torch.cat([real_IL, real_IL.new_ones(images, latents)], dim=1)
@@ -288,7 +289,7 @@ class GatedBlock(Added):
         q_nNH = self.attention.queries(self.own(x_nh))
         groups, longest = media.shape
         q_GLNH = q_nNH.new_zeros(groups * longest, *q_nNH.shape[1:]).index_copy(0, media.slots_n, q_nNH)
-        q_GNLH = q_GLNH.unflatten(0, media.shape).transpose(1, 2)
+        q_GNLH = torch.unflatten(q_GLNH, 0, media.shape).transpose(1, 2)
         k_GNRH, v_GNRH = (x[media.index_GR].transpose(1, 2) for x in (k_MNH, v_MNH))
         mixed = scaled_dot_product_attention(q_GNLH, k_GNRH, v_GNRH, attn_mask=media.mask_GR[:, None, None])
         mixed_nw = mixed.transpose(1, 2).flatten(0, 1).index_select(0, media.slots_n).flatten(-2)

@@ -17,7 +17,7 @@ splits have one question. Scenes belong to splits by the SHA-256 of their *conte
 ``val``, 1 in ``search`` (for choosing learning rates and the like, so that nothing is chosen by what is reported) and
 more in ``train``.
 
-Lazy strategies, on validation rows (bounded by tests/test_puzzles.py): a colour, shape, letter or word that is merely
+Lazy strategies, on validation rows (bounded by tests/data_recipes/test_puzzles.py): a colour, shape, letter or word that is merely
 present scores at most 1/K + 0.2; ``find`` by summing up halves 0.6. ``same``, ``taller`` and ``which`` are yes or no,
 or one of two: 0.5 is chance.
 

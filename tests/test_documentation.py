@@ -1,7 +1,7 @@
 """The commands of README.md and docs/, each page from its first to its last, in miniature and in this process.
 
-The user's own files are those that a page shows, or tiny ones; releases are those of tests/test_sources.py, large parts those of
-`lit-eemllm shrink`; `sbatch ... tools/slurm.sh` becomes `fit` (tests/test_distributed_runs.py tests the script itself).
+The user's own files are those that a page shows, or tiny ones; releases are those of tests/data/test_sources.py, large parts those of
+`lit-eemllm shrink`; `sbatch ... tools/slurm.sh` becomes `fit` (tests/training/test_distributed_runs.py tests the script itself).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ ELSEWHERE = {
     "pip install": "tests/test_installed.py",
     "make": ".ci/run",
     "lit-eemllm demo": ".ci/run",
-    "lmms-eval": "tests/test_harnesses.py",
-    "accelerate": "tests/test_harnesses.py",
-    "python -m lit_eemllm.evaluation.harnesses.vlmeval": "tests/test_harnesses.py",
-    "torchrun": "tests/test_harnesses.py",
-    "LMUData=data": "tests/test_harnesses.py",
-    "NNODES=2": "tests/test_distributed_runs.py",
-    "sbatch --nodes=2 --gpus-per-node=8 tools/slurm.sh configs/stages": "tests/test_distributed_runs.py",
-    "lit-eemllm fit CONFIG...": "tests/test_distributed_runs.py",
+    "lmms-eval": "tests/evaluation/test_harnesses.py",
+    "accelerate": "tests/evaluation/test_harnesses.py",
+    "python -m lit_eemllm.evaluation.harnesses.vlmeval": "tests/evaluation/test_harnesses.py",
+    "torchrun": "tests/evaluation/test_harnesses.py",
+    "LMUData=data": "tests/evaluation/test_harnesses.py",
+    "NNODES=2": "tests/training/test_distributed_runs.py",
+    "sbatch --nodes=2 --gpus-per-node=8 tools/slurm.sh configs/stages": "tests/training/test_distributed_runs.py",
+    "lit-eemllm fit CONFIG...": "tests/training/test_distributed_runs.py",
     # two processes
-    "lit-eemllm fit configs/demo/ee_mllm.yaml configs/distributed/cpu.yaml": "tests/test_distributed_runs.py",
+    "lit-eemllm fit configs/demo/ee_mllm.yaml configs/distributed/cpu.yaml": "tests/training/test_distributed_runs.py",
     # flash-attn needs a GPU
     "lit-eemllm fit configs/stages/finetune.yaml my_model.yaml configs/attention/composite_flash.yaml": "make gpu",
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conftest import LONGEST
 
-FILES = sorted(Path(__file__).parent.glob("test_*.py"))
+FILES = sorted(Path(__file__).parent.rglob("test_*.py"))
 
 
 def imported(text: str) -> set[str]:

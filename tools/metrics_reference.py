@@ -1,4 +1,4 @@
-"""Others' code scores the tricky answers in tests/fixtures/metrics_reference.json, with which tests/test_metrics.py compares ours.
+"""Others' code scores the tricky answers in tests/fixtures/metrics_reference.json, with which tests/evaluation/test_metrics.py compares ours.
 
     python tools/metrics_reference.py LLAVA     # haotian-liu/LLaVA at the commit below; needs lmms-eval and ms-vlmeval
 

@@ -35,8 +35,8 @@ CONFIG = (
     "optim.val_every=20",
 )
 STEPS = (
-    ("contracts", "-m", "pytest", "-q", "-x", "tests/test_compat.py"),
-    ("parity", "-m", "pytest", "-q", "-x", "tests/test_model.py", "-k", "equals_transformers_llava"),
+    ("contracts", "-m", "pytest", "-q", "-x", "tests/compat/test_compat.py"),
+    ("parity", "-m", "pytest", "-q", "-x", "tests/model/test_model.py", "-k", "equals_transformers_llava"),
     ("shards", "-m", "lit_eemllm", "shards", "make", "--source", "shapes", "--train", "300", "--val", "60", "--out", "{out}/data"),
     ("fit", "-m", "lit_eemllm", "fit", *CONFIG, "data.train={out}/data", "data.val={out}/data", "out={out}/run", "optim.max_steps=10"),
     ("resume", "-m", "lit_eemllm", "fit", "{out}/run", "optim.max_steps=20"),

@@ -22,7 +22,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {name: Family() for name in ("llama", "mistral", "qwen2", "qwen3")}
-"""Decoder families by `model_type`; these are proved equal to transformers' own model in tests/test_model.py."""
+"""Decoder families by `model_type`; these are proved equal to transformers' own model in tests/model/test_model.py."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the batch
 

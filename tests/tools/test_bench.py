@@ -15,7 +15,7 @@ from lit_eemllm.attention import AttentionBackend
 from lit_eemllm.attention.base import _BACKENDS
 from lit_eemllm.layout import Run, SequenceLayout, Visibility
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import bench_attention
 

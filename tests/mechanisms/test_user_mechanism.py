@@ -33,7 +33,7 @@ from lit_eemllm.report.runs import read_run
 from lit_eemllm.training.fsdp2 import shared_out
 from lit_eemllm.training.tuning import apply_tuning, parameter_groups
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAYERS = 4
 EXAMPLES = {
     "thinning": ("docs/my_mechanism.py", {"scaled": 3}),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SOURCE = Path(__file__).parents[1] / "data_recipes" / "puzzles.py"
+SOURCE = Path(__file__).parents[2] / "data_recipes" / "puzzles.py"
 spec = importlib.util.spec_from_file_location("puzzles", SOURCE)
 puzzles = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(puzzles)

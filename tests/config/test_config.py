@@ -543,7 +543,7 @@ def test_check_of_a_configuration_made_in_python():
 
 
 def test_every_argument_of_the_trainer_is_settled(write) -> None:
-    """Set and tested (`tests/test_trainer_arguments.py` and those of strategies, devices and precision), or refused with what to do."""
+    """Set and tested (`tests/training/test_trainer_arguments.py` and those of strategies, devices and precision), or refused with what to do."""
     arguments = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
     assert {*FOR_TRAINER, *NOT_FOR_TRAINER} == arguments and not {*FOR_TRAINER} & {*NOT_FOR_TRAINER}
     keys = {key for reason in NOT_FOR_TRAINER.values() for key in re.findall(r"(?:optim|data|eval)(?:\.\w+)+", reason)}

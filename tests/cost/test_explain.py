@@ -94,7 +94,7 @@ def test_the_verb_prints_and_draws(tmp_path, monkeypatch, capsys):
 
 
 def test_a_mechanism_of_ones_own(tmp_path, capsys):
-    example = Path(__file__).parents[1] / "docs" / "my_mechanism.py"
+    example = Path(__file__).parents[2] / "docs" / "my_mechanism.py"
     with tiny.forgotten_imports():
         line = ["explain", "--import", str(example), "--shape", "vicuna-7b", "model.mechanism.preset=thinning"]
         assert cli.main([*line, "--out", str(tmp_path / "x.svg")]) == 0

@@ -219,7 +219,7 @@ def plain(model, batch, prompt=None):
 ])  # fmt: skip
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
-    """Through every backend; kernels of GPUs are emulated (tests/test_attention.py)."""
+    """Through every backend; kernels of GPUs are emulated (tests/attention/test_attention.py)."""
     model, batch = tiny.model(decoder, MECHANISMS[name]), tiny.pack(PACK)
     model._backend = TRAINABLE[backend]() if backend in TRAINABLE else model.backend
     true, found = plain(model, batch), text_logits(model, batch)

@@ -22,7 +22,7 @@ from lit_eemllm.data.sources import SOURCES
 from lit_eemllm.training.checkpoint import read_checkpoint
 from lit_eemllm.training.fit import fit
 
-BLENDS = sorted((Path(__file__).parents[1] / "data_recipes" / "blends").glob("*.yaml"))
+BLENDS = sorted((Path(__file__).parents[2] / "data_recipes" / "blends").glob("*.yaml"))
 TOLERANCE = 0.05  # of a share, after 800 samples: three standard deviations of a draw at one half
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lit_eemllm.data.shards import read_shard
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import bench_loader  # noqa: E402
 

@@ -32,7 +32,7 @@ from typing import Any
 import pytest
 import torch
 
-PACKAGE = Path(__file__).parents[1] / "lit_eemllm"
+PACKAGE = Path(__file__).parents[2] / "lit_eemllm"
 LIBRARIES = {
     "transformers": "transformers", "torch": "torch", "lightning": "lightning", "energon": "megatron-energon",
     "peft": "peft",

@@ -620,7 +620,7 @@ def test_estimate_and_fit_read_one_configuration(tmp_path, monkeypatch):
     model.write_text(json.dumps({"model": parts}))
     bare = tmp_path / "bare.yaml"
     bare.write_text(json.dumps({"data": {"train": "x"}, "optim": {"lr": 1, "max_steps": 1}}))
-    stages = Path(__file__).parents[1] / "configs" / "stages"
+    stages = Path(__file__).parents[2] / "configs" / "stages"
     for file, precision, dtype in [
         (stages / "pretrain.yaml", "bf16-mixed", "bfloat16"),
         (stages / "finetune.yaml", "bf16-mixed", "bfloat16"),

@@ -262,7 +262,7 @@ def test_a_suite_chooses_the_split(files, trained):
 
 
 def test_the_suite_and_the_row_of_the_documentation():
-    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     (suite, _) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert not [text for body in yaml.safe_load(suite)["sets"].values() for text in sets.wrong_values(body)]
     (row,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
@@ -547,7 +547,7 @@ def test_costs_open_only_the_images_that_are_measured(trained, monkeypatch):
 
 
 def test_the_python_example_of_the_documentation_answers_as_generate_does(trained, tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(trained.out)

@@ -726,7 +726,7 @@ TABLES = {  # of arXiv 2408.11795, as printed, in percent: the marks of V, O and
 @pytest.mark.parametrize("name", TABLES)
 def test_the_sweeps_of_tables_4_and_6_have_the_layout_of_the_paper(name, tmp_path, monkeypatch, undrawn):
     """Runs of the sweep's own rows whose scores are the paper's: its columns, its lines below its headings, its averages."""
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     spec = read_sweep(Path(f"configs/sweeps/{name}.yaml"), ["seeds=[0]", f"out={tmp_path}"])
     plan = make_plan(spec)
     printed = [[cell.strip() for cell in line.split("|")] for line in TABLES[name].splitlines()[1:]]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, SiglipVisionModel
 
-SOURCE = Path(__file__).parents[1] / "data_recipes" / "shapes.py"
+SOURCE = Path(__file__).parents[2] / "data_recipes" / "shapes.py"
 spec = importlib.util.spec_from_file_location("shapes", SOURCE)
 shapes = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(shapes)

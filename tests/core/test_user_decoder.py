@@ -14,7 +14,7 @@ from lit_eemllm.errors import ConfigError
 from lit_eemllm.model.folders import CONFIG
 from lit_eemllm.plugins import import_user_code
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = {
     "arcee": ("docs/my_decoder.py", ArceeConfig(**tiny.COMMON, num_attention_heads=4, num_key_value_heads=2)),
 }

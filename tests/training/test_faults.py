@@ -34,7 +34,7 @@ from lit_eemllm.training.fit import fit
 from lit_eemllm.training.guard import Stopped
 from lit_eemllm.training.module import LitEEMLLM
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ("data.workers=2", "trainer.accumulate_grad_batches=2", "optim.max_steps=10", "data.val=null")
 TWO = ("trainer.devices=2", "trainer.strategy=ddp", "data.workers=1", "optim.max_steps=2000", "data.val=null")
 SECTIONS = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step")

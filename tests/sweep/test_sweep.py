@@ -35,7 +35,7 @@ from lit_eemllm.training.checkpoint import read_checkpoint
 from lit_eemllm.training.fit import fit
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_program.py")))
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = """
 model: {decoder: some/decoder, vision: {path: some/encoder}}
 data: {train: data, val: data}

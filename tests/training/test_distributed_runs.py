@@ -186,7 +186,7 @@ def test_shards_are_disjoint_and_complete_over_ranks_and_workers(shards: Path, a
 
 def test_the_script_starts_as_many_processes_as_there_are_devices(tmp_path: Path) -> None:
     """tools/slurm.sh with a `srun` and a python that only say how they were called."""
-    script = Path(__file__).resolve().parents[1] / "tools" / "slurm.sh"
+    script = Path(__file__).resolve().parents[2] / "tools" / "slurm.sh"
     for name in ("srun", "python"):
         file = tmp_path / name
         file.write_text(f'#!/bin/bash\necho {name} "$@"\n')

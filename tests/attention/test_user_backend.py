@@ -20,7 +20,7 @@ from lit_eemllm.errors import ConfigError
 from lit_eemllm.layout import Run, SequenceLayout, Visibility
 from lit_eemllm.plugins import import_user_code
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLE = DOCS / "my_backend.py"
 
 

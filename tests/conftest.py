@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; processes that 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests download nothing, and do not wait for an answer
 
 import pytest
+from lib.order import LONGEST
 
 # PyTorch and what else takes seconds to import are imported where they are needed: not by the process that only starts workers.
 
@@ -61,13 +62,6 @@ def pytest_collection_finish() -> None:
 # Of tests that need a GPU one line tells the number. Under xdist they are collected by each worker, which tells the process
 # that writes the summary.
 LEFT_OUT = pytest.StashKey[int]()
-
-
-# Modules that take a worker minutes begin first, the longest before the others, so that workers end together.
-LONGEST = [
-    f"test_{name}.py"
-    for name in ("distributed_runs", "faults", "presets", "installed", "distributed", "sweep", "fuzz_results", "documentation", "estimate", "evaluation", "training", "sources", "fuzz_models")
-]  # fmt: skip
 
 
 @pytest.hookimpl(trylast=True)  # when -m and -k have left out what they leave out

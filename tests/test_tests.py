@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from conftest import LONGEST
+from lib.order import LONGEST
 
 FILES = sorted(Path(__file__).parent.rglob("test_*.py"))
 

@@ -4,11 +4,14 @@ import csv
 import json
 
 from lit_eemllm.config import load_config, to_yaml
+from lit_eemllm.report.runs import compare
+from lit_eemllm.report.tables import tables
 
 TYPES = {"colour": {"questions": 10, "metric": "exact_match", "score": 0.5, "control": 0.2, "constant": 0.3}}
-
-
 RESULTS = {"parameters": 2_345_678, "loss": 1.25, "loss_shuffled_images": 2.5, "types": TYPES, "average": 0.5, "prefill_flops": 4.56e6}  # fmt: skip
+
+ONE, OTHER = {"colour": [1, 1, 0, 1], "shape": [1, 0]}, {"colour": [0, 1, 0, 0], "shape": [0, 1]}
+"""Answers of two runs to the same questions."""
 
 
 def write_run(path, *overrides, results=RESULTS, metrics=(), answers=None):
@@ -50,3 +53,24 @@ def write_sweep(folder, rows, **more):
     named = [{"name": name, "runs": [str(run.relative_to(folder)) for run in runs]} for name, runs in rows.items()]
     (folder / "sweep.json").write_text(json.dumps({**plan, "rows": named, **more}))
     return folder
+
+
+def of_score(value, **more):
+    """Results of one question type."""
+    return {**RESULTS, "types": {"colour": {**TYPES["colour"], "score": value}}, "average": value, **more}
+
+
+def cells(paths, baseline=None):
+    """Name of a quantity -> its cells."""
+    (lines,) = tables(compare(paths, baseline))
+    return {line[0]: list(line[1:]) for line in lines}
+
+
+def labels(*paths):
+    return [row.label for row in compare(paths).rows]
+
+
+def replace_in(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))

@@ -14,19 +14,10 @@ import pytest
 import tiny
 import torch
 import yaml
-from lib.llava import (
-    BOUND,
-    assert_same_tensors,
-    random_llava,
-    tensors,
-    to_write,
-    write_llava,
-)
+from lib.llava import BOUND, assert_same_tensors, random_llava, tensors, to_write, write_llava
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import (
-    AutoTokenizer,
-)
+from transformers import AutoTokenizer
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config, to_yaml

@@ -8,20 +8,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from lib.llava import (
-    BOUND,
-    CLIP,
-    SIGLIP,
-    random_llava,
-    to_write,
-    write_llava,
-)
+from lib.llava import BOUND, CLIP, SIGLIP, random_llava, to_write, write_llava
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoProcessor,
-    LlavaForConditionalGeneration,
-)
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from lit_eemllm import cli
 from lit_eemllm.errors import CheckpointError, ConfigError

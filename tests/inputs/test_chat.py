@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import copy
-import functools
-import itertools
-import json
 import pickle
 import random
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from lib.chat import (
+    CHATML,
+    MARKED,
+    SPACED,
+    WORDS,
+    build,
+    byte_level_bpe,
+    chatml_only,
+    every_template,
+    every_tokenizer,
+    expected_targets,
+    talk,
+    targets,
+    text_of,
+    until,
+    with_template,
+)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lit_eemllm.errors import ConfigError, SampleError, UserError
-from lit_eemllm.inputs import rendering
 from lit_eemllm.inputs.chat import (
     IMAGE,
     IMAGE_SLOT,
@@ -26,190 +39,6 @@ from lit_eemllm.inputs.chat import (
     get_template,
     parse_conversation,
 )
-from lit_eemllm.inputs.processor import Processor
-
-# ----------------------------------------------------------------------------------------- tokenizers, trained here
-
-SENTENCE = "a red cube stands left of two green balls while the cat sleeps on an old sofa near what colour is it"
-WORDS = SENTENCE.split()
-LINES = [
-    "A chat between a curious user and an artificial intelligence assistant.",
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    *(f"USER: {one} {two}? ASSISTANT: {two}: {one}!\n{two}, 12345." for one, two in itertools.permutations(WORDS, 2)),
-    "The quick brown fox jumps over the lazy dog. THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG;",
-    "[INST] (x) {y} <z> #_-+*/=",
-]
-NO_BREAKS = [line.replace("\n", " ") for line in LINES]  # SentencePiece vocabularies know no newline
-SENTENCEPIECE = ["<unk>", "<s>", "</s>"]
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-    "<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-INST = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
-    "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
-)
-SPACED = (  # the prompt ends with a space, which tokenizers like to merge with the next word; a turn ends with more than a token
-    "{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}##{{ eos_token }}{% else %}"
-    "Human: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
-)
-
-
-def sentencepiece_bpe(legacy: bool) -> PreTrainedTokenizerFast:
-    """Like Llama's: no splitting of words, byte fallback, BOS. Legacy ones add a space after special tokens, too."""
-    trained = Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.pre_tokenizer = pre_tokenizers.Metaspace("▁", split=True)
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=SENTENCEPIECE, show_progress=False)
-    trained.train_from_iterator(NO_BREAKS, trainer)
-    model = json.loads(trained.to_str())["model"]
-    vocab = dict(model["vocab"])
-    for byte in range(256):
-        vocab[f"<0x{byte:02X}>"] = len(vocab)
-    merges = [tuple(pair) for pair in model["merges"]]
-    raw = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if legacy:
-        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        raw.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    raw.decoder = decoders.Sequence(steps)
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=INST
-    )
-
-
-def byte_level_bpe(specials: list[str], use_regex: bool = True, trim_offsets: bool = True) -> Tokenizer:
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    lines = LINES if use_regex else [line * 2 for line in LINES] + ["user\n\n", ":\n", "\n \n", "  ", ": a", ": b"] * 50
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator(lines, trainer)
-    raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    return raw
-
-
-def gpt2() -> PreTrainedTokenizerFast:
-    raw = byte_level_bpe(["<|endoftext|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>", chat_template=SPACED)
-
-
-def greedy() -> PreTrainedTokenizerFast:
-    """A byte-level BPE that merges across words and lines, so that borders really fall inside of tokens."""
-    raw = byte_level_bpe(["<|endoftext|>"], use_regex=False)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>", chat_template=SPACED)
-
-
-def chatml() -> PreTrainedTokenizerFast:
-    raw = byte_level_bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    specials = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=["<|im_start|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=CHATML, **specials)
-
-
-def phi() -> PreTrainedTokenizerFast:
-    """ChatML whose end-of-turn token swallows the white space after it, as Phi-3's does."""
-    raw = byte_level_bpe(["<|endoftext|>", "<|im_start|>"], trim_offsets=False)
-    raw.add_special_tokens([AddedToken("<|im_end|>", rstrip=True)])
-    specials = dict(eos_token="<|endoftext|>", extra_special_tokens=["<|im_start|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=CHATML, **specials)
-
-
-def unigram() -> PreTrainedTokenizerFast:
-    """Like T5's: Metaspace, unknown characters (the newline among them), end-of-sequence added by default."""
-    raw = Tokenizer(models.Unigram())
-    raw.pre_tokenizer = pre_tokenizers.Metaspace("▁")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=SENTENCEPIECE, unk_token="<unk>", show_progress=False
-    )
-    raw.train_from_iterator(NO_BREAKS, trainer)
-    raw.decoder = decoders.Metaspace("▁")
-    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>", chat_template=SPACED)
-
-
-BUILDERS = {
-    "llama": functools.partial(sentencepiece_bpe, legacy=False),
-    "llama-legacy": functools.partial(sentencepiece_bpe, legacy=True),
-    "gpt2": gpt2,
-    "greedy": greedy,
-    "unigram": unigram,
-    "chatml": chatml,
-    "phi": phi,
-}
-NAMES = [*BUILDERS, "stories15m"]
-
-
-@functools.cache
-def build(name: str) -> PreTrainedTokenizerFast:
-    return BUILDERS[name]()
-
-
-@pytest.fixture
-def tokenizer(request) -> PreTrainedTokenizerFast:
-    if request.param == "stories15m":
-        loaded = AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "weights" / "stories15m")
-        loaded.chat_template = INST
-        return loaded
-    return build(request.param)
-
-
-every_tokenizer = pytest.mark.parametrize("tokenizer", NAMES, indirect=True)
-every_template = pytest.mark.parametrize("template", ["plain", "vicuna_v1", "jinja"])
-chatml_only = pytest.mark.parametrize("tokenizer", ["chatml"], indirect=True)
-
-# ---------------------------------------------------------------------------------------------------------- helpers
-
-
-def talk(*texts: str, key: str = "k", system: str | None = None) -> Conversation:
-    """Human and gpt texts in turn; the images are counted."""
-    turns = [Turn(("human", "gpt")[i % 2], text) for i, text in enumerate(texts)]
-    if system is not None:
-        turns.insert(0, Turn("system", system))
-    return Conversation(key, tuple(turns), sum(text.count(IMAGE) for text in texts))
-
-
-def until(conversation: Conversation, turns: int) -> Conversation:
-    kept = conversation.turns[:turns]
-    return Conversation(conversation.key, kept, sum(turn.text.count(IMAGE) for turn in kept))
-
-
-def text_of(tokenizer, ids: list[int]) -> str:
-    """Text of ids from the middle of a text: after an x, so that no leading space is stripped."""
-    before = tokenizer("x", add_special_tokens=False).input_ids
-    plain = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return tokenizer.decode(before + ids, **plain)[len(tokenizer.decode(before, **plain)) :]
-
-
-def targets(tokenizer, encoded) -> list[str]:
-    """The text of each run of supervised tokens."""
-    pairs = zip(encoded.ids, encoded.supervised, strict=True)
-    runs = [list(run) for trained, run in itertools.groupby(pairs, key=lambda pair: pair[1]) if trained]
-    return [text_of(tokenizer, [token for token, _ in run]) for run in runs]
-
-
-def expected_targets(tokenizer, template: str, conversation: Conversation) -> list[str]:
-    answers = [turn.text for turn in conversation.turns if turn.role == "gpt" and turn.text.strip()]
-    before, end = {
-        "plain": ("", tokenizer.eos_token),
-        "vicuna_v1": (" ", tokenizer.eos_token),
-        "jinja": {
-            CHATML: ("", "<|im_end|>"),
-            INST: (" ", tokenizer.eos_token),
-            SPACED: ("", f"##{tokenizer.eos_token}"),
-        }.get(tokenizer.chat_template),
-    }[template]
-    return [before + answer + end for answer in answers]
-
 
 # --------------------------------------------------------------------------------------------- what is trained (1, 2)
 
@@ -416,170 +245,6 @@ def test_the_context_does_not_restart_where_a_special_token_is_taken_to_pieces()
         whole = tokenizer("a</s>☃a", add_special_tokens=False).input_ids
         assert (tokenizer.eos_token_id in whole) is not split
         assert ids == whole
-
-
-# ------------------------------------------------------------------------------------------------------------ Jinja (4)
-
-
-def with_template(source: str | None, name: str = "chatml") -> PreTrainedTokenizerFast:
-    tokenizer = copy.deepcopy(build(name))
-    tokenizer.chat_template = source
-    return tokenizer
-
-
-def test_generation_marks_say_what_is_trained() -> None:
-    conversation = talk(f"{IMAGE}\nwhat?", "a cat", "and?", "a sofa")
-    plain, marked = (get_template("jinja", with_template(source)) for source in (CHATML, MARKED))
-    assert marked.encode(conversation) == plain.encode(conversation)
-    assert marked.encode(conversation, generation=True) == plain.encode(conversation, generation=True)
-    thinking = MARKED.replace("{% generation %}", "{% generation %}{% if loop.last %}(well) {% endif %}")
-    marked = get_template("jinja", with_template(thinking))  # earlier text changes, but the marks know
-    assert targets(marked.tokenizer, marked.encode(conversation)) == ["a cat<|im_end|>", "(well) a sofa<|im_end|>"]
-
-
-QWEN3 = (  # its logic: no reasoning in earlier answers, a thinking block, even an empty one, in the last
-    "{%- set ns = namespace(last=messages|length - 1, seek=true) %}{%- for m in messages[::-1] %}"
-    "{%- if ns.seek and m.role == 'user' %}{%- set ns.seek = false %}{%- set ns.last = messages|length - loop.index %}{%- endif %}"
-    "{%- endfor %}{%- for m in messages %}{%- if m.role != 'assistant' %}"
-    "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{%- else %}"
-    "{%- set content = m.content %}{%- set reasoning = '' %}{%- if '</think>' in m.content %}"
-    "{%- set content = m.content.split('</think>')[-1].lstrip('\n') %}"
-    "{%- set reasoning = m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}{%- endif %}"
-    "{%- if loop.index0 > ns.last %}{{- '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + "
-    "content.lstrip('\n') }}{%- else %}{{- '<|im_start|>assistant\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
-)
-
-
-def test_a_template_that_writes_more_before_the_last_answer() -> None:
-    """Qwen3's: text and prompts are the template's own, and what the last answer adds to its prompt is trained."""
-    tokenizer = with_template(QWEN3)
-    chat = get_template("jinja", tokenizer)
-    for texts in (["what?", "a cat"], [f"{IMAGE}\nwhat? ", "a cat ", "and?", " \n", "so?", "a sofa", "why?", "it is"]):
-        conversation = talk(*texts, system="s")
-        messages = [{"role": {"human": "user", "gpt": "assistant"}.get(t.role, t.role), "content": t.text} for t in conversation.turns]  # fmt: skip
-        full = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert "".join(span.text for span in chat.render(conversation)) == full
-        answers = [turn.text + "<|im_end|>" for turn in conversation.turns if turn.role == "gpt" and turn.text.strip()]
-        answers[-1] = f"<think>\n\n</think>\n\n{answers[-1]}"
-        encoded = chat.encode(conversation)
-        assert targets(tokenizer, encoded) == answers
-        for number in range(2, len(conversation.turns), 2):
-            prompt = chat.encode(until(conversation, number), generation=True)
-            text = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-            assert "".join(span.text for span in chat.render(until(conversation, number))) == text
-            assert encoded.ids[: len(prompt.ids)] == prompt.ids
-    reasoned = "<think>\nis it?\n</think>\n\na cat"
-    assert targets(tokenizer, chat.encode(talk("what?", reasoned))) == [f"{reasoned}<|im_end|>"]
-    with pytest.raises(SampleError, match="changes earlier text or an answer"):  # training would drop what the row says
-        chat.encode(talk("what?", reasoned, "and?", "a sofa"))
-    processor = Processor(tokenizer, "jinja", None, 0)
-    said = tokenizer(
-        "<think>\n\n</think>\n\na cat<|im_end|>\nx", add_special_tokens=False, return_tensors="pt"
-    ).input_ids
-    plain = tokenizer("a cat", add_special_tokens=False, return_tensors="pt").input_ids
-    assert processor.answers(said, 0) + processor.answers(plain, 0) == ["a cat", "a cat"]
-
-
-@pytest.mark.parametrize("source", [CHATML, MARKED, QWEN3])
-def test_the_cost_of_rendering_is_linear(source, monkeypatch) -> None:
-    chat, render, count = get_template("jinja", with_template(source)), rendering.render, []
-    monkeypatch.setattr(
-        rendering, "render", lambda messages, *rest: count.append(len(messages)) or render(messages, *rest)
-    )
-    conversation = talk(*(f"text {i}" for i in range(400)))
-    assert len(targets(chat.tokenizer, chat.encode(conversation))) == 200
-    assert sum(count) <= 4 * 400
-
-
-@pytest.mark.parametrize("turns", range(4, 12, 2))
-def test_a_template_that_shows_long_conversations_differently_is_refused(turns) -> None:
-    chat = get_template(
-        "jinja", with_template("{% if messages|length > " + str(turns) + " %}<|im_start|>long{% endif %}" + CHATML)
-    )
-    chat.encode(talk(*["a", "b"] * (turns // 2)))
-    with pytest.raises(SampleError, match="changes earlier text"):
-        chat.encode(talk(*["a", "b"] * (turns // 2 + 1)))
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        pytest.param(None, "no chat template", id="none"),
-        pytest.param(
-            CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}"),
-            "changes earlier text",
-            id="unstable",
-        ),
-        pytest.param(
-            CHATML.replace("assistant\n{% endif", "assistant\n(think){% endif"),
-            "changes earlier text",
-            id="other-prompt",
-        ),
-        pytest.param(
-            MARKED.replace("assistant\n{% endif", "assistant\n(think){% endif"), r"\(think\)", id="marked-prompt"
-        ),
-        pytest.param(CHATML.partition("{% if add_gen")[0], "right after the generation prompt", id="prompt-ignored"),
-        pytest.param("{% for m in messages %}{{ m.content }}{% endfor %}", "end-of-turn", id="no-end"),
-        pytest.param(
-            MARKED.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n"),
-            "marks",
-            id="end-unmarked",
-        ),
-        pytest.param(MARKED.replace("'assistant'", "'model'"), "marks", id="nothing-marked"),
-        pytest.param("{{ raise_exception('only tools') }}", "only tools", id="raises"),
-        pytest.param("{{ messages.__class__.__mro__ }}" + CHATML, "unsafe", id="sandboxed"),
-        pytest.param("{% for", "refuses it", id="syntax"),
-    ],
-)
-def test_unsuitable_jinja_templates_are_refused_at_once(source, message) -> None:
-    with pytest.raises(UserError, match=message):
-        get_template("jinja", with_template(source))
-
-
-def test_a_template_that_asks_for_today_gets_one_day_for_ever() -> None:
-    """Else a run that goes on tomorrow would train on other prompts."""
-    dated = CHATML.replace("{%", "{{ strftime_now('%d %b %Y') }}{%", 1)
-    rendered = get_template("jinja", with_template(dated)).render(talk("a", "b"))
-    assert rendered[0].text.startswith("26 Jul 2024<|im_start|>user\na")
-
-
-def test_a_fingerprint_is_of_all_that_decides_ids() -> None:
-    """The template's text, and the tokenizer beyond its vocabulary."""
-
-    def fingerprint(template: str = CHATML, lower: bool = False) -> str:
-        tokenizer = with_template(template)
-        if lower:
-            tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-        return get_template("jinja", tokenizer).fingerprint()
-
-    assert fingerprint() == fingerprint()
-    other = fingerprint("{# edited #}" + CHATML), fingerprint(lower=True)
-    assert len({fingerprint(), *other, get_template("vicuna_v1", with_template(CHATML)).fingerprint()}) == 4
-
-
-def test_several_templates_none_of_which_is_the_default() -> None:
-    with pytest.raises(UserError, match=r"'tool_use', 'rag'.*none is called 'default'.*model.tokenizer"):
-        get_template("jinja", with_template({"tool_use": CHATML, "rag": CHATML}))
-    assert get_template("jinja", with_template({"rag": INST, "default": CHATML})).source == CHATML
-
-
-def test_jinja_refusals_of_single_samples() -> None:
-    forgets = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('=>')[-1] }}")
-    chat = get_template("jinja", with_template(forgets))
-    chat.encode(talk("a", "b", "c", "so => d"))
-    with pytest.raises(SampleError, match="'k'") as caught:
-        chat.encode(talk("a", "so => b", "c", "d"))
-    assert caught.value.reason == "unstable_template"
-    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
-    with pytest.raises(SampleError, match="no system turn") as caught:
-        get_template("jinja", with_template(no_system)).encode(talk("a", "b", system="c"))
-    assert caught.value.reason == "bad_conversation"
-    loses = CHATML.replace("{{ m.content }}", "{{ m.content.replace('<image>', '') }}")
-    with pytest.raises(SampleError, match="rendered 0") as caught:
-        get_template("jinja", with_template(loses)).encode(talk(f"{IMAGE} a", "b"))
-    assert caught.value.reason == "placeholder_mismatch"
 
 
 # -------------------------------------------------------------------------------------------- text after an image (5)

@@ -2,5 +2,5 @@
 
 LONGEST = [
     f"test_{name}.py"
-    for name in ("distributed_runs", "faults", "presets", "installed", "distributed", "sweep_real", "sweep_stopped", "fuzz_results", "documentation", "estimate", "evaluation", "training", "sources", "fuzz_models")
+    for name in ("distributed_runs", "faults", "faults_data", "presets", "installed", "distributed", "sweep_real", "sweep_stopped", "fuzz_results", "documentation", "estimate_measured", "evaluation", "asking", "training", "sources", "fuzz_models")
 ]  # fmt: skip

@@ -100,10 +100,12 @@ class RunLog(Callback):
     def __init__(self, config: Config) -> None:
         self.config, self.logs = config, Logs(Path(config.out))
         self._bar = progress_bar()
+        self._flops_of, self._peak = (lambda layout: 0.0), 0.0
         self._start_window()
 
     def _start_window(self) -> None:
         self._tokens = self._targets = self._samples = self._crc = 0
+        self._flops = 0.0
         self._waited, self._window_start = 0.0, time.perf_counter()
         self._losses: list[torch.Tensor] = []
 
@@ -121,12 +123,25 @@ class RunLog(Callback):
             write_atomically(Path(self.config.out) / "config.yaml", to_yaml(self.config, comments=True))
             record(Path(self.config.out))
             self.logs.log_hyperparams(asdict(self.config))
+            if (
+                torch.cuda.is_available() and pl_module.device.type == "cuda"
+            ):  # a CPU is shared with the loader, and a share of it says little
+                self._measure_peak(pl_module)
         self.steps = pl_module.config.optim.steps
         self.every = min(self.config.optim.log_every, max(1, self.steps // LINES))
         self._task = self._bar.add_task("step", total=self.steps, completed=trainer.global_step)
         self._logged, self._first = trainer.global_step, True
         self._start_window()
         self._callbacks_start = self._validation_end = self._window_start
+
+    def _measure_peak(self, module: LitEEMLLM) -> None:
+        from ..cost.utilisation import StepFlops, peak_flops
+        from .module import compute_dtype
+
+        config, model = module.config, module.model
+        self._flops_of = StepFlops(config, model).of
+        self._peak = peak_flops(module.device, compute_dtype(config) or model.language_model.dtype)
+        self._print(f"a large matrix product runs at {self._peak / 1e12:,.0f} TFLOP/s here, of which MFU is a share")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: PackedBatch, batch_idx: int) -> None:
         if pl_module.step.ended > self._callbacks_start:  # not in the first batch
@@ -142,6 +157,7 @@ class RunLog(Callback):
         self._tokens += batch.layout.num_tokens
         self._targets += batch.num_targets
         self._samples += len(batch.keys)
+        self._flops += self._flops_of(batch.layout)
         self._crc = zlib.crc32("\n".join(batch.keys).encode(), self._crc)
         step = trainer.global_step
         if step > self._logged + len(self._losses):  # an optimiser step has ended with this batch
@@ -197,6 +213,8 @@ class RunLog(Callback):
             "targets_per_step": world * self._targets / len(self._losses),
             "keys_crc": self._crc,
         }
+        if self._peak:
+            metrics["mfu_percent"] = 100 * self._flops / seconds / self._peak
         skipped = sum(trainer.datamodule.skipped.values()) if trainer.datamodule is not None else 0  # type: ignore[attr-defined]
         metrics["skipped"] = skipped
         for source, (_, samples, tokens) in self._drawn(trainer).items():
@@ -209,6 +227,7 @@ class RunLog(Callback):
                 f"step {step:>6}  loss {metrics['loss']:.4f}  lr {rates}  grad {metrics['grad_norm']:.2f}  "
                 f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_percent']:.0f}%  "
                 f"memory {metrics['memory_gib']:.2f} GiB"
+                + (f"  MFU {metrics['mfu_percent']:.1f}%" if self._peak else "")
                 + (f"  skipped {skipped}" if skipped else "")
                 + (
                     f"  {timedelta(seconds=round((self.steps - step) * metrics['step_seconds']))} left"

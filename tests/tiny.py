@@ -15,11 +15,13 @@ import tokenizers
 import torch
 from hypothesis import strategies as st
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -27,6 +29,7 @@ from transformers import (
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SmolLM3Config,
 )
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
@@ -58,6 +61,13 @@ DECODERS = {
     "mistral": MistralConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, sliding_window=None),
     "qwen2": Qwen2Config(**COMMON, num_attention_heads=4, num_key_value_heads=2),
     "qwen3": Qwen3Config(**COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=12),
+    "olmo2": Olmo2Config(**COMMON, num_attention_heads=4, num_key_value_heads=2),
+    "smollm3": SmolLM3Config(
+        **COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        no_rope_layers=[1, 0, 1, 1, 0, 1, 0, 1],  # 3 of 8 are used
+    ),
 }
 TRANSFORM = ImageTransform(height=16, width=16, patch=4, mean=(0.5,) * 3, std=(0.5,) * 3)
 TRANSFORMS = {
@@ -201,15 +211,27 @@ def prompt(model, documents, seed=3):
     }
 
 
+def norms(layer):
+    """Of a layer of transformers: before attention and after it, before the feed-forward network and after it."""
+    none = torch.nn.Identity()
+    if hasattr(layer, "post_feedforward_layernorm"):  # OLMo 2
+        return none, layer.post_attention_layernorm, none, layer.post_feedforward_layernorm
+    return layer.input_layernorm, none, layer.post_attention_layernorm, none
+
+
 def projections(layer, u_Lh, cos, sin):
     """Of a document that has passed the layer's norm: queries and keys, the same rotated, and values, each [N, L, H]."""
     attn = layer.self_attn
-    q, k, v = (p(u_Lh).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-    if hasattr(attn, "q_norm"):
+    q, k, v = attn.q_proj(u_Lh), attn.k_proj(u_Lh), attn.v_proj(u_Lh)
+    whole = hasattr(attn, "q_norm") and len(attn.q_norm.weight) == q.shape[-1]  # else of each head
+    if whole:
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in (q, k, v))
+    if hasattr(attn, "q_norm") and not whole:
         q, k = attn.q_norm(q), attn.k_norm(k)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
-    turned_q, turned_k = apply_rotary_pos_emb(q, k, cos, sin)
+    turned_q, turned_k = apply_rotary_pos_emb(q, k, cos, sin) if getattr(attn, "use_rope", True) else (q, k)
     k, turned_k, v = (x.repeat_interleave(groups, 1) for x in (k, turned_k, v))
     return [x[0] for x in (q, k, turned_q, turned_k, v)]
 
@@ -227,9 +249,9 @@ def assert_same_picture(found: torch.Tensor, true: torch.Tensor, std: tuple[floa
     assert levels.max() <= 8.001 and levels.mean() <= 0.3, (levels.max(), levels.mean())
 
 
-def write_parts(folder: Path, **sizes: Any) -> None:
-    """A random decoder, of other `sizes` than the common ones, with its tokenizer and a random encoder, as transformers folders
-    `decoder` and `encoder`."""
+def write_parts(folder: Path, family: str = "llama", **sizes: Any) -> None:
+    """A random decoder of a family, of other `sizes` than the common ones, with its tokenizer and a random encoder, as transformers
+    folders `decoder` and `encoder`."""
     torch.manual_seed(0)
     words = [
         "What colour is the big circle left of a square in this picture? It is red, green or blue.",
@@ -246,7 +268,7 @@ def write_parts(folder: Path, **sizes: Any) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder / "decoder")
     own = {**COMMON, "vocab_size": len(tokenizer), "num_attention_heads": 4, "num_key_value_heads": 2, **sizes}
-    text = LlamaConfig(**own)
+    text = CONFIG_MAPPING[family](**own)
     AutoModelForCausalLM.from_config(text).save_pretrained(folder / "decoder")
     vision("siglip").model.save_pretrained(folder / "encoder")
     preprocessor = {

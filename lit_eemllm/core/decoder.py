@@ -2,7 +2,7 @@
 
 `adopt_layers` replaces each Hugging Face layer by a `DecoderLayer` that holds the same submodules under the same
 names: checkpoints of the base model load unchanged, and because the submodules are *called*, adapters, quantised
-linears and hooks keep working. Legend of shapes in `lit_eemllm.layout`.
+linears and hooks keep working. Where a family differs from Llama, `Family` says. Legend of shapes in `lit_eemllm.layout`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..layout import Visibility
-from .families import check_decoder
+from .families import FAMILIES, Family, check_decoder
 from .stream import Stream, Tokens, View
 from .table import ALL, LayerPlan, Top
 
@@ -25,20 +25,18 @@ class DecoderLayer(nn.Module):
     Args:
         layer: the transformers layer whose submodules are taken over.
         index: its number, from 0.
+        family: where its norms stand.
+        rotates: whether it turns queries and keys by their positions.
     """
 
     self_attn: Any
     mlp: Any
-    input_layernorm: Any
-    post_attention_layernorm: Any
 
-    def __init__(self, layer: nn.Module, index: int) -> None:
+    def __init__(self, layer: nn.Module, index: int, family: Family, rotates: bool) -> None:
         super().__init__()
-        self.self_attn = layer.self_attn
-        self.mlp = layer.mlp
-        self.input_layernorm = layer.input_layernorm
-        self.post_attention_layernorm = layer.post_attention_layernorm
-        self.index = index
+        for name, part in layer.named_children():
+            self.add_module(name, part)
+        self.index, self.family, self.rotates = index, family, rotates
         self.row, self.unrotated, self.freeze_prefix = LayerPlan(), False, False
 
     def forward(
@@ -48,11 +46,13 @@ class DecoderLayer(nn.Module):
 
         With u = norm1(x), text T, the visual tokens I that are here and those of them J that text sees::
 
-            H_T = T + attention(u_T W_q, [u_T; u_J] W_k, [u_T; u_J] W_v) W_o         T' = H_T + FFN(norm2(H_T))
-            H_I = I + path W_o                                                       I' = H_I + FFN(norm2(H_I))
+            H_T = T + post1(attention(u_T W_q, [u_T; u_J] W_k, [u_T; u_J] W_v) W_o)  T' = H_T + post2(FFN(norm2(H_T)))
+            H_I = I + post1(path W_o)                                                I' = H_I + post2(FFN(norm2(H_I)))
 
         The path of I is its own attention, over [u_T; u_I] or a window of u_I, or else u_I W_v; of W_v, W_o and FFN it takes
-        those that `LayerPlan.update` names. Weights that text and images share are one product over the rows of both.
+        those that `LayerPlan.update` names. `Norms` that a family lacks are the identity: in Llama post1 and post2, after the
+        blocks; in OLMo 2 norm1 and norm2, before them. Our reading: post1 is of whatever is added to I, also of a path that
+        leaves out W_v or W_o. Weights that text and images share are one product over the rows of both.
 
         Args:
             x_Th: the text.
@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
         runs = not row.idle and stream.keys is None
         here = self._here(stream, kept)
         x_Rh = torch.cat([x_Th, here.of(x_Vh)]) if runs else x_Th
-        u_Rh = self.input_layernorm(x_Rh)
+        u_Rh = self._norm("before_attention", x_Rh)
         whole = stream.view(here, row.tokens) if row.causal and row.seen == row.tokens else None
         if whole is not None:  # all rows query what all rows see: in stream order from here to W_o
             u_Rh = whole.of(u_Rh)
@@ -90,15 +90,12 @@ class DecoderLayer(nn.Module):
             mixed_SNH = stream.attend(self.index, q_RNH, k_RKH, v_RKH, whole, Visibility(True), attn.scaling)
             out_Sh = attn.o_proj(mixed_SNH.flatten(-2))
             out_Rh = out_Sh if whole.order is None else out_Sh.index_select(0, whole.text_first)
+        out_Rh = self._norm("after_attention", out_Rh)
         if self.freeze_prefix:
             out_Rh = torch.cat([out_Rh[:text].masked_fill(stream.prefix_T1, 0.0), out_Rh[text:]])
         if not runs or not row.update:
             return self._feed_forward(x_Th + out_Rh), x_Vh, kept
-        if "output" in row.update:
-            h_Rh = x_Rh + out_Rh
-        else:
-            h_vh = x_Rh[text:] + self._repeated(v_RKH[text:]) if "value" in row.update else x_Rh[text:]
-            h_Rh = torch.cat([x_Th + out_Rh, h_vh])
+        h_Rh = x_Rh + out_Rh if row.moves else torch.cat([x_Th + out_Rh, x_Rh[text:]])
         if "ffn" in row.update:
             x_Rh = self._feed_forward(h_Rh)
             return x_Rh[:text], here.put(x_Vh, x_Rh[text:]), kept
@@ -113,17 +110,18 @@ class DecoderLayer(nn.Module):
         if row.idle:
             return x_Vh, None
         x_vh = here.of(x_Vh)
-        u_vh = self.input_layernorm(x_vh)
+        u_vh = self._norm("before_attention", x_vh)
         q_vNH, k_vKH, v_vKH = (
             self._heads(kind, u_vh) if wanted else u_vh.new_zeros(0, 1, 1)
             for kind, wanted in (("q", row.queries), ("k", row.keys), ("v", row.values))
         )
+        if row.moves:
+            turns = row.queries and self.rotates
+            turned_q, turned_k = (stream.rotated(x, here) if turns else x for x in (q_vNH, k_vKH))
+            path_vw = self._path(turned_q, turned_k, v_vKH, u_vh, stream, here)
+            out_vh = self.self_attn.o_proj(path_vw) if "output" in row.update else path_vw
+            x_vh = x_vh + self._norm("after_attention", out_vh)
         if row.update:
-            turned_q, turned_k = (stream.rotated(x, here) if row.queries else x for x in (q_vNH, k_vKH))
-            if "output" in row.update:
-                x_vh = x_vh + self.self_attn.o_proj(self._path(turned_q, turned_k, v_vKH, u_vh, stream, here))
-            elif "value" in row.update:
-                x_vh = x_vh + self._repeated(v_vKH)
             x_Vh = here.put(x_Vh, self._feed_forward(x_vh) if "ffn" in row.update else x_vh)
         return x_Vh, (k_vKH, v_vKH) if row.keys else None
 
@@ -134,27 +132,33 @@ class DecoderLayer(nn.Module):
             return stream.tokens(tokens)
         return stream.tokens(ALL) if kept is None else kept
 
+    def _norm(self, place: str, x_Rh: Tensor) -> Tensor:
+        """Through the norm that the family has in a place of `Norms`, if any."""
+        name = getattr(self.family.norms, place)
+        return x_Rh if name is None else getattr(self, name)(x_Rh)
+
     def _heads(self, kind: str, u_Rh: Tensor) -> Tensor:
-        """Queries, keys or values (q, k, v) by head, not rotated yet; Qwen3 normalises each head of the first two."""
+        """Queries, keys or values (q, k, v) by head, not rotated yet; the first two are normalised as `Family.qk_norm` says."""
         attn = self.self_attn
-        x_RNH: Tensor = getattr(attn, f"{kind}_proj")(u_Rh).unflatten(-1, (-1, attn.head_dim))
-        norm = getattr(attn, f"{kind}_norm", None)
-        return x_RNH if norm is None else norm(x_RNH)
+        x_Rw: Tensor = getattr(attn, f"{kind}_proj")(u_Rh)
+        norm, heads = getattr(attn, f"{kind}_norm", lambda x: x), (-1, attn.head_dim)
+        if self.family.qk_norm == "width":
+            return torch.unflatten(norm(x_Rw), -1, heads)
+        x_RNH: Tensor = norm(torch.unflatten(x_Rw, -1, heads))
+        return x_RNH
 
     def _given(self, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
         """Keys and values of the visual tokens that are here, made earlier."""
-        assert stream.keys is not None
-        given = stream.keys[self.index]
+        given = None if stream.keys is None else stream.keys[self.index]
         assert given is not None
-        k_vKH, v_vKH = given
-        return (here.of(k_vKH), here.of(v_vKH)) if isinstance(self.row.tokens, Top) else (k_vKH, v_vKH)
+        return (here.of(given[0]), here.of(given[1])) if isinstance(self.row.tokens, Top) else given
 
     def _turn(
         self, q_RNH: Tensor, k_RKH: Tensor, stream: Stream, here: Tokens, whole: View | None
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys as they are scored: rotated, or with both forms in twice the head size, where text scores visual keys
         without rotation on either."""
-        turned_q, turned_k = (stream.rotated(x, here, whole) for x in (q_RNH, k_RKH))
+        turned_q, turned_k = (stream.rotated(x, here, whole) if self.rotates else x for x in (q_RNH, k_RKH))
         if not self.unrotated:
             return turned_q, turned_k
         images_R = torch.arange(len(k_RKH), device=k_RKH.device) >= stream.layout.num_text
@@ -163,12 +167,12 @@ class DecoderLayer(nn.Module):
         return torch.cat([turned_q, q_RNH], -1), torch.where(images_R[:, None, None], *both)
 
     def _feed_forward(self, h_Rh: Tensor) -> Tensor:
-        return h_Rh + self.mlp(self.post_attention_layernorm(h_Rh))
+        return h_Rh + self._norm("after_ffn", self.mlp(self._norm("before_ffn", h_Rh)))
 
     def _attend(
         self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, u_Rh: Tensor | None, stream: Stream, here: Tokens
     ) -> Tensor:
-        """Attention through W_o: of the text, [T, h], or of all rows where W_o updates the images too, [R, h]."""
+        """Attention through W_o: of the text, [T, h], or where their path moves the images too, of all rows, [R, h]."""
         row, attn, text = self.row, self.self_attn, stream.layout.num_text
         if row.causal:
             mixed_RNH = stream.attend_apart(self.index, q_RNH, k_RKH, v_RKH, here, row.seen, attn.scaling)
@@ -177,13 +181,15 @@ class DecoderLayer(nn.Module):
         k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)
         mixed_TNH = stream.attend(self.index, q_RNH[:text], k_SKH, v_SKH, view, Visibility(False), attn.scaling)
         mixed_Tw = mixed_TNH.flatten(-2)
-        if u_Rh is None or "output" not in row.update:
+        if u_Rh is None or not row.moves:
             return attn.o_proj(mixed_Tw)
-        path_vw = self._path(q_RNH[text:], k_RKH[text:], v_RKH[text:], u_Rh[text:], stream, here)
-        return attn.o_proj(torch.cat([mixed_Tw, path_vw.to(mixed_Tw.dtype)]))
+        path_vw = self._path(q_RNH[text:], k_RKH[text:], v_RKH[text:], u_Rh[text:], stream, here).to(mixed_Tw.dtype)
+        if "output" in row.update:
+            return attn.o_proj(torch.cat([mixed_Tw, path_vw]))
+        return torch.cat([attn.o_proj(mixed_Tw), path_vw])
 
     def _path(self, q_vNH: Tensor, k_vKH: Tensor, v_vKH: Tensor, u_vh: Tensor, stream: Stream, here: Tokens) -> Tensor:
-        """Of visual tokens that see no text, what W_o takes: attention over a window of their image, or the aligner's, [v, N x H]."""
+        """Of visual tokens that see no text, what W_o would take: attention over a window of their image, or the aligner's, [v, N x H]."""
         row = self.row
         if row.queries and stream.layout.num_visual:
             view, kind = stream.images(here), Visibility(True, window=int(row.attend))
@@ -199,5 +205,6 @@ class DecoderLayer(nn.Module):
 def adopt_layers(decoder: PreTrainedModel) -> None:
     """Replace the layers of a causal LM by `DecoderLayer`s, in place. Raises ConfigError for an unsupported decoder."""
     check_decoder(decoder.config)
-    layers = enumerate(decoder.model.layers)
-    decoder.model.layers = nn.ModuleList(DecoderLayer(layer, index) for index, layer in layers)
+    family = FAMILIES[decoder.config.model_type]
+    layers = enumerate(zip(decoder.model.layers, family.rotates(decoder.config), strict=True))
+    decoder.model.layers = nn.ModuleList(DecoderLayer(layer, i, family, rotates) for i, (layer, rotates) in layers)

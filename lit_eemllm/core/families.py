@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -10,25 +11,49 @@ from ..errors import ConfigError
 from .table import Table, executed
 
 
+class Norms(NamedTuple):
+    """Names of a layer's norms, before and after its two blocks; None = there is none."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_ffn: str | None = "post_attention_layernorm"
+    after_ffn: str | None = None
+
+
 @dataclass(frozen=True)
 class Family:
-    """Where layers differ from Llama's. Biases, norms of heads and activations need no word: the family's own modules are called.
+    """Where layers differ from Llama's. Biases and activations need no word: the family's own modules are called.
 
     Attributes:
         ffn_matrices: of hidden size x intermediate size in a feed-forward network; 3 is a gated one.
+        norms: of a layer.
+        qk_norm: what norms of queries and keys, if there are any, are over: each head, or the width of all heads.
+        rotary_layers: key of config.json with a flag for each layer, true where it rotates queries and keys; None = all do.
     """
 
     ffn_matrices: int = 3
+    norms: Norms = field(default_factory=Norms)
+    qk_norm: Literal["head", "width"] = "head"
+    rotary_layers: str | None = None
+
+    def rotates(self, config: PretrainedConfig) -> list[bool]:
+        """Whether a layer rotates queries and keys, for each."""
+        flags = getattr(config, self.rotary_layers) if self.rotary_layers else [1] * config.num_hidden_layers
+        return [bool(flag) for flag in flags[: config.num_hidden_layers]]
 
 
-FAMILIES: dict[str, Family] = {name: Family() for name in ("llama", "mistral", "qwen2", "qwen3")}
+FAMILIES: dict[str, Family] = {
+    **{name: Family() for name in ("llama", "mistral", "qwen2", "qwen3")},
+    "olmo2": Family(norms=Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), qk_norm="width"),
+    "smollm3": Family(rotary_layers="no_rope_layers"),  # which says 1 where there is RoPE
+}
 """Decoder families by `model_type`; these are proved equal to transformers' own model in tests/model/test_model.py."""
-
+PROVED = frozenset(FAMILIES)  # the others are compared with it as they are loaded
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the batch
 
 
-def register_family(model_type: str, **differs: int) -> None:
-    """Let decoders of this family be driven. Prove it first: a family that differs otherwise is computed wrongly, without a word.
+def register_family(model_type: str, **differs: Any) -> None:
+    """Let decoders of this family be driven. Prove it first (docs/decoders.md); as one is loaded, a few tokens are compared.
 
     Args:
         model_type: as in its config.json.
@@ -47,6 +72,8 @@ def check_decoder(config: PretrainedConfig) -> None:
     found: list[str] = []
     if config.model_type not in FAMILIES:
         found.append(f"model_type {config.model_type!r} is not one of {tuple(FAMILIES)}")
+    elif (flags := len(FAMILIES[config.model_type].rotates(config))) < config.num_hidden_layers:
+        found.append(f"{flags} of its {config.num_hidden_layers} layers say whether they rotate queries and keys")
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     if windowed or set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         found.append("it uses a sliding window")
@@ -58,7 +85,7 @@ def check_decoder(config: PretrainedConfig) -> None:
     if found:
         raise ConfigError(
             f"model.decoder: this decoder is not supported: {'; '.join(found)}. To add a family whose layers "
-            "differ from Llama's in biases, norms of heads and activations alone: register_family in a file given with --import; "
+            "differ from Llama's in what docs/decoders.md lists: register_family in a file given with --import; "
             "others need their own code in DecoderLayer."
         )
 
@@ -71,6 +98,5 @@ def table_problems(config: PretrainedConfig, table: Table) -> list[tuple[str, st
     half = next((parts for parts in halves if len(parts) == 1), None)
     if half is None or width == hidden:
         return []
-    value, output = "value" in half, "output" in half
-    text = f"value={value} with output={output} needs heads x head size = hidden size, this decoder has {width} and {hidden}"
-    return [("aligner", f"{text}; switch both on or both off")]
+    text = f"value={'value' in half} with output={'output' in half} needs heads x head size = hidden size, this decoder has"
+    return [("aligner", f"{text} {width} and {hidden}; switch both on or both off")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .table import ALL, Select, Top
 if TYPE_CHECKING:
     from ..model.cache import CachedPass, Grid, StreamCache
 
+Made = TypeVar("Made")
 Angles = tuple[Tensor, Tensor]
 """Cos and sin of rotary positions, [rows, 1, H] each."""
 
@@ -101,10 +102,11 @@ class Stream:
     shared: Any = None
     _made: dict[Any, Any] = field(default_factory=dict)
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def _once(self, key: Any, make: Callable[[], Made]) -> Made:
         if key not in self._made:
             self._made[key] = make()
-        return self._made[key]
+        made: Made = self._made[key]
+        return made
 
     @property
     def cache(self) -> StreamCache | None:
@@ -132,18 +134,12 @@ class Stream:
             rows_v = upload(select.flags(lengths).nonzero().flatten(), self.layout.positions.device)
             return Tokens(select, rows_v, [select.count(length) for length in lengths])
 
-        made: Tokens = self._once(("tokens", select), make)
-        return made
+        return self._once(("tokens", select), make)
 
     def angles(self, here: Tokens) -> Angles:
         """Of a layer's rows."""
-
-        def make() -> Angles:
-            rows_R = torch.cat([self.layout.text_index, here.of(self.layout.visual_index)])
-            return self.rotary(self.layout.positions[rows_R])
-
-        made: Angles = self._once(("angles", here.select), make)
-        return made
+        rows, text_T, visual_V = self.layout.positions, self.layout.text_index, self.layout.visual_index
+        return self._once(("angles", here.select), lambda: self.rotary(rows[torch.cat([text_T, here.of(visual_V)])]))
 
     def rotated(self, x_RNH: Tensor, here: Tokens, whole: View | None = None) -> Tensor:
         """Queries or keys of a layer's rows, or of its text alone, turned by their positions; of a view, in its order."""
@@ -173,8 +169,7 @@ class Stream:
             rows_R = torch.cat([torch.arange(text, device=device), text + upload(among, device)])
             return View(str(seen), layout, rows_R[layout.merge_index])
 
-        made: View = self._once(("view", here.select, seen), make)
-        return made
+        return self._once(("view", here.select, seen), make)
 
     def images(self, here: Tokens) -> View:
         """A layer's visual tokens alone, every image a document."""
@@ -183,8 +178,7 @@ class Stream:
             layout, text = self.layout.with_visual(here.rows_v, here.lengths).images_only(), self.layout.num_text
             return View(f"images, {here.select}", layout, text + layout.visual_index, kept=False)
 
-        made: View = self._once(("images", here.select), make)
-        return made
+        return self._once(("images", here.select), make)
 
     def rank(
         self, layer: int, top: Top, before: Tokens, q_TNH: Tensor, k_RKH: Tensor, scale: float
@@ -250,11 +244,10 @@ class Stream:
                 parts = [(view.layout.text_index, q_RNH[:text], grid.mask_BQL & seen_BL[:, None])]
                 if self.layout.num_visual:
                     parts.append((view.layout.visual_index, q_RNH[text:], grid.mask_BQL))
-                mixed = [
-                    grid.unpad(self.backend.attend_cached(grid.pad(q, rows), k_BKLH, v_BKLH, mask, scale), rows)
-                    for rows, q, mask in parts
-                ]
-                return torch.cat(mixed)
+                attend, pad = self.backend.attend_cached, grid.pad
+                return torch.cat(
+                    [grid.unpad(attend(pad(q, rows), k_BKLH, v_BKLH, mask, scale), rows) for rows, q, mask in parts]
+                )
         mixed_TNH = self._packed(q_RNH[:text], less.of(k_RKH), less.of(v_RKH), less, Visibility(False), scale)
         if not self.layout.num_visual:
             return mixed_TNH

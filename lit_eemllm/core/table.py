@@ -10,9 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from math import lcm
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -58,9 +56,7 @@ class Every(Select):
         return -(-visual // self.n)
 
     def flags(self, lengths: Sequence[int]) -> Tensor:
-        return torch.cat(
-            [torch.arange(length) % self.n == 0 for length in lengths] or [torch.zeros(0, dtype=torch.bool)]
-        )
+        return torch.cat([torch.zeros(0, dtype=torch.bool), *(torch.arange(n) % self.n == 0 for n in lengths)])
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,7 @@ class LayerPlan:
         attend: do they query, and what do they see: ``none``; ``causal``, everything before them, as in LLaVA; or a number,
             themselves and so many tokens of their image before them.
         update: weights that update them, of `PARTS`. A row that does not query takes the path of EE-MLLM's aligner: with
-            u = norm1(I) and R repeating the value heads for grouped queries::
+            u = norm1(I) and R repeating the value heads for grouped queries (norms after a block: `DecoderLayer`)::
 
                 value & output  H = I + R(u W_v) W_o        value only  H = I + R(u W_v)
                 output only     H = I + u W_o               neither     H = I
@@ -191,6 +187,11 @@ class LayerPlan:
     @property
     def values(self) -> bool:
         return self.keys or "value" in self.update
+
+    @property
+    def moves(self) -> bool:
+        """Attention, or the path of an aligner, adds to visual rows."""
+        return not self.update.isdisjoint(("value", "output"))
 
     @property
     def idle(self) -> bool:
@@ -248,16 +249,3 @@ def executed(table: Sequence[LayerPlan]) -> Table:
         rows.append(row)
         read = row.source != "own" and (read or not row.blind)
     return tuple(reversed(rows))
-
-
-Row = TypeVar("Row")
-
-
-def ranges(table: Sequence[Row]) -> list[tuple[int, int, Row]]:
-    """First and last layer of each stretch of equal rows, and the row."""
-    found, first = [], 0
-    for row, same in groupby(table):
-        length = len(list(same))
-        found.append((first, first + length - 1, row))
-        first += length
-    return found

@@ -3,8 +3,10 @@ FLOPs of a prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich import box
@@ -12,7 +14,7 @@ from rich.table import Table as Grid
 from torch import Tensor
 
 from ..console import console, quiet_libraries, writing
-from ..core.table import PARTS, LayerPlan, ranges
+from ..core.table import PARTS, LayerPlan
 from ..layout import Run, SequenceLayout, Visibility
 from ..mechanisms import PRESETS, Mechanism, Sizes, configured_mechanism
 from .estimate import prompt_of, si
@@ -93,6 +95,19 @@ def cells(row: LayerPlan) -> dict[str, str]:
     if row.tokens.empty or row.idle:
         return {**columns, "attend": "–", "update": "–", "seen": "–", "source": "–"}
     return {name: "–" if value == "none" else value for name, value in columns.items()}
+
+
+Row = TypeVar("Row")
+
+
+def ranges(table: Sequence[Row]) -> list[tuple[int, int, Row]]:
+    """First and last layer of each stretch of equal rows, and the row."""
+    found, first = [], 0
+    for row, same in groupby(table):
+        length = len(list(same))
+        found.append((first, first + length - 1, row))
+        first += length
+    return found
 
 
 def grid(table: tuple[LayerPlan, ...], flops: list[int], modules: list[bool]) -> Grid:

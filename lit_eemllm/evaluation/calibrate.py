@@ -11,7 +11,8 @@ the supervised positions of a few conversations with images: KL(P || P_-l), as S
 
 Where layers are kept there is ViCA's first criterion beside it, the cosine similarity of text states before and after what the
 layer's attention takes from the visual tokens: the lowest similarities are the key layers. Its exact place in the layer is
-our reading: x and x + W_o sum_j a_j v_j, j over the visual tokens only, a the weights of the joint softmax.
+our reading: x and x + W_o sum_j a_j v_j, j over the visual tokens only, a the weights of the joint softmax. Where the attention's
+norm stands after W_o, it divides both parts by the size of their sum.
 
 The choice is greedy, as in the papers: the layers of the least single impact are converted (or those of the most are kept),
 whatever they do together. So the KL of 1, 2, ... layers together is measured too.
@@ -35,6 +36,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
+from torch.utils.hooks import RemovableHandle
 
 from ..config import strict_yaml
 from ..console import console, progress, quiet_libraries, write_atomically, writing
@@ -231,20 +233,25 @@ def text_to_image_cosine(layer: DecoderLayer, args: tuple[Any, ...]) -> Tensor:
     """
     x_Th, _, stream, _ = args
     attn: Any = layer.self_attn
-    mixed: list[Tensor] = []
     # a layer in which all rows query is in stream order from the norm to W_o
     text_T = stream.layout.text_index if layer.row.causal else torch.arange(len(x_Th), device=x_Th.device)
-    hooks = [
-        attn.v_proj.register_forward_hook(lambda module, inputs, v_Rw: v_Rw.index_fill(0, text_T, 0)),
-        attn.o_proj.register_forward_pre_hook(lambda module, inputs: mixed.append(inputs[0])),
-    ]
-    try:
-        layer.forward(*args)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    mixed_Tw = mixed[0][text_T]
+
+    def mixed(*hooks: RemovableHandle) -> Tensor:
+        """What W_o takes of text under these hooks, [T, w]."""
+        taken: list[Tensor] = []
+        watch = attn.o_proj.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+        try:
+            layer.forward(*args)
+        finally:
+            for hook in (*hooks, watch):
+                hook.remove()
+        return taken[0][text_T]
+
+    mixed_Tw = mixed(attn.v_proj.register_forward_hook(lambda module, inputs, v_Rw: v_Rw.index_fill(0, text_T, 0)))
     part_Th = attn.o_proj(mixed_Tw) - attn.o_proj(torch.zeros_like(mixed_Tw[:1]))  # without a bias
+    if name := layer.family.norms.after_attention:
+        share_T1 = part_Th.norm(dim=-1, keepdim=True) / attn.o_proj(mixed()).norm(dim=-1, keepdim=True)
+        part_Th = getattr(layer, name)(part_Th) * share_T1
     before_Th = x_Th.double()  # most are all but 1
     return cosine_similarity(before_Th, before_Th + part_Th, dim=-1)[~stream.layout.prefix()]
 

@@ -30,6 +30,7 @@ SIZES = {
     "num_hidden_layers": 512, "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**14, "hidden_size": 2**20,
     "intermediate_size": 2**20, "projection_dim": 2**20, "vocab_size": 2**24, "num_channels": 2**8, "image_size": 2**14,
     "patch_size": 2**12, "num_patches": 2**20, "max_position_embeddings": 2**40, "image_seq_length": 2**24,
+    "no_rope_layer_interval": 512,
 }  # fmt: skip
 """Keys of config.json that are numbers from 1 to this: what is made of them is made before weights are read."""
 IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index"}
@@ -37,7 +38,7 @@ CONFIG = {
     *SIZES, *IDS, "model_type", "text_config", "vision_config", "transformers_version", "tokenizer_class",
     "tie_word_embeddings", "use_cache", "hidden_act", "attention_bias", "mlp_bias", "attention_dropout", "rms_norm_eps",
     "layer_norm_eps", "initializer_range", "initializer_factor", "rope_theta", "rope_parameters", "rope_scaling",
-    "partial_rotary_factor", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "partial_rotary_factor", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers",
     "vision_use_head", "projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer",
     "vision_feature_select_strategy", "image_grid_pinpoints", "vision", "mechanism",
 }  # fmt: skip

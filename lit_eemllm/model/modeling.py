@@ -27,7 +27,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..attention import AttentionBackend, Choice, resolve_backend
 from ..compat.torch import changes
 from ..compat.transformers import CACHE, Generating
-from ..core.decoder import adopt_layers
 from ..core.families import check_decoder, table_problems
 from ..core.stream import Stream, Tokens, VisualKeys
 from ..core.table import Table, Top, executed
@@ -38,7 +37,7 @@ from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
 from .configuration import EEMLLMConfig, load_decoder_config
 from .folders import HUB, MODEL_FILES, opened
 from .image_cache import ImageCache
-from .pretrained import load_weighted, take_over
+from .pretrained import adopt, load_weighted, rotary, take_over
 from .vision import VisionEncoder, get_vision_encoder
 
 
@@ -67,7 +66,7 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         self.language_model = decoder or AutoModelForCausalLM.from_config(config.text_config)
         self.mechanism = Mechanism.from_dict(config.mechanism)
         self._refuse(self._problems(self.mechanism))
-        adopt_layers(self.language_model)
+        adopt(self.language_model)
         self._connect()
         self._take(self.mechanism)
         self._backend: AttentionBackend | None = None
@@ -275,11 +274,7 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         return self._run_layers(x_Th, *self.mechanism.enter(self.projector, features, x_Th, stream))
 
     def _stream(self, x_Th: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> Stream:
-        def rotary(positions_R: Tensor) -> tuple[Tensor, Tensor]:
-            cos_1RH, sin_1RH = self.language_model.model.rotary_emb(x_Th, positions_R[None])
-            return cos_1RH[0, :, None], sin_1RH[0, :, None]
-
-        return Stream(layout, rotary, self.backend, cached=cached)
+        return Stream(layout, rotary(self.language_model, x_Th), self.backend, cached=cached)
 
     def _run_layers(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> Tensor:
         decoder, blocks = self.language_model.model, self.blocks

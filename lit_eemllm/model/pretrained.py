@@ -1,17 +1,22 @@
-"""Loading pretrained parts with transformers: nothing in a folder is executed, nothing is silently random."""
+"""Loading pretrained parts with transformers: nothing in a folder is executed, nothing is silently random, or computed otherwise."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
+from ..attention.reference import Reference
+from ..core.decoder import adopt_layers
+from ..core.families import PROVED
+from ..core.stream import Angles, Stream
 from ..errors import CheckpointError, ConfigError
+from ..layout import Run, SequenceLayout
 from .folders import MODEL_FILES, TOKENIZER_FILES, opened, stored
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -107,6 +112,47 @@ def load_weighted(kind: Any, path: str, key: str, **options: Any) -> Any:
             "they would be random. Copy the folder again."
         )
     return model
+
+
+def adopt(decoder: PreTrainedModel) -> None:
+    """`adopt_layers`. Of a family of a user's own, a few tokens must come out as from transformers, where there are weights.
+
+    Raises:
+        ConfigError: the decoder is not supported, or its family is registered wrongly.
+    """
+    kind, device, training = decoder.config.model_type, decoder.device, decoder.training
+    if kind in PROVED or device.type == "meta":
+        return adopt_layers(decoder)
+    ids_T = torch.linspace(0, decoder.config.vocab_size - 1, 16).long().to(device)
+    stream = Stream(
+        SequenceLayout.of([[Run(False, 16)]]).to(device), rotary(decoder, torch.ones(1, device=device)), Reference()
+    )
+    wrong = f"model.decoder: family {kind!r} differs otherwise than register_family was told"
+    with torch.no_grad():
+        true_Tv = decoder.eval()(ids_T[None], use_cache=False).logits[0]
+    try:
+        with torch.no_grad():
+            adopt_layers(decoder)
+            x_Th = decoder.model.embed_tokens(ids_T)
+            for layer in decoder.model.layers:
+                x_Th, _, _ = layer(x_Th, x_Th[:0], stream)
+            found_Tv = decoder.train(training).lm_head(decoder.model.norm(x_Th))
+    except (AttributeError, RuntimeError) as error:  # a part that it lacks, or of another shape
+        raise ConfigError(f"{wrong}: {error}; see docs/decoders.md") from error
+    apart = ((found_Tv - true_Tv).norm() / true_Tv.norm()).item()
+    exact = decoder.dtype == torch.float32 and not getattr(decoder, "is_quantized", False)  # else in 16 bits
+    if not apart <= (1e-3 if exact else 0.05):
+        raise ConfigError(f"{wrong}: logits of text are {apart:.2%} off transformers' own; see docs/decoders.md")
+
+
+def rotary(decoder: PreTrainedModel, x_Th: Tensor) -> Callable[[Tensor], Angles]:
+    """Positions to angles of rotary embedding, in the type of these rows."""
+
+    def angles(positions_R: Tensor) -> Angles:
+        cos_1RH, sin_1RH = decoder.model.rotary_emb(x_Th, positions_R[None])
+        return cos_1RH[0, :, None], sin_1RH[0, :, None]
+
+    return angles
 
 
 def quantized(how: str, compute: torch.dtype) -> Any:

@@ -7,16 +7,19 @@ import pytest
 import tiny
 from lib.decoders import check_decoder_equals_transformers
 from lib.mechanisms import PACK, check_flops_and_cache, check_generation
-from transformers import ArceeConfig, PreTrainedConfig
+from transformers import ArceeConfig, GraniteConfig, PreTrainedConfig
 
-from lit_eemllm.core.families import FAMILIES, check_decoder, register_family
+from lit_eemllm.core.families import FAMILIES, Norms, check_decoder, register_family
 from lit_eemllm.errors import ConfigError
+from lit_eemllm.model import pretrained
 from lit_eemllm.model.folders import CONFIG
 from lit_eemllm.plugins import import_user_code
 
 ROOT = Path(__file__).parents[2]
+AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 EXAMPLES = {
-    "arcee": ("docs/my_decoder.py", ArceeConfig(**tiny.COMMON, num_attention_heads=4, num_key_value_heads=2)),
+    "arcee": ("docs/my_decoder.py", ArceeConfig(**tiny.COMMON, **HEADS)),
 }
 """Family -> the file that registers it, and a config of a few narrow layers that has all kinds of layers that the family has."""
 
@@ -57,3 +60,28 @@ def test_it_is_known_only_once_imported_and_registered_once():
         with pytest.raises(ValueError, match=r"'arcee' is registered already; registered: llama, mistral, .*, arcee"):
             register_family("arcee")
     assert "arcee" not in FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "message"),
+    [
+        ("olmo2", {"norms": AFTER, "qk_norm": "width"}, None),
+        ("olmo2", {"qk_norm": "width"}, "no attribute 'input_layernorm'"),
+        ("olmo2", {"norms": AFTER}, "must match the size"),
+        ("olmo2", {"norms": Norms(AFTER[1], None, AFTER[3], None), "qk_norm": "width"}, r"logits of text are \d+\.\d+% off"),
+        ("smollm3", {"rotary_layers": "no_rope_layers"}, None),
+        ("smollm3", {}, r"logits of text are \d+\.\d+% off transformers' own; see docs/decoders\.md"),
+        ("granite", {}, r"logits of text are \d+\.\d+% off"),  # a factor on its residuals
+    ],
+)  # fmt: skip
+def test_one_that_differs_otherwise_is_refused_as_its_decoder_is_loaded(kind, told, message, monkeypatch):
+    monkeypatch.setattr(pretrained, "PROVED", frozenset())
+    monkeypatch.setitem(tiny.DECODERS, "granite", GraniteConfig(**tiny.COMMON, **HEADS, residual_multiplier=0.9))
+    with tiny.forgotten_imports():
+        FAMILIES.pop(kind, None)
+        register_family(kind, **told)
+        if message is None:
+            check_decoder_equals_transformers(tiny.model(kind, "ee_mllm"), PACK, diagonal=True)
+            return
+        with pytest.raises(ConfigError, match=f"^model.decoder: family '{kind}' differs otherwise .*: .*{message}"):
+            tiny.model(kind, "ee_mllm")

@@ -47,7 +47,7 @@ def test_flops_and_cache_of_any_table(mechanism):
     check_flops_and_cache(tiny.model("llama", mechanism))
 
 
-@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "olmo2", "smollm3"])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_flops_and_cache_of_a_real_prompt(name, decoder):
     check_flops_and_cache(tiny.model(decoder, MECHANISMS[name]))
@@ -122,16 +122,21 @@ def built(config, parts: Parts, mechanism: Mechanism) -> EEMLLM:
     return model
 
 
-STEPS = [(name, "projector") for name in MECHANISMS]
-STEPS += [(name, "everything") for name in ("llava", "ee_mllm", "shortv", "saisa", "flamingo")]
-STEPS += [(name, words) for name in ("llava", "vica", "flamingo") for words in ("decoder", "decoder alone", "lora")]
+STEPS = [(name, "projector", "llama-gqa") for name in MECHANISMS]
+STEPS += [(name, "everything", "llama-gqa") for name in ("llava", "ee_mllm", "shortv", "saisa", "flamingo")]
+STEPS += [
+    (name, words, "llama-gqa")
+    for name in ("llava", "vica", "flamingo")
+    for words in ("decoder", "decoder alone", "lora")
+]
+STEPS += [(name, "decoder", decoder) for name in ("llava", "ee_mllm") for decoder in ("olmo2", "smollm3")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "words"), STEPS)
-def test_parameters_and_flops_of_a_real_training_step(name, words):
+@pytest.mark.parametrize(("name", "words", "decoder"), STEPS)
+def test_parameters_and_flops_of_a_real_training_step(name, words, decoder):
     mechanism, config = MECHANISMS[name], configured(*WORDS[words])
-    parts = Parts(tiny.DECODERS["llama-gqa"], "transformers", tiny.vision().to_config())
+    parts = Parts(tiny.DECODERS[decoder], "transformers", tiny.vision().to_config())
     step = trace(config, parts, mechanism, Document(TEXT, VISUAL, TEXT - 1))
     model = built(config, parts, mechanism)
     model.set_attention("reference")

@@ -46,7 +46,8 @@ def plain(model, batch, kinds, blind=(), window=0):
         i, j = torch.arange(L)[:, None], torch.arange(L)[None]
         for number, (layer, kind) in enumerate(zip(decoder.layers, kinds, strict=True)):
             attn = layer.self_attn
-            u = layer.input_layernorm(x)
+            norm1, post1, norm2, post2 = tiny.norms(layer)
+            u = norm1(x)
             _, _, q, k, v = tiny.projections(layer, u, cos, sin)
             sees = i >= j
             if number in blind:
@@ -55,12 +56,17 @@ def plain(model, batch, kinds, blind=(), window=0):
                 near = (i >= j) & (i - j <= window) & (image[:, None] == image[None])
                 sees = torch.where(visual[:, None], near, sees)
             weights = torch.softmax((q @ k.mT * attn.scaling).masked_fill(~sees, -torch.inf), -1)
-            H = x + attn.o_proj((weights @ v).transpose(0, 1).flatten(1))
+            out = attn.o_proj((weights @ v).transpose(0, 1).flatten(1))
+            H = x + post1(out)
             part = (weights[:, :, visual] @ v[:, visual]).transpose(0, 1).flatten(1) @ attn.o_proj.weight.T
+            if isinstance(
+                norm1, torch.nn.Identity
+            ):  # RMSNorm: its weight, over the root mean square of all that is added
+                part = part * post1.weight / (out.square().mean(-1, keepdim=True) + post1.variance_epsilon).sqrt()
             behind = ~visual & (visual.cumsum(0) > 0)
             a, b = x[behind], (x + part)[behind]
             cosines[number].append((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)))
-            new = H + layer.mlp(layer.post_attention_layernorm(H))
+            new = H + post2(layer.mlp(norm2(H)))
             x = torch.where(visual[:, None], x, new) if kind == "frozen" else new
         states.append(x[~visual])
     logits = model.language_model.lm_head(decoder.norm(torch.cat(states)))[batch.target_rows]
@@ -91,7 +97,7 @@ def close(found, true):
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "biased"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "biased", "olmo2", "smollm3"])
 @pytest.mark.parametrize("target", TARGETS)
 @torch.no_grad()
 def test_numbers_equal_a_plain_computation(target, decoder, backend, monkeypatch):

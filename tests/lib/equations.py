@@ -9,6 +9,7 @@ import torch
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism
 from lit_eemllm.mechanisms.flamingo import Gated
 
+FAMILIES = ["llama-gqa", "olmo2", "smollm3"]  # of each way in which layers differ
 SMALL = Gated(every=2, latents=3, heads=2, head_size=8, depth=2)
 MECHANISMS = {
     **{name: name if name in tiny.DEEPER else preset.stretched(3) for name, preset in PRESETS.items() if name != "flamingo"},
@@ -130,6 +131,7 @@ def plain(model, batch, prompt=None):
         gone = torch.zeros(L, dtype=torch.bool)
         for number, layer in enumerate(decoder.layers):
             columns = overridden(m, number)
+            norm1, post1, norm2, post2 = tiny.norms(layer)
             attn, dense = layer.self_attn, columns.get("attend", "causal" if m.is_dense(number) else "none") == "causal"
             window = columns["attend"] if isinstance(columns.get("attend"), int) else m.visual_window
             here = chosen(columns.get("tokens", "all"), document)
@@ -142,7 +144,7 @@ def plain(model, batch, prompt=None):
                 x = plain_gated(model.gated[str(number)], x, document, media, gated.immediate)
             if m.visual_source == "layerwise":
                 x = x.masked_scatter(is_visual[:, None], model.projector(Z, number))
-            u = layer.input_layernorm(x)
+            u = norm1(x)
             q, k, qr, kr, v = tiny.projections(layer, u, cos, sin)
             scores = qr @ kr.mT
             if m.visual_positions == "unrotated":
@@ -168,22 +170,22 @@ def plain(model, batch, prompt=None):
             sees = sees & ~(gone[None] & ~is_visual[:, None])
             weights = torch.softmax((scores * attn.scaling).masked_fill(~sees, -torch.inf), -1)
             mixed = (weights @ v).transpose(0, 1).flatten(1)
-            H = x + attn.o_proj(mixed)
+            H = x + post1(attn.o_proj(mixed))
             if m.freeze_prefix and any(visual):
                 prefix = torch.arange(L) < visual.index(True)
                 H = torch.where(prefix[:, None], x, H)
-            new = H + layer.mlp(layer.post_attention_layernorm(H))
+            new = H + post2(layer.mlp(norm2(H)))
             if not dense or "ffn" not in parts:
                 if "value" in parts and "output" in parts:
                     aligned = H  # a row that sees itself only, or its window
                 elif "value" in parts:
-                    aligned = x + v.transpose(0, 1).flatten(1)
+                    aligned = x + post1(v.transpose(0, 1).flatten(1))
                 elif "output" in parts:
-                    aligned = x + attn.o_proj(u)
+                    aligned = x + post1(attn.o_proj(u))
                 else:
                     aligned = x
                 if "ffn" in parts:
-                    aligned = aligned + layer.mlp(layer.post_attention_layernorm(aligned))
+                    aligned = aligned + post2(layer.mlp(norm2(aligned)))
                 new = torch.where(is_visual[:, None], aligned, new)
             new = torch.where((is_visual & ~here)[:, None], x, new)
             x = new

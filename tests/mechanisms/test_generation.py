@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from lib.equations import MECHANISMS, plain
+from lib.equations import FAMILIES, MECHANISMS, plain
 from lib.mechanisms import BOUND, PACK, check_generation, check_later_turns
 
 from lit_eemllm.compat.transformers import CACHE
@@ -15,10 +15,11 @@ from lit_eemllm.model.cache import StreamCache, continue_positions
 from lit_eemllm.model.image_cache import ImageCache
 
 
+@pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("name", [name for name in MECHANISMS if "flamingo" not in name and "prefix" not in name])
-def test_an_image_in_a_later_turn_is_as_in_one_prompt(name):
+def test_an_image_in_a_later_turn_is_as_in_one_prompt(name, decoder):
     """Not so a frozen prefix, which looks ahead to the first image."""
-    check_later_turns(tiny.model("llama-gqa", MECHANISMS[name]))
+    check_later_turns(tiny.model(decoder, MECHANISMS[name]))
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
@@ -53,10 +54,11 @@ def test_layers_cache_only_what_text_sees():
 INDEPENDENT = [n for n, m in MECHANISMS.items() if type(m) is Mechanism and m.dense_layers == "none"]
 
 
+@pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("name", INDEPENDENT)
-def test_cached_images_equal_recomputed_ones_anywhere(name, monkeypatch):
+def test_cached_images_equal_recomputed_ones_anywhere(name, monkeypatch, decoder):
     """Other prompts, other positions, other images beside, a later turn: each image passes the encoder once."""
-    model = tiny.model("llama-gqa", MECHANISMS[name])
+    model = tiny.model(decoder, MECHANISMS[name])
     prompts = [[[3, 0, 4], [2, 0, 1, 0, 3]], [[9, 0, 2]], [[1, 0, 0, 5], [6]]]
     inputs = [tiny.prompt(model, documents, seed) for seed, documents in enumerate(prompts)]
     pixels = inputs[0]["pixel_values"]
@@ -202,11 +204,12 @@ DROPPING = {
 }
 
 
+@pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("images_cached", [False, True], ids=["", "image cache"])
 @pytest.mark.parametrize("name", DROPPING)
-def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cached):
+def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cached, decoder):
     """Prefill and later steps against the plain implementation, in which dropped columns are masked."""
-    model = tiny.model("llama-gqa", DROPPING[name])
+    model = tiny.model(decoder, DROPPING[name])
     documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3]]
     inputs = tiny.prompt(model, documents)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lib.backends import TRAINABLE
-from lib.equations import MECHANISMS, plain
+from lib.equations import FAMILIES, MECHANISMS, plain
 from lib.mechanisms import (
     BOUND,
     PACK,
@@ -29,7 +29,7 @@ from lit_eemllm.model.image_cache import ImageCache
 
 @pytest.mark.parametrize(("decoder", "backend"), [
     ("llama-gqa", "reference"), ("llama-gqa", "sdpa"), ("llama-gqa", "flash_attn_2"), ("llama-gqa", "xformers"),
-    ("qwen3", "sdpa"), ("qwen3", "torch_2_13"),
+    ("qwen3", "sdpa"), ("qwen3", "torch_2_13"), ("olmo2", "sdpa"), ("smollm3", "sdpa"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
@@ -56,8 +56,10 @@ def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
     assert not torch.allclose(found, without, rtol=1e-3)  # the images matter
 
 
-@given(tiny.tables(), st.sampled_from(["llama-gqa", "llama"]), st.sampled_from(["reference", "sdpa"]))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    tiny.tables(), st.sampled_from(["llama-gqa", "llama", "olmo2", "smollm3"]), st.sampled_from(["reference", "sdpa"])
+)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_any_table_equals_its_equations(mechanism, decoder, backend):
     """In a pack, with gradients; from a cache, with an image in a later turn; what is equal to a plain dense computation. By images
     whose keys are already made, where those depend on no text."""
@@ -88,10 +90,11 @@ def test_without_image_every_mechanism_is_the_base_model(name):
     assert tiny.max_error(text_logits(model, batch), text_logits(base, batch)) <= BOUND
 
 
+@pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("pack", [PACK, [[5], [9]]], ids=["images", "text only"])
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_every_trainable_tensor_has_a_gradient(name, pack):
-    check_gradients(tiny.model("llama-gqa", MECHANISMS[name]), pack)
+def test_every_trainable_tensor_has_a_gradient(name, pack, decoder):
+    check_gradients(tiny.model(decoder, MECHANISMS[name]), pack)
 
 
 def test_in_one_layer_the_text_output_of_related_mechanisms_is_the_same():
@@ -151,14 +154,16 @@ def test_vica_keeps_the_position_gap():
     assert tiny.max_error(gap, closed) > 1e-3
 
 
+@pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_packing_leaks_nothing(name):
-    check_packing(tiny.model("llama-gqa", MECHANISMS[name]))
+def test_packing_leaks_nothing(name, decoder):
+    check_packing(tiny.model(decoder, MECHANISMS[name]))
 
 
+@pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_decoder_frozen_in_bfloat16_trains_and_generates_without_autocast(name):
-    check_frozen_in_16_bits(tiny.model("llama-gqa", MECHANISMS[name]))
+def test_a_decoder_frozen_in_bfloat16_trains_and_generates_without_autocast(name, decoder):
+    check_frozen_in_16_bits(tiny.model(decoder, MECHANISMS[name]))
 
 
 def test_contradictions_are_named_together():

@@ -24,6 +24,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
+    SmolLM3Config,
 )
 
 from lit_eemllm.attention import resolve_backend
@@ -36,6 +37,7 @@ from lit_eemllm.model import EEMLLM, register_vision_encoder
 from lit_eemllm.model.vision import TransformersVision
 
 PACK = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 6]]  # text-image-text, text only, two images, image first
+FAMILIES = ["llama-gqa", "olmo2", "smollm3"]  # of each way in which layers differ
 ALIGNERS = [Aligner(*switches) for switches in itertools.product([False, True], repeat=3)]
 
 
@@ -70,7 +72,7 @@ def llava_twin(model, implementation="eager"):
     return twin, rename
 
 
-@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "qwen3"])
+@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "qwen3", "olmo2", "smollm3"])
 def test_llava_equals_transformers_llava(decoder):
     model, batch = tiny.model(decoder, "llava"), tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3]])
     batch.input_ids.clamp_(max=tiny.VOCAB - 2)  # the twin's image token is the last of its vocabulary
@@ -97,7 +99,7 @@ def test_llava_equals_transformers_llava(decoder):
 
 
 @pytest.mark.parametrize("aligner", ALIGNERS, ids=str)
-@pytest.mark.parametrize("decoder", ["llama", "llama-gqa"])
+@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "olmo2", "smollm3"])
 def test_aligner_combinations_follow_their_formula(decoder, aligner):
     """One layer's visual states from the formula of `Aligner`, written out with transformers' submodules."""
     model, batch = tiny.model(decoder, Mechanism(aligner=aligner)), tiny.pack(PACK)
@@ -109,15 +111,16 @@ def test_aligner_combinations_follow_their_formula(decoder, aligner):
         assert outputs[0] is inputs[0]
         return
     visual = inputs[0]
-    u = layer.input_layernorm(visual)
+    norm1, post1, norm2, post2 = tiny.norms(layer)
+    u = norm1(visual)
     heads = model.config.text_config.num_attention_heads
     path = u
     if aligner.value:
         values = layer.self_attn.v_proj(u).view(len(u), -1, layer.self_attn.head_dim)
         path = torch.stack([values[:, n // (heads // values.shape[1])] for n in range(heads)], 1).flatten(1)
     path = layer.self_attn.o_proj(path) if aligner.output else path
-    h = visual + path if aligner.value or aligner.output else visual
-    expected = h + layer.mlp(layer.post_attention_layernorm(h)) if aligner.ffn else h
+    h = visual + post1(path) if aligner.value or aligner.output else visual
+    expected = h + post2(layer.mlp(norm2(h))) if aligner.ffn else h
     assert tiny.max_error(outputs[0], expected) <= BOUND
     assert all(p.grad is not None for n, p in model.named_parameters() if "projector" in n or "language_model" in n)
 
@@ -141,18 +144,24 @@ def test_mixed_dense_layers_and_switching_touch_no_weight():
         tiny.model("llama", Mechanism(dense_layers=(7,)))
 
 
+@pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_without_image_every_mechanism_is_the_base_model(preset):
-    model, batch = tiny.model("llama-gqa", preset), tiny.pack([[5], [9]])
+def test_without_image_every_mechanism_is_the_base_model(preset, decoder):
+    """Also token for token."""
+    model, batch = tiny.model(decoder, preset), tiny.pack([[5], [9]])
     twin = hf_decoder(model)
     true = [twin(batch.input_ids[None, rows]).logits[0] for rows, _ in split_documents(batch)]
     assert tiny.max_error(text_logits(model, batch), torch.cat(true)) <= BOUND
+    inputs = tiny.prompt(model, [[5], [9]])
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert model.generate(**inputs, **options).equal(twin.generate(**inputs, **options))
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_packing_leaks_nothing(preset, backend):
-    model, batch = tiny.model("llama-gqa", preset), tiny.pack(PACK)
+def test_packing_leaks_nothing(preset, decoder, backend):
+    model, batch = tiny.model(decoder, preset), tiny.pack(PACK)
     model.set_attention(backend)
     n = len([r for r in batch.layout.text_index.tolist() if r < 3 + tiny.TOKENS + 4])
     logits = text_logits(model, batch)
@@ -189,16 +198,18 @@ def test_packed_equals_one_document_at_a_time():
     torch.testing.assert_close(joint, total, rtol=BOUND, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize(
+    ("decoder", "backend"), [*((decoder, "sdpa") for decoder in FAMILIES), ("llama-gqa", "reference")]
+)
 @pytest.mark.parametrize(
     "mechanism",
     [*(name for name in PRESETS if name != "flamingo"), Mechanism(dense_layers=(1,), aligner=Aligner(ffn=False)),
      Mechanism(visual_positions="shared"), Mechanism(visual_positions="unrotated"), Mechanism(visual_window=3),
      Mechanism(dense_layers=(0,), cross_layers=(0, 2))], ids=str,
 )  # fmt: skip
-def test_cached_steps_equal_one_pass(mechanism, backend):
+def test_cached_steps_equal_one_pass(mechanism, decoder, backend):
     """Prefill + single tokens + a chunk with a new image give the logits of one pass without cache."""
-    model = tiny.model("llama-gqa", mechanism)
+    model = tiny.model(decoder, mechanism)
     model.set_attention(backend)
     inputs = tiny.prompt(model, [[3, 0, 6, 0, 3], [0, 9, 0, 2], [1, 0, 8, 0, 3]])
     whole = model(**inputs).logits
@@ -216,17 +227,18 @@ def test_cached_steps_equal_one_pass(mechanism, backend):
     assert tiny.max_error(found, whole[mask.bool()][:, : tiny.VOCAB]) <= BOUND
 
 
+@pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_greedy_generation_alone_equals_in_a_batch_and_without_cache(preset):
-    model = tiny.model("llama-gqa", preset)
+def test_greedy_generation_alone_equals_in_a_batch_and_without_cache(preset, decoder):
+    model = tiny.model(decoder, preset)
     documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 2]]
     options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
-    batch = model.generate(**tiny.prompt(model, documents), **options)[:, -12:]
+    batch = model.generate(**tiny.prompt(model, documents, seed=4), **options)[:, -12:]
     assert len({tuple(row.tolist()) for row in batch}) == len(documents)  # the prompts matter
     for i, document in enumerate(documents):
-        alone = model.generate(**tiny.prompt(model, [document], seed=3 + i), **options)[:, -12:]
+        alone = model.generate(**tiny.prompt(model, [document], seed=4 + i), **options)[:, -12:]
         assert alone.equal(batch[i : i + 1])
-    uncached = model.generate(**tiny.prompt(model, documents), **options, use_cache=False)[:, -12:]
+    uncached = model.generate(**tiny.prompt(model, documents, seed=4), **options, use_cache=False)[:, -12:]
     assert uncached.equal(batch)
 
 
@@ -314,10 +326,11 @@ def test_joins_ordinary_checkpoints_unchanged(tmp_path):
     assert text_logits(again.eval(), batch).equal(text_logits(model.eval(), batch))
 
 
+@pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_adapters_of_peft_act_and_merge(preset):
+def test_adapters_of_peft_act_and_merge(preset, decoder):
     """Submodules are called, so peft's LoRA works in the aligner too, and merging it changes nothing."""
-    model, batch = tiny.model("llama-gqa", preset), tiny.pack(PACK)
+    model, batch = tiny.model(decoder, preset), tiny.pack(PACK)
     before = text_logits(model, batch)
     config = LoraConfig(r=4, target_modules=["v_proj", "o_proj", "gate_proj"], init_lora_weights=False)
     adapted = get_peft_model(model.language_model, config)
@@ -383,6 +396,10 @@ def test_unsupported_decoders_are_refused_with_what_to_do():
             "rope type 'dynamic'",
         ),
         (LlamaConfig(**common, attention_dropout=0.1), "attention_dropout is 0.1"),
+        (
+            SmolLM3Config(**common, no_rope_layers=[1, 0], layer_types=["full_attention"] * 3),
+            "2 of its 3 layers say whether they rotate",
+        ),
     ]:
         with pytest.raises(ConfigError, match=f"{reason}.*To add a family"):
             check_decoder(config)

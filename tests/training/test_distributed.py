@@ -44,12 +44,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "projector": ("llava", ("optim.tuning.llm=frozen",)),
     "many sizes": ("ee_mllm", ("optim.tuning.vision=full", "optim.vision_layer_decay=0.5")),
     "tiles": ("saisa", ("optim.tuning.vision=lora", *LORA[1:])),
+    "olmo2": ("ee_mllm", ()),
+    "smollm3": ("ee_mllm", ()),
 }
 ENCODERS = {"many sizes": "siglip2", "tiles": "anyres"}
 SIZES = [(40, 20), (9, 30), (5, 5), (64, 17)]
 # Each has a part or a batch that is shared out as no other is; naavit, vica and llava have what ee_mllm has.
-SHARED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "many sizes", "tiles")
-MIXED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "lora")
+SHARED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "many sizes", "tiles", "olmo2", "smollm3")
+MIXED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "lora", "smollm3")
 # Packs of every step, [micro-batch][rank], as documents of run lengths (0 an image). They are uneven, ranks lack images in
 # turn, and once all do.
 STEPS: list[list[list[list[list[int]]]]] = [
@@ -116,7 +118,8 @@ def train(
     preset, more = CASES[case]
     if mixed:
         more = (*more, "trainer.precision=bf16-mixed", "model.dtype=bfloat16")
-    model = tiny.model(mechanism=preset, encoder=ENCODERS.get(case, "clip"))
+    decoder = case if case in tiny.DECODERS else "llama-gqa"
+    model = tiny.model(decoder, preset, encoder=ENCODERS.get(case, "clip"))
     steps = [[[packed(model, docs, 7 * s + 3 * m + r) for r, docs in enumerate(ranks)] for m, ranks in enumerate(micros)]
              for s, micros in enumerate(STEPS)]  # fmt: skip
     packs = [pack for step in steps for ranks in step for r, pack in enumerate(ranks) if rank in (None, r)]

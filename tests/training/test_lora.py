@@ -36,11 +36,23 @@ LORA = ["optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=8", "optim.
 
 
 @pytest.fixture(
-    scope="module", params=[[], ["optim.lora.rslora=true"], ["optim.lora.dora=true"]], ids=["lora", "rslora", "dora"]
+    scope="module",
+    params=[
+        ("llama", []),
+        ("llama", ["optim.lora.rslora=true"]),
+        ("llama", ["optim.lora.dora=true"]),
+        ("olmo2", []),
+        ("smollm3", []),
+    ],
+    ids=["lora", "rslora", "dora", "olmo2", "smollm3"],
 )
 def run(request, tmp_path_factory, parts, shapes):
     """A run of four steps."""
-    config = tiny.config(parts, shapes, tmp_path_factory.mktemp("run") / "a", *LORA, *request.param)
+    family, options = request.param
+    if family != "llama":
+        parts = tmp_path_factory.mktemp("parts")
+        tiny.write_parts(parts, family, **({"no_rope_layers": [1, 0, 1]} if family == "smollm3" else {}))
+    config = tiny.config(parts, shapes, tmp_path_factory.mktemp("run") / "a", *LORA, *options)
     fit(config)
     return config
 
@@ -61,9 +73,10 @@ def test_defaults_are_llavas():
         add_adapters(tiny.model().language_model, LoraConfig(targets=["c_attn", "q_proj"]), "llm")
 
 
+@pytest.mark.parametrize("decoder", ["llama-gqa", "olmo2", "smollm3"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_adapters_begin_as_nothing_act_in_every_mechanism_and_merge(preset):
-    model = tiny.model("llama-gqa", preset)
+def test_adapters_begin_as_nothing_act_in_every_mechanism_and_merge(preset, decoder):
+    model = tiny.model(decoder, preset)
     before = packed_logits(model)
     for name in ("language_model", "projector", "vision"):
         add_adapters(getattr(model, name), LoraConfig(r=4, alpha=8), name)
@@ -78,7 +91,7 @@ def test_adapters_begin_as_nothing_act_in_every_mechanism_and_merge(preset):
     assert tiny.max_error(packed_logits(model), acting) <= 1e-5
 
 
-def test_a_checkpoint_holds_adapters_and_projector_and_resumes_exactly(tmp_path, run, parts, shapes):
+def test_a_checkpoint_holds_adapters_and_projector_and_resumes_exactly(tmp_path, run, shapes):
     whole = read_checkpoint(newest_checkpoint(tmp_path.parent / run.out))
     names = set(whole["state_dict"])
     assert names and all("lora_" in n or n.startswith("model.projector.") for n in names)
@@ -89,7 +102,7 @@ def test_a_checkpoint_holds_adapters_and_projector_and_resumes_exactly(tmp_path,
     (again / "checkpoints").mkdir(parents=True)
     shutil.copy(f"{run.out}/checkpoints/step-2.ckpt", again / "checkpoints")
     options = [*LORA, f"optim.lora.rslora={run.optim.lora.rslora}", f"optim.lora.dora={run.optim.lora.dora}"]
-    fit(tiny.config(parts, shapes, again, *options))
+    fit(tiny.config(Path(run.model.decoder).parent, shapes, again, *options))
     resumed = read_checkpoint(newest_checkpoint(again))
     assert (
         all(resumed["state_dict"][n].equal(whole["state_dict"][n]) for n in names)
@@ -99,7 +112,7 @@ def test_a_checkpoint_holds_adapters_and_projector_and_resumes_exactly(tmp_path,
     assert not [n for n in names if first[n].equal(whole["state_dict"][n])]  # everything was trained
 
 
-def test_merge_gives_a_whole_model_with_equal_logits_and_init_from_takes_a_run(tmp_path, run, parts, shapes, capsys):
+def test_merge_gives_a_whole_model_with_equal_logits_and_init_from_takes_a_run(tmp_path, run, shapes, capsys):
     true = packed_logits(load(run, None)[0])
     before = os.umask(0o027)
     try:
@@ -113,16 +126,17 @@ def test_merge_gives_a_whole_model_with_equal_logits_and_init_from_takes_a_run(t
     assert tiny.max_error(packed_logits(EEMLLM.from_pretrained(tmp_path / "merged")), true) <= 1e-5
     merged = load_config([tmp_path / "merged" / "config.yaml"])
     assert tiny.max_error(packed_logits(load(merged, None)[0]), true) <= 1e-5  # as the command line opens it
+    parts = Path(run.model.decoder).parent
     model = initial_model(tiny.config(parts, shapes, tmp_path / "new", f"init_from={run.out}"))[0]
     assert tiny.max_error(packed_logits(model), true) <= 1e-5
     assert cli.main(["merge", str(run.out), "--to", str(tmp_path / "merged")]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
-def test_plain_peft_loads_the_decoders_adapter(tmp_path, run, parts):
+def test_plain_peft_loads_the_decoders_adapter(tmp_path, run):
     assert cli.main(["merge", str(run.out), "--to", str(tmp_path / "adapter"), "--adapter"]) == 0
     assert {f.name for f in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    base = AutoModelForCausalLM.from_pretrained(parts / "decoder", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(run.model.decoder, dtype=torch.float32)
     ids = torch.randint(3, 40, (1, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = base(ids).logits

@@ -71,7 +71,7 @@ def test_liger_without_a_gpu_says_what_it_needs():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("decoder", ["llama-16", "qwen3"])
+@pytest.mark.parametrize("decoder", ["llama-16", "qwen3", "olmo2", "smollm3"])
 def test_liger_computes_the_same(decoder):
     pytest.importorskip("liger_kernel")
     model, batch = tiny.model(decoder).to("cuda"), tiny.pack(PACK).to("cuda")

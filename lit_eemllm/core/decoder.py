@@ -139,13 +139,10 @@ class DecoderLayer(nn.Module):
 
     def _heads(self, kind: str, u_Rh: Tensor) -> Tensor:
         """Queries, keys or values (q, k, v) by head, not rotated yet; the first two are normalised as `Family.qk_norm` says."""
-        attn = self.self_attn
-        x_Rw: Tensor = getattr(attn, f"{kind}_proj")(u_Rh)
-        norm, heads = getattr(attn, f"{kind}_norm", lambda x: x), (-1, attn.head_dim)
-        if self.family.qk_norm == "width":
-            return torch.unflatten(norm(x_Rw), -1, heads)
-        x_RNH: Tensor = norm(torch.unflatten(x_Rw, -1, heads))
-        return x_RNH
+        attn, heads = self.self_attn, (-1, self.self_attn.head_dim)
+        x_Rw, norm = getattr(attn, f"{kind}_proj")(u_Rh), getattr(attn, f"{kind}_norm", lambda x: x)
+        wide = self.family.qk_norm == "width"
+        return torch.unflatten(norm(x_Rw), -1, heads) if wide else norm(torch.unflatten(x_Rw, -1, heads))
 
     def _given(self, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
         """Keys and values of the visual tokens that are here, made earlier."""

@@ -200,7 +200,7 @@ class SequenceLayout:
     def mask(self, visibility: Visibility) -> Tensor:
         """The dense truth, [Q, S] bool, True where a query row sees a key row. For the reference and for tests."""
         lengths = torch.tensor([sum(run.length for run in doc) for doc in self.documents])
-        document_S = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.positions.device)
+        document_S = upload(torch.repeat_interleave(torch.arange(len(lengths)), lengths), self.positions.device)
         row_S = torch.arange(self.num_tokens, device=self.positions.device)
         sees_SS = (document_S[:, None] == document_S[None, :]) & (row_S[:, None] >= row_S[None, :])
         if visibility.window is not None:

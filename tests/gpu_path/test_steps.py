@@ -1,0 +1,69 @@
+"""An optimiser step on a GPU, of every mechanism through every backend: no mix of devices, no waiting, no copy that waits, and the
+loss and gradients that the reference has on a CPU."""
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+from lib.fake_cuda import on_fake_cuda
+from lib.fake_cuda.cases import BACKENDS, EXACT, KINDS, MECHANISMS, TUNINGS
+
+Case = tuple[str, str, bool, str]
+"""Backend, tuning of the decoder, checkpointing, kind; see `configuration`."""
+
+
+def everything() -> list[Case]:
+    cases = product(BACKENDS, TUNINGS, (False, True), KINDS)
+    return [case for case in cases if case[3] != "exact" or case[0] in EXACT]
+
+
+def covering(mechanism: str) -> Iterator[Case]:
+    """One case of each backend; the next mechanism has others."""
+    turn = MECHANISMS.index(mechanism)
+    for i, name in enumerate(BACKENDS):
+        cases = [case for case in everything() if case[0] == name]
+        yield cases[(5 * turn + i) % len(cases)]
+
+
+def check(mechanism: str, cases: list[Case]) -> None:
+    import tiny
+    from lib.fake_cuda import steps
+    from lib.fake_cuda.world import World
+
+    steps.stand_in()
+    true: dict[tuple[str, str], tuple[float, float]] = {}
+    for name, tuning, checkpointing, kind in cases:
+        config = steps.configuration(tuning, checkpointing, kind)
+        if (tuning, kind) not in true:
+            module = steps.training_module(steps.model(mechanism), config, "cpu")
+            true[tuning, kind] = steps.optimiser_step(module, tiny.pack(steps.PACK))
+        with World() as world:
+            module = steps.training_module(steps.model(mechanism), config, "cuda")
+            module.model._backend = steps.backend(name, kind, 16 if mechanism == "unrotated" else 8)
+            world.forget()
+            found = steps.optimiser_step(module, tiny.pack(steps.PACK))
+        case = f"{mechanism}, {name}, {tuning}, {checkpointing=}, {kind}"
+        assert steps.unexpected(world, steps.ALLOWED) == [], case
+        bounds = (1e-5, 1e-4) if kind == "exact" else (0.01, 0.08)  # of loss, and of gradients: in bfloat16 roundings
+        for value, expected, bound in zip(found, true[tuning, kind], bounds, strict=True):
+            assert abs(value - expected) <= bound * expected, (case, found, true[tuning, kind])
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@on_fake_cuda
+def test_a_step_neither_waits_nor_mixes_devices(mechanism):
+    check(mechanism, list(covering(mechanism)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@on_fake_cuda
+def test_every_step_neither_waits_nor_mixes_devices(mechanism):
+    check(mechanism, everything())
+
+
+def test_the_choice_has_every_case_of_a_backend_with_some_mechanism():
+    """Mechanism and backend meet by themselves; so do each two of the rest."""
+    chosen = {case for mechanism in MECHANISMS for case in covering(mechanism)}
+    for first, second in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
+        assert {(c[first], c[second]) for c in chosen} == {(c[first], c[second]) for c in everything()}

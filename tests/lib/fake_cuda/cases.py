@@ -1,0 +1,11 @@
+"""Names of what is tried on the fake device, for parametrised tests: without importing what takes seconds."""
+
+MECHANISMS = (
+    "llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo",
+    "unrotated", "shared", "window", "some", "apart",
+)  # fmt: skip
+"""All presets, and what no preset does; `steps.OTHERS` says what these are."""
+BACKENDS = ("reference", "sdpa", "flash", "flash-attn", "xformers", "flex")
+EXACT = ("reference", "sdpa", "xformers", "flex")  # compute in float32 too
+TUNINGS = ("frozen", "lora", "full")
+KINDS = ("float32", "bfloat16", "exact")

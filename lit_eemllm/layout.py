@@ -20,8 +20,10 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor made on the CPU, sent without making the CPU wait for the device."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A tensor, made on the CPU as a rule, sent without making the CPU wait for the device."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 Pixels = Tensor | list[Tensor]
@@ -209,7 +211,7 @@ class SequenceLayout:
         return sees_SS if rows_Q is None else sees_SS[rows_Q]
 
     def to(self, device: torch.device | str) -> SequenceLayout:
-        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map_tensors(lambda tensor: upload(tensor, torch.device(device)))
 
     def pin_memory(self) -> SequenceLayout:
         return self._map_tensors(lambda tensor: tensor.pin_memory())
@@ -265,7 +267,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         return self._map_tensors(
-            lambda x: x.to(device) if isinstance(x, SequenceLayout) else x.to(device, non_blocking=True)
+            lambda x: x.to(device) if isinstance(x, SequenceLayout) else upload(x, torch.device(device))
         )
 
     def pin_memory(self) -> PackedBatch:

@@ -74,7 +74,14 @@ def test_findings_on_the_cpu(capsys):
     assert list(found["backends"]) == registered_backends()
     for kind, dtype in DTYPES.items():
         runs = {name: row[kind]["runs"] for name, row in found["backends"].items()}
-        assert runs == {"flash": "no", "xformers": "no", "sdpa": "yes", "flex": "forward only", "reference": "yes"}
+        assert runs == {
+            "flash": "no",
+            "xformers": "no",
+            "sdpa": "yes",
+            "flex": "forward only",
+            "cudnn": "no",
+            "reference": "yes",
+        }
         assert found["backends"]["sdpa"][kind]["provider"] == "PyTorch"
         assert found["backends"]["flash"][kind]["refused"] == {"": "needs a CUDA device, found cpu"}
         assert "no backward on the CPU" in found["backends"]["flex"][kind]["refused"][""]

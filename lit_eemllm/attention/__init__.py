@@ -6,6 +6,22 @@ Adding one is a decorator and one file (see `register_backend`).
 """
 
 from . import flash, flex, reference, sdpa, xformers  # noqa: F401  registers the built-in backends
-from .base import AttentionBackend, Choice, probe, register_backend, registered_backends, resolve_backend
+from .base import (
+    AttentionBackend,
+    Choice,
+    fused_attention,
+    probe,
+    register_backend,
+    registered_backends,
+    resolve_backend,
+)
 
-__all__ = ["AttentionBackend", "Choice", "probe", "register_backend", "registered_backends", "resolve_backend"]
+__all__ = [
+    "AttentionBackend",
+    "Choice",
+    "fused_attention",
+    "probe",
+    "register_backend",
+    "registered_backends",
+    "resolve_backend",
+]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import ConfigError
@@ -50,12 +51,43 @@ class AttentionBackend(ABC):
         return fused_attention(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)
 
 
-def fused_attention(q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor | None, scale: float) -> Tensor:
-    """PyTorch's scaled dot-product attention, plainly causal without a mask, [B, N, Q, H]."""
-    groups = q_BNQH.shape[1] // k_BKLH.shape[1]
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of scaled dot-product attention, in the order in which they are tried. cuDNN's, which PyTorch prefers on some GPUs, plans for tens
+of milliseconds for every new shape, and a cache grows by one with every token; see `Cudnn`."""
+
+
+def fused_attention(
+    q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor | None, scale: float | None = None
+) -> Tensor:
+    """PyTorch's scaled dot-product attention through one of `KERNELS`, plainly causal without a mask, [B, N, Q, H].
+
+    The mask may be [B, 1, L], the same for all queries.
+    """
+    heads, rows = k_BKLH.shape[1], q_BNQH.shape[2]
+    groups = q_BNQH.shape[1] // heads
+    # On CUDA only the kernel without masks, for 16 bits, groups queries by itself; the others would fall back to plain math.
     if groups > 1 and q_BNQH.device.type == "cuda" and (mask_BQL is not None or q_BNQH.dtype == torch.float32):
-        # Only the kernel without masks, for 16 bits, groups queries by itself; the others would fall back to plain math.
+        if mask_BQL is not None and rows <= heads * (k_BKLH.shape[3] + v_BKLH.shape[3]):
+            # The heads of a group become rows of one: their masks, repeated, are smaller than keys and values would be.
+            q_BKMH = q_BNQH.unflatten(1, (heads, groups)).flatten(2, 3)
+            mask_BML = mask_BQL if mask_BQL.shape[1] == 1 else mask_BQL.repeat(1, groups, 1)
+            return fused_attention(q_BKMH, k_BKLH, v_BKLH, mask_BML, scale).unflatten(2, (groups, rows)).flatten(1, 2)
         k_BKLH, v_BKLH = (x.repeat_interleave(groups, dim=1) for x in (k_BKLH, v_BKLH))
+    if torch.compiler.is_compiling():  # which knows this way, and not the flag
+        with sdpa_kernel(KERNELS):
+            return scaled_attention(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # the same, at a twentieth of the time
+    try:
+        return scaled_attention(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def scaled_attention(
+    q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor | None, scale: float | None
+) -> Tensor:
+    """PyTorch's scaled dot-product attention, through whichever kernel is enabled."""
     mask = None if mask_BQL is None else mask_BQL[:, None]
     return scaled_dot_product_attention(
         q_BNQH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=mask is None, scale=scale,

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from ..layout import SequenceLayout, Visibility, upload, visual_flags
-from .base import AttentionBackend, fused_attention, register_backend
+from .base import NEEDS_CUDA, AttentionBackend, fused_attention, register_backend, scaled_attention
 
 PADDING = 1.25  # documents share a batch while the longest has at most so many times the rows of the shortest
 
@@ -38,6 +39,10 @@ class Sdpa(AttentionBackend):
     """Grouped documents through `scaled_dot_product_attention`."""
 
     priority = 20
+
+    def kernel(self, q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor | None, scale: float) -> Tensor:
+        """Of one group, [B, N, Q, H]; plainly causal without a mask."""
+        return fused_attention(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)
 
     def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
         device = layout.positions.device
@@ -89,6 +94,26 @@ class Sdpa(AttentionBackend):
         for group in plan.groups:
             q_BNQH = q_QNH[group.q_rows_BQ].transpose(1, 2)
             k_BKLH, v_BKLH = (x[group.k_rows_BL].transpose(1, 2) for x in (k_SKH, v_SKH))
-            out_BNQH = fused_attention(q_BNQH, k_BKLH, v_BKLH, group.mask_BQL, scale)
+            out_BNQH = self.kernel(q_BNQH, k_BKLH, v_BKLH, group.mask_BQL, scale)
             results.append(out_BNQH.transpose(1, 2).flatten(0, 1))
         return torch.cat(results).index_select(0, plan.restore_Q)
+
+
+@register_backend("cudnn")
+class Cudnn(Sdpa):
+    """The same through cuDNN's kernel, which makes a plan for every new shape: for packs of few shapes. It decodes as the others do."""
+
+    priority = 5
+    provider = "cuDNN"
+
+    @classmethod
+    def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+        if device.type != "cuda":
+            return f"{NEEDS_CUDA}, found {device.type}"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"computes in bfloat16 or float16, found {dtype}; set trainer.precision=bf16-mixed"
+        return None
+
+    def kernel(self, q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor | None, scale: float) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_attention(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)

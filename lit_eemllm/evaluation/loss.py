@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..data.loader import FiniteLoader, worker_config
 from ..layout import PackedBatch
@@ -32,12 +33,12 @@ def losses(model: EEMLLM, packs: Iterable[PackedBatch], most: int) -> dict[str, 
 
     Both numbers are of the same packs: those in which every image can move, see `with_moved_images`.
     """
-    sums, tokens = [0.0, 0.0], 0
+    found, tokens = list[Tensor](), 0  # on the device, which is not waited for
     for pair in islice(with_moved_images(packs), most):
-        found = [model.packed_loss(batch.to(model.device)).item() for batch in pair]
-        sums = [total + loss for total, loss in zip(sums, found, strict=True)]
+        found.append(torch.stack([model.packed_loss(batch.to(model.device)) for batch in pair]))
         tokens += pair[0].num_targets
-    right, wrong = (total / tokens if tokens else None for total in sums)
+    sums = zip(*torch.stack(found).tolist(), strict=True) if found else ((), ())
+    right, wrong = (sum(losses) / tokens if tokens else None for losses in sums)
     return {"loss": right, "loss_shuffled_images": wrong, "loss_tokens": tokens}
 
 

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..layout import join_images, map_images
+from ..layout import join_images, upload
 from .chat import IMAGE_SLOT, ChatTemplate, Conversation, get_template
 from .images import Transform
 
@@ -49,7 +49,7 @@ class Processor:
         Args:
             conversations: a trailing answer, if any, is left out.
             images: those of each conversation, in order.
-            device: where the tensors go.
+            device: where the ids go. Pixels stay on the CPU, and the model sends those that it has not seen.
         """
         rows: list[list[int]] = []
         pixels: list[Tensor] = []
@@ -62,13 +62,14 @@ class Processor:
             pixels.extend(self.transform(picture) for picture in pictures)
         longest = max(map(len, rows))
         inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([[0] * (longest - len(ids)) + ids for ids in rows], device=device),
-            "attention_mask": torch.tensor(
-                [[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device
-            ),
+            name: upload(torch.tensor(values), torch.device(device))
+            for name, values in (
+                ("input_ids", [[0] * (longest - len(ids)) + ids for ids in rows]),
+                ("attention_mask", [[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows]),
+            )
         }
         if pixels:
-            inputs["pixel_values"] = map_images(join_images(pixels), lambda x: x.to(device))
+            inputs["pixel_values"] = join_images(pixels)
             if not self.transform.fixed:
                 inputs["image_sizes"] = [picture.size for pictures in images for picture in pictures]
         return inputs

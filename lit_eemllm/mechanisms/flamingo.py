@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from ..attention import fused_attention
 from ..core.stream import Stream
 from ..layout import SequenceLayout, upload
 from .base import NO_ALIGNER, Aligner, BlockCost, Features, Layers, Mechanism, Sizes, register_mechanism
@@ -139,11 +140,11 @@ class ResamplerLayer(nn.Module):
         self.attention = CrossAttention(width, width, config.heads, config.head_size)
         self.ffn = feed_forward(width)
 
-    def forward(self, x_IRd: Tensor, media_ILd: Tensor, sees_I11L: Tensor) -> Tensor:
+    def forward(self, x_IRd: Tensor, media_ILd: Tensor, sees_I1L: Tensor) -> Tensor:
         attention = self.attention
         media = torch.cat([self.media_norm(media_ILd), attention.norm(x_IRd)], dim=1)
         q, k, v = (x.transpose(1, 2) for x in (attention.queries(x_IRd), *attention.keys_values(media)))
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=sees_I11L).transpose(1, 2).flatten(-2)
+        mixed = fused_attention(q, k, v, sees_I1L).transpose(1, 2).flatten(-2)
         x_IRd = x_IRd + attention.o_proj(mixed)
         return x_IRd + self.ffn(x_IRd)
 
@@ -176,7 +177,7 @@ class Resampler(Added):
         real_IL = _lengths_mask(lengths, features_ILd.shape[1], features_Vd.device)
         sees_IL = torch.cat([real_IL, real_IL.new_ones(images, latents)], dim=1)
         for layer in self.layers:
-            x_IRd = layer(x_IRd, features_ILd, sees_IL[:, None, None])
+            x_IRd = layer(x_IRd, features_ILd, sees_IL[:, None])
         return self.norm(x_IRd).flatten(0, 1)
 
 
@@ -291,7 +292,7 @@ class GatedBlock(Added):
         q_GLNH = q_nNH.new_zeros(groups * longest, *q_nNH.shape[1:]).index_copy(0, media.slots_n, q_nNH)
         q_GNLH = torch.unflatten(q_GLNH, 0, media.shape).transpose(1, 2)
         k_GNRH, v_GNRH = (x[media.index_GR].transpose(1, 2) for x in (k_MNH, v_MNH))
-        mixed = scaled_dot_product_attention(q_GNLH, k_GNRH, v_GNRH, attn_mask=media.mask_GR[:, None, None])
+        mixed = fused_attention(q_GNLH, k_GNRH, v_GNRH, media.mask_GR[:, None])
         mixed_nw = mixed.transpose(1, 2).flatten(0, 1).index_select(0, media.slots_n).flatten(-2)
         return x_Th.index_copy(0, media.rows_n, self._update(x_nh, mixed_nw).to(x_Th.dtype)), x_Vh
 
@@ -300,9 +301,9 @@ class GatedBlock(Added):
         if not mask_BR.shape[1]:
             return x_Bh
         some_B1 = mask_BR.any(1, keepdim=True)
-        sees_B11R = (mask_BR | ~some_B1)[:, None, None]  # a row that sees nothing would be not a number
+        sees_B1R = (mask_BR | ~some_B1)[:, None]  # a row that sees nothing would be not a number
         q_BN1H = self.attention.queries(self.own(x_Bh))[:, :, None]
-        mixed_Bw = scaled_dot_product_attention(q_BN1H, k_BNRH, v_BNRH, attn_mask=sees_B11R).flatten(1)
+        mixed_Bw = fused_attention(q_BN1H, k_BNRH, v_BNRH, sees_B1R).flatten(1)
         return torch.where(some_B1, self._update(x_Bh, mixed_Bw).to(x_Bh.dtype), x_Bh)
 
     def _update(self, x_nh: Tensor, mixed_nw: Tensor) -> Tensor:

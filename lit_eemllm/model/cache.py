@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..layout import Run, SequenceLayout
+from ..layout import Run, SequenceLayout, upload
 
 
 class StreamCache(DynamicCache):
@@ -74,26 +74,30 @@ class Grid:
     """Where the rows of a view lie among the new columns of its padded grid, and what those see.
 
     Attributes:
-        slots_R: row of the view -> place in [B * W].
+        slots_R: row of the view -> place in [B * W]; None = its rows fill the grid in order.
         shape: B, W.
         mask_BQL: [B, W, past + W], True where a new column sees a column.
     """
 
-    slots_R: Tensor
+    slots_R: Tensor | None
     shape: tuple[int, int]
     mask_BQL: Tensor
 
     def pad(self, x_RNH: Tensor, rows: Tensor | None = None) -> Tensor:
         """Rows of the view (all, or the given ones) in the grid, [B, N, W, H], zeros elsewhere."""
-        slots = self.slots_R if rows is None else self.slots_R[rows]
-        batch, width = self.shape
-        grid = x_RNH.new_zeros(batch * width, *x_RNH.shape[1:]).index_copy(0, slots, x_RNH)
-        return grid.unflatten(0, self.shape).transpose(1, 2)
+        slots, (batch, width) = self._slots(rows), self.shape
+        if slots is not None:
+            x_RNH = x_RNH.new_zeros(batch * width, *x_RNH.shape[1:]).index_copy(0, slots, x_RNH)
+        return x_RNH.unflatten(0, self.shape).transpose(1, 2)
 
     def unpad(self, x_BNWH: Tensor, rows: Tensor | None = None) -> Tensor:
         """The inverse of `pad`."""
-        slots = self.slots_R if rows is None else self.slots_R[rows]
-        return x_BNWH.transpose(1, 2).flatten(0, 1)[slots]
+        slots, x_RNH = self._slots(rows), x_BNWH.transpose(1, 2).flatten(0, 1)
+        return x_RNH if slots is None else x_RNH[slots]
+
+    def _slots(self, rows: Tensor | None) -> Tensor | None:
+        """Of some rows of the view, or of all."""
+        return rows if self.slots_R is None else self.slots_R if rows is None else self.slots_R[rows]
 
 
 class CachedPass:
@@ -102,12 +106,13 @@ class CachedPass:
     Args:
         cache: the cache to append to, or None.
         mask_BL: [B, L], 1 where a new token is real.
+        real_BL: the same on the CPU, bool; None = every sequence has one new token.
     """
 
-    def __init__(self, cache: StreamCache | None, mask_BL: Tensor) -> None:
+    def __init__(self, cache: StreamCache | None, mask_BL: Tensor, real_BL: Tensor | None) -> None:
         self.cache = cache
         self.past = cache.columns if cache is not None else 0
-        self._mask_BL = mask_BL
+        self._mask_BL, self._real_BL = mask_BL, real_BL
         self._grids: dict[str, Grid] = {}
         if cache is not None:
             cache.columns += mask_BL.shape[1]
@@ -140,15 +145,12 @@ class CachedPass:
             lengths: rows of the view in each sequence; empty when they are one each, or all columns of the ids.
         """
         if view not in self._grids:
-            new_BW = self._mask_BL.bool()
+            known_BW, new_BW = self._real_BL, self._mask_BL.bool()
             if lengths:
-                columns = torch.arange(max(lengths), device=new_BW.device)
-                new_BW = columns >= max(lengths) - torch.tensor(lengths, device=new_BW.device)[:, None]
-            slots_R = (
-                torch.arange(len(new_BW), device=new_BW.device)  # one new token each: no need to ask the device
-                if new_BW.shape[1] == 1 and self.past and not lengths
-                else new_BW.flatten().nonzero().flatten()
-            )
+                known_BW = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+                new_BW = upload(known_BW, new_BW.device)
+            full = known_BW is None or bool(known_BW.all())
+            slots_R = None if full else upload(known_BW.flatten().nonzero().flatten(), new_BW.device)
             real_BL = new_BW
             if self.cache is not None:
                 past = self.cache.masks.get(view)
@@ -159,25 +161,24 @@ class CachedPass:
         return self._grids[view]
 
 
-def layout_of_padded(
-    ids_BL: Tensor, mask_BL: Tensor, image_token_id: int, image_lengths: list[int], one_each: bool
-) -> SequenceLayout:
+def one_token_each(sequences: int, device: torch.device) -> SequenceLayout:
+    """The layout of so many sequences of one token of text, at position 0; nothing is copied to the device."""
+    rows = torch.arange(sequences, device=device)
+    return SequenceLayout(((Run(False, 1),),) * sequences, rows, rows[:0], rows, torch.zeros_like(rows))
+
+
+def layout_of_padded(visual_BL: Tensor, real_BL: Tensor, image_lengths: list[int]) -> SequenceLayout:
     """The layout of left-padded ids, in which each image is a run of its token repeated; positions count from 0.
 
     Args:
-        ids_BL: the new ids.
-        mask_BL: [B, L], 1 where one is real.
+        visual_BL: on the CPU, bool: where an id is an image token.
+        real_BL: likewise, where it is no padding.
         image_lengths: tokens of each image, in order.
-        one_each: every sequence has one new token of text: nothing has to be read from the device.
 
     Raises:
         ValueError: the images have other lengths than the runs of image tokens.
     """
-    if one_each:
-        rows = torch.arange(len(ids_BL), device=ids_BL.device)
-        return SequenceLayout(((Run(False, 1),),) * len(ids_BL), rows, rows[:0], rows, torch.zeros_like(rows))
-    # Lengths are needed on the CPU, once per prompt.
-    pairs = zip((ids_BL == image_token_id).tolist(), mask_BL.bool().tolist(), strict=True)
+    pairs = zip(visual_BL.tolist(), real_BL.tolist(), strict=True)
     kept = [[visual for visual, valid in zip(*pair, strict=True) if valid] for pair in pairs]
     tokens = sum(map(sum, kept))
     if tokens != sum(image_lengths):
@@ -196,7 +197,7 @@ def layout_of_padded(
                         f"an image of {runs[-1].length} tokens has only {runs[-1].length + left} image tokens"
                     )
         documents.append(runs)
-    return SequenceLayout.of(documents).to(ids_BL.device)
+    return SequenceLayout.of(documents)
 
 
 def continue_positions(layout: SequenceLayout, cache: StreamCache, image_takes: int | None) -> SequenceLayout:
@@ -211,17 +212,16 @@ def continue_positions(layout: SequenceLayout, cache: StreamCache, image_takes: 
         sum(image_takes if run.visual and image_takes is not None else run.length for run in document)
         for document in layout.documents
     ]
-    before_B = cache.next_position_B
+    before_B, device = cache.next_position_B, layout.positions.device
     if before_B is None:
-        cache.next_position_B = torch.tensor(taken, device=layout.positions.device)
+        cache.next_position_B = upload(torch.tensor(taken), device)
         return layout
     if (
         layout.num_text == len(layout.documents) == layout.num_tokens
     ):  # one new token each: nothing to copy to the device
         cache.next_position_B = before_B + 1
         return replace(layout, positions=layout.positions + before_B)
-    lengths = torch.tensor(
-        [sum(run.length for run in document) for document in layout.documents], device=before_B.device
-    )
-    cache.next_position_B = before_B + torch.tensor(taken, device=before_B.device)
-    return replace(layout, positions=layout.positions + before_B.repeat_interleave(lengths))
+    lengths = upload(torch.tensor([sum(run.length for run in document) for document in layout.documents]), device)
+    cache.next_position_B = before_B + upload(torch.tensor(taken), device)
+    before_S = before_B.repeat_interleave(lengths, output_size=layout.num_tokens)
+    return replace(layout, positions=layout.positions + before_S)

@@ -33,7 +33,7 @@ from ..core.table import Table, Top, executed
 from ..errors import ConfigError
 from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, take_images, upload
 from ..mechanisms import Added, Features, Mechanism, Sizes
-from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded
+from .cache import CachedPass, StreamCache, continue_positions, layout_of_padded, one_token_each
 from .configuration import EEMLLMConfig, load_decoder_config
 from .folders import HUB, MODEL_FILES, opened
 from .image_cache import ImageCache
@@ -324,7 +324,7 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         Only for mechanisms in which visual states do not depend on the text.
         """
         lengths = self._image_lengths(pixels, sizes)
-        layout = SequenceLayout.of([[Run(True, tokens)] for tokens in lengths]).to(pixels[0].device)
+        layout = SequenceLayout.of([[Run(True, tokens)] for tokens in lengths]).to(self.device)
         none_0h = self.get_input_embeddings()(layout.text_index)
         stream = self._stream(none_0h, layout)
         x_Vh, stream = self.mechanism.enter(self.projector, self._features(pixels, sizes, layout), none_0h, stream)
@@ -348,7 +348,7 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         if pixels is None:
             features = next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
         else:
-            features = self.image_features(pixels)
+            features = self.image_features(map_images(pixels, lambda x: upload(x, layout.positions.device)))
         tokens, rows = (len(features), len(features)) if order is None else (len(order[0]), order[1])
         if tokens != layout.num_visual or rows != len(features):
             images = 0 if pixels is None else len(pixels)
@@ -416,10 +416,15 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
         new_BL = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask[:, past:]
         one_each = past > 0 and input_ids.shape[1] == 1 and pixel_values is None
         lengths = [] if pixel_values is None else self._image_lengths(pixel_values, image_sizes)
-        layout = layout_of_padded(input_ids, new_BL, self.config.image_token_id, lengths, one_each)
-        cached = CachedPass(cache, new_BL)
+        real_BL = None
+        if one_each:
+            layout = one_token_each(len(input_ids), input_ids.device)
+        else:  # the one time that a prompt is read from the device: lengths are needed on the CPU
+            visual_BL, real_BL = torch.stack([input_ids == self.config.image_token_id, new_BL.bool()]).cpu()
+            layout = layout_of_padded(visual_BL, real_BL, lengths).to(input_ids.device)
+        cached = CachedPass(cache, new_BL, real_BL)
         grid = cached.grid("all", [])
-        ids_S = input_ids.flatten()[grid.slots_R]
+        ids_S = input_ids.flatten() if grid.slots_R is None else input_ids.flatten()[grid.slots_R]
         text_Th = self._text_states(
             ids_S, pixel_values, layout, cached, image_sizes if pixel_values is not None else ()
         )

@@ -396,7 +396,9 @@ def test_cached_attention_sees_what_the_mask_says(backend):
 
 def test_registry_names_what_is_wrong_and_auto_takes_what_runs():
     assert resolve_backend("auto").backend.name == "sdpa"
-    with pytest.raises(ConfigError, match=r"unknown backend 'flsh'.*'flash', 'xformers', 'sdpa', 'flex', 'reference'"):
+    with pytest.raises(
+        ConfigError, match=r"unknown backend 'flsh'.*'flash', 'xformers', 'sdpa', 'flex', 'cudnn', 'reference'"
+    ):
         resolve_backend("flsh")
     with pytest.raises(ValueError, match="registered already"):
         register_backend("sdpa")(AttentionBackend)

@@ -5,7 +5,7 @@ MECHANISMS = (
     "unrotated", "shared", "window", "some", "apart",
 )  # fmt: skip
 """All presets, and what no preset does; `steps.OTHERS` says what these are."""
-BACKENDS = ("reference", "sdpa", "flash", "flash-attn", "xformers", "flex")
+BACKENDS = ("reference", "sdpa", "cudnn", "flash", "flash-attn", "xformers", "flex")
 EXACT = ("reference", "sdpa", "xformers", "flex")  # compute in float32 too
 TUNINGS = ("frozen", "lora", "full")
 KINDS = ("float32", "bfloat16", "exact")

@@ -1,6 +1,8 @@
-// What a CPU build of PyTorch lacks for tensors that say they are on CUDA: hooks, and a guard that tells autograd of one device.
-// Nothing is computed here.
+// What a CPU build of PyTorch lacks for tensors that say they are on CUDA: hooks, a guard that tells autograd of one device, and
+// the choice of a kernel for scaled_dot_product_attention. Nothing is computed here.
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
+#include <ATen/ops/_fused_sdp_choice.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <new>
@@ -50,6 +52,13 @@ struct Guard final : impl::DeviceGuardImplInterface {
 // can be put. So a process that has imported PyTorch, and been forked, can still be given the device.
 static_assert(sizeof(CUDAHooks) == sizeof(at::CUDAHooksInterface));
 const auto* replaced = new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) CUDAHooks();
+
+// Asks the operator, which a TorchDispatchMode answers.
+int64_t choose(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& mask,
+               double dropout, bool is_causal, std::optional<double> scale, bool enable_gqa) {
+  return at::_fused_sdp_choice(query, key, value, mask, dropout, is_causal, scale, enable_gqa);
+}
+const bool chosen = (at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose), true);
 }  // namespace
 
 namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, Guard) }

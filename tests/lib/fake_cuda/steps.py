@@ -53,7 +53,7 @@ def backend(name: str, kind: str = "bfloat16", head_size: int = 8) -> AttentionB
     package.flash_attn_varlen_func = kernels.flash_attn_2()  # type: ignore[attr-defined]
     with patch.dict(sys.modules, {"flash_attn": package} if name == "flash-attn" else {}):
         chosen = resolve_backend(name.partition("-")[0], "cuda", dtype, True, head_size)
-    assert chosen.backend.provider == {"flash-attn": "flash-attn 2", "xformers": "xFormers"}.get(name, "PyTorch")
+    assert chosen.backend.provider == {"flash-attn": "flash-attn 2", "xformers": "xFormers", "cudnn": "cuDNN"}.get(name, "PyTorch")
     return chosen.backend
 
 

@@ -7,6 +7,7 @@ import sys
 import traceback
 import weakref
 from collections import Counter
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +106,7 @@ class World(TorchDispatchMode):
         self.home = "cpu" if numbers else "meta"
         self.notes: Counter[Note] = Counter()
         self.launches: Counter[str] = Counter()
-        self.now = self.peak = 0
+        self.now = self.peak = self._inside = 0
         self._pinned: dict[int, Tensor] = {}
         self._seen: set[int] = set()
 
@@ -116,13 +117,16 @@ class World(TorchDispatchMode):
     def __enter__(self) -> World:
         global current
         current = self
+        self._inside += 1
         torch.cuda.synchronize = lambda *device: self.note("wait", "synchronize")
         return super().__enter__()
 
     def __exit__(self, *about: Any) -> None:
         global current
         super().__exit__(*about)
-        current = None
+        self._inside -= 1
+        if not self._inside:
+            current = None
 
     def forget(self) -> None:
         """What was noted and launched so far."""
@@ -155,6 +159,9 @@ class World(TorchDispatchMode):
     # --- every operator
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if _is_composite(func):  # comes here in inference mode, without autograd which takes it apart
+            with self:
+                return func.decompose(*args, **kwargs)
         leaves = _tensors([*args, *kwargs.values()])
         on = [x for x in leaves if isinstance(x, CudaTensor)]
         named, packet = kwargs.get("device"), func.overloadpacket
@@ -165,7 +172,7 @@ class World(TorchDispatchMode):
             return self._copy(func, packet, args, kwargs, named)
         self._refuse_mixing(func, packet, leaves, args)
         self._wait(func, packet, args, kwargs)
-        if not func.is_view:
+        if not func.is_view and packet is not aten._fused_sdp_choice:
             self.launches[func.__name__ if func.namespace == "aten" else str(func)] += 1
         kernel = kernels.KERNELS.get(packet) if self.home == "cpu" else None
         args, kwargs = _mapped(_held, args), {name: _mapped(_held, x) for name, x in kwargs.items()}
@@ -252,7 +259,7 @@ class World(TorchDispatchMode):
                 self.note(
                     "unpinned copy", f"{func} copies an index or a value to the device, {x.dtype} {tuple(x.shape)}"
                 )
-            elif x.dim() or torch.Tag.pointwise not in func.tags:
+            elif x.dim() or (torch.Tag.pointwise not in func.tags and packet not in (aten.fill, aten.fill_)):
                 text = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
                 raise RuntimeError(f"{text} ({func}, {x.dtype} {tuple(x.shape)} on the CPU)")
 
@@ -266,6 +273,11 @@ class World(TorchDispatchMode):
             indices = [x for x in args[1] if isinstance(x, Tensor)]
             if any(x.dtype in (torch.bool, torch.uint8) for x in indices if isinstance(x, CudaTensor)):
                 self.note("wait", f"{func} by a mask")
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -290,14 +302,14 @@ def _held(tensor: Tensor) -> Tensor:
 
 
 def _line() -> str:
-    """The line of the program that is running, of other code if there is none."""
+    """The line of the program that is running; of another library, or of a test, if there is none."""
     frames = [f for f in reversed(traceback.extract_stack()) if "/tests/lib/fake_cuda/" not in f.filename]
-    for part in ("/lit_eemllm/", "/tests/"):
+    frames = [f for f in frames if "/site-packages/torch/" not in f.filename]
+    for part in ("/lit_eemllm/", "/site-packages/", "/tests/gpu_path/"):
         for frame in frames:
             if part in frame.filename:
-                return (
-                    f"{part[1:]}{frame.filename.rpartition(part)[2]}:{frame.lineno} {(frame.line or '').strip()[:100]}"
-                )
+                file = frame.filename.rpartition(part)[2]
+                return f"{part.strip('/')}: {file}:{frame.lineno} {(frame.line or '').strip()[:100]}"
     return "backward"
 
 

@@ -7,6 +7,7 @@ Adding one is a decorator and one file (see `register_backend`).
 
 from . import flash, flex, reference, sdpa, xformers  # noqa: F401  registers the built-in backends
 from .base import (
+    KERNELS,
     AttentionBackend,
     Choice,
     fused_attention,
@@ -17,6 +18,7 @@ from .base import (
 )
 
 __all__ = [
+    "KERNELS",
     "AttentionBackend",
     "Choice",
     "fused_attention",

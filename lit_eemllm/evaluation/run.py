@@ -206,7 +206,7 @@ def generated(
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
-    ids = model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens)
+    ids = model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens).cpu()
     length, stop_ids = inputs["input_ids"].shape[1], set(processor.template.stop_ids)
     ended = [not stop_ids.isdisjoint(row) for row in ids[:, length:].tolist()]
     return list(zip(processor.answers(ids, length), ended, strict=True))

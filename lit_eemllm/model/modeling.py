@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..attention import AttentionBackend, Choice, resolve_backend
+from ..attention import KERNELS, AttentionBackend, Choice, resolve_backend
 from ..compat.torch import changes
 from ..compat.transformers import CACHE, Generating
 from ..core.families import check_decoder, table_problems
@@ -243,7 +244,8 @@ class EEMLLM(PreTrainedModel, Generating, GenerationMixin):  # which transformer
     def image_features(self, pixels: Pixels) -> Tensor:
         """The encoder's features of all images in a row, [V, vision width]; of images in tiles, those of all tiles."""
         dtype = next(self.vision.parameters()).dtype
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())):
+        grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(grad), sdpa_kernel(KERNELS):
             features = self.vision(map_images(self.vision.transform.views(pixels), lambda x: x.to(dtype)))
         return features.to(next(self.projector.parameters()).dtype).flatten(0, -2)
 

@@ -31,6 +31,7 @@ OTHERS = {
     "window": Mechanism(visual_window=3),
     "some": Mechanism(aligner=NO_ALIGNER, rows=(("1", (("tokens", "every 2"), ("seen", "every 4"))),)),
     "apart": Mechanism(dense_layers="all", rows=(("1", (("seen", "every 2"),)),)),
+    "dropping": Mechanism(aligner=NO_ALIGNER, visual_drop=((1, 0.5),)),
 }
 """What no preset does."""
 
@@ -39,6 +40,15 @@ ALLOWED = {
     "loss, norm, stop = torch.stack(known).tolist()": "the look at loss and norm before the optimiser takes a step",
 }
 """Where an optimiser step may make the host wait: a part of the line, and why."""
+
+
+ANSWERING = {
+    "visual_BL, real_BL = torch.stack(": "once a prompt: the runs of text and images decide what is computed",
+    "if is_first_iteration and (input_ids": "once a prompt: one that ends with an image is refused",
+    "ids = model.generate(": "transformers asks after every token whether all have ended; then the answers are read",
+    "sums = zip(*torch.stack(found).tolist()": "the losses of all packs, once",
+}
+"""Likewise where prompts are answered and losses of validation computed."""
 
 
 def unexpected(world: World, allowed: dict[str, str]) -> list[Note]:
@@ -53,7 +63,9 @@ def backend(name: str, kind: str = "bfloat16", head_size: int = 8) -> AttentionB
     package.flash_attn_varlen_func = kernels.flash_attn_2()  # type: ignore[attr-defined]
     with patch.dict(sys.modules, {"flash_attn": package} if name == "flash-attn" else {}):
         chosen = resolve_backend(name.partition("-")[0], "cuda", dtype, True, head_size)
-    assert chosen.backend.provider == {"flash-attn": "flash-attn 2", "xformers": "xFormers", "cudnn": "cuDNN"}.get(name, "PyTorch")
+    assert chosen.backend.provider == {"flash-attn": "flash-attn 2", "xformers": "xFormers", "cudnn": "cuDNN"}.get(
+        name, "PyTorch"
+    )
     return chosen.backend
 
 

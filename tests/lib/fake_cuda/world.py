@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _foreach_utils
+from torch.utils import _device, _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.fake_cuda import kernels
@@ -73,10 +73,12 @@ class CudaTensor(Tensor):
 def sent(make: Any) -> Any:
     """A constructor of tensors from Python's numbers, made on the CPU and sent from there."""
 
-    def made(*args: Any, device: Any = None, pin_memory: bool = False, **options: Any) -> Tensor:
+    def made(*args: Any, **options: Any) -> Tensor:
+        device, pinned = options.get("device"), options.pop("pin_memory", False)
+        if device is not None and torch.device(device).type == "cuda":
+            return make(*args, **{**options, "device": "cpu"}).to(device)
         tensor = make(*args, **options)
-        tensor = tensor.pin_memory() if pin_memory else tensor
-        return tensor if device is None else tensor.to(device)
+        return tensor.pin_memory() if pinned else tensor
 
     return made
 
@@ -117,6 +119,7 @@ class World(TorchDispatchMode):
     def __enter__(self) -> World:
         global current
         current = self
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # else it writes into tensors of the CPU
         self._inside += 1
         torch.cuda.synchronize = lambda *device: self.note("wait", "synchronize")
         return super().__enter__()
@@ -127,6 +130,7 @@ class World(TorchDispatchMode):
         self._inside -= 1
         if not self._inside:
             current = None
+            torch.__future__.set_overwrite_module_params_on_conversion(False)
 
     def forget(self) -> None:
         """What was noted and launched so far."""
@@ -186,7 +190,12 @@ class World(TorchDispatchMode):
         found = kernel(func, *args, **kwargs) if kernel is not None else func(*args, **kwargs)
         if func._schema.is_mutable:
             return self._changed(func, on, leaves, found)
-        return found if named is not None and named.type == "cpu" else self._wrapped(found)
+        if named is not None and named.type == "cpu":
+            return found
+        if func.is_view and torch.is_inference_mode_enabled() and not on[0].is_inference():
+            with torch.inference_mode(False):  # a view of an ordinary tensor is one
+                return self._wrapped(found)
+        return self._wrapped(found)
 
     def _wrapped(self, found: Any) -> Any:
         return _mapped(self.wrap, found)
@@ -317,6 +326,7 @@ def begin(library: str) -> None:
     """Give this process the device."""
     ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     sys.modules["bitsandbytes"] = None  # peft imports it where it is, and it wants a real device
+    _device._device_constructors()  # PyTorch remembers which they are, and must not take ours for them
     torch.tensor, torch.as_tensor = sent(torch.tensor), sent(torch.as_tensor)
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_available = torch.cuda.is_initialized = lambda: True

@@ -69,14 +69,15 @@ def fused_attention(
     if groups > 1 and q_BNQH.device.type == "cuda" and (mask_BQL is not None or q_BNQH.dtype == torch.float32):
         if mask_BQL is not None and rows <= heads * (k_BKLH.shape[3] + v_BKLH.shape[3]):
             # The heads of a group become rows of one: their masks, repeated, are smaller than keys and values would be.
-            q_BKMH = q_BNQH.unflatten(1, (heads, groups)).flatten(2, 3)
+            q_BKMH = torch.unflatten(q_BNQH, 1, (heads, groups)).flatten(2, 3)
             mask_BML = mask_BQL if mask_BQL.shape[1] == 1 else mask_BQL.repeat(1, groups, 1)
-            return fused_attention(q_BKMH, k_BKLH, v_BKLH, mask_BML, scale).unflatten(2, (groups, rows)).flatten(1, 2)
+            out_BKMH = fused_attention(q_BKMH, k_BKLH, v_BKLH, mask_BML, scale)
+            return torch.unflatten(out_BKMH, 2, (groups, rows)).flatten(1, 2)
         k_BKLH, v_BKLH = (x.repeat_interleave(groups, dim=1) for x in (k_BKLH, v_BKLH))
     if torch.compiler.is_compiling():  # which knows this way, and not the flag
         with sdpa_kernel(KERNELS):
             return scaled_attention(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]  # torch's own
     torch.backends.cuda.enable_cudnn_sdp(False)  # the same, at a twentieth of the time
     try:
         return scaled_attention(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)

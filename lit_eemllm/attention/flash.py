@@ -79,7 +79,9 @@ def bind(function: Callable[..., Any]) -> Kernel:
         if "enable_gqa" in names:
             options["enable_gqa"] = q_QNH.shape[1] != k_SKH.shape[1]
         width, most = v_SKH.shape[-1], q_QNH.shape[-1]
-        out: Tensor | tuple[Tensor, ...] = function(q_QNH, k_SKH, v_SKH if width == most else pad(v_SKH, (0, most - width)), **options)
+        out: Tensor | tuple[Tensor, ...] = function(
+            q_QNH, k_SKH, v_SKH if width == most else pad(v_SKH, (0, most - width)), **options
+        )
         return (out[0] if isinstance(out, tuple) else out)[..., :width]  # some versions return the log-sum-exp too
 
     # The flash-attn packages group queries by themselves, PyTorch since it has a word for it.

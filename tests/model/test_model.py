@@ -442,7 +442,7 @@ def test_a_loss_is_summed_in_float32_whatever_the_model_is_in():
 def test_unrotated_positions_try_a_backend_with_the_size_of_head_that_they_give_it(monkeypatch):
     tried = []
     monkeypatch.setattr(
-        "lit_eemllm.model.modeling.resolve_backend",
+        "lit_eemllm.model.parts.resolve_backend",
         lambda *args: tried.append(args[-1]) or resolve_backend("reference"),
     )
     for mechanism in (Mechanism(), Mechanism(visual_positions="unrotated")):

@@ -1,0 +1,161 @@
+"""Packs on their way through the model: images to features to visual rows, rows through the layers, logits, loss.
+
+Legend of shapes in `lit_eemllm.layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from ..attention import KERNELS
+from ..compat.torch import changes
+from ..core.stream import Stream, Tokens, VisualKeys
+from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, upload
+from ..mechanisms import Features
+from .cache import CachedPass, continue_positions
+from .parts import ModelParts
+from .pretrained import rotary
+
+
+class Packed(ModelParts):
+    """Reads packs, which have no padding."""
+
+    def image_features(self, pixels: Pixels) -> Tensor:
+        """The encoder's features of all images in a row, [V, vision width]; of images in tiles, those of all tiles."""
+        dtype = next(self.vision.parameters()).dtype
+        grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(grad), sdpa_kernel(KERNELS):
+            features = self.vision(map_images(self.vision.transform.views(pixels), lambda x: x.to(dtype)))
+        return features.to(next(self.projector.parameters()).dtype).flatten(0, -2)
+
+    def _text_states(
+        self,
+        input_ids: Tensor,
+        pixels: Pixels | None,
+        layout: SequenceLayout,
+        cached: CachedPass | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> Tensor:
+        """Ids [S] (not read in visual rows) to the normalised last states of the text rows, [T, h]."""
+        decoder, mechanism = self.language_model.model, self.mechanism
+        image_takes = {"shared": 1, "none": 0}.get(mechanism.visual_positions)
+        if image_takes is not None:
+            layout = layout.with_image_positions(image_takes)
+        if cached is not None and cached.cache is not None:
+            layout = continue_positions(layout, cached.cache, image_takes)
+
+        x_Th = decoder.embed_tokens(input_ids[layout.text_index])
+        stream = self._stream(x_Th, layout, cached)
+        if pixels is not None and self.image_cache is not None and self._images_are_independent:
+            keys = self.image_cache.keys(pixels, self.image_keys, self._stamp(), sizes)
+            return self._run_layers(x_Th, x_Th[:0], replace(stream, keys=keys))
+        if pixels is None and cached is not None and cached.past:  # the cache has what text sees of images
+            return self._run_layers(x_Th, x_Th[:0], stream)
+        features = self._features(pixels, sizes, layout)
+        return self._run_layers(x_Th, *self.mechanism.enter(self.projector, features, x_Th, stream))
+
+    def _stream(self, x_Th: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> Stream:
+        return Stream(layout, rotary(self.language_model, x_Th), self.backend, cached=cached)
+
+    def _run_layers(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> Tensor:
+        decoder, blocks = self.language_model.model, self.blocks
+
+        def run(layer: nn.Module, x_Th: Tensor, x_Vh: Tensor, kept: Tokens | None) -> Any:
+            if str(layer.index) in blocks:
+                x_Th, x_Vh = blocks[str(layer.index)](x_Th, x_Vh, stream)
+            return layer(x_Th, x_Vh, stream, kept)
+
+        again, kept = self.activation_checkpointing and torch.is_grad_enabled(), None
+        none_0h = x_Th.new_zeros(0, x_Th.shape[1])
+        for layer in decoder.layers:
+            if layer.row.source == "own":  # else it would be kept with the layer's input
+                x_Vh = none_0h
+            if again:
+                x_Th, x_Vh, kept = checkpoint(run, layer, x_Th, x_Vh, kept, use_reentrant=False)
+            else:
+                x_Th, x_Vh, kept = run(layer, x_Th, x_Vh, kept)
+        return decoder.norm(x_Th)
+
+    @property
+    def _images_are_independent(self) -> bool:
+        """No text changes them."""
+        apart = not self.mechanism.no_later_images and not any(row.causal for row in self.table)
+        return apart and not torch.is_grad_enabled()
+
+    def _stamp(self) -> Hashable:
+        """Changes with weights, their type or place, and with autocast."""
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return autocast, tuple((p.data_ptr(), changes(p), p.dtype, str(p.device)) for p in self.parameters())
+
+    def _image_lengths(self, pixels: Pixels, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Visual tokens of each image."""
+        transform = self.vision.transform
+        if transform.fixed:
+            return [transform.num_tokens(pixels[0].shape[-1], pixels[0].shape[-2])] * len(pixels)
+        if len(sizes) != len(pixels):
+            raise ValueError(
+                f"image_sizes: found {len(sizes)} for {len(pixels)} images, expected (width, height) of each"
+            )
+        return [transform.num_tokens(*size) for size in sizes]
+
+    def image_keys(self, pixels: Pixels, sizes: Sequence[tuple[int, int]] = ()) -> list[VisualKeys]:
+        """Keys, before rotation, and values of each image by itself in every layer in which text sees it.
+
+        Only for mechanisms in which visual states do not depend on the text.
+        """
+        lengths = self._image_lengths(pixels, sizes)
+        layout = SequenceLayout.of([[Run(True, tokens)] for tokens in lengths]).to(self.device)
+        none_0h = self.get_input_embeddings()(layout.text_index)
+        stream = self._stream(none_0h, layout)
+        x_Vh, stream = self.mechanism.enter(self.projector, self._features(pixels, sizes, layout), none_0h, stream)
+        images: list[VisualKeys] = [[] for _ in lengths]
+        for layer in self.language_model.model.layers:
+            if str(layer.index) in self.blocks:
+                _, x_Vh = self.blocks[str(layer.index)](none_0h, x_Vh, stream)
+            x_Vh, pair = layer.images_alone(x_Vh, stream)
+            of_each = stream.tokens(layer.row.tokens).lengths
+            parts = None if pair is None else zip(*(x.split(of_each) for x in pair), strict=True)
+            for image in images:  # copies: a view would keep the others' alive
+                image.append(None if parts is None else tuple(x.clone() for x in next(parts)))
+        return images
+
+    def _features(self, pixels: Pixels | None, sizes: Sequence[tuple[int, int]], layout: SequenceLayout) -> Features:
+        """What a projector reads: features of the images, and which of them are visual tokens where not each is one.
+
+        Without images no rows, but in the graph: no pack may leave a weight without gradient.
+        """
+        order = self.vision.transform.order(sizes)
+        if pixels is None:
+            features = next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
+        else:
+            features = self.image_features(map_images(pixels, lambda x: upload(x, layout.positions.device)))
+        tokens, rows = (len(features), len(features)) if order is None else (len(order[0]), order[1])
+        if tokens != layout.num_visual or rows != len(features):
+            images = 0 if pixels is None else len(pixels)
+            text = f"{images} images give {tokens} visual tokens, but the layout holds {layout.num_visual}"
+            raise ValueError(text if rows == len(features) else f"{text}; image_sizes are of images of other shapes")
+        return Features(features, None if order is None else upload(order[0], features.device))
+
+    def _packed_states(self, batch: PackedBatch) -> Tensor:
+        return self._text_states(batch.input_ids, batch.pixel_values, batch.layout, sizes=batch.image_sizes)
+
+    def packed_logits(self, batch: PackedBatch) -> Tensor:
+        """Logits at the supervised positions only, [n, vocabulary]."""
+        text_Th = self._packed_states(batch)
+        return self.language_model.lm_head(text_Th[batch.target_rows])
+
+    def packed_loss(self, batch: PackedBatch) -> Tensor:
+        """Cross-entropy summed over the supervised tokens of the pack, a float32 scalar."""
+        if self._fused_loss is not None:
+            text_Th = self._packed_states(batch)
+            return self._fused_loss(self.language_model.lm_head.weight, text_Th[batch.target_rows], batch.targets)
+        return cross_entropy(self.packed_logits(batch).float(), batch.targets, reduction="sum")

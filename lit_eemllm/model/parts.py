@@ -1,0 +1,165 @@
+"""What an EEMLLM is made of, and its switches: the mechanism, the attention backend, fused kernels. None touches a weight."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from ..attention import AttentionBackend, Choice, resolve_backend
+from ..core.families import check_decoder, table_problems
+from ..core.table import Table, executed
+from ..errors import ConfigError
+from ..mechanisms import Added, Mechanism, Sizes
+from .configuration import EEMLLMConfig
+from .image_cache import ImageCache
+from .pretrained import adopt
+from .vision import VisionEncoder, get_vision_encoder
+
+
+class ModelParts(PreTrainedModel):
+    """Vision encoder, decoder and the modules that the mechanism adds, under the names that checkpoints have.
+
+    Args:
+        config: the architecture.
+        decoder: a causal LM to take over with its weights; built from the config when None.
+        vision: likewise, the vision encoder.
+    """
+
+    config_class = EEMLLMConfig
+    config: EEMLLMConfig
+    base_model_prefix = "language_model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["DecoderLayer"]
+
+    def __init__(
+        self, config: EEMLLMConfig, decoder: PreTrainedModel | None = None, vision: VisionEncoder | None = None
+    ) -> None:
+        super().__init__(config)
+        check_decoder(config.text_config)
+        encoder = get_vision_encoder(config.vision["encoder"])
+        self.vision = vision or encoder.from_config(config.vision["config"])
+        self.language_model = decoder or AutoModelForCausalLM.from_config(config.text_config)
+        self.mechanism = Mechanism.from_dict(config.mechanism)
+        self._refuse(self._problems(self.mechanism))
+        adopt(self.language_model)
+        self._connect()
+        self._take(self.mechanism)
+        self._backend: AttentionBackend | None = None
+        self.image_cache: ImageCache | None = None
+        self.activation_checkpointing = False
+        self._fused_loss: nn.Module | None = None
+        self.post_init()
+
+    def _connect(self) -> None:
+        """Make the modules that the mechanism adds."""
+        sizes = self.sizes
+        self.projector = self.mechanism.connector(sizes)
+        blocks = {str(layer): self.mechanism.block(layer, sizes) for layer in range(sizes.layers)}
+        made = nn.ModuleDict({layer: block for layer, block in blocks.items() if block is not None})
+        self.add_module(self.mechanism.blocks_name, made)
+
+    @property
+    def sizes(self) -> Sizes:
+        decoder, newline = self.config.text_config, self.vision.transform.order([]) is not None
+        return Sizes(decoder.hidden_size, decoder.num_hidden_layers, self.vision.hidden_size, newline)
+
+    @property
+    def blocks(self) -> nn.ModuleDict:
+        """Modules that the mechanism adds before layers, by the layer's number."""
+        blocks: nn.ModuleDict = getattr(self, self.mechanism.blocks_name)
+        return blocks
+
+    @property
+    def table(self) -> Table:
+        """What the layers execute."""
+        return tuple(layer.row for layer in self.language_model.model.layers)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only what is added is ours to initialise; transformers' own parts do it themselves, and an encoder that is no
+        transformers model comes with its weights."""
+        if isinstance(module, Added):
+            module.reset_parameters()
+
+    # --- switches
+    def _problems(self, mechanism: Mechanism) -> list[tuple[str, str]]:
+        """Of a mechanism with this decoder: (field, what is wrong)."""
+        decoder = self.config.text_config
+        problems = mechanism.problems(decoder.num_hidden_layers)
+        return problems + table_problems(decoder, mechanism.table(decoder.num_hidden_layers))
+
+    @staticmethod
+    def _refuse(problems: list[tuple[str, str]]) -> None:
+        if problems:
+            raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
+
+    def set_mechanism(self, mechanism: Mechanism) -> None:
+        """Raises ConfigError if the mechanism contradicts itself or needs other modules than this model has."""
+        problems = self._problems(mechanism)
+        if mechanism.modules != self.mechanism.modules:
+            problems.append(("preset", "this mechanism has modules that the model lacks; see `lit-eemllm convert`"))
+        self._refuse(problems)
+        self._forget_images()
+        self._take(mechanism)
+
+    def _take(self, mechanism: Mechanism) -> None:
+        """Tell the layers what to execute."""
+        self.mechanism, self.config.mechanism = mechanism, mechanism.to_dict()
+        layers = self.language_model.model.layers
+        for layer, row in zip(layers, executed(mechanism.table(len(layers))), strict=True):
+            layer.row, layer.freeze_prefix = row, mechanism.freeze_prefix
+            layer.unrotated = mechanism.visual_positions == "unrotated"
+
+    def train(self, mode: bool = True) -> ModelParts:
+        if mode:
+            self._forget_images()  # their weights are about to change
+        return super().train(mode)
+
+    def _forget_images(self) -> None:
+        if getattr(self, "image_cache", None) is not None:
+            self.image_cache.clear()
+
+    def set_attention(self, name: str, dtype: torch.dtype | None = None, training: bool = True) -> Choice:
+        """Choose the attention backend for this model's device; see `resolve_backend`.
+
+        Args:
+            name: a registered name or ``auto``.
+            dtype: type of the queries, keys and values; None = autocast's where it is on, else the decoder's.
+            training: whether gradients are needed.
+        """
+        head_size = self.language_model.model.layers[0].self_attn.head_dim
+        head_size *= 2 if self.mechanism.visual_positions == "unrotated" else 1
+        if dtype is None and torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)
+        choice = resolve_backend(name, self.device, dtype or self.language_model.dtype, training, head_size)
+        self._backend = choice.backend
+        return choice
+
+    @property
+    def backend(self) -> AttentionBackend:
+        if self._backend is None:
+            self.set_attention("auto")
+        assert self._backend is not None
+        return self._backend
+
+    def use_liger(self) -> None:
+        """Replace norms, feed-forward networks and the loss by liger-kernel's fused ones. Raises ConfigError without it."""
+        if find_spec("liger_kernel") is None or not torch.cuda.is_available():
+            raise ConfigError("model.liger: needs a CUDA device and liger-kernel; pip install 'lit_eemllm[liger]'")
+        import liger_kernel.transformers as liger
+
+        parts = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+        apply = getattr(liger, f"apply_liger_kernel_to_{self.config.text_config.model_type}")
+        apply(model=self.language_model, **parts, rms_norm=True, swiglu=True)
+        self._fused_loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()

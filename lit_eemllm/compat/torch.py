@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 __all__ = [
-    "DEAD_WORKER", "FakeTensorMode", "allow_recompiles", "changes", "end_workers", "flop_counter", "lost_rank", "scale_",
+    "DEAD_WORKER", "FakeTensorMode", "LiveBytes", "allow_recompiles", "changes", "end_workers", "flop_counter", "lost_rank", "scale_",
     "shared_storage", "storage_id", "worker_processes",
 ]  # fmt: skip
 
@@ -63,6 +66,37 @@ def flop_counter() -> FlopCounterMode:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
     return FlopCounterMode(display=False, custom_mapping=fused)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts what operators make while it is entered; views, and what was there before, are not counted.
+
+    Attributes:
+        now, peak: bytes of the storages that are alive, and the most there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(found):
+            if isinstance(x, Tensor) and id(x.untyped_storage()) not in given | self._alive:
+                self._add(x.untyped_storage())
+        return found
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self._alive.add(id(storage))
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, id(storage), storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self._alive.remove(key)
+        self.now -= size
 
 
 # --- other ranks

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..compat.torch import flop_counter, storage_id
+from ..compat.torch import LiveBytes, flop_counter, storage_id
 from ..core.decoder import DecoderLayer
 from ..layout import PackedBatch, Run, SequenceLayout
 from ..mechanisms import Features, Mechanism
 from ..training.adapters import MARK
 from ..training.fsdp2 import shared_out
 from ..training.module import compute_dtype
-from .weightless import Parts, build_weightless
+from .weightless import Fused, Parts, build_weightless
 
 if TYPE_CHECKING:
     from ..config.keys import Config
@@ -55,6 +56,7 @@ class Step:
             encoder and decoder; a projector that a layer calls counts with the decoder.
         backward_flops: of everything.
         weights, gradients, optimiser: bytes, of the optimiser AdamW's two moments.
+        late: of the gradients, those of linear layers in the first unit and in what is below it, which come last.
         gathered: bytes of weights and gradients that are whole on each GPU although they are sharded: of the largest module
             that is sharded by itself, the next one, the gradient of the first and its float32 copy that is summed over
             ranks, and all that is in none of them.
@@ -63,8 +65,10 @@ class Step:
         activations: bytes saved for the backward pass. Attention saves queries, keys, values, output and a number a row.
         kept, largest: likewise if each unit saves its input alone: all that stays, and what the largest unit saves when it
             is recomputed.
+        below: of what is kept, that of encoder and connector, and the input of the first unit, which stay to the end.
         logits: bytes at the loss.
-        passing: bytes of gradients on their way: of the two factors of a product (of gate and up), where they are largest.
+        passing: bytes beside what is saved that the largest unit takes at most while it is computed again and differentiated:
+            gradients on their way, such as those of a product and of its two factors (gate and up), and what is cast.
     """
 
     parameters: int
@@ -78,6 +82,7 @@ class Step:
     weights: int
     gradients: int
     optimiser: int
+    late: int
     gathered: int
     copies: int
     unit_copies: int
@@ -85,6 +90,7 @@ class Step:
     activations: float
     kept: float
     largest: int
+    below: float
     logits: int
     passing: int
 
@@ -105,7 +111,7 @@ class Step:
 
         Weights and optimiser stay. Gradients appear while activations go, and stay if several packs make a step. The
         backward pass begins with all activations, or with what is kept and the last unit recomputed, and ends with all
-        gradients and the first unit; then AdamW takes as much as the gradients for a moment. DDP holds the gradients a
+        gradients but the late ones, the first unit and what is below it; then AdamW takes as much as the gradients for a moment. DDP holds the gradients a
         second time, in buckets. FSDP2 divides weights, gradients and optimiser.
 
         Args:
@@ -115,10 +121,10 @@ class Step:
             checkpointing: of activations.
             accumulate: packs a step.
         """
-        stays, gradients = float(self.weights + self.optimiser), float(self.gradients)
+        stays, gradients, late = float(self.weights + self.optimiser), float(self.gradients), float(self.late)
         gathered, copies, unit_copies = 0, self.copies, self.unit_copies
         if gpus > 1 and sharded:
-            stays, gradients, gathered = stays / gpus, gradients / gpus, self.gathered
+            stays, gradients, late, gathered = stays / gpus, gradients / gpus, late / gpus, self.gathered
             copies, unit_copies = self.rest_copies, 0
         elif gpus > 1:
             stays += gradients
@@ -127,7 +133,8 @@ class Step:
         if checkpointing:
             loss = documents * (self.kept + self.logits) + copies + gathered
             begins = max(loss, documents * self.kept + moment)
-        return stays + max(begins + gradients * (accumulate > 1), gradients + moment, 2 * gradients)
+        ends = gradients - late + documents * self.below + moment
+        return stays + max(begins + gradients * (accumulate > 1), ends, 2 * gradients)
 
     def most_documents(self, limit: float, **options: Any) -> int:
         """The largest pack whose step stays within so many bytes, with the options of `most_bytes`; 0 if none does."""
@@ -177,6 +184,7 @@ def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document
         weights=weights,
         gradients=gradients,
         optimiser=2 * gradients,
+        late=sum((encoder.outside.gradients | rest.before.gradients | rest.units[0].gradients).values()),
         gathered=weights - sum(stored) + 2 * whole + reduced,
         copies=encoder.copies + rest.copies,
         unit_copies=max(unit.copies for unit in rest.units),
@@ -184,9 +192,29 @@ def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document
         activations=images * encoder.activations() + rest.activations(),
         kept=images * encoder.activations() + rest.kept(),
         largest=max(nbytes(unit.saved) for unit in rest.units),
+        below=images * encoder.activations() + rest.below(),
         logits=LOSS_BYTES * logits.numel(),
-        passing=2 * max(storage.nbytes() for unit in rest.units for storage in unit.saved.values()),
+        passing=passing(model, autocast, rest.units),
     )
+
+
+def passing(model: EEMLLM, autocast: torch.autocast, units: list[Part]) -> int:
+    """See `Step`: measured as the largest unit, the last of these, is really computed again, by checkpointing, and differentiated.
+    Gradients of weights, which do not grow with the documents, are left out."""
+    number, unit = max(enumerate(units), key=lambda each: (nbytes(each[1].saved), each[0]))
+    x_Th, x_Vh, stream = unit.inputs
+    inputs = [x.detach().requires_grad_(x.requires_grad) for x in (x_Th, x_Vh)]
+    inputs[0].requires_grad_(x_Th.requires_grad or not x_Vh.requires_grad)
+    layer, stream = model.language_model.model.layers[number], replace(stream, backend=Fused())
+    with LiveBytes() as live:
+        with autocast:
+            out = checkpoint(model.run_layer, layer, *inputs, stream, use_reentrant=False, preserve_rng_state=False)[:2]
+        outputs = {storage_id(x.untyped_storage()): x for x in out if x.requires_grad and x.grad_fn is not None}
+        gradients = [torch.empty_like(x) for x in outputs.values()]
+        live.peak, there = live.now, live.now - sum(x.nbytes for x in gradients)
+        wanted = [x for x in inputs if x.requires_grad]
+        torch.autograd.grad(list(outputs.values()), wanted, gradients, allow_unused=True)
+    return max(0, live.peak - there - nbytes(unit.saved) - unit.copies)
 
 
 def pack(document: Document, pixels: Tensor) -> PackedBatch:
@@ -227,11 +255,13 @@ def weight_bytes(module: nn.Module, config: Config) -> int:
 # --- what a forward pass leaves behind
 @dataclass
 class Part:
-    """FLOPs of a part of the forward pass, the storages that it is given and that it saves for the backward pass, and bytes
-    of the 16-bit copies of weights among these."""
+    """FLOPs of a part of the forward pass, what it is called with, the storages that it is given and that it saves for the backward
+    pass, bytes of the 16-bit copies of weights among these, and of the gradients of its linear layers, by their names."""
 
     flops: int = 0
     copies: int = 0
+    inputs: tuple[Any, ...] = ()
+    gradients: dict[str, int] = field(default_factory=dict)
     given: dict[int, torch.UntypedStorage] = field(default_factory=dict)
     saved: dict[int, torch.UntypedStorage] = field(default_factory=dict)
 
@@ -240,12 +270,14 @@ class Part:
 class Recording:
     """A forward pass: its units, which activation checkpointing would recompute, and what lies outside of them.
 
-    A unit is a decoder layer with the block that the mechanism adds before it, if there is one.
+    A unit is a decoder layer with the block that the mechanism adds before it, if there is one. What is saved outside before
+    the first of them stands in `before` too.
     """
 
     flops: int = 0
     rest_copies: int = 0
     outside: Part = field(default_factory=Part)
+    before: Part = field(default_factory=Part)
     units: list[Part] = field(default_factory=list)
 
     @property
@@ -261,6 +293,9 @@ class Recording:
         for unit in self.units:
             storages |= unit.given if unit.saved else {}
         return nbytes(storages)
+
+    def below(self) -> int:
+        return nbytes(self.before.saved | self.units[0].given)
 
 
 def nbytes(storages: dict[int, torch.UntypedStorage]) -> int:
@@ -297,7 +332,11 @@ def recording(model: EEMLLM) -> Iterator[Recording]:
         nonlocal now
         if now is found.outside:  # else in the layer after a block
             given = [x.untyped_storage() for x in args if isinstance(x, Tensor)]
-            now = Part(-counted.get_total_flops(), given={storage_id(storage): storage for storage in given})
+            now = Part(
+                -counted.get_total_flops(), inputs=args[:3], given={storage_id(storage): storage for storage in given}
+            )
+            if not found.units:
+                found.before = Part(gradients=dict(now.gradients), saved=dict(now.saved))
             found.units.append(now)
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -308,7 +347,9 @@ def recording(model: EEMLLM) -> Iterator[Recording]:
     def begin(module: nn.Linear, args: tuple[Tensor]) -> None:
         nonlocal linear
         linear = module
+        now.gradients |= {names[p]: p.nbytes for p in module.parameters() if p.requires_grad}
 
+    names = {parameter: name for name, parameter in model.named_parameters()}
     hooks = [module.register_forward_pre_hook(begin) for module in model.modules() if isinstance(module, nn.Linear)]
     hooks += [block.register_forward_pre_hook(enter) for block in model.blocks.values()]
     for layer in model.language_model.model.layers:

@@ -136,41 +136,55 @@ class FusedDropout(nn.Dropout):
         return torch.native_dropout(input, self.p, self.training)[0]
 
 
-class Counted(AttentionBackend):
-    """Attention without data: every product is counted, and saved is what a fused kernel saves."""
+class Fused(AttentionBackend):
+    """Attention without data: there is what a fused kernel takes, saves and gives."""
 
-    name = "counted"
+    name = "fused"
+    products = False
+    """Every product is an operator, to be counted, which makes of scores what a kernel does not keep."""
 
     def plan(self, layout: SequenceLayout, visibility: Visibility) -> Visibility:
         return visibility
 
     def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Visibility, scale: float) -> Tensor:
         keys = slice(None if plan.window is None else plan.window + 1)
-        return _Attention.apply(q_QNH, k_SKH[keys], v_SKH[keys])
+        return _Attention.apply(q_QNH, k_SKH[keys], v_SKH[keys], self.products)
+
+
+class Counted(Fused):
+    """The same, all products beside it."""
+
+    name = "counted"
+    products = True
 
 
 class _Attention(torch.autograd.Function):
     """The products alone: each is one operator, of which a trace of many layers has enough."""
 
     @staticmethod
-    def forward(ctx: Any, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> Tensor:
-        q_NQH, k_NSH, v_NSH = _by_head(q_QNH, k_SKH, v_SKH)
-        out_QNH = torch.bmm(torch.bmm(q_NQH, k_NSH.mT), v_NSH).transpose(0, 1)
+    def forward(ctx: Any, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, products: bool) -> Tensor:
+        ctx.products = products
+        if products:
+            q_NQH, k_NSH, v_NSH = _by_head(q_QNH, k_SKH, v_SKH)
+            out_QNH = torch.bmm(torch.bmm(q_NQH, k_NSH.mT), v_NSH).transpose(0, 1)
+        else:
+            out_QNH = q_QNH.new_empty(*q_QNH.shape[:2], v_SKH.shape[2])
         row_QN = q_QNH.new_empty(q_QNH.shape[:2], dtype=torch.float32)  # logarithm of the sum of exponentials
         ctx.save_for_backward(q_QNH, k_SKH, v_SKH, out_QNH, row_QN)
         return out_QNH
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """The four products."""
         (gradient_QNH,), (q_QNH, k_SKH, v_SKH, *_) = gradients, ctx.saved_tensors
-        q_NQH, k_NSH, v_NSH = _by_head(q_QNH, k_SKH, v_SKH)
-        gradient_NQH = gradient_QNH.transpose(0, 1)
-        scores_NQS = torch.bmm(gradient_NQH, v_NSH.mT)
-        torch.bmm(scores_NQS.mT, gradient_NQH)  # of the values
-        torch.bmm(scores_NQS, k_NSH)  # of the queries
-        torch.bmm(scores_NQS.mT, q_NQH)  # of the keys
-        return torch.empty_like(q_QNH), torch.empty_like(k_SKH), torch.empty_like(v_SKH)
+        if ctx.products:
+            q_NQH, k_NSH, v_NSH = _by_head(q_QNH, k_SKH, v_SKH)
+            gradient_NQH = gradient_QNH.transpose(0, 1)
+            scores_NQS = torch.bmm(gradient_NQH, v_NSH.mT)
+            torch.bmm(scores_NQS.mT, gradient_NQH)  # of the values
+            torch.bmm(scores_NQS, k_NSH)  # of the queries
+            torch.bmm(scores_NQS.mT, q_NQH)  # of the keys
+        return torch.empty_like(q_QNH), torch.empty_like(k_SKH), torch.empty_like(v_SKH), None
 
 
 def _by_head(q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,23 +65,25 @@ class Packed(ModelParts):
         return Stream(layout, rotary(self.language_model, x_Th), self.backend, cached=cached)
 
     def _run_layers(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> Tensor:
-        decoder, blocks = self.language_model.model, self.blocks
-
-        def run(layer: nn.Module, x_Th: Tensor, x_Vh: Tensor, kept: Tokens | None) -> Any:
-            if str(layer.index) in blocks:
-                x_Th, x_Vh = blocks[str(layer.index)](x_Th, x_Vh, stream)
-            return layer(x_Th, x_Vh, stream, kept)
-
+        decoder = self.language_model.model
         again, kept = self.activation_checkpointing and torch.is_grad_enabled(), None
         none_0h = x_Th.new_zeros(0, x_Th.shape[1])
         for layer in decoder.layers:
             if layer.row.source == "own":  # else it would be kept with the layer's input
                 x_Vh = none_0h
             if again:
-                x_Th, x_Vh, kept = checkpoint(run, layer, x_Th, x_Vh, kept, use_reentrant=False)
+                x_Th, x_Vh, kept = checkpoint(self.run_layer, layer, x_Th, x_Vh, stream, kept, use_reentrant=False)
             else:
-                x_Th, x_Vh, kept = run(layer, x_Th, x_Vh, kept)
+                x_Th, x_Vh, kept = self.run_layer(layer, x_Th, x_Vh, stream, kept)
         return decoder.norm(x_Th)
+
+    def run_layer(
+        self, layer: nn.Module, x_Th: Tensor, x_Vh: Tensor, stream: Stream, kept: Tokens | None = None
+    ) -> tuple[Tensor, Tensor, Tokens | None]:
+        """A layer after the block that the mechanism adds before it, if there is one: what checkpointing computes again."""
+        if str(layer.index) in self.blocks:
+            x_Th, x_Vh = self.blocks[str(layer.index)](x_Th, x_Vh, stream)
+        return layer(x_Th, x_Vh, stream, kept)
 
     @property
     def _images_are_independent(self) -> bool:

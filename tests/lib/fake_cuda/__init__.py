@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from lib.fake_cuda.library import library
+from lib.fake_cuda.building import library
 from lib.processes import Started
 
 

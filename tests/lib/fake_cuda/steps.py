@@ -8,6 +8,7 @@ from contextlib import redirect_stderr
 from functools import cache
 from io import StringIO
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import tiny
@@ -111,7 +112,7 @@ def training_module(model: EEMLLM, config: Config, device: str) -> LitEEMLLM:
     return module
 
 
-def optimiser_step(module: LitEEMLLM, batch: PackedBatch) -> tuple[float, float]:
+def optimiser_step(module: LitEEMLLM, batch: PackedBatch, optimizer: Any = None) -> tuple[Tensor, Tensor]:
     """Of a batch on the CPU: the loss of the pack, and the norm of the gradients."""
     device, dtype = module.device, compute_dtype(module.config)
     if device.type == "cuda":
@@ -119,18 +120,13 @@ def optimiser_step(module: LitEEMLLM, batch: PackedBatch) -> tuple[float, float]
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         loss = module.training_step(batch, 0)
     loss.backward()
-    optimizer = module.configure_optimizers()["optimizer"]
+    optimizer = optimizer or module.configure_optimizers()["optimizer"]
     assert all(p.device == device and (p.grad is None or p.grad.device == device) for p in module.parameters())
     module.on_before_optimizer_step(optimizer)
     module.configure_gradient_clipping(optimizer)
     optimizer.step()
     optimizer.zero_grad()
-    return number(loss), number(module.step.grad_norm)
-
-
-def number(tensor: Tensor) -> float:
-    """Of a tensor on either device, without waiting for it."""
-    return getattr(tensor, "held", tensor).item()
+    return tuple(getattr(x, "held", x).detach() for x in (loss, module.step.grad_norm))
 
 
 @cache

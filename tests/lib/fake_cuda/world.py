@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer
 from torch.utils import _device, _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.fake_cuda import kernels
 
 aten = torch.ops.aten
+_LIBRARY = torch.library.Library("aten", "IMPL")
 CUDA = torch.device("cuda", 0)
 
 WAITS = {
@@ -174,7 +176,8 @@ class World(TorchDispatchMode):
             return self._on_cpu(func, packet, args, kwargs)
         if packet in (aten._to_copy, aten.copy_):
             return self._copy(func, packet, args, kwargs, named)
-        self._refuse_mixing(func, packet, leaves, args)
+        if on:
+            self._refuse_mixing(func, packet, leaves, args)
         self._wait(func, packet, args, kwargs)
         if not func.is_view and packet is not aten._fused_sdp_choice:
             self.launches[func.__name__ if func.namespace == "aten" else str(func)] += 1
@@ -286,7 +289,11 @@ class World(TorchDispatchMode):
 
 @cache
 def _is_composite(func: Any) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    composite, own = (
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+        for key in ("CompositeImplicitAutograd", "CUDA")
+    )
+    return composite and not own
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -340,4 +347,7 @@ def begin(library: str) -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(
         True
     )  # `Module.to` would else write into tensors of the CPU
-    _foreach_utils._foreach_supported_types.append(CudaTensor)
+    for name in ("silu_backward", "mish_backward"):  # have kernels on CUDA, and would be taken apart without
+        _LIBRARY.impl(name, lambda *args: None, "CUDA")  # a World never asks for it
+    for module in (_foreach_utils, optimizer):
+        module._foreach_supported_types.append(CudaTensor)

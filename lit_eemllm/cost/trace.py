@@ -21,7 +21,7 @@ from ..core.decoder import DecoderLayer
 from ..layout import PackedBatch, Run, SequenceLayout
 from ..mechanisms import Features, Mechanism
 from ..training.adapters import MARK
-from ..training.fsdp2 import shared_out
+from ..training.fsdp2 import shared_out, sums_late
 from ..training.module import compute_dtype
 from .weightless import Fused, Parts, build_weightless
 
@@ -56,6 +56,7 @@ class Step:
             encoder and decoder; a projector that a layer calls counts with the decoder.
         backward_flops: of everything.
         weights, gradients, optimiser: bytes, of the optimiser AdamW's two moments.
+        deferred: FSDP2 sums gradients over ranks once a step, and not after each pack.
         late: of the gradients, those of linear layers in the first unit and in what is below it, which come last.
         gathered: bytes of weights and gradients that are whole on each GPU although they are sharded: of the largest module
             that is sharded by itself, the next one, the gradient of the first and its float32 copy that is summed over
@@ -82,6 +83,7 @@ class Step:
     weights: int
     gradients: int
     optimiser: int
+    deferred: bool
     late: int
     gathered: int
     copies: int
@@ -112,7 +114,8 @@ class Step:
         Weights and optimiser stay. Gradients appear while activations go, and stay if several packs make a step. The
         backward pass begins with all activations, or with what is kept and the last unit recomputed, and ends with all
         gradients but the late ones, the first unit and what is below it; then AdamW takes as much as the gradients for a moment. DDP holds the gradients a
-        second time, in buckets. FSDP2 divides weights, gradients and optimiser.
+        second time, in buckets. FSDP2 divides weights, gradients and optimiser; of several packs the gradients stay whole until the
+        last, if they are `deferred`.
 
         Args:
             documents: in a pack.
@@ -124,7 +127,9 @@ class Step:
         stays, gradients, late = float(self.weights + self.optimiser), float(self.gradients), float(self.late)
         gathered, copies, unit_copies = 0, self.copies, self.unit_copies
         if gpus > 1 and sharded:
-            stays, gradients, late, gathered = stays / gpus, gradients / gpus, late / gpus, self.gathered
+            stays, gathered = stays / gpus, self.gathered
+            if not self.deferred or accumulate == 1:
+                gradients, late = gradients / gpus, late / gpus
             copies, unit_copies = self.rest_copies, 0
         elif gpus > 1:
             stays += gradients
@@ -184,6 +189,7 @@ def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document
         weights=weights,
         gradients=gradients,
         optimiser=2 * gradients,
+        deferred=sums_late(config),
         late=sum((encoder.outside.gradients | rest.before.gradients | rest.units[0].gradients).values()),
         gathered=weights - sum(stored) + 2 * whole + reduced,
         copies=encoder.copies + rest.copies,

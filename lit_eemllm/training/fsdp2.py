@@ -41,7 +41,14 @@ from .tuning import in_order
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+    from ..config.keys import Config
     from ..model import EEMLLM
+
+
+def sums_late(config: Config) -> bool:
+    """Whether gradients are summed over ranks once a step, after all packs that it accumulates. They stay whole until then: not where
+    that is what sharding is for, because the decoder is trained wholly."""
+    return config.optim.tuning.llm != "full"
 
 
 def shared_out(model: EEMLLM) -> list[nn.Module]:
@@ -98,11 +105,8 @@ class FSDP2(DataParallel):
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """While a step accumulates, gradients are summed over ranks once, at its end. They stay whole until then: not where that
-        is what sharding is for, because the decoder is trained wholly."""
         module: Any = self.model
-        wholly = module.config.optim.tuning.llm == "full"
-        module.model.set_requires_gradient_sync(wholly)
+        module.model.set_requires_gradient_sync(not sums_late(module.config))
         try:
             yield
         finally:

@@ -399,6 +399,9 @@ def test_most_bytes_and_documents():
     assert step.most_bytes(100, **sharded, checkpointing=True) == 1800 / 4 + 420 + 100 * (3 + 4) + max(400 / 4, 200)
     assert step.most_bytes(1, **sharded) == 1800 / 4 + 420 + 400 / 4 + (3 + 4)  # as it ends
     assert step.most_bytes(100, gpus=1, sharded=True) == step.most_bytes(100)
+    late = replace(step, deferred=True)  # whole until they are summed, of several packs
+    assert late.most_bytes(100, **sharded, accumulate=2) == 1800 / 4 + 420 + 30 + 100 * (10 + 5) + 400
+    assert late.most_bytes(100, **sharded) == step.most_bytes(100, **sharded)
     for limit in (2599, 2600, 2615, 3500, 1e6):
         fitting = [n for n in range(1, 70_000) if step.most_bytes(n) <= limit]
         assert step.most_documents(limit) == max(fitting, default=0)

@@ -71,6 +71,28 @@ def storages_without_data_have_numbers():
 
 @contract(
     "torch",
+    "a mode sees what operators make, and a storage tells when it is gone",
+    lambda patch: patch.setattr("lit_eemllm.compat.torch.weakref.finalize", lambda *args: None),
+)
+def live_bytes_come_and_go():
+    mode = compat("torch").FakeTensorMode()
+    with mode:
+        there = torch.zeros(100)
+    with compat("torch").LiveBytes() as live:
+        made = there.new_empty(50)
+        view = made[:10].view(2, 5)
+        there[:3].add_(1)
+        assert (live.now, live.peak) == (200, 200)
+        (made + 1).sum()
+        assert live.peak in (400, 404) and live.now == 200
+        del made
+        assert live.now == 200  # of the view
+        del view
+    assert live.now == 0
+
+
+@contract(
+    "torch",
     "_new_shared_fd_cpu maps an open file as a shared storage",
     lambda patch: patch.setattr("torch.UntypedStorage._new_shared_fd_cpu", lambda _, n: torch.UntypedStorage(n)),
 )

@@ -30,7 +30,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.generation.streamers import BaseStreamer
 
 from lit_eemllm.console import console, progress, write_atomically
 from lit_eemllm.formats.llava import NAMES
@@ -218,8 +217,8 @@ class Pair:
         return found
 
 
-class Clock(BaseStreamer):
-    """When the prompt and each new token came."""
+class Clock:
+    """A streamer of `generate`: when the prompt and each new token came."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare mechanisms test slow stress check newest lowest lock gpu fmt clean
+.PHONY: help demo compare mechanisms test slow stress check newest lowest lock gpu gpu-dry fmt clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -56,11 +56,11 @@ lock: $(INSTALLED) ## look up the newest versions that pyproject.toml allows, an
 	{ grep '^#' constraints.txt; grep -vE '^(nvidia-|cuda-|triton)' .lock.unfinished; } > .constraints.unfinished
 	mv .constraints.unfinished constraints.txt && rm .lock.unfinished
 
-gpu: $(INSTALLED) ## everything that needs a GPU: its tests, then the benchmarks, into benchmarks/
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: PyTorch finds no CUDA device; see: lit-eemllm doctor")'
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python tools/bench_attention.py
-	$(BIN)/python tools/bench_training.py
+gpu: ## everything that needs a GPU, in 12 minutes, into benchmarks/; without .venv in the environment that there is
+	@$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) tools/gpu.py
+
+gpu-dry: $(INSTALLED) ## the same code at small sizes, on a CPU, on the tests' fake device
+	$(BIN)/python tools/gpu.py --dry
 
 fmt: $(INSTALLED) ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix --exit-zero .

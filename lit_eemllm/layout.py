@@ -40,7 +40,9 @@ def map_images(pixels: Pixels, function: Callable[[Tensor], Tensor]) -> Pixels:
 
 
 def take_images(pixels: Pixels, indices: Sequence[int]) -> Pixels:
-    return pixels[list(indices)] if isinstance(pixels, Tensor) else [pixels[i] for i in indices]
+    if not isinstance(pixels, Tensor):
+        return [pixels[i] for i in indices]
+    return pixels.index_select(0, upload(torch.tensor(indices, dtype=torch.long), pixels.device))
 
 
 class Run(NamedTuple):

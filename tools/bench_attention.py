@@ -182,9 +182,9 @@ def bench_layer(args: argparse.Namespace, case: Row, working: dict, top: float) 
     layout, visibility = layout_of(case["visual"], case["text"], case["documents"]), LAYERS[case["layer"]]
     queries, keys = layout.num_tokens if visibility.visual_queries else layout.num_text, layout.num_tokens
     pairs, layout = visible_pairs(layout, visibility), layout.to(args.device)
-    generator = torch.Generator(args.device).manual_seed(0)
+    torch.manual_seed(0)
     *qkv, weights_QNH = (
-        torch.randn(rows, heads, args.head_size, device=args.device, dtype=args.dtype, generator=generator)
+        torch.randn(rows, heads, args.head_size, device=args.device, dtype=args.dtype)
         for rows, heads in ((queries, args.heads), (keys, args.kv_heads), (keys, args.kv_heads), (queries, args.heads))
     )
 

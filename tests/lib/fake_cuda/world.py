@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 import traceback
 import weakref
 from collections import Counter
@@ -11,7 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, overrides
 from torch.optim import optimizer
 from torch.utils import _device, _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,21 +69,46 @@ class CudaTensor(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __repr__(self, **_: Any) -> str:
+        return repr(self.cpu())
+
+    def __format__(self, form: str) -> str:
+        return format(self.cpu(), form)
+
     def new_tensor(self, data: Any, **options: Any) -> Tensor:
         return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **options})
+
+
+def _default() -> torch.device:
+    """That of `with torch.device(...)`. (PyTorch's own function makes a tensor to find out.)"""
+    modes = [mode for mode in overrides._get_current_function_mode_stack() if isinstance(mode, _device.DeviceContext)]
+    return modes[-1].device if modes else torch.device("cpu")
 
 
 def sent(make: Any) -> Any:
     """A constructor of tensors from Python's numbers, made on the CPU and sent from there."""
 
     def made(*args: Any, **options: Any) -> Tensor:
-        device, pinned = options.get("device"), options.pop("pin_memory", False)
-        if device is not None and torch.device(device).type == "cuda":
+        device, pinned = options.get("device") or _default(), options.pop("pin_memory", False)
+        if torch.device(device).type == "cuda":
             return make(*args, **{**options, "device": "cpu"}).to(device)
         tensor = make(*args, **options)
         return tensor.pin_memory() if pinned else tensor
 
     return made
+
+
+class Event:
+    """A moment on the device, which is as far as the host."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
 
 
 class Note(NamedTuple):
@@ -343,6 +369,10 @@ def begin(library: str) -> None:
     torch.cuda.get_device_capability = lambda *device: (9, 0)
     torch.cuda.is_bf16_supported = lambda *args, **options: True
     torch.cuda.get_device_name = lambda *device: "fake"
+    torch.cuda.Event = Event
+    torch.cuda.reset_peak_memory_stats = torch.cuda.empty_cache = lambda *device: None
+    torch.cuda.max_memory_allocated = lambda *device: current.peak if current is not None else 0
+    torch.cuda.memory_allocated = lambda *device: current.now if current is not None else 0
     torch.backends.cuda.is_flash_attention_available = lambda: True
     torch.__future__.set_overwrite_module_params_on_conversion(
         True

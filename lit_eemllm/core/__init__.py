@@ -1,1 +1,1 @@
-"""What a reader of the papers wants: the table of a mechanism, the stream and the layer that executes a row of it."""
+"""The method of the papers: a mechanism's table, the stream, and the decoder layer that executes a row of the table."""

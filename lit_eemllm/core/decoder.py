@@ -25,8 +25,8 @@ class DecoderLayer(nn.Module):
     Args:
         layer: the transformers layer whose submodules are taken over.
         index: its number, from 0.
-        family: where its norms stand.
-        rotates: whether it turns queries and keys by their positions.
+        family: how its layers differ from Llama's.
+        rotates: whether it rotates queries and keys (RoPE).
     """
 
     self_attn: Any
@@ -42,26 +42,26 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_Th: Tensor, x_Vh: Tensor, stream: Stream, kept: Tokens | None = None
     ) -> tuple[Tensor, Tensor, Tokens | None]:
-        """Text rows and visual rows through the layer.
+        """Run text rows and visual rows through the layer.
 
         With u = norm1(x), text T, the visual tokens I that are here and those of them J that text sees::
 
             H_T = T + post1(attention(u_T W_q, [u_T; u_J] W_k, [u_T; u_J] W_v) W_o)  T' = H_T + post2(FFN(norm2(H_T)))
             H_I = I + post1(path W_o)                                                I' = H_I + post2(FFN(norm2(H_I)))
 
-        The path of I is its own attention, over [u_T; u_I] or a window of u_I, or else u_I W_v; of W_v, W_o and FFN it takes
+        The path of I is its own attention, over [u_T; u_I] or a window of u_I, or else u_I W_v. Of W_v, W_o and FFN, I takes
         those that `LayerPlan.update` names. `Norms` that a family lacks are the identity: in Llama post1 and post2, after the
-        blocks; in OLMo 2 norm1 and norm2, before them. Our reading: post1 is of whatever is added to I, also of a path that
-        leaves out W_v or W_o. Weights that text and images share are one product over the rows of both.
+        blocks; in OLMo 2 norm1 and norm2, before them. Our reading: post1 normalises whatever is added to I, even if the path
+        leaves out W_v or W_o. Where text and images use the same weight, it is one product over the rows of both.
 
         Args:
             x_Th: the text.
-            x_Vh: all visual tokens; none where their keys are given.
+            x_Vh: all visual tokens; none where their keys are precomputed (`Stream.keys`).
             stream: what all layers share.
             kept: the visual tokens that are left after dropping by rank; None = all.
 
         Returns:
-            the three as they enter the next layer.
+            x_Th, x_Vh and kept for the next layer.
         """
         row, attn, text = self.row, self.self_attn, len(x_Th)
         if row.source == "own" and stream.states is not None:
@@ -71,15 +71,15 @@ class DecoderLayer(nn.Module):
         x_Rh = torch.cat([x_Th, here.of(x_Vh)]) if runs else x_Th
         u_Rh = self._norm("before_attention", x_Rh)
         whole = stream.view(here, row.tokens) if row.causal and row.seen == row.tokens else None
-        if whole is not None:  # all rows query what all rows see: in stream order from here to W_o
+        if whole is not None:  # every row queries, and all see the same: stream order up to W_o
             u_Rh = whole.of(u_Rh)
         q_RNH = self._heads("q", u_Rh if row.queries else u_Rh[:text])
         k_RKH = self._heads("k", u_Rh if row.keys else u_Rh[:text])
         v_RKH = self._heads("v", u_Rh if row.values else u_Rh[:text])
         if row.keys and stream.keys is not None:
-            k_RKH, v_RKH = (torch.cat(pair) for pair in zip((k_RKH, v_RKH), self._given(stream, here), strict=True))
-        q_RNH, k_RKH = self._turn(q_RNH, k_RKH, stream, here, whole)
-        if here.select != row.tokens:  # some leave, by rank
+            k_RKH, v_RKH = (torch.cat(pair) for pair in zip((k_RKH, v_RKH), self._visual_kv(stream, here), strict=True))
+        q_RNH, k_RKH = self._rotate(q_RNH, k_RKH, stream, here, whole)
+        if here.select != row.tokens:  # some are dropped here, by rank
             assert isinstance(row.tokens, Top)
             stay_R, kept = stream.rank(self.index, row.tokens, here, q_RNH, k_RKH, attn.scaling)
             k_RKH, v_RKH, here = k_RKH[stay_R], v_RKH[stay_R], kept
@@ -102,8 +102,8 @@ class DecoderLayer(nn.Module):
         return self._feed_forward(h_Rh[:text]), here.put(x_Vh, h_Rh[text:]), kept
 
     def images_alone(self, x_Vh: Tensor, stream: Stream) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Visual rows that depend on no text, and no text: as they enter the next layer, and the keys, before rotation, and values
-        of those that are here, if text sees any."""
+        """Run visual rows without text, where they do not depend on it. Returns the rows for the next layer and, if text sees
+        any, keys (before rotation) and values of the visual tokens in this layer."""
         row, here = self.row, stream.tokens(self.row.tokens)
         if row.source == "own" and stream.states is not None:
             x_Vh = stream.states(self.index)
@@ -116,9 +116,9 @@ class DecoderLayer(nn.Module):
             for kind, wanted in (("q", row.queries), ("k", row.keys), ("v", row.values))
         )
         if row.moves:
-            turns = row.queries and self.rotates
-            turned_q, turned_k = (stream.rotated(x, here) if turns else x for x in (q_vNH, k_vKH))
-            path_vw = self._path(turned_q, turned_k, v_vKH, u_vh, stream, here)
+            rotates = row.queries and self.rotates
+            rotated_q, rotated_k = (stream.rotated(x, here) if rotates else x for x in (q_vNH, k_vKH))
+            path_vw = self._path(rotated_q, rotated_k, v_vKH, u_vh, stream, here)
             out_vh = self.self_attn.o_proj(path_vw) if "output" in row.update else path_vw
             x_vh = x_vh + self._norm("after_attention", out_vh)
         if row.update:
@@ -126,42 +126,42 @@ class DecoderLayer(nn.Module):
         return x_Vh, (k_vKH, v_vKH) if row.keys else None
 
     def _here(self, stream: Stream, kept: Tokens | None) -> Tokens:
-        """The visual tokens with which the layer begins."""
+        """The visual tokens that enter the layer."""
         tokens = self.row.tokens
         if not isinstance(tokens, Top) or not stream.generating or not stream.layout.num_visual:
             return stream.tokens(tokens)
         return stream.tokens(ALL) if kept is None else kept
 
     def _norm(self, place: str, x_Rh: Tensor) -> Tensor:
-        """Through the norm that the family has in a place of `Norms`, if any."""
+        """Apply the family's norm at a place, a field of `Norms`; the identity if it has none."""
         name = getattr(self.family.norms, place)
         return x_Rh if name is None else getattr(self, name)(x_Rh)
 
     def _heads(self, kind: str, u_Rh: Tensor) -> Tensor:
-        """Queries, keys or values (q, k, v) by head, not rotated yet; the first two are normalised as `Family.qk_norm` says."""
+        """Queries, keys or values (q, k, v) by head, before rotation; q and k are normalised as `Family.qk_norm` says."""
         attn, heads = self.self_attn, (-1, self.self_attn.head_dim)
         x_Rw, norm = getattr(attn, f"{kind}_proj")(u_Rh), getattr(attn, f"{kind}_norm", lambda x: x)
         wide = self.family.qk_norm == "width"
         return torch.unflatten(norm(x_Rw), -1, heads) if wide else norm(torch.unflatten(x_Rw, -1, heads))
 
-    def _given(self, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
-        """Keys and values of the visual tokens that are here, made earlier."""
-        given = None if stream.keys is None else stream.keys[self.index]
-        assert given is not None
-        return (here.of(given[0]), here.of(given[1])) if isinstance(self.row.tokens, Top) else given
+    def _visual_kv(self, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
+        """Precomputed keys (before rotation) and values of the visual tokens in this layer."""
+        pair = None if stream.keys is None else stream.keys[self.index]
+        assert pair is not None
+        return (here.of(pair[0]), here.of(pair[1])) if isinstance(self.row.tokens, Top) else pair
 
-    def _turn(
+    def _rotate(
         self, q_RNH: Tensor, k_RKH: Tensor, stream: Stream, here: Tokens, whole: View | None
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys as they are scored: rotated, or with both forms in twice the head size, where text scores visual keys
-        without rotation on either."""
-        turned_q, turned_k = (stream.rotated(x, here, whole) if self.rotates else x for x in (q_RNH, k_RKH))
+        """Rotate queries and keys. If text scores visual keys unrotated, both forms are put side by side, in twice the head size:
+        a text key is [rotated; 0], a visual key [0; unrotated], a query [rotated; unrotated]."""
+        rotated_q, rotated_k = (stream.rotated(x, here, whole) if self.rotates else x for x in (q_RNH, k_RKH))
         if not self.unrotated:
-            return turned_q, turned_k
+            return rotated_q, rotated_k
         images_R = torch.arange(len(k_RKH), device=k_RKH.device) >= stream.layout.num_text
         none = torch.zeros_like(k_RKH)
-        both = torch.cat([none, k_RKH], -1), torch.cat([turned_k, none], -1)
-        return torch.cat([turned_q, q_RNH], -1), torch.where(images_R[:, None, None], *both)
+        both = torch.cat([none, k_RKH], -1), torch.cat([rotated_k, none], -1)
+        return torch.cat([rotated_q, q_RNH], -1), torch.where(images_R[:, None, None], *both)
 
     def _feed_forward(self, h_Rh: Tensor) -> Tensor:
         return h_Rh + self._norm("after_ffn", self.mlp(self._norm("before_ffn", h_Rh)))
@@ -169,7 +169,7 @@ class DecoderLayer(nn.Module):
     def _attend(
         self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, u_Rh: Tensor | None, stream: Stream, here: Tokens
     ) -> Tensor:
-        """Attention through W_o: of the text, [T, h], or where their path moves the images too, of all rows, [R, h]."""
+        """Attention and W_o: [T, h] for the text alone, or [R, h] for all rows where `LayerPlan.moves`."""
         row, attn, text = self.row, self.self_attn, stream.layout.num_text
         if row.causal:
             mixed_RNH = stream.attend_apart(self.index, q_RNH, k_RKH, v_RKH, here, row.seen, attn.scaling)
@@ -186,7 +186,7 @@ class DecoderLayer(nn.Module):
         return torch.cat([attn.o_proj(mixed_Tw), path_vw])
 
     def _path(self, q_vNH: Tensor, k_vKH: Tensor, v_vKH: Tensor, u_vh: Tensor, stream: Stream, here: Tokens) -> Tensor:
-        """Of visual tokens that see no text, what W_o would take: attention over a window of their image, or the aligner's, [v, N x H]."""
+        """What W_o takes of visual tokens that see no text, [v, w]: attention in a window of their image, or the aligner's u W_v or u."""
         row = self.row
         if row.queries and stream.layout.num_visual:
             view, kind = stream.images(here), Visibility(True, window=int(row.attend))
@@ -194,7 +194,7 @@ class DecoderLayer(nn.Module):
         return self._repeated(v_vKH) if "value" in row.update else u_vh
 
     def _repeated(self, v_vKH: Tensor) -> Tensor:
-        """Values for every head of W_o, [v, N x H]: under grouped queries one serves several."""
+        """Values repeated for every query head, [v, w]: with grouped queries several heads share one."""
         heads = self.self_attn.config.num_attention_heads // v_vKH.shape[1]
         return v_vKH.repeat_interleave(heads, dim=1).flatten(-2)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..layout import SequenceLayout
 
 
-def least_attended_dropped(
+def most_attended(
     layout: SequenceLayout,
     q_TNH: Tensor,
     k_RKH: Tensor,
@@ -26,12 +26,12 @@ def least_attended_dropped(
         q_TNH: rotated queries of all text.
         k_RKH: rotated keys of all text, then of the visual tokens that are still seen.
         lengths: visual tokens still seen, of each image.
-        kept: how many of them stay.
+        kept: how many of them stay, of each image.
         scale: of the scores.
-        past: rotated keys of each document's earlier turns, [L, K, H]; none where there are no such turns.
+        past: for each document the cached rotated keys of its earlier turns, [L, K, H]; empty without earlier turns.
 
     Returns:
-        rows among the visual keys, ascending.
+        indices among the visual keys, ascending.
     """
     groups = q_TNH.shape[1] // k_RKH.shape[1]
     stay, text, image, visual = [], 0, 0, 0

@@ -1,7 +1,7 @@
-"""What all layers of one forward pass share, and attention over some of its rows.
+"""What all layers of one forward pass share, and the attention that they call.
 
-Rows of a layer are all text and then the visual tokens that are there; only keys are in the order of the stream, by the index of
-a `View`. Legend of shapes in `lit_eemllm.layout`, and R the rows of a layer, v the visual tokens among them.
+A layer's rows are all text rows, then the rows of the visual tokens in that layer. Only keys are put into stream order, by the
+index of a `View`. Legend of shapes in `lit_eemllm.layout`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..attention import AttentionBackend
 from ..layout import SequenceLayout, Visibility, upload
-from .ranking import least_attended_dropped
+from .ranking import most_attended
 from .table import ALL, Select, Top
 
 if TYPE_CHECKING:
@@ -27,17 +27,17 @@ Angles = tuple[Tensor, Tensor]
 """Cos and sin of rotary positions, [rows, 1, H] each."""
 
 VisualKeys = list[tuple[Tensor, Tensor] | None]
-"""Per layer, keys before rotation and values of the visual tokens that are there, [v, K, H] each; None where it has none."""
+"""For each layer, keys (before rotation) and values of its visual tokens, [v, K, H] each; None where it has none."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The visual tokens that are in a layer.
+    """The visual tokens in a layer.
 
     Attributes:
-        select: which they should be.
-        rows_v: which of all V they are, ascending; None = all.
-        lengths: of each image.
+        select: the selection that they are.
+        rows_v: their indices among all V, ascending; None = all.
+        lengths: how many of each image.
     """
 
     select: Select
@@ -45,11 +45,11 @@ class Tokens:
     lengths: list[int]
 
     def of(self, x_V: Tensor) -> Tensor:
-        """Their rows among those of all visual tokens."""
+        """The rows of these tokens, taken from those of all visual tokens."""
         return x_V if self.rows_v is None else x_V.index_select(0, self.rows_v)
 
     def put(self, x_V: Tensor, x_v: Tensor) -> Tensor:
-        """All visual tokens, of which these are new."""
+        """`x_V` with the rows of these tokens replaced by `x_v`."""
         return x_v if self.rows_v is None else x_V.index_copy(0, self.rows_v, x_v.to(x_V.dtype))
 
 
@@ -58,10 +58,10 @@ class View:
     """Keys of a layer, in stream order: all text with some visual tokens, text alone, or images alone.
 
     Attributes:
-        name: the same in every pass over a cache.
-        layout: theirs.
-        order: where each of them lies among the layer's rows; None = they are its first rows.
-        kept: text sees them, and when generating they are kept for what will follow.
+        name: under which the cache knows these keys; the same in every pass.
+        layout: of these keys.
+        order: the index of each among the layer's rows; None = they are its first rows.
+        kept: text sees them, so when generating they are cached.
     """
 
     name: str
@@ -70,27 +70,27 @@ class View:
     kept: bool = True
 
     def of(self, x_R: Tensor) -> Tensor:
-        """These rows of a layer's."""
+        """The rows of this view, taken from a layer's rows."""
         return x_R[: self.layout.num_tokens] if self.order is None else x_R.index_select(0, self.order)
 
     @cached_property
     def text_first(self) -> Tensor:
-        """Where all its text lies in it, and then its visual tokens."""
+        """Indices of its text rows, then of its visual rows: from stream order back to the order of a layer's rows."""
         return torch.cat([self.layout.text_index, self.layout.visual_index])
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What every layer of one forward pass shares. Nothing of it changes; what was asked for once is kept.
+    """What every layer of one forward pass shares. It never changes; plans, views and angles are computed once and kept.
 
     Attributes:
         layout: documents, runs and positions of text and visual tokens.
-        rotary: positions of rows to their angles.
+        rotary: from positions to rotary angles.
         backend: computes attention.
         states: layer -> the visual states that enter it, [V, h], where the source of its row is ``own``.
-        keys: of all images, already made: no visual rows run.
+        keys: precomputed, of all images; then no visual rows run through the layers.
         cached: the pass over a padded cache, when generating.
-        shared: what modules that the mechanism adds have in common, such as the media of gated cross-attention.
+        shared: what the mechanism's added modules share, such as the media of gated cross-attention.
     """
 
     layout: SequenceLayout
@@ -100,17 +100,17 @@ class Stream:
     keys: VisualKeys | None = None
     cached: CachedPass | None = None
     shared: Any = None
-    _made: dict[Any, Any] = field(default_factory=dict)
+    _computed: dict[Any, Any] = field(default_factory=dict)
 
     def _once(self, key: Any, make: Callable[[], Made]) -> Made:
-        if key not in self._made:
-            self._made[key] = make()
-        made: Made = self._made[key]
+        if key not in self._computed:
+            self._computed[key] = make()
+        made: Made = self._computed[key]
         return made
 
     @property
     def cache(self) -> StreamCache | None:
-        """Where keys are kept for what will follow, when generating."""
+        """The KV cache to append to, when generating."""
         return None if self.cached is None else self.cached.cache
 
     @property
@@ -119,13 +119,13 @@ class Stream:
 
     @cached_property
     def prefix_T1(self) -> Tensor:
-        """True for text before the first image of its document; nothing that comes after a cache is."""
+        """True for text before the first image of its document; False for all that follows cached tokens."""
         prefix_T = self.layout.prefix()
         return (torch.zeros_like(prefix_T) if self.cached is not None and self.cached.past else prefix_T)[:, None]
 
     # --- which rows
     def tokens(self, select: Select) -> Tokens:
-        """Of a selection that depends on nothing that is computed."""
+        """The visual tokens of a selection; of `Top`, which needs scores to rank by, all."""
 
         def make() -> Tokens:
             lengths = self.layout.image_lengths
@@ -137,12 +137,12 @@ class Stream:
         return self._once(("tokens", select), make)
 
     def angles(self, here: Tokens) -> Angles:
-        """Of a layer's rows."""
+        """Rotary angles of a layer's rows."""
         rows, text_T, visual_V = self.layout.positions, self.layout.text_index, self.layout.visual_index
         return self._once(("angles", here.select), lambda: self.rotary(rows[torch.cat([text_T, here.of(visual_V)])]))
 
     def rotated(self, x_RNH: Tensor, here: Tokens, whole: View | None = None) -> Tensor:
-        """Queries or keys of a layer's rows, or of its text alone, turned by their positions; of a view, in its order."""
+        """Rotate queries or keys of a layer's rows, or of its text alone; with `whole`, rows in that view's order."""
         cos_R1H, sin_R1H = self.angles(here)
         if whole is not None and whole.order is not None:
             cos_R1H, sin_R1H = self._once(
@@ -151,7 +151,7 @@ class Stream:
         return rotate(x_RNH, (cos_R1H[: len(x_RNH)], sin_R1H[: len(x_RNH)]))
 
     def view(self, here: Tokens, seen: Select) -> View:
-        """All text with those visual tokens of a layer that are in `seen`."""
+        """All text and those visual tokens of a layer that are in `seen`."""
 
         def make() -> View:
             if seen.empty:
@@ -183,10 +183,10 @@ class Stream:
     def rank(
         self, layer: int, top: Top, before: Tokens, q_TNH: Tensor, k_RKH: Tensor, scale: float
     ) -> tuple[Tensor, Tokens]:
-        """Drop what the last text token of each document attends to least; see `Top`.
+        """Drop the visual tokens that the last text token of each document attends to least; see `Top`.
 
         Args:
-            layer: its number; if its cache holds earlier turns, they are attended to as well.
+            layer: its number; if its cache holds earlier turns, attention is over those keys too.
             top: how many stay.
             before: the visual tokens that were left.
             q_TNH: rotated queries of the text.
@@ -194,11 +194,11 @@ class Stream:
             scale: of the scores.
 
         Returns:
-            which of the rows R stay, and their visual tokens.
+            indices of the rows R that stay, and their visual tokens.
         """
         lengths = [top.count(length) for length in self.layout.image_lengths]
         past = self.cached.earlier_keys(layer, str(top)) if self.cached is not None else []
-        stay_v = least_attended_dropped(self.layout, q_TNH, k_RKH, before.lengths, lengths, scale, past)
+        stay_v = most_attended(self.layout, q_TNH, k_RKH, before.lengths, lengths, scale, past)
         text = self.layout.num_text
         rows_R = torch.cat([torch.arange(text, device=stay_v.device), text + stay_v])
         return rows_R, Tokens(top, stay_v if before.rows_v is None else before.rows_v[stay_v], lengths)
@@ -207,7 +207,7 @@ class Stream:
     def attend(
         self, layer: int, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, view: View, kind: Visibility, scale: float
     ) -> Tensor:
-        """Attention of some rows of a view over its keys, and over those that the cache holds of it, [Q, N, H].
+        """Attention of a view's querying rows over its keys and those that the cache holds of it, [Q, N, H].
 
         Args:
             layer: its number.
@@ -231,10 +231,10 @@ class Stream:
     def attend_apart(
         self, layer: int, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, here: Tokens, seen: Select, scale: float
     ) -> Tensor:
-        """Visual rows over all that comes before them, text over those of them that are in `seen`, [R, N, H]: all are kept, for
-        the images of later turns. Arguments as in `attend`, but of the layer's rows."""
+        """Attention where text sees fewer visual tokens than images do, [R, N, H]: visual rows see everything before them, text
+        sees `seen`. All keys are cached, for images of later turns. Arguments as in `attend`, but of the layer's rows."""
         q_RNH, k_RKH, text = q_RNH.to(v_RKH.dtype), k_RKH.to(v_RKH.dtype), self.layout.num_text
-        view, less = self.view(here, here.select), self.view(here, seen)
+        view, visible = self.view(here, here.select), self.view(here, seen)
         k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)
         if self.cached is not None and self.cache is not None:
             grid = self._grid(view)
@@ -248,7 +248,7 @@ class Stream:
                 return torch.cat(
                     [grid.unpad(attend(pad(q, rows), k_BKLH, v_BKLH, mask, scale), rows) for rows, q, mask in parts]
                 )
-        mixed_TNH = self._packed(q_RNH[:text], less.of(k_RKH), less.of(v_RKH), less, Visibility(False), scale)
+        mixed_TNH = self._packed(q_RNH[:text], visible.of(k_RKH), visible.of(v_RKH), visible, Visibility(False), scale)
         if not self.layout.num_visual:
             return mixed_TNH
         alone = Visibility(True, text_queries=False)
@@ -261,14 +261,14 @@ class Stream:
         return self.backend.attend(q_QNH, k_SKH, v_SKH, plan, scale)
 
     def _marked(self, here: Tokens, seen: Select, view: View, grid: Grid) -> Tensor:
-        """Which columns of a view in the cache text sees, [B, past + W]."""
+        """[B, past + W] bool, True for the columns of a cached view that text sees."""
         assert self.cached is not None
         seen_V = upload(seen.flags(self.layout.image_lengths), self.layout.positions.device)
         seen_R = torch.cat([seen_V.new_ones(self.layout.num_text), here.of(seen_V)])
         return self.cached.marked(f"{view.name}, {seen}", grid, view.of(seen_R))
 
     def _grid(self, view: View) -> Grid:
-        """Of a view in the cache: the columns of the ids where nothing is left out of them."""
+        """The grid of a view in the cache; a view that leaves nothing out has the columns of the ids."""
         assert self.cached is not None
         lengths: list[int] = []
         if view.name == "text" and self.layout.num_visual:  # its layout lacks documents without text

@@ -61,7 +61,7 @@ class Every(Select):
 
 @dataclass(frozen=True)
 class Nothing(Select):
-    """None of them: before they enter, after they have left, or where text is blind."""
+    """No visual token: before they enter, after they have left, or where text sees none."""
 
     def __str__(self) -> str:
         return "none"
@@ -84,7 +84,7 @@ class Nothing(Select):
 class Top(Select):
     """All but a share of an image's original tokens: those that the prompt's last token attends to least in a layer.
 
-    Only where a prompt is followed by generated text and its keys are kept; otherwise all.
+    Has an effect only when generating with a KV cache; otherwise it is all tokens.
 
     Args:
         dropped: the share, of the original tokens.
@@ -102,7 +102,7 @@ class Top(Select):
     def __and__(self, other: Select) -> Select:
         if other.empty or other in (ALL, self):
             return other if other.empty else self
-        raise ValueError(f"{self} and {other} together are not known")
+        raise ValueError(f"{self} cannot be combined with {other}, only with all or none")
 
     def count(self, visual: int) -> int:
         return _left(visual, self.dropped)
@@ -176,12 +176,12 @@ class LayerPlan:
 
     @property
     def keys(self) -> bool:
-        """Visual keys are needed."""
+        """Keys of visual tokens are computed."""
         return not self.tokens.empty and (self.queries or not self.seen.empty)
 
     @property
     def kept(self) -> Select:
-        """Visual tokens whose keys are kept for generated text; where images see all before them, for those of later turns too."""
+        """Visual tokens whose keys are cached: those that text sees, or that images of later turns see."""
         return self.tokens if self.causal else self.seen
 
     @property
@@ -190,30 +190,30 @@ class LayerPlan:
 
     @property
     def moves(self) -> bool:
-        """Attention, or the path of an aligner, adds to visual rows."""
+        """Attention or the aligner's path adds something to visual rows."""
         return not self.update.isdisjoint(("value", "output"))
 
     @property
     def idle(self) -> bool:
-        """Visual rows cost nothing here."""
+        """Nothing is computed for visual rows here."""
         return not self.values and not self.update
 
     def problems(self) -> list[tuple[str, str]]:
-        """What contradicts itself: (column, what is wrong)."""
-        found = []
+        """Invalid or contradictory columns: (column, what is wrong)."""
+        wrong = []
         if self.attend not in ("none", "causal") and not (type(self.attend) is int and self.attend >= 0):
-            found.append(("attend", f"found {self.attend!r}, expected none, causal or a number of tokens, 0 or more"))
+            wrong.append(("attend", f"found {self.attend!r}, expected none, causal or a number of tokens, 0 or more"))
         if not self.update <= set(PARTS):
-            found.append(("update", f"found {sorted(self.update)}, expected some of {', '.join(PARTS)}"))
+            wrong.append(("update", f"found {sorted(self.update)}, expected some of {', '.join(PARTS)}"))
         if self.queries and not {"value", "output"} <= self.update:
-            found.append(("update", "visual tokens that query are updated by value and output"))
+            wrong.append(("update", "visual tokens that query are updated by value and output"))
         if self.source not in ("stream", "own"):
-            found.append(("source", f"found {self.source!r}, expected stream or own"))
+            wrong.append(("source", f"found {self.source!r}, expected stream or own"))
         if isinstance(self.tokens, Top) and self.update:
-            found.append(("tokens", "dropping by rank needs update none"))
+            wrong.append(("tokens", "dropping by rank needs update none"))
         if isinstance(self.seen, Top) and self.seen != self.tokens:
-            found.append(("seen", "found a rank, expected all, none or every N; ranks belong to tokens"))
-        return found
+            wrong.append(("seen", "found a rank, expected all, none or every N; ranks belong to tokens"))
+        return wrong
 
     def to_dict(self) -> dict[str, str | int]:
         """The text form of every column, as in a configuration."""
@@ -222,13 +222,13 @@ class LayerPlan:
         return {**columns, "source": self.source}
 
     def with_columns(self, columns: dict[str, str | int]) -> LayerPlan:
-        """This row with some columns given in their text form. Raises ValueError for a value that is none."""
-        made: dict[str, object] = {name: value for name, value in columns.items() if name in ("attend", "source")}
-        made |= {name: parse_select(str(columns[name])) for name in ("tokens", "seen") if name in columns}
+        """This row with some columns given in their text form. Raises ValueError for an invalid selection."""
+        values: dict[str, object] = {name: value for name, value in columns.items() if name in ("attend", "source")}
+        values |= {name: parse_select(str(columns[name])) for name in ("tokens", "seen") if name in columns}
         if "update" in columns:
             words = str(columns["update"]).split()
-            made["update"] = frozenset() if words == ["none"] else frozenset(words)
-        return replace(self, **made)  # type: ignore[arg-type]
+            values["update"] = frozenset() if words == ["none"] else frozenset(words)
+        return replace(self, **values)  # type: ignore[arg-type]
 
 
 IDLE = LayerPlan(update=frozenset(), seen=NOTHING)
@@ -238,8 +238,8 @@ Table = tuple[LayerPlan, ...]
 
 
 def executed(table: Sequence[LayerPlan]) -> Table:
-    """The table without what no later layer reads: rows of the last layers are not updated, those that text never sees again
-    not at all. Text comes out the same, number by number."""
+    """The table without work that nothing later reads: once no later layer reads visual rows, they are not updated, and where
+    text does not see them either, nothing of them is computed. The text output is the same, number by number."""
     rows, read = [], False
     for row in reversed(table):
         if not read:

@@ -7,7 +7,7 @@ from lib.equations import FAMILIES, MECHANISMS, plain
 from lib.mechanisms import BOUND, PACK, check_generation, check_later_turns
 
 from lit_eemllm.compat.transformers import CACHE
-from lit_eemllm.core.ranking import least_attended_dropped
+from lit_eemllm.core.ranking import most_attended
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.layout import Run, SequenceLayout
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Mechanism
@@ -270,7 +270,7 @@ def test_images_of_many_lengths_are_ranked_each_by_itself():
         [[Run(True, 3), Run(False, 1), Run(True, 5), Run(False, 2)], [Run(False, 1)], [Run(True, 4), Run(False, 1)], [Run(True, 2)]]
     )  # fmt: skip
     q, k = torch.randn(5, 4, 8), torch.randn(5 + 14, 2, 8)
-    found = least_attended_dropped(layout, q, k, [3, 5, 4, 2], [1, 3, 2, 2], 0.7)
+    found = most_attended(layout, q, k, [3, 5, 4, 2], [1, 3, 2, 2], 0.7)
     expected = []
     for last, text, images in ((2, [0, 1, 2], [(0, 3, 1), (3, 8, 3)]), (4, [4], [(8, 12, 2)])):
         rows = text + [5 + i for first, end, _ in images for i in range(first, end)]

@@ -1,4 +1,4 @@
-"""Mechanisms: how visual tokens are treated, as a table for one decoder to execute; one file for each paper."""
+"""Mechanisms: how a decoder treats visual tokens, as a table that `core.decoder` executes; one file for each paper."""
 
 from importlib import import_module
 

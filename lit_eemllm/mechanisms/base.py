@@ -21,22 +21,22 @@ Layers = str | tuple[int, ...]
 """``"all"``, ``"none"`` or layer numbers from 0."""
 
 Rows = tuple[tuple[str, tuple[tuple[str, str | int], ...]], ...]
-"""Layers, such as ``3``, ``4-7`` or ``8-``, and columns of their rows in text form."""
+"""Pairs of layers, such as ``3``, ``4-7`` or ``8-``, and the columns to set in their rows, in text form."""
 
 COLUMNS = tuple(LayerPlan().to_dict())
 
 
 def rows_of(given: Any) -> Rows:
-    """From their form in a configuration, ``[{layers: 4-7, seen: none}]``. Raises ConfigError."""
-    found = []
+    """Parse ``model.mechanism.rows``, such as ``[{layers: 4-7, seen: none}]``. Raises ConfigError."""
+    rows = []
     for row in given if isinstance(given, list | tuple) else [given]:
         if not isinstance(row, Mapping) or "layers" not in row or len(row) < 2:
             raise ConfigError(f"model.mechanism.rows: found {row!r}, expected rows such as {{layers: 4-7, seen: none}}")
         for column in row:
             if column != "layers" and column not in COLUMNS:
                 raise ConfigError(f"model.mechanism.rows: a row has no {column}; {not_one_of(column, COLUMNS)}")
-        found.append((str(row["layers"]), tuple((name, row[name]) for name in COLUMNS if name in row)))
-    return tuple(found)
+        rows.append((str(row["layers"]), tuple((name, row[name]) for name in COLUMNS if name in row)))
+    return tuple(rows)
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ NO_ALIGNER = Aligner(False, False, False)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what a mechanism connects.
+    """Sizes of the decoder and the encoder that a mechanism connects.
 
     Attributes:
-        hidden: the decoder's width.
-        layers: how many it has.
+        hidden: the decoder's hidden size.
+        layers: number of decoder layers.
         vision: width of the encoder's features.
-        newline: a learned row ends each row of an image cut into tiles.
+        newline: whether a learned visual token ends each row of patches of an image cut into tiles (LLaVA-1.6).
     """
 
     hidden: int
@@ -85,12 +85,12 @@ class Sizes:
 
 
 class BlockCost(NamedTuple):
-    """Of the module before a layer, for one document. Of products of matrices alone; m x n by n x k costs 2 m n k.
+    """Cost of the module before a layer, for one document. Only matrix products count; m x n by n x k is 2 m n k FLOPs.
 
     Attributes:
         prefill: FLOPs of a prompt.
         decode: FLOPs of a new token of text after it.
-        kept: numbers that a cache keeps of it for new tokens, such as keys and values.
+        kept: elements that the cache holds for it, such as keys and values.
     """
 
     prefill: int = 0
@@ -99,7 +99,7 @@ class BlockCost(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The encoder's features of all images in a row, [rows, width], and which of them are visual tokens, where not each is one."""
+    """The encoder's features of all images, concatenated, [rows, d], and the row of each visual token; None = every row is one."""
 
     rows: Tensor
     order_V: Tensor | None
@@ -139,17 +139,17 @@ class Mechanism:
     rows: Rows = ()
 
     name: ClassVar[str] = ""
-    """Of a subclass, as it is registered."""
+    """The registered name, of a subclass."""
     blocks_name: ClassVar[str] = "added"
-    """Under which the model holds the modules before its layers."""
+    """Attribute of the model that holds the modules before its layers."""
     blocks_begin: ClassVar[str] = ""
-    """What those do before they are trained, if that is to be known."""
+    """What those modules do until they are trained, as `convert` tells the user; empty = nothing to tell."""
     component: ClassVar[str] = "projector"
-    """With which part of the model those are trained, a key of ``optim.tuning``."""
+    """The key of ``optim.tuning`` with which those modules are trained."""
     no_adapters: ClassVar[str] = ""
-    """Why that part cannot be trained by adapters, if so."""
+    """Why that part cannot be trained by adapters (LoRA); empty = it can."""
     no_later_images: ClassVar[str] = ""
-    """Why all images must come with the prompt, if so: text learns of them by blocks, not by keys of the layers."""
+    """Why all images must come with the prompt, such as that text sees them in blocks, not as cached keys; empty = they need not."""
 
     # --- the table
     def is_dense(self, layer: int) -> bool:
@@ -172,7 +172,7 @@ class Mechanism:
         )
 
     def table(self, layers: int) -> Table:
-        """All rows, those that are overridden too. Raises ConfigError for an override that is none."""
+        """The rows of all layers, with the overrides of `rows`. Raises ConfigError for an invalid override."""
         table = [self.plan(layer, layers) for layer in range(layers)]
         for where, columns in self.rows:
             for layer in _layers_of(where, layers):
@@ -184,83 +184,83 @@ class Mechanism:
         return tuple(replace(row, seen=row.tokens & row.seen) for row in table)
 
     def is_llava(self, layers: int) -> bool:
-        """Whether this is what LLaVA computes, bit for bit, in a decoder of so many layers: of the last layer only text is read, so
-        visual tokens that query in all others are enough."""
-        both = [
+        """Whether this computes what LLaVA computes, bit for bit, in a decoder of so many layers. Visual tokens must query in all
+        layers but the last, of which only text is read."""
+        own, llava = (
             (each.modules, each.visual_positions, each.freeze_prefix, executed(each.table(layers)))
             for each in (self, PRESETS["llava"])
-        ]
-        return both[0] == both[1]
+        )
+        return own == llava
 
     # --- modules that it adds
     @property
     def modules(self) -> Hashable:
-        """Equal for mechanisms that add the same modules, and can be switched without touching a weight."""
+        """Equal for mechanisms that add the same modules: one can replace the other without touching a weight."""
         own = {f.name: getattr(self, f.name) for f in fields(self)[len(fields(Mechanism)) :]}
         return type(self).__name__, self.visual_source, tuple(own.items())
 
     @property
     def weights(self) -> Hashable:
-        """Equal for mechanisms whose modules, where both have them, can take over each other's weights."""
+        """Equal for mechanisms whose modules can take over each other's weights, as far as both have the module."""
         return self.modules
 
     def connector(self, sizes: Sizes) -> nn.Module:
-        """From the encoder's features to visual tokens."""
+        """The module that makes visual tokens of the encoder's features."""
         if self.visual_source == "layerwise":
             return LayerwiseProjector(sizes.vision, sizes.hidden, sizes.layers, sizes.newline)
         return Projector(sizes.vision, sizes.hidden, sizes.newline)
 
     def block(self, layer: int, sizes: Sizes) -> nn.Module | None:
-        """A module before a layer: takes text rows, visual rows and the `Stream`, and gives both kinds of rows.
+        """The module before a layer, or None. It takes text rows, visual rows and the `Stream`, and returns both kinds of rows.
 
-        Visual rows may depend on visual rows of their image alone. `reset_parameters`, if it has it, gives it its initial values."""
+        A visual row it returns may depend only on visual rows of the same image. `reset_parameters`, if present, initialises it."""
         return None
 
     def enter(self, connector: nn.Module, features: Features, x_Th: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
-        """The visual rows that enter the first layer, and the stream with what layers and blocks take beside them."""
+        """The visual rows that enter the first layer, and the stream with whatever else the layers and blocks read."""
         if self.visual_source == "layerwise":
             states = lambda layer: connector(features.rows, layer, features.order_V).to(x_Th.dtype)  # noqa: E731
             return x_Th[:0], replace(stream, states=states)
         return connector(*features).to(x_Th.dtype), stream
 
     def block_cost(self, layer: int, sizes: Sizes, text: int, visual: int) -> BlockCost:
-        """Of the module before a layer, for a document of so many text and visual tokens; nothing where there is none."""
+        """Cost of the module before a layer, for a document of so many text and visual tokens; zero without a module."""
         return BlockCost()
 
     # --- what is wrong, and other forms
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
-        """What contradicts itself or a decoder of so many layers: (field, what is wrong)."""
-        found: list[tuple[str, str]] = []
-        words = {
+        """Options that contradict each other or a decoder of so many layers: (field, what is wrong)."""
+        wrong: list[tuple[str, str]] = []
+        choices = {
             "visual_source": ("stream", "layerwise"),
             "visual_positions": ("sequence", "shared", "unrotated", "none"),
         }
-        for name, known in words.items():
+        for name, known in choices.items():
             if getattr(self, name) not in known:
-                found.append((name, f"found {getattr(self, name)!r}, expected {' or '.join(known)}"))
+                wrong.append((name, f"found {getattr(self, name)!r}, expected {' or '.join(known)}"))
         if self.visual_window < 0:
-            found.append(("visual_window", f"found {self.visual_window}, expected 0 or more"))
+            wrong.append(("visual_window", f"found {self.visual_window}, expected 0 or more"))
         for name in ("dense_layers", "cross_layers"):
             layers = getattr(self, name)
             if isinstance(layers, tuple) and not set(layers) <= set(range(num_layers)):
-                found.append((name, f"found {list(layers)}, this decoder has layers 0 to {num_layers - 1}"))
+                wrong.append((name, f"found {list(layers)}, this decoder has layers 0 to {num_layers - 1}"))
         blind = [n for n in range(num_layers - 1) if self.is_dense(n) and not self.sees_images(n)]
         if blind:
-            found.append(
+            wrong.append(
                 (
                     "cross_layers",
-                    f"layers {blind} are dense: there, text sees the image; leave them out of dense_layers",
+                    f"layers {blind} are dense, where text sees the image too: add them, or leave them out of dense_layers",
                 )
             )
         table = self.table(num_layers)
         constant = not any(row.update for row in table)
         if self.visual_source == "layerwise" and not (constant and not any(row.blind for row in table)):
             text = "layerwise projectors make the visual states of every layer: needs dense_layers none, the aligner off and cross_layers all"
-            found.append(("visual_source", text))
+            wrong.append(("visual_source", text))
         if self.visual_window and not (self.aligner.value and self.aligner.output):
-            found.append(("visual_window", "replaces the aligner's value path: needs aligner value and output"))
+            wrong.append(("visual_window", "replaces the aligner's value path: needs aligner value and output"))
         if self.visual_positions == "unrotated" and any(row.queries for row in table):
-            found.append(
+            wrong.append(
                 (
                     "visual_positions",
                     "unrotated needs dense_layers none and no window: visual tokens that query have positions",
@@ -273,21 +273,21 @@ class Mechanism:
                 text = (
                     "dropping needs constant visual states (dense_layers none, aligner off) and layers in cross_layers"
                 )
-                found.append(("visual_drop", text))
+                wrong.append(("visual_drop", text))
             if self.visual_positions == "unrotated":
                 text = "dropping ranks visual tokens by their rotated keys, which text does not score if visual_positions is unrotated"
-                found.append(("visual_drop", text))
+                wrong.append(("visual_drop", text))
             if list(layers) != sorted(set(layers)) or min(shares) <= 0 or sum(shares) >= 1:
-                found.append(
+                wrong.append(
                     ("visual_drop", f"found {self.visual_drop}: layers must ascend, shares must sum to less than 1")
                 )
         for layer, row in enumerate(table):
-            if not found:
-                found += [(f"rows.{layer}.{column}", text) for column, text in row.problems()]
-        return found
+            if not wrong:
+                wrong += [(f"rows.{layer}.{column}", text) for column, text in row.problems()]
+        return wrong
 
     def stretched(self, num_layers: int, of: int = 32) -> Mechanism:
-        """Layer numbers given for a decoder of `of` layers, carried over to another depth in proportion."""
+        """The mechanism with its layer numbers, given for a decoder of `of` layers, scaled to `num_layers`."""
 
         def stretch(layers: Layers) -> Layers:
             return layers if isinstance(layers, str) else tuple(sorted({n * num_layers // of for n in layers}))
@@ -295,7 +295,7 @@ class Mechanism:
         return replace(self, dense_layers=stretch(self.dense_layers), cross_layers=stretch(self.cross_layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for the model's config.json; of a subclass with its name."""
+        """The options as plain types, for the model's config.json; with the name, if it is a subclass."""
 
         def plain(value: Any) -> Any:
             return [plain(item) for item in value] if isinstance(value, tuple) else value
@@ -308,26 +308,26 @@ class Mechanism:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Mechanism:
-        """The inverse, also of what versions before 0.3 wrote, in which `gated` stood in every mechanism.
+        """The inverse of `to_dict`. Reads what versions before 0.3 wrote too, in which every mechanism had a `gated`.
 
         Raises:
             ConfigError: a mechanism that is not registered.
         """
 
-        def fixed(value: Any) -> Any:
-            return tuple(fixed(item) for item in value) if isinstance(value, list | tuple) else value
+        def hashable(value: Any) -> Any:
+            return tuple(hashable(item) for item in value) if isinstance(value, list | tuple) else value
 
-        made = {name: fixed(value) for name, value in values.items()}
-        if "rows" in made:
-            made["rows"] = rows_of(values["rows"])
-        if "gated" in made and not made["gated"]:
-            del made["gated"]
-        name = made.pop("preset", "flamingo" if "gated" in made else "")
+        options = {name: hashable(value) for name, value in values.items()}
+        if "rows" in options:
+            options["rows"] = rows_of(values["rows"])
+        if "gated" in options and not options["gated"]:
+            del options["gated"]
+        name = options.pop("preset", "flamingo" if "gated" in options else "")
         kind: type[Mechanism] = type(mechanism_named(name)) if name else Mechanism
         for option in fields(kind):
-            if isinstance(made.get(option.name), Mapping):
-                made[option.name] = _part(kind, option.name)(**made[option.name])
-        return kind(**made)
+            if isinstance(options.get(option.name), Mapping):
+                options[option.name] = _part(kind, option.name)(**options[option.name])
+        return kind(**options)
 
 
 def _contains(layers: Layers, layer: int) -> bool:
@@ -335,12 +335,12 @@ def _contains(layers: Layers, layer: int) -> bool:
 
 
 def _layers_of(where: str, layers: int) -> range:
-    """``3``, ``4-7`` or ``8-``, of so many layers. Raises ConfigError."""
+    """The layers that ``3``, ``4-7`` or ``8-`` names, in a decoder of so many. Raises ConfigError."""
     first, dash, last = where.strip().partition("-")
     if first.isdecimal() and (not last or last.isdecimal()):
-        found = range(int(first), int(last) + 1 if last else layers if dash else int(first) + 1)
-        if found and found[-1] < layers:
-            return found
+        numbers = range(int(first), int(last) + 1 if last else layers if dash else int(first) + 1)
+        if numbers and numbers[-1] < layers:
+            return numbers
     raise ConfigError(
         f"model.mechanism.rows: found {where!r}, expected layers from 0 to {layers - 1}, such as 3, 4-7 or 8-"
     )
@@ -348,8 +348,7 @@ def _layers_of(where: str, layers: int) -> range:
 
 # --- the registry
 PRESETS: dict[str, Mechanism] = {}
-"""Registered mechanisms. Layer numbers are those of a decoder of 32 layers; `build_mechanism` carries them over to others (our
-reading)."""
+"""Registered mechanisms. Layer numbers are for a decoder of 32 layers; `build_mechanism` scales them to others (our reading)."""
 
 
 def register_mechanism(name: str, mechanism: Mechanism) -> None:
@@ -367,7 +366,7 @@ def register_mechanism(name: str, mechanism: Mechanism) -> None:
 
 
 def mechanism_named(name: str) -> Mechanism:
-    """Raises ConfigError that lists the names."""
+    """The registered mechanism. Raises ConfigError that lists the names."""
     if name not in PRESETS:
         hint = did_you_mean(name, PRESETS)
         text = f"unknown preset {name!r}; choose one of {', '.join(sorted(PRESETS))}, or --import FILE with one of your own"
@@ -376,5 +375,5 @@ def mechanism_named(name: str) -> Mechanism:
 
 
 def _part(kind: type[Mechanism], name: str) -> type[Any]:
-    """The dataclass of an option that has options itself."""
+    """The dataclass of an option that is a section of options."""
     return type(getattr(next(preset for preset in PRESETS.values() if type(preset) is kind), name))

@@ -1,4 +1,4 @@
-"""A mechanism from the keys of a configuration: a preset, with what is given over it."""
+"""Build a mechanism from the keys of a configuration: a preset, and the keys that override it."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
 
 
 def without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Null = as the preset says: what is given."""
+    """The keys that are set; null means: as the preset says."""
     plain = {key: without_nulls(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     return {key: value for key, value in plain.items() if value is not None and value != {}}
 
 
 def option_problems(preset: str, given: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a preset does not take of ``model.mechanism.options``, without nulls: (key below model.mechanism, what is wrong)."""
-    mechanism, found = mechanism_named(preset), list[tuple[str, str]]()
+    """Keys of ``model.mechanism.options``, nulls removed, that a preset does not take: (key below model.mechanism, what is wrong)."""
+    mechanism, wrong = mechanism_named(preset), list[tuple[str, str]]()
 
     def check(part: Any, known: list[str], values: Mapping[str, Any], section: str) -> None:
         hints = {option.name: option.type for option in fields(part)}
         for name, value in values.items():
-            types, words = _TYPES.get(getattr(hints.get(name), "__name__", hints.get(name)), ((), ""))
+            types, expected = _TYPES.get(getattr(hints.get(name), "__name__", hints.get(name)), ((), ""))
             inner = getattr(part, name, None) if name in known else None
             if name not in known:
                 others = [other for other, each in PRESETS.items() if part is mechanism and hasattr(each, name)]
                 hint = not_one_of(name, known) if known else "it has no options of its own"
                 hint = f"use preset={' or '.join(others)}" if others else hint
-                found.append((f"{section}.{name}", f"the preset {preset} has none; {hint}"))
+                wrong.append((f"{section}.{name}", f"the preset {preset} has no such option; {hint}"))
             elif is_dataclass(inner) and isinstance(value, Mapping):
                 check(inner, [option.name for option in fields(inner)], value, f"{section}.{name}")
             elif is_dataclass(inner):
-                found.append((f"{section}.{name}", f"found {value!r}, expected a section"))
+                wrong.append((f"{section}.{name}", f"found {value!r}, expected a section"))
             elif types and type(value) not in types:
-                found.append((f"{section}.{name}", f"found {value!r}, expected {words}"))
+                wrong.append((f"{section}.{name}", f"found {value!r}, expected {expected}"))
 
     check(mechanism, [option.name for option in fields(mechanism)[len(fields(Mechanism)) :]], given, "options")
-    return found
+    return wrong
 
 
 def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] | None = None) -> Mechanism:
@@ -96,6 +96,6 @@ def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] |
 
 
 def configured_mechanism(section: MechanismConfig, num_layers: int) -> Mechanism:
-    """That of a configuration's section ``model.mechanism``; raises as `build_mechanism`."""
+    """The mechanism of a configuration's section ``model.mechanism``. Raises as `build_mechanism`."""
     overrides = asdict(section)
     return build_mechanism(overrides.pop("preset"), num_layers, overrides)

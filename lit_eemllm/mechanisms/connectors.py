@@ -10,14 +10,14 @@ class Added(nn.Module):
     """A module that is neither the encoder's nor the decoder's, so that its initial values are ours."""
 
     def reset_parameters(self) -> None:
-        """Torch's initial values, as LLaVA: biases of zero would keep a visual token whose features are zero at zero in every
-        layer, with gradients that explode in the norms. A subclass adds those of parameters of its own."""
+        """PyTorch's default initialisation, as in LLaVA; a subclass adds that of its own parameters. With zero biases, a visual
+        token of zero features would stay zero in every layer, and its gradients would explode in the norms."""
         for part in self.modules():
             if isinstance(part, nn.Linear | nn.LayerNorm):
                 part.reset_parameters()
 
     def own(self, x: Tensor) -> Tensor:
-        """In the type of the weights here: the decoder may be frozen in 16 bits, or these be gathered in them."""
+        """`x` in the dtype of this module's weights: the decoder may be frozen in 16 bits, or FSDP2 gather these in 16 bits."""
         return x.to(next(self.parameters()).dtype)
 
 
@@ -27,7 +27,7 @@ class Projector(Added):
     Args:
         vision_width: of the features.
         hidden: the decoder's width.
-        newline: with the learned row that LLaVA-1.6 puts after each row of an image cut into tiles.
+        newline: whether to learn the visual token that LLaVA-1.6 puts after each row of patches of an image cut into tiles.
     """
 
     def __init__(self, vision_width: int, hidden: int, newline: bool = False) -> None:
@@ -47,7 +47,7 @@ class Projector(Added):
             nn.init.normal_(self.newline, std=len(self.newline) ** -0.5)
 
     def forward(self, features: Tensor, order_V: Tensor | None = None) -> Tensor:
-        """Features to as many visual tokens or, with a newline, those that `order_V` names, as `Transform.order` does."""
+        """One visual token for each row of features or, with a newline, those that `order_V` names; see `Transform.order`."""
         rows = self.linear_2(self.act(self.linear_1(features)))
         if self.newline is None or order_V is None:
             return rows

@@ -2,7 +2,10 @@
 
 Gates begin at zero, so the decoder is at first the base LLM; text with no image before it is never touched, not even by the
 feed-forward network, which OpenFlamingo applies to all text. Blocks stand before layers 0, k, 2k, ..., the paper being silent.
-Legend of shapes in `lit_eemllm.layout`, and G groups of text that see the same images, M media tokens, R a group's.
+Legend of shapes in `lit_eemllm.layout`, and here:
+    M media tokens: what text attends to    G groups of text rows that see the same images
+    R media tokens that a group or sequence sees, padded; in the resampler, the latents of an image
+    L in [G, L]: rows of a group, padded; in the resampler, the features of an image, padded
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from .connectors import Added
 
 @dataclass(frozen=True)
 class Gated:
-    """Modules before every k-th layer; text is the only stream.
+    """Options of the gated blocks before every k-th layer.
 
     Args:
         every: a block stands before layers 0, every, 2 every, ...
@@ -54,7 +57,7 @@ class Flamingo(Mechanism):
 
     blocks_name = "gated"  # of weights that older versions saved
     blocks_begin = "gates begin at zero: until they are trained, text is as without an image"
-    no_adapters = "gated cross-attention begins at nothing and learns only as a whole: set full"
+    no_adapters = "gated cross-attention starts from scratch and must be trained as a whole: set full"
     no_later_images = "gated cross-attention takes all images of a conversation in one pass, not after a cache"
 
     @property
@@ -75,7 +78,7 @@ class Flamingo(Mechanism):
         lengths = stream.layout.image_lengths
         if self.gated.latents:
             rows_Vd = features.rows
-            if features.order_V is not None:  # it reads the encoder's rows, among which no newline is known: zeros
+            if features.order_V is not None:  # the resampler reads encoder features, which have no newline: zeros
                 rows_Vd = pad(rows_Vd, (0, 0, 0, 1)).index_select(0, features.order_V)
             tokens_Md, lengths = connector(rows_Vd, lengths), [self.gated.latents] * len(lengths)
         else:
@@ -105,7 +108,7 @@ class Flamingo(Mechanism):
 
 
 def feed_forward(width: int) -> nn.Sequential:
-    """Norm, four times the width, GELU, back."""
+    """Norm, linear to four times the width, GELU, linear back."""
     return nn.Sequential(
         nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
     )
@@ -168,7 +171,7 @@ class Resampler(Added):
         nn.init.normal_(self.latents)
 
     def forward(self, features_Vd: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Features of all images in a row, with the length of each, to [images x latents, width]."""
+        """Features of all images, concatenated, with the length of each, to latents, [images x latents, d]."""
         images, latents = len(lengths), len(self.latents)
         features_Vd = features_Vd.to(self.latents.dtype)
         each = list(torch.split(features_Vd, list(lengths))) or [features_Vd]
@@ -190,13 +193,13 @@ class Media:
     """What text sees of the images, for one forward pass.
 
     Attributes:
-        tokens_Md: media tokens of all images in a row.
-        rows_n: the text rows with an image before them.
-        slots_n: where they lie in the grid [G, L] of their group.
+        tokens_Md: media tokens of all images, concatenated.
+        rows_n: indices of the text rows that have an image before them.
+        slots_n: the place of each in the flattened grid [G, L].
         shape: G, L.
-        index_GR: the media tokens that a group sees.
-        mask_GR: which of them are real.
-        last_BR: indices and mask of the media tokens that the text after each document would see; None where none will follow.
+        index_GR: indices of the media tokens that a group sees.
+        mask_GR: True where these are no padding.
+        last_BR: index and mask of the media tokens that text after each document will see; None when not generating.
     """
 
     tokens_Md: Tensor
@@ -211,12 +214,13 @@ class Media:
     def of(
         cls, layout: SequenceLayout, tokens_Md: Tensor, lengths: Sequence[int], immediate: bool, generating: bool
     ) -> Media:
-        """
+        """Group the text rows of each document by the images they see.
+
         Args:
             layout: documents of text and images.
-            tokens_Md: media tokens of all images in a row.
+            tokens_Md: media tokens of all images, concatenated.
             lengths: how many each image has.
-            immediate: text sees the last image before it only.
+            immediate: text sees only the last image before it; else all before it.
             generating: new text will follow.
         """
         device = tokens_Md.device
@@ -273,11 +277,11 @@ class GatedBlock(Added):
         nn.init.zeros_(self.ffn_gate)
 
     def forward(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        """Text rows, those with an image before them changed; visual rows, of which there are none, as they come."""
+        """Update the text rows that have an image before them. Visual rows, of which there are none, are returned as they are."""
         cache = stream.cache
         if cache is not None and self.layer in cache.media:
             k, v, mask = cache.media[self.layer]
-            if len(x_Th) > len(k):  # several new tokens each
+            if len(x_Th) > len(k):  # several new tokens in each sequence
                 lengths = upload(torch.tensor(stream.layout.text_lengths), x_Th.device)
                 k, v, mask = (x.repeat_interleave(lengths, dim=0, output_size=len(x_Th)) for x in (k, v, mask))
             return self._decode(x_Th, k, v, mask), x_Vh
@@ -301,7 +305,7 @@ class GatedBlock(Added):
         if not mask_BR.shape[1]:
             return x_Bh
         some_B1 = mask_BR.any(1, keepdim=True)
-        sees_B1R = (mask_BR | ~some_B1)[:, None]  # a row that sees nothing would be not a number
+        sees_B1R = (mask_BR | ~some_B1)[:, None]  # a row that sees nothing would be NaN
         q_BN1H = self.attention.queries(self.own(x_Bh))[:, :, None]
         mixed_Bw = fused_attention(q_BN1H, k_BNRH, v_BNRH, sees_B1R).flatten(1)
         return torch.where(some_B1, self._update(x_Bh, mixed_Bw).to(x_Bh.dtype), x_Bh)

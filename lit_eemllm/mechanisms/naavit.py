@@ -2,7 +2,7 @@
 
     I' = I + FFN(norm2(I))
 
-Our reading: no path through W_v and W_o is left to them; the paper does not say.
+Our reading, as the paper does not say: visual tokens take no path through W_v and W_o either.
 """
 
 from .base import Aligner, Mechanism, register_mechanism

@@ -1,4 +1,4 @@
-"""SAISA (2502.02458): no layer updates visual tokens; each takes them from a projector of its own over the encoder's features Z::
+"""SAISA (2502.02458): no layer updates visual tokens; each layer has its own projector that makes them of the encoder's features Z::
 
     I_l = MLP_l(Z)
 

@@ -1,4 +1,4 @@
-"""ShortV (2504.00502): in the layers that do least for visual tokens these are frozen, I' = I; the others are LLaVA's."""
+"""ShortV (2504.00502): layers that change the output least freeze visual tokens, I' = I; the others are LLaVA's."""
 
 from .base import NO_ALIGNER, Mechanism, register_mechanism
 

@@ -494,9 +494,9 @@ model:
         "own.yaml:6: model.nonsense: unknown key; model has: decoder, tokenizer, vision, mechanism, attention, template, dtype, "
         "quantization, liger",
         "own.yaml:5: model.mechanism.options.gated.every: found 'two', expected a whole number",
-        "own.yaml:5: model.mechanism.options.gated.evry: the preset flamingo has none; found 'evry', expected every or latents or heads or "
+        "own.yaml:5: model.mechanism.options.gated.evry: the preset flamingo has no such option; found 'evry', expected every or latents or heads or "
         "head_size or depth or immediate; did you mean every?",
-        "own.yaml:5: model.mechanism.options.other: the preset flamingo has none; found 'other', expected gated",
+        "own.yaml:5: model.mechanism.options.other: the preset flamingo has no such option; found 'other', expected gated",
     ]
     for option, told in (
         ("gated=1", "gated: found 1, expected a section"),

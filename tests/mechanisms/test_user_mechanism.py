@@ -88,7 +88,7 @@ def test_a_decoder_frozen_in_16_bits_without_autocast(preset):
 
 def test_options_of_another_type_are_refused(preset, capsys):
     with tiny.forgotten_imports():
-        for name, told in (("nonsense", f"options.nonsense: the preset {preset} has none; found 'nonsense'"),
+        for name, told in (("nonsense", f"options.nonsense: the preset {preset} has no such option; found 'nonsense'"),
                            (next(iter(options(preset))), "found 'x', expected a whole number")):  # fmt: skip
             line = [
                 "explain",

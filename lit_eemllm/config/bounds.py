@@ -1,4 +1,4 @@
-"""Which values a key may have, said at its field: ``lr: Annotated[float, more_than(0)]``. Null is not compared."""
+"""Which values a key may have, written at its field: ``lr: Annotated[float, more_than(0)]``. Null is not checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lit_eemllm.errors import not_one_of
 
 Bound = Callable[[Any], str]
-"""What is wrong with a value; empty if nothing is."""
+"""From a value to what is wrong with it; empty if nothing is."""
 
 
 def _expect(expected: str, holds: Callable[[Any], bool]) -> Bound:
@@ -34,7 +34,7 @@ def one_of(*words: str) -> Bound:
 
 
 def each(bound: Bound) -> Bound:
-    """Of every item of a list."""
+    """The bound, for every item of a list."""
     return lambda values: next(filter(None, map(bound, values)), "")
 
 
@@ -50,7 +50,7 @@ def _is_drop(pair: Any) -> bool:
     return pair[0] >= 0 and 0 < pair[1] < 1
 
 
-FINITE = _expect("0 or more", lambda value: 0 <= value < math.inf)
+NON_NEGATIVE = _expect("0 or more", lambda value: 0 <= value < math.inf)
 SHARE = _expect("more than 0, to 1", lambda value: 0 < value <= 1)
 BELOW_1 = _expect("0 to below 1", lambda value: 0 <= value < 1)
 TWO_BELOW_1 = _expect("two numbers from 0 to below 1", lambda value: len(value) == 2 and all(0 <= v < 1 for v in value))

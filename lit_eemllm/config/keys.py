@@ -1,5 +1,4 @@
-"""The keys of a configuration: a dataclass each section, with what a key means and which values it may have; and what several keys
-say together."""
+"""The keys of a configuration: a dataclass for each section, with the meaning and bounds of each key; and checks across keys."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from omegaconf import MISSING
 from lit_eemllm.config.bounds import (
     BELOW_1,
     DROP,
-    FINITE,
     LAYERS,
+    NON_NEGATIVE,
     SHARE,
     TEXT,
     TWO_BELOW_1,
@@ -37,12 +36,12 @@ class VisionConfig:
     path: str | None = None
     """Folder or hub id of the pretrained encoder; required by "transformers"."""
     select_layer: int | None = -2
-    """Hidden states that the projector reads, without class token: 0 the embeddings, -1 the last layer, -2 as LLaVA; null = what the
-    encoder itself gives, after its last norm if it has one, as Idefics2."""
+    """Hidden states that the projector reads, without class token: 0 = the embeddings, -1 = the last layer, -2 = the one before, as
+    LLaVA; null = the encoder's output, after its last norm if it has one, as Idefics2."""
     policy: Annotated[str, one_of("pad", "resize", "crop", "anyres", "native")] = "pad"
     """Image to pixels: "pad" to a square, "resize" (new aspect), "crop", "anyres" (tiles) or, for encoders of any size, "native"."""
     max_tokens: Annotated[int | None, at_least(1)] = None
-    """With policy native, most visual tokens of an image; null = as the encoder's preprocessor_config.json says."""
+    """With policy native, the most visual tokens of an image; null = as the encoder's preprocessor_config.json says."""
 
 
 @dataclass
@@ -67,9 +66,9 @@ class MechanismConfig:
     visual_source: Annotated[str | None, one_of("stream", "layerwise")] = None
     """Visual states of a layer come from the layer before ("stream") or from a projector of its own ("layerwise")."""
     aligner: AlignerConfig = field(default_factory=AlignerConfig)
-    """Which weights of a composite layer update the visual stream (ablation of the EE-MLLM paper, Table 6)."""
+    """Which weights of a composite layer (one in which only text queries) update visual tokens (EE-MLLM, Table 6)."""
     visual_window: Annotated[int | None, at_least(0)] = None
-    """In composite layers, so many earlier visual tokens of its image that a visual token sees; 0 = only itself."""
+    """In composite layers, how many earlier visual tokens of its image a visual token sees; 0 = only itself."""
     visual_positions: Annotated[str | None, one_of("sequence", "shared", "unrotated", "none")] = None
     """Rotary positions of an image: "sequence" (one a token), "shared" (one in all), "unrotated" (text ignores them), "none"."""
     freeze_prefix: bool | None = None
@@ -79,7 +78,7 @@ class MechanismConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Options that only this preset has, by name, such as those of flamingo or of a mechanism of your own (--import FILE)."""
     rows: list[Any] | None = None
-    """Columns of the table that the mechanism makes (lit-eemllm explain), over all above, such as [{layers: 8-15, seen: every 2}]."""
+    """Columns of the mechanism's table (lit-eemllm explain) to override after all of the above, as [{layers: 8-15, seen: every 2}]."""
 
 
 @dataclass
@@ -95,7 +94,7 @@ class ModelConfig:
     template: str = "vicuna_v1"
     """How a conversation becomes text: "plain" (captions), "vicuna_v1" or "jinja" (the tokenizer's own template)."""
     dtype: Annotated[str, one_of("float32", "bfloat16")] = "float32"
-    """Type of the parameters that are not trained: "float32" or "bfloat16". Trained ones are always float32."""
+    """Dtype of the frozen parameters: "float32" or "bfloat16". Trained ones are always float32."""
     quantization: Annotated[str | None, one_of("nf4", "int8")] = None
     """Keep the decoder's frozen linear layers in 4 bits, "nf4", or 8, "int8" (QLoRA; needs bitsandbytes); null = no."""
     liger: bool = False
@@ -172,7 +171,7 @@ class OptimConfig:
     """AdamW's decay rates of the first and second moment."""
     eps: Annotated[float, more_than(0)] = 1e-8
     """AdamW's term added to the denominator."""
-    weight_decay: Annotated[float, FINITE] = 0.0
+    weight_decay: Annotated[float, NON_NEGATIVE] = 0.0
     """Decoupled weight decay of matrices; biases and norms are never decayed."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations: less memory, more time."""
@@ -181,11 +180,11 @@ class OptimConfig:
     schedule: Annotated[str, one_of("cosine", "linear", "constant")] = "cosine"
     """Learning rate after the warm-up: "cosine" or "linear" to 0, or "constant"."""
     max_steps: Annotated[int | None, at_least(1)] = None
-    """Optimiser steps of the whole run; the schedule's length. Either this or epochs: of the two, what is given later, as by a later
-    file or on the command line, replaces the other."""
+    """Optimiser steps of the whole run; the schedule's length. Set this or epochs: the one set later (in a later file or on the
+    command line) replaces the other."""
     epochs: Annotated[float | None, more_than(0)] = None
-    """Passes over data.train instead, such as 2 or 0.5: the steps that take so many times all its usable samples, packed, counted
-    when the run begins. In a blend by whole repetitions a pass has each source so often; by weights, as many samples as all have."""
+    """Length as passes over data.train, such as 2 or 0.5; its packs are counted when the run begins to turn this into max_steps. A
+    pass over a blend of repetitions has each source that often; over a blend of weights, as many samples as all sources have."""
     clip_grad_norm: Annotated[float | None, more_than(0)] = 1.0
     """Largest norm of all gradients together; null = no clipping."""
     save_every: Annotated[int, at_least(1)] = 500
@@ -195,13 +194,13 @@ class OptimConfig:
     val_batches: Annotated[int, at_least(1)] = 20
     """Packs per validation and device."""
     log_every: Annotated[int, at_least(1)] = 10
-    """Optimiser steps between log lines; less in a short run, so that it has ten."""
+    """Optimiser steps between log lines; fewer in a short run, so that it has ten lines."""
     keep: Annotated[int, at_least(1)] = 2
     """Newest checkpoints kept; older ones are deleted."""
 
     @property
     def steps(self) -> int:
-        """Of the whole run. Epochs have become steps before anything asks (`training.fit`)."""
+        """Optimiser steps of the whole run. `training.fit` turns epochs into steps before this is read."""
         assert self.max_steps is not None
         return self.max_steps
 
@@ -221,11 +220,11 @@ class EvalConfig:
     max_new_tokens: Annotated[int, at_least(1)] = 32
     """Most tokens generated per answer."""
     samples: Annotated[int | None, at_least(0)] = None
-    """Questions of each set, spread over it; null = all, 0 = none, only the loss."""
+    """Questions asked of each set, evenly spread over it; null = all, 0 = none, only the loss."""
     image_cache: Annotated[float, at_least(0)] = 1.0
-    """GiB for keys and values of images that come again, where the mechanism lets them be reused; 0 = none."""
+    """GiB for cached keys and values of images that recur, where the mechanism allows reuse; 0 = no cache."""
     control: Annotated[int, at_least(0)] = 1
-    """Passes with the images shuffled among the questions: what a model scores that does not look. 0 = none."""
+    """Passes with the images shuffled among the questions, as a control: the score of a model that does not look. 0 = none."""
 
 
 @dataclass
@@ -247,7 +246,7 @@ class Config:
 
 
 Mistake = tuple[tuple[str, ...], str]
-"""The dotted keys that are at odds, the one to change first, and what is wrong with them."""
+"""The dotted keys that are wrong, first the one to change; and what is wrong with them."""
 
 
 def _bounds(section: type, prefix: str = "") -> Iterator[tuple[str, Bound]]:
@@ -326,9 +325,7 @@ def check(config: Config) -> list[Mistake]:
         text = "required, but not set; add it to a file or write optim.max_steps=VALUE or optim.epochs=VALUE"
         mistakes.append((("optim.max_steps", "optim.epochs"), text))
     elif config.optim.max_steps is not None and config.optim.epochs is not None:
-        text = (
-            f"given beside optim.max_steps={config.optim.max_steps}, which says how long as well: remove one of the two"
-        )
+        text = f"set together with optim.max_steps={config.optim.max_steps}, and both set the length of the run: remove one of the two"
         mistakes.append((("optim.epochs", "optim.max_steps"), text))
     tuning = asdict(config.optim.tuning)
     if all(word == "frozen" for word in tuning.values()):
@@ -385,10 +382,10 @@ def check_names(config: Config) -> Iterator[Mistake]:
         ("eval.metric", config.eval.metric, [None, *METRICS]),
     ):
         if found not in known:
-            wrong, made = not_one_of(found, sorted(filter(None, known))), made_with(Path(config.out))
+            wrong, hint = not_one_of(found, sorted(filter(None, known))), made_with(Path(config.out))
             own = key in ("model.attention", "eval.metric")
-            own |= key == "model.mechanism.preset" and ("did you mean" not in wrong or bool(made))
-            yield (key,), wrong + (f"; one of your own needs --import FILE{made}" if own else "")
+            own |= key == "model.mechanism.preset" and ("did you mean" not in wrong or bool(hint))
+            yield (key,), wrong + (f"; one of your own needs --import FILE{hint}" if own else "")
     preset = PRESETS.get(config.model.mechanism.preset)
     key = f"optim.tuning.{preset.component}" if preset is not None else ""
     if preset is not None and preset.no_adapters and getattr(config.optim.tuning, preset.component) == "lora":
@@ -406,7 +403,7 @@ def check_names(config: Config) -> Iterator[Mistake]:
         elif name not in (*FOR_TRAINER, *NOT_FOR_TRAINER):
             yield (
                 (f"trainer.{name}",),
-                f"is not known here; of lightning.Trainer's can be set: {', '.join(FOR_TRAINER)}",
+                f"cannot be set here; arguments of lightning.Trainer that can be: {', '.join(FOR_TRAINER)}",
             )
 
 

@@ -47,17 +47,17 @@ MAX_FILES = 64  # files that one configuration may be built from
 
 def _kinds(section: type, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type of every section and key below `section`."""
-    found: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
     for name, kind in get_type_hints(section).items():
-        found[prefix + name] = kind
+        kinds[prefix + name] = kind
         if is_dataclass(kind):
-            found |= _kinds(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
-    return found
+            kinds |= _kinds(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return kinds
 
 
 _KINDS = _kinds(Config)
 _KEYS = [key for key, kind in _KINDS.items() if not is_dataclass(kind)]
-_OPEN = [key for key in _KEYS if _KINDS[key] == dict[str, Any]]  # sections with keys that are not known here
+_OPEN = [key for key in _KEYS if _KINDS[key] == dict[str, Any]]  # sections whose keys the schema does not list
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -66,9 +66,9 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 _NOTHING = yaml.ScalarNode("tag:yaml.org,2002:null", "", yaml.Mark("", 0, 0, 0, None, 0))
 _COMMAND_LINE = "command line"
 _EITHER = {"optim.max_steps": "optim.epochs", "optim.epochs": "optim.max_steps"}
-"""Keys of which one is given. A file, or the command line, replaces one by the other; both from there are a mistake."""
+"""Pairs of keys that exclude each other. The later source (file or command line) wins; both in one source are a mistake."""
 _RENAMED = {"model.mechanism.gated": "model.mechanism.options.gated"}
-"""Keys, or sections, of older versions, and what they are called now."""
+"""Keys or sections of older versions -> their names now."""
 _KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
@@ -87,7 +87,7 @@ def _expected(kind: Any) -> str:
 
 
 def _other_kind(keys: set[str]) -> str:
-    """What a file is that has these keys and is no configuration, and where it goes; empty if it may be one."""
+    """What a file with these keys is, if not a configuration, and where it belongs; empty if it may be a configuration."""
     if "splits" in keys:
         return "a recipe of data, expected a configuration, in which it is named: data.train={}"
     if keys & {"cells", "grid"}:
@@ -98,7 +98,7 @@ def _other_kind(keys: set[str]) -> str:
 
 
 def current_key(key: str) -> str:
-    """What a key of an older version is called now."""
+    """The name now of a key of an older version; other keys as they are."""
     for old, new in _RENAMED.items():
         if f"{key}.".startswith(f"{old}."):
             return new + key.removeprefix(old)
@@ -106,7 +106,7 @@ def current_key(key: str) -> str:
 
 
 def is_key(key: str) -> bool:
-    """Whether a configuration can have it; which arguments lightning.Trainer has, or which options a mechanism, is not known here."""
+    """Whether a configuration can have this key. Below ``trainer`` and a mechanism's ``options`` every key passes here."""
     key = current_key(key)
     return key in _KINDS or key.startswith(tuple(f"{section}." for section in _OPEN))
 
@@ -130,7 +130,7 @@ def nearest_key(key: str, others: Iterable[str] = (), without: Collection[str] =
 
 @cache
 def _defaults() -> DictConfig:
-    """The schema as OmegaConf's tree, not to be changed. To make it takes longer than all else that a configuration needs."""
+    """The schema as OmegaConf's tree. Do not change it: it is cached, since building it is the slowest part of loading."""
     tree: DictConfig = OmegaConf.structured(Config)
     return tree
 
@@ -141,7 +141,7 @@ def _required() -> set[str]:
 
 
 class _Unusable(ValueError):
-    """A YAML node that cannot be a value: (node, why)."""
+    """A YAML node that cannot be a value. Arguments: the node, and why."""
 
 
 class _Merge:
@@ -150,17 +150,17 @@ class _Merge:
     def __init__(self) -> None:
         self.tree = copy.deepcopy(_defaults())
         self.mistakes: list[str] = []
-        self.wrong: set[str] = set()  # keys that have a message, or follow from a key that has one
+        self.wrong: set[str] = set()  # keys that have a message, or are wrong because of a key that has one
         self.origin: dict[str, str] = {}  # key -> the file and line, or _COMMAND_LINE, that set it last
         self.merged: set[Path] = set()
-        self.unread = False  # a file is missing or is no YAML: what it would have set is not known
+        self.unread = False  # a file is missing or not YAML, so what it would have set is unknown
 
     def fail(self, where: str, key: str, text: str) -> None:
         self.wrong.add(key)
         self.mistakes.append(": ".join(part for part in (where, key, text) if part))
 
     def hint(self, key: str) -> str:
-        """What follows the message of an unknown key."""
+        """Text to append to the message of an unknown key: what was probably meant."""
         return f"; {nearest_key(key)}" if len(self.mistakes) < MOST_HINTS else ""
 
     # --- reading
@@ -340,7 +340,7 @@ class _Merge:
 
 
 def _file(where: str) -> str:
-    """That of a `_where`; empty for the command line."""
+    """The file in a text of `_where`; empty for the command line."""
     return where.rpartition(":")[0]
 
 
@@ -385,15 +385,15 @@ def load_config(
 # --------------------------------------------------------------------------------------------------------------- output
 def _comments() -> dict[tuple[str, str], str]:
     """(dataclass, field) -> the docstring under the field."""
-    found = {}
+    comments = {}
     for node in ast.parse(inspect.getsource(keys)).body:
         if isinstance(node, ast.ClassDef):
             for item, after in zip(node.body, node.body[1:], strict=False):
                 text = after.value if isinstance(after, ast.Expr) else None
                 if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Constant):
                     one_line = " ".join(str(text.value).split())
-                    found[node.name, ast.unparse(item.target)] = one_line
-    return found
+                    comments[node.name, ast.unparse(item.target)] = one_line
+    return comments
 
 
 def to_yaml(config: Config, comments: bool = False) -> str:
@@ -417,7 +417,7 @@ def to_yaml(config: Config, comments: bool = False) -> str:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested sections."""
+    """Nested sections as one dictionary of dotted keys."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

@@ -26,7 +26,7 @@ _SCALARS = {
     "int": ("[-+]?(?:0|[1-9][0-9_]{0,30})", list("-+0123456789")),
     "float": (_FLOAT, list("-+.0123456789")),
 }
-"""Type -> what is one, and the characters that it begins with."""
+"""Type -> the pattern of its scalars, and the characters that they can begin with."""
 _TAG = "tag:yaml.org,2002:"
 _values = SafeConstructor()
 _VALUES = {f"{_TAG}{name}": getattr(_values, f"construct_yaml_{name}") for name in (*_SCALARS, "str")}
@@ -34,7 +34,7 @@ _Fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, ten times as f
 
 
 class BadYAML(ValueError):
-    """Why a text is not read, and where."""
+    """YAML that is refused: why, and in which line."""
 
     def __init__(self, problem: str, mark: yaml.Mark | None = None) -> None:
         super().__init__(problem)
@@ -46,7 +46,7 @@ class BadYAML(ValueError):
 
 
 class _Composer(Composer, Resolver):
-    """Makes nodes of a parser's events."""
+    """Makes nodes from a parser's events, and refuses aliases, tags and deep nesting."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
     depth = 0
@@ -85,26 +85,26 @@ _Dumper.add_implicit_resolver(f"{_TAG}float", re.compile(f"^(?:{_FLOAT})$"), lis
 
 
 def read_bytes(file: Path, most: int) -> bytes | None:
-    """What is in a file, None if that is more than `most` bytes."""
+    """The bytes of a file; None if there are more than `most`."""
     with file.open("rb") as stream:
         content = stream.read(most + 1)
     return content if len(content) <= most else None
 
 
 def parse(text: str | bytes) -> Any:
-    """The value that a text stands for, None if there is nothing in it. Raises BadYAML."""
+    """The value of a YAML text; None if it is empty. Raises BadYAML."""
     node = compose(text)
     return None if node is None else value(node)
 
 
 def compose(text: str | bytes) -> yaml.Node | None:
-    """The nodes, with their lines, for who wants to say which is wrong. Raises BadYAML."""
+    """The nodes of a YAML text, which know their lines, for messages. Raises BadYAML."""
     try:
         return _compose(text, _Fast)
     except BadYAML:
         if len(text) > limits.CONFIG_BYTES:
             raise
-        return _compose(text, yaml.SafeLoader)  # which is slow, and has the better messages
+        return _compose(text, yaml.SafeLoader)  # slower, with better messages
 
 
 def _compose(text: str | bytes, parser: Any) -> yaml.Node | None:
@@ -122,14 +122,14 @@ def value(node: yaml.Node) -> Any:
         return _VALUES[node.tag](node)
     if isinstance(node, yaml.SequenceNode):
         return [value(part) for part in node.value]
-    made: dict[Any, Any] = {}
+    mapping: dict[Any, Any] = {}
     for name, part in node.value:
         if not isinstance(name, yaml.ScalarNode):
             raise BadYAML("expected a word before the colon", name.start_mark)
-        if (key := value(name)) in made:
+        if (key := value(name)) in mapping:
             raise BadYAML(f"{name.value!r} is set twice; remove one", name.start_mark)
-        made[key] = value(part)
-    return made
+        mapping[key] = value(part)
+    return mapping
 
 
 def dump(values: Any, **style: Any) -> str:

@@ -46,7 +46,9 @@ def test_what_is_given_later_replaces_the_other(tmp_path: Path) -> None:
     written.write_text(to_yaml(load_config([preset], [*REQUIRED, "optim.epochs=2"]), comments=True))
     assert steps_and_epochs([written]) == (None, 2)
     for files, overrides in (([both], []), ([preset], ["optim.epochs=2", "optim.max_steps=3"])):
-        with pytest.raises(ConfigError, match=r"optim.epochs: given beside optim.max_steps=3.*remove one of the two"):
+        with pytest.raises(
+            ConfigError, match=r"optim.epochs: set together with optim.max_steps=3.*remove one of the two"
+        ):
             steps_and_epochs(files, *overrides)
     with pytest.raises(ConfigError, match=r"optim.max_steps: required.* optim.max_steps=VALUE or optim.epochs=VALUE"):
         steps_and_epochs([])

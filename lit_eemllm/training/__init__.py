@@ -1,1 +1,1 @@
-"""Training: what is trained, the optimiser step, checkpoints, and the story of a run (`fit`)."""
+"""Training: what is trained, the optimiser step, checkpoints, and a whole run (`fit`)."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MARK = "lora_"
 """In the name of every tensor that belongs to an adapter."""
 WHOLE = ".newline"
-"""Ends the names of tensors that no adapter reaches and that are trained whole beside adapters."""
+"""Suffix of the names of tensors that cannot have an adapter and are trained in full beside adapters."""
 
 
 def linear_layers(part: nn.Module) -> list[str]:
@@ -34,11 +34,11 @@ def linear_layers(part: nn.Module) -> list[str]:
 
 
 def add_adapters(part: nn.Module, section: LoraSection, key: str) -> None:
-    """Put adapters beside the linear layers of a component, in place. They are float32, and at first change nothing. A newline
-    is trained as it is.
+    """Put adapters beside the linear layers of a component, in place. They are float32, and change no output
+    until they are trained. A newline is trained in full.
 
     Raises:
-        ConfigError: a target that the component has not.
+        ConfigError: a target that the component does not have.
     """
     from peft import inject_adapter_in_model
 
@@ -70,11 +70,11 @@ def _peft_config(section: LoraSection, targets: list[str], **more: Any) -> LoraC
 
 
 def merge_adapters(model: nn.Module) -> int:
-    """Fold all adapters into their layers, in place; returns how many there were. Quantised layers become ordinary ones, and
+    """Merge all adapters into their layers, in place; returns how many there were. Quantised layers become ordinary ones, and
     all is float32: a narrower type would round the update away.
 
     Raises:
-        CheckpointError: an adapter makes weights that are no numbers.
+        CheckpointError: merged weights are NaN or infinite.
     """
     from ..compat.peft import LoraLayer, adapter_delta, is_quantized
 
@@ -88,14 +88,16 @@ def merge_adapters(model: nn.Module) -> int:
         else:
             layer.merge()
         if not base.weight.isfinite().all():
-            raise CheckpointError(f"{name}: with its adapter the weights are no numbers; take an earlier checkpoint")
+            raise CheckpointError(
+                f"{name}: with its adapter the weights are NaN or infinite; take an earlier checkpoint"
+            )
         _replace(model, name, base)
     _dequantize(model)
     return len(layers)
 
 
 def drop_adapters(decoder: nn.Module) -> None:
-    """Take all adapters away, in place: what they were trained on stays. Quantised layers become ordinary ones."""
+    """Remove all adapters, in place; the weights below them stay. Quantised layers become ordinary ones."""
     from ..compat.peft import LoraLayer
 
     for name, layer in [(name, layer) for name, layer in decoder.named_modules() if isinstance(layer, LoraLayer)]:

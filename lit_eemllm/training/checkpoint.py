@@ -1,4 +1,4 @@
-"""Checkpoint files, and folders of models: written atomically, read without executing anything, found again for `resume`."""
+"""Checkpoint files and model folders: written atomically, read without executing anything, found and checked for `resume`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint exists whole under its name or not at all: written beside it, flushed to disk, renamed."""
+    """Writes a checkpoint beside its final name, flushes it to disk and renames it: it exists whole or not at all."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
@@ -48,14 +48,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-        except (OSError, RuntimeError) as error:  # torch's writer hides the former in the latter
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError from OSError
             reason = error if isinstance(error, OSError) else (error.__context__ or error)
             raise WriteError(
                 f"{path} could not be written: {reason}. Earlier checkpoints are as they were; make room (of optim.keep, one "
                 "is removed after the next is written) and repeat the command to continue from the newest."
             ) from error
         finally:
-            with contextlib.suppress(OSError):  # what is wrong with the disk has been told
+            with contextlib.suppress(OSError):  # the error above says what is wrong with the disk
                 part.unlink(missing_ok=True)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -64,12 +64,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             shutil.rmtree(folder)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        return read_checkpoint(Path(path), verified=True)  # by `fit`, before anything was built
+        return read_checkpoint(Path(path), verified=True)  # `fit` compared checksums before it built anything
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill; once it is complete, it gets its name. Raises UserError if that is taken, WriteError."""
+    """A temporary folder to fill, renamed to `out` once complete. Raises UserError if `out` exists, or WriteError."""
     if out.exists():
         raise UserError(f"{out} exists already: remove it, or name another folder")
     with writing(out):
@@ -78,32 +78,32 @@ def new_folder(out: Path) -> Iterator[Path]:
             folder = Path(temporary) / out.name
             folder.mkdir()
             yield folder
-            for file in filter(Path.is_file, folder.rglob("*")):  # safetensors lets nobody but the owner read its files
-                file.chmod(folder.stat().st_mode & 0o666)  # as the umask says, by which the folder was made
+            for file in filter(Path.is_file, folder.rglob("*")):  # safetensors makes files that only the owner can read
+                file.chmod(folder.stat().st_mode & 0o666)  # the folder's mode follows the umask
             folder.rename(out)
 
 
 def save(trainer: Trainer, path: Path) -> None:
-    """`Trainer.save_checkpoint`. Where rank 0, which alone writes, cannot, all ranks raise its WriteError: none is left waiting
-    for the next step of the others."""
+    """`Trainer.save_checkpoint`. Only rank 0 writes; if it cannot, all ranks raise its WriteError, so that none waits forever for the
+    others."""
     error = None
     try:
         trainer.save_checkpoint(path)
     except WriteError as raised:
         error = raised
-        trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others are
-    told = trainer.strategy.broadcast(None if error is None else str(error))
-    if told is not None:
-        raise WriteError(told) from error
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
+    message = trainer.strategy.broadcast(None if error is None else str(error))
+    if message is not None:
+        raise WriteError(message) from error
 
 
 def read_checkpoint(path: Path, verified: bool = False, shares: Collection[str] = sharded.SECTIONS) -> dict[str, Any]:
-    """The contents, on the CPU.
+    """The contents of a checkpoint, on the CPU.
 
     Args:
         path: the file.
-        verified: its checksums have just been compared, which takes as long as reading it.
-        shares: sections in which tensors that are in shares are read; in others they have a shape and a type, and no numbers.
+        verified: its checksums were just compared, so do not compare them again: it takes as long as reading.
+        shares: sections whose sharded tensors are read; in others these are on "meta", with a shape and dtype only.
 
     Raises:
         CheckpointError: it is missing, damaged, foreign or would execute code. Where its run has earlier ones that are whole,
@@ -150,7 +150,7 @@ def _read(path: Path, verified: bool, shares: Collection[str] = ()) -> dict[str,
 
 @contextlib.contextmanager
 def blaming(path: Path | None, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """CheckpointErrors from within name the checkpoint, if there is one, until what is within has `begun` to do without it."""
+    """A context whose CheckpointErrors name the checkpoint, if there is one, until `begun` says that it is no longer read."""
     try:
         yield
     except CheckpointError as error:
@@ -161,11 +161,11 @@ def blaming(path: Path | None, begun: Callable[[], bool] = lambda: False) -> Ite
 
 @contextlib.contextmanager
 def using(path: Path) -> Iterator[None]:
-    """What is within takes what it needs from a checkpoint, and does nothing else: anything may be in its sections, and Lightning
-    does not look.
+    """A context that reads from a checkpoint and does nothing else. Its sections may hold anything, which Lightning does not check, so
+    errors that this causes become CheckpointErrors.
 
     Raises:
-        CheckpointError: with the path; also for what is missing, or of another kind or shape than `fit` writes.
+        CheckpointError: with the path; also where something is missing, or of another type or shape than `fit` writes.
     """
     try:
         with blaming(path):
@@ -187,11 +187,11 @@ def _is_whole(path: Path) -> bool:
 
 
 def _compare_checksums(path: Path) -> None:
-    """torch writes a checksum of every tensor and never compares it: a page of zeros would load. Raises ValueError."""
+    """Compare the checksums that torch writes for every tensor but never checks: a page of zeros would load. Raises ValueError."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if packed or sum(member.file_size for member in members) > path.stat().st_size:  # more work than its size tells
+        if packed or sum(member.file_size for member in members) > path.stat().st_size:  # a zip bomb
             raise ValueError("it is not stored as torch stores it")
         if (name := archive.testzip()) is not None:
             raise ValueError(f"its bytes have changed since they were written (the checksum of {name} is another)")
@@ -206,31 +206,31 @@ def tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the most steps in a run directory."""
+    """The checkpoint with the most steps in a run directory."""
     return next(reversed(all_checkpoints(run)), None)
 
 
 def all_checkpoints(run: Path) -> list[Path]:
-    """Of a run directory, by steps."""
+    """The checkpoints of a run directory, sorted by step."""
     return sorted((path for path in (run / FOLDER).glob("*.ckpt") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """From the name of one of `all_checkpoints`."""
+    """The step in the name of a checkpoint, such as 40 in ``step-40.ckpt``."""
     return int(path.stem.removeprefix("step-"))
 
 
 def set_aside(run: Path, start: Path, step: int) -> Path | None:
-    """What a run has saved after the checkpoint that it goes back to is abandoned: out of the way of `newest_checkpoint`, into a
-    folder of its own. After a checkpoint of another run, that is all.
+    """Move the checkpoints that a run saved after the one it continues from into a folder ``abandoned-N``, where `newest_checkpoint`
+    does not look. If it continues from another run's checkpoint, all of its own are moved.
 
     Args:
-        run: its directory.
-        start: the checkpoint from which it goes on.
-        step: of that.
+        run: the run directory.
+        start: the checkpoint that it continues from.
+        step: the step of that checkpoint.
 
     Returns:
-        the folder, if there was anything.
+        the folder, if anything was moved.
     """
     ours = start.resolve().parent == (run / FOLDER).resolve()
     later = [path for path in all_checkpoints(run) if not ours or step_of(path) > step]
@@ -246,11 +246,11 @@ def set_aside(run: Path, start: Path, step: int) -> Path | None:
     return folder
 
 
-def refuse_part(checkpoint: Mapping[str, Any]) -> None:
-    """Without one of its sections Lightning would go on as if nothing had been there.
+def refuse_incomplete(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks a section: Lightning would continue without restoring it.
 
     Raises:
-        CheckpointError: for a section that is missing. LookupError, AttributeError or TypeError: for what is wrong in one, see `using`.
+        CheckpointError: a section is missing. LookupError, AttributeError or TypeError: a section is malformed, see `using`.
     """
     sections: dict[str, Any] = {"loops": dict, "optimizer_states": list, "lr_schedulers": list, "rng": list}
     sections |= {"global_step": int, ShardDataModule.__qualname__: dict}
@@ -259,20 +259,21 @@ def refuse_part(checkpoint: Mapping[str, Any]) -> None:
             f"the checkpoint holds no {' and no '.join(missing)}, or not as `fit` writes it, so a run cannot continue from it. "
             "Continue from another, or begin a new run from its weights (init_from)."
         )
-    for group in checkpoint["optimizer_states"][0]["param_groups"]:  # torch takes any value
+    for group in checkpoint["optimizer_states"][0]["param_groups"]:  # which torch loads unchecked
         numbers = [group["lr"], group["initial_lr"], group["weight_decay"], group["eps"], *group["betas"]]
         if len(numbers) != 6 or not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers):
-            raise TypeError("optimizer_states: rates that are no numbers")
+            raise TypeError("optimizer_states: found lr, weight_decay, eps or betas that are not finite numbers")
 
 
 def refuse_moments(checkpoint: Mapping[str, Any], trained: Mapping[str, Tensor]) -> None:
-    """AdamW takes moments of any shape and type, and fails in the next step or, worse, does not.
+    """Refuse AdamW moments that do not fit their weights: AdamW loads any shape and dtype, and fails in the next step or, worse,
+    computes something else.
 
     Args:
-        trained: by name, in the order of the optimiser. One that has no moments has had no gradient yet.
+        trained: the trained weights by name, in the order of the optimiser. A weight without moments has had no gradient yet.
 
     Raises:
-        CheckpointError: naming the first whose moments are not its own. Others as in `refuse_part`.
+        CheckpointError: naming the first weight whose moments do not fit. Others as in `refuse_incomplete`.
     """
     (saved,) = checkpoint["optimizer_states"]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
@@ -290,7 +291,7 @@ def refuse_moments(checkpoint: Mapping[str, Any], trained: Mapping[str, Tensor])
         )
         if found != expected or not 0 < saved["state"][number]["step"] < math.inf:
             raise CheckpointError(
-                f"the optimiser's moments of {name} are not its own: found {found}, expected {expected}. Continue from another "
+                f"the optimiser's moments of {name} do not fit it: found {found}, expected {expected}. Continue from another "
                 "checkpoint (resume=FILE), or begin a new run from its weights (init_from)."
             )
 
@@ -300,11 +301,11 @@ def _kind(value: Any) -> str:
 
 
 def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> None:
-    """A run goes on as what it was. Raises CheckpointError naming every key that may not change under way.
+    """Refuse to continue a run with another configuration. Raises CheckpointError naming every key that may not change.
 
-    May change: where it runs (``trainer.*`` but precision, and packs per step, which are accumulated by so many ranks), the
-    attention backend, whether activations are recomputed, how long, how often it logs, saves and validates. The data module
-    looks after its own keys.
+    May change: ``trainer.*`` but the precision and the packs per step (gradient accumulation x ranks), the attention backend,
+    activation checkpointing, the number of steps, and how often the run logs, saves and validates. The data module checks its
+    own keys.
     """
     packs_seen = saved_packs(checkpoint)["current"]
     if packs_seen["processed"] < packs_seen["ready"]:
@@ -353,8 +354,9 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
 
 
 def _other_ranks(accumulate: int, was: int, workers: int, ranks: int) -> str:
-    """With which settings a run of `was` ranks goes on with `ranks`, else with how many ranks it could. Packs per step and
-    workers in all stay the same, and each worker gives as many packs to every step (`ShardDataModule`)."""
+    """A hint: the settings with which a run of `was` ranks can continue on `ranks`, or else the numbers of ranks that it can. Packs
+    per step and the total of workers must stay the same, and every worker must give equally many packs to each step
+    (`ShardDataModule`)."""
     packs, streams = accumulate * was, workers * was
     dealt = streams and packs % streams == 0
     fitting = [n for n in range(1, packs + 1) if n == was or (dealt and streams % n == 0)]

@@ -1,4 +1,4 @@
-"""The story of a run: seed, build, connect data, summarise, train or continue, save."""
+"""A training run from start to end: seed, build, connect data, summarise, train or continue, save."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .checkpoint import (
     newest_checkpoint,
     read_checkpoint,
     refuse_changes,
+    refuse_incomplete,
     refuse_moments,
-    refuse_part,
     save,
     using,
 )
@@ -47,7 +47,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "fsdp2_offload": partial(FSDP2, offload=True),
     "hsdp": partial(FSDP2, hybrid=True),
 }
-"""Words of `trainer.strategy` that are not Lightning's, or mean something else there."""
+"""Values of `trainer.strategy` that Lightning does not have, or that mean something else there."""
 
 
 PROFILERS: dict[str, type[Profiler]] = {
@@ -61,13 +61,13 @@ def fit(config: Config) -> None:
     """Train, or continue the run found in `config.out`.
 
     Raises:
-        UserError: configuration, data or checkpoint cannot be used, or another process trains there; the message says what to do.
+        UserError: the configuration, data or checkpoint cannot be used, or another process trains in `config.out`.
     """
     quiet_libraries()
     runlog = RunLog(config)
     trainer = make_trainer(config, runlog)
     console.quiet = not trainer.is_global_zero
-    # not by a lock that loader processes inherit: they may outlive a process that was killed, for a moment
+    # not flock, which loader processes inherit: they may briefly outlive a killed process
     alone = locked(Path(config.out), "training", ".fit.lock", fcntl.lockf) if trainer.is_global_zero else nullcontext()
     with alone:
         _fit(config, trainer, runlog)
@@ -79,10 +79,10 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
         config = in_steps(config, data, trainer)
     steps_before = None if resume is None else accept(resume, config, trainer)
 
-    # Seed before any module is built: the projector is fresh.
+    # Seed before any module is built: the projector is randomly initialised.
     seed_everything(config.seed, verbose=False)
     data.setup("fit")
-    model, processor, loaded = initial_model(config)  # also when the run goes on: checkpoints leave out what is frozen
+    model, processor, loaded = initial_model(config)  # on resume too: checkpoints leave out what is frozen
     if loaded is not None:
         console.print(loaded)
     data.connect(processor.template, model.vision.transform)
@@ -98,8 +98,8 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
             console.print(f"continuing from {resume}")
             if steps_before != config.optim.steps:
                 console.print(
-                    f"optim.max_steps was {steps_before:,} and is {config.optim.steps:,}: from here on the learning rate follows the schedule of "
-                    "as many steps; the warm-up is what it was"
+                    f"optim.max_steps was {steps_before:,} and is {config.optim.steps:,}: from here on the learning rate follows the "
+                    "schedule of the new length; the warm-up keeps its length"
                 )
     if resume is not None:
         around_restoring(trainer, using(resume))
@@ -123,16 +123,18 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
 
 
 def in_steps(config: Config, data: ShardDataModule, trainer: Trainer) -> Config:
-    """The configuration with the steps that its epochs have, in place of them; the trainer is told."""
+    """The configuration with `optim.epochs` turned into `optim.max_steps`; the trainer gets the steps too."""
     epochs = config.optim.epochs
     assert epochs is not None
     processor, vision = build_processor(config.model)
     data.connect(processor.template, vision.transform)
     data.setup("fit")  # says what is wrong with the data before they are read through
-    packs, each = data.packs(count=True), trainer.accumulate_grad_batches * trainer.world_size
+    packs, packs_per_step = data.packs(count=True), trainer.accumulate_grad_batches * trainer.world_size
     assert packs is not None
-    steps = max(1, math.ceil(epochs * packs / each - 1e-9))  # 0.1 of 30 steps are three
-    console.print(f"optim.epochs={epochs:g} is optim.max_steps={steps}: {packs:,} packs per epoch, {each} per step")
+    steps = max(1, math.ceil(epochs * packs / packs_per_step - 1e-9))  # 0.1 of 30 is 3, whatever 0.1 is in binary
+    console.print(
+        f"optim.epochs={epochs:g} is optim.max_steps={steps}: {packs:,} packs per epoch, {packs_per_step} per step"
+    )
     set_max_steps(trainer, steps)
     return replace(config, optim=replace(config.optim, max_steps=steps, epochs=None))
 
@@ -152,24 +154,25 @@ def find_resume(config: Config) -> Path | None:
 
 
 def accept(resume: Path, config: Config, trainer: Trainer) -> int:
-    """Refuse a checkpoint that this run cannot go on from. Nothing of it is kept: it is mapped, and a file that is mapped keeps its
-    place on the disk when it is deleted.
+    """Refuse a checkpoint that this run cannot continue from. No tensor of it is kept: the file is memory-mapped, and a mapped file
+    keeps its disk space when it is deleted.
 
     Returns:
         its `optim.max_steps`.
     """
     checkpoint = read_checkpoint(resume, shares=())
     with using(resume):
-        refuse_part(checkpoint)
+        refuse_incomplete(checkpoint)
         refuse_changes(checkpoint, config, trainer.world_size)
         done = checkpoint["global_step"] == config.optim.steps
         if done and validation_pending(checkpoint) and config.data.val is not None:
-            set_max_steps(trainer, config.optim.steps + 1)  # until it begins
+            # so that Lightning enters its loop; `Checkpoints` sets it back when the validation starts
+            set_max_steps(trainer, config.optim.steps + 1)
         return int(checkpoint["lit_eemllm"]["config"]["optim"]["max_steps"])
 
 
 def make_trainer(config: Config, runlog: RunLog) -> Trainer:
-    """`config.trainer` goes to Lightning as it is, but for `STRATEGIES`; what this project decides is added."""
+    """Lightning's Trainer with the arguments in `config.trainer`, `STRATEGIES` resolved, and what this project decides added."""
     optim, options = config.optim, dict(config.trainer)
     strategy = str(options.get("strategy", "auto"))
     if strategy in STRATEGIES:
@@ -195,7 +198,7 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
         }
     arguments = {
         "default_root_dir": config.out,  # under Slurm Lightning looks for checkpoints there, by default in the current folder
-        "max_steps": optim.max_steps or 1,  # of epochs it is not known yet: `in_steps`
+        "max_steps": optim.max_steps or 1,  # with epochs, `in_steps` sets it later
         "logger": runlog.logs,
         "log_every_n_steps": optim.log_every,
         "num_sanity_val_steps": 0,

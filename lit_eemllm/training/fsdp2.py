@@ -46,30 +46,31 @@ if TYPE_CHECKING:
 
 
 def sums_late(config: Config) -> bool:
-    """Whether gradients are summed over ranks once a step, after all packs that it accumulates. They stay whole until then: not where
-    that is what sharding is for, because the decoder is trained wholly."""
+    """Whether gradients are reduced over ranks once a step, after all packs that it accumulates. Until then each rank holds them
+    whole. Where the decoder is tuned in full that would take too much memory, so they are reduced with every pack."""
     return config.optim.tuning.llm != "full"
 
 
 def shared_out(model: EEMLLM) -> list[nn.Module]:
-    """Parts that are sharded by themselves, and whole only while they are used: decoder layers, projectors, the mechanism's blocks."""
+    """The modules that are sharded each by itself, and gathered only while they run: decoder layers, projectors, the mechanism's
+    blocks."""
     projectors = model.projector.layers if isinstance(model.projector, LayerwiseProjector) else [model.projector]
     return [*model.language_model.model.layers, *projectors, *model.blocks.values()]
 
 
 def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None, offload: bool = False) -> None:
-    """Shard in place: each of `shared_out` by itself, the rest (encoder, embeddings, head) together.
+    """Shard in place: each module of `shared_out` by itself, the rest (encoder, embeddings, head) together.
 
     Every rank must then call the same modules in every pass, whether its pack has an image or not.
 
     Args:
         model: frozen and cast.
         mesh: of all processes.
-        compute: what autocast computes in, None without it. In 16 bits, the weights of `shared_out` are gathered in them, so
-            that autocast makes no copies, which would stay whole until the backward pass; gradients are summed over ranks in
-            float32. Streams keep their type, and the rest its weights': a lookup is no product, and an encoder of one's own
-            may have buffers to match.
-        offload: shares of weights, gradients and optimiser states stay in main memory, where the optimiser steps.
+        compute: the dtype of autocast, None without it. If 16 bits, the weights of `shared_out` are gathered in it: autocast
+            would make copies, and these would stay whole until the backward pass. Gradients are summed over ranks in float32.
+            Activations keep their dtype, and so do the weights of the rest: an embedding is no product, and a user's encoder
+            may have buffers of that dtype.
+        offload: keep the shards of weights, gradients and optimiser states in main memory, where the optimiser steps.
     """
     if isinstance(model, FSDPModule):
         return
@@ -82,12 +83,12 @@ def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None, offload:
 
 
 class FSDP2(DataParallel):
-    """Data parallel over all processes. Each rank writes its shares of a checkpoint, while training goes on, and reads its shares
-    of any; so a run resumes on other ranks, under another strategy, or on one device (`sharded`).
+    """FSDP2 over all processes. Each rank writes its shares of a checkpoint while training goes on, and reads its shares of any
+    checkpoint; so a run can resume on another number of ranks, under another strategy, or on one device (`sharded`).
 
     Args:
-        offload: see `shard`. The norm of gradients is then summed over ranks in main memory.
-        hybrid: weights are sharded over the processes of a node, and each node has them all (HSDP).
+        offload: see `shard`. The gradient norm is then summed over ranks in main memory.
+        hybrid: shard the weights over the processes of a node, and replicate them on every node (HSDP).
     """
 
     def __init__(self, offload: bool = False, hybrid: bool = False) -> None:
@@ -99,7 +100,7 @@ class FSDP2(DataParallel):
 
     @cached_property
     def mesh(self) -> DeviceMesh:
-        """Of all processes; if `hybrid`, nodes x processes of a node."""
+        """The mesh of all processes; if `hybrid`, nodes x processes of a node."""
         shape = (self.num_nodes, self.world_size // self.num_nodes) if self.hybrid else (self.world_size,)
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("nodes", "shares")[-len(shape) :])
 
@@ -113,7 +114,7 @@ class FSDP2(DataParallel):
             module.model.set_requires_gradient_sync(True)
 
     def model_to_device(self) -> None:
-        """All but offloaded shares, which torch would not take back."""
+        """Move everything to the device but offloaded shards, which torch would not move back."""
         if not self.offload:
             return super().model_to_device()
         module: Any = self.model
@@ -136,8 +137,8 @@ class FSDP2(DataParallel):
         return list(in_order(optimizer.param_groups, self.model))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As `Optimizer.state_dict`, with DTensors. (Lightning's would number the parameters as the model lists them, frozen ones
-        included.)"""
+        """As `Optimizer.state_dict`, with DTensors. (Lightning's version would number parameters in the model's order, frozen ones
+        too.)"""
         optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         assert self.model is not None
         named: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer)
@@ -146,7 +147,7 @@ class FSDP2(DataParallel):
         return {"state": {number[name]: x for name, x in named["state"].items()}, "param_groups": groups}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Begun here, ended by `settle`, which also comes before the next; so a WriteError may be that of the one before."""
+        """Begin to save. First wait for the save before it (`settle`), of which a WriteError raised here may be."""
         self.settle()
         if self._savers is None:
             self._savers = dist.new_group(backend="gloo")
@@ -166,7 +167,7 @@ class FSDP2(DataParallel):
         super().teardown()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Into model and optimiser, and returned for `on_load_checkpoint`."""
+        """Load a checkpoint into model and optimisers, and return it for `on_load_checkpoint`."""
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = read_checkpoint(path, verified=True, shares=())
         assert self.model is not None
@@ -184,7 +185,7 @@ class FSDP2(DataParallel):
 
             fill_shares(checkpoint, folder, like)
         options = StateDictOptions(full_state_dict=folder is None, strict=False)
-        set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)  # it fills in the rest
+        set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=options)  # it adds the missing keys
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             named = _by_name(state, self._names(optimizer))
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
@@ -204,9 +205,9 @@ def _as_write_errors() -> Iterator[None]:
         yield
     except (CheckpointException, OSError) as error:
         causes = [each[0] for each in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        told = next((cause for cause in causes if isinstance(cause, WriteError)), None)
-        if told is not None:
-            raise told from error
+        write_error = next((cause for cause in causes if isinstance(cause, WriteError)), None)
+        if write_error is not None:
+            raise write_error from error
         reason = causes[0].__context__ or causes[0]
         raise WriteError(
             f"the shares of a checkpoint could not be written: {reason}. Earlier checkpoints are as they were."
@@ -214,7 +215,7 @@ def _as_write_errors() -> Iterator[None]:
 
 
 def settle(trainer: Trainer) -> None:
-    """Until a checkpoint that is being written is complete. Raises WriteError, on all ranks."""
+    """Wait until a checkpoint that is being written is complete. Raises WriteError on all ranks if it could not be."""
     if isinstance(trainer.strategy, FSDP2):
         trainer.strategy.settle()
 

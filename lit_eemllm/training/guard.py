@@ -1,4 +1,4 @@
-"""What keeps the work of a run: checkpoints at their time, and a stop on request after a whole step.
+"""Protect the work of a run: save checkpoints on time, and stop on request after a whole step.
 
 A step is an optimiser step: a checkpoint in the middle of one would lose the gradients accumulated so far, and the continued
 run would not equal the unbroken one.
@@ -37,19 +37,18 @@ SLURM = "SLURM_JOB_ID"
 
 
 class Stopped(SystemExit):
-    """Asked to stop, and stopped as agreed: the exit status is that of a process ended by the signal, 128 + its number.
+    """The run has stopped on request. Rank 0 exits as a process ended by the signal does, with status 128 + its number.
 
-    Only rank 0's, which speaks for all: launchers take the exit of any other rank with such a status for a failure.
+    Other ranks exit with 0: launchers take any other status of theirs for a failure.
     """
 
 
 class Checkpoints(Checkpoint):
     """Saves every `optim.save_every` steps, keeps the newest `optim.keep`, and stops the run when a signal asks for it.
 
-    The first SIGTERM or SIGINT lets the optimiser step end on all ranks (`LitEEMLLM` tells them, see `check_step`), or a pack
-    of a validation, which may be long and begins anew when the run goes on; saves and exits. A second one stops at once.
-    Lightning's own handlers, which would stop or save between micro-batches, are replaced. Under Slurm SIGUSR1 is listened to as well,
-    and then puts the job back into the queue, as Lightning's does.
+    After the first SIGTERM or SIGINT all ranks finish the optimiser step (`check_step` tells them), save and exit. In a validation,
+    which may be long, they finish one pack; it begins anew on resume. A second signal stops at once. Lightning's own handlers, which
+    would stop or save between micro-batches, are replaced. Under Slurm SIGUSR1 does the same and requeues the job, as Lightning's.
     """
 
     def __init__(self, config: Config) -> None:
@@ -61,11 +60,11 @@ class Checkpoints(Checkpoint):
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self._module, self.config = pl_module, pl_module.config  # in which epochs have become steps
+        self._module, self.config = pl_module, pl_module.config  # where `fit` has turned epochs into steps
         self._listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._listen()  # again: Lightning has put its handler in front meanwhile
+        self._listen()  # again: Lightning has installed its own handlers since
         self._step = trainer.global_step
         if trainer.is_global_zero:
             for unfinished in self.folder.glob(".*.unfinished"):  # of a process that was killed while it saved
@@ -77,10 +76,10 @@ class Checkpoints(Checkpoint):
                 else set_aside(self.folder.parent, Path(trainer.ckpt_path), self._step)
             )
             if folder is not None:
-                console.print(f"the run went back to step {self._step}: what it had saved later is kept in {folder}")
+                console.print(f"the run went back to step {self._step}: its later checkpoints were moved to {folder}")
         if self._somebody_was_asked(trainer):
             self._stop(trainer, "before this process trained anything")
-        if self._step == self.config.optim.steps:  # all is done but the validation after it
+        if self._step == self.config.optim.steps:  # all steps are done, only the last validation is left
             validate_now(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
@@ -89,7 +88,7 @@ class Checkpoints(Checkpoint):
             return
         self._step = step
         if trainer.logger.failed is not None:  # type: ignore[union-attr]
-            pl_module.step.stop_asked = True  # which all ranks learn in the next step
+            pl_module.step.stop_asked = True  # the other ranks learn it in the next step
         asked = pl_module.step.stop_agreed if trainer.world_size > 1 else pl_module.step.stop_asked
         optim, validates = self.config.optim, self.config.data.val is not None
         stop = asked and step < optim.steps
@@ -99,7 +98,7 @@ class Checkpoints(Checkpoint):
             due = validates and (step % optim.val_every == 0 or step == optim.steps)
             with (
                 validation_ahead(trainer) if due else contextlib.nullcontext()
-            ):  # the run may be killed before it has ended
+            ):  # the run may be killed before that validation has ended
                 path = self._save(trainer)
         if stop:
             settle(trainer)
@@ -130,7 +129,7 @@ class Checkpoints(Checkpoint):
         return path
 
     def _remove_old(self, trainer: Trainer) -> None:
-        """One that is still being written is none yet, so the one before it stays."""
+        """Delete checkpoints but the newest `optim.keep`; one that is still being written does not count."""
         if trainer.is_global_zero:
             for old in all_checkpoints(Path(self.config.out))[: -self.config.optim.keep]:
                 trainer.strategy.remove_checkpoint(old)
@@ -155,7 +154,7 @@ class Checkpoints(Checkpoint):
             return
         self.asked = signal.Signals(number)
         self._module.step.stop_asked = True
-        # not by print: the handler may interrupt another one
+        # os.write, since a handler must not use print, which it may have interrupted
         text = f"{self.asked.name}: the run stops after this optimiser step; once more stops it at once\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
@@ -173,7 +172,7 @@ class Checkpoints(Checkpoint):
 
 
 def _requeue() -> None:
-    """Put this job of Slurm back into the queue, which ends it."""
+    """Requeue this Slurm job, which ends it."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = os.environ[SLURM] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
@@ -183,12 +182,12 @@ def _requeue() -> None:
 
 
 def _lost(error: BaseException) -> UserError | None:
-    said = lost_rank(error)
-    if said is None:
+    reason = lost_rank(error)
+    if reason is None:
         return None
     return UserError(
         f"another rank has ended or cannot be reached, for which rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', 0))} "
-        f"waited: {said}. Its own output says why. Repeat the command to continue from the last checkpoint."
+        f"waited: {reason}. Its own output says why. Repeat the command to continue from the last checkpoint."
     )
 
 
@@ -198,32 +197,31 @@ def _may_listen() -> bool:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Around `Trainer.fit`: handlers of signals are left as they were found, and processes that die are told in words: those of the
-    loader, and other ranks. Ctrl-C while nobody listens yet stays what it is.
+    """A context for `Trainer.fit`. It restores signal handlers, raises a UserError for a loader process or another rank that has died,
+    and keeps Ctrl-C a KeyboardInterrupt until `Checkpoints` listens.
 
-    PyTorch raises the death of a loader process in a handler of a signal, so anywhere, also where somebody makes another exception
-    of it.
+    PyTorch reports a dead loader process from a signal handler, so the exception may come from anywhere and be wrapped in others:
+    all causes are searched.
     """
     handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGUSR1)}
     try:
         yield
     except Exception as error:
         causes: list[BaseException] = [error]
-        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:  # a circle
+        # causes may form a circle
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
             causes.append(cause)
         known = next(
             (cause for cause in causes if isinstance(cause, UserError)), None
-        )  # before a process was ended for it
-        told = (
+        )  # it came first, and a process may have been ended for it
+        explained = (
             known or next(filter(None, map(lost_worker, causes)), None) or next(filter(None, map(_lost, causes)), None)
         )
-        if told is None or told is error:
+        if explained is None or explained is error:
             raise
-        raise told from None
+        raise explained from None
     except SystemExit as end:
-        if isinstance(
-            end.__context__, KeyboardInterrupt
-        ):  # of which Lightning makes an exit with status 1, without a word
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning turns into a silent exit with status 1
             raise KeyboardInterrupt from None
         raise
     finally:

@@ -1,4 +1,4 @@
-"""The model that a run begins with, and the one that it has trained: parts, the weights that `init_from` names, a checkpoint."""
+"""Build the model that a run begins with (parts, `init_from`) and the one that it has trained (with a checkpoint)."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ _DECODER = "language_model."
 def initial_model(
     config: Config, needed: bool = True, chain: tuple[Path, ...] = ()
 ) -> tuple[EEMLLM, Processor, Table | None]:
-    """The parts joined, with the weights of `init_from` in their place. Those are made first: if the decoder's are among them, no
-    other is loaded, so main memory holds one decoder, and it is they that are quantised.
+    """Join the parts, then load the weights of `init_from`. If these include the decoder's, the decoder is built from them and its
+    own folder's weights are not loaded: main memory holds one decoder, and quantisation applies to the right weights.
 
     Args:
-        config: of the run. Seed torch before: the projector is fresh.
-        needed: whether a missing `init_from` is an error; a checkpoint may hold all of it.
-        chain: the checkpoints whose beginning this is.
+        config: of the run. Seed torch before: the projector is randomly initialised.
+        needed: whether a missing `init_from` is an error. It is not, where a checkpoint loaded later may hold all of it.
+        chain: the checkpoints whose `init_from` led here, to notice a circle.
 
     Returns:
-        the model, its processor, and what was loaded and what keeps its values, by component.
+        the model, its processor, and a table of what was loaded and what was not, by component.
 
     Raises:
-        CheckpointError: `init_from` holds nothing to load, or tensors that this model has not, or of another shape.
+        CheckpointError: `init_from` has no tensors, tensors that this model does not have, or tensors of other shapes.
     """
     path = None if config.init_from is None else Path(config.init_from)
     if path is None or not (needed or path.exists()):
@@ -67,7 +67,7 @@ def initial_model(
 
 
 def trained_model(config: Config, checkpoint: Path | None, chain: tuple[Path, ...] = ()) -> tuple[EEMLLM, Processor]:
-    """A run's model with the weights of a checkpoint, or, without one, as it begins.
+    """A run's model with the weights of a checkpoint; without one, the model that the run begins with.
 
     Raises:
         CheckpointError: the checkpoint does not fit, or was trained with other frozen parts.
@@ -84,20 +84,20 @@ def trained_model(config: Config, checkpoint: Path | None, chain: tuple[Path, ..
 
 
 def _refuse_other_decoder(state: Mapping[str, Tensor], path: str, source: Path) -> None:
-    """Raises CheckpointError unless these are all tensors of the decoder in the folder `path`: half of one is none."""
+    """Raises CheckpointError unless these are all the tensors of the decoder in the folder `path`: none may be missing."""
     own = without_weights(AutoModelForCausalLM, load_decoder_config(path)[0]).state_dict(keep_vars=True)
     _refuse_unfit(state, own, source, _DECODER)
-    given = {id(own[name]) for name in state}  # a tied one has two names
-    missing = [name for name, x in own.items() if id(x) not in given]
+    present = {id(own[name]) for name in state}  # a tied weight has two names
+    missing = [name for name, x in own.items() if id(x) not in present]
     if missing:
         raise CheckpointError(
             f"init_from={source}: of the {len(own)} tensors of model.decoder={path} it lacks {len(missing)}, such as {missing[0]}: "
-            "expected all or none. Name the decoder that it was trained with."
+            "expected all or none. Set model.decoder to the one that it was trained with."
         )
 
 
 def _refuse_unfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: Path, prefix: str = "") -> None:
-    """Raises CheckpointError unless all tensors are the model's `own`."""
+    """Raises CheckpointError unless the model's `own` tensors include all of these, in the same shapes."""
     wrong = [
         f"{prefix}{name}: found {list(tensor.shape)}, expected {list(own[name].shape) if name in own else 'no such tensor'}"
         for name, tensor in state.items()
@@ -125,11 +125,11 @@ def _table(model: EEMLLM, loaded: Sequence[str], kept: Sequence[str], source: Pa
 
 def weights_of(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Tensor], Path]:
     """The trained weights of a run directory, a checkpoint or a `save_pretrained` folder, under the names of an unquantised model
-    without adapters, and where they are from. Adapters are folded into the weights that they were trained on, quantised or
-    not, which their run's own configuration names.
+    without adapters, and where they are from. Adapters are merged into the weights that they were trained on, quantised or
+    not; the configuration of their run names those.
 
     Raises:
-        CheckpointError: there are none, or none that can be made again.
+        CheckpointError: there are none, or the weights below the adapters cannot be rebuilt.
     """
     state, source, checkpoint = stored_weights(path)
     if not state:
@@ -137,7 +137,7 @@ def weights_of(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Tens
     if checkpoint is None:
         return state, source
     if not any(MARK in name for name in state):
-        return {name: x.clone() for name, x in state.items()}, source  # a file that stays mapped keeps its place
+        return {name: x.clone() for name, x in state.items()}, source  # a mapped file keeps its disk space when deleted
     if source.resolve() in chain:
         raise CheckpointError(f"init_from={source}: the run begins from itself")
     with using(source):
@@ -152,14 +152,14 @@ def weights_of(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Tens
             merge_adapters(part)
     except UserError as error:
         raise CheckpointError(
-            f"init_from={source}: its adapters belong to weights that cannot be made again: {error}"
+            f"init_from={source}: its adapters belong to weights that cannot be rebuilt: {error}"
         ) from error
     return {f"{name}.{key}": x for name, part in parts.items() for key, x in part.state_dict().items()}, source
 
 
 def stored_weights(path: Path) -> tuple[dict[str, Tensor], Path, dict[str, Any] | None]:
-    """The tensors that `init_from` names as they are stored, adapters apart; where they are from; the checkpoint, if they are of one.
-    A checkpoint's are mapped: names and shapes cost no memory."""
+    """The tensors that `init_from` names as they are stored, adapters not merged; where they are from; the checkpoint, if it is one.
+    Tensors of a checkpoint are memory-mapped: to look at names and shapes costs no memory."""
     if not path.exists():
         raise CheckpointError(
             f"init_from={path}: no such run directory, checkpoint or folder of a model{nowhere(path)}"

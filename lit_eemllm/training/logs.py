@@ -1,4 +1,4 @@
-"""The metrics of a run, as CSV and for TensorBoard. A disk that fails does not break a step: the run ends after it, saved."""
+"""The metrics of a run, as CSV and for TensorBoard. A full disk does not break a step: the run saves and ends after it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ class Logs(Logger):
         out: run directory.
 
     Attributes:
-        failed: why the log is not whole, once something could not be written; nothing is written from then on. `Checkpoints`
-            looks at it after every step.
+        failed: the first write that failed, None so far; after it nothing is written. `Checkpoints` looks at it after every step.
     """
 
     def __init__(self, out: Path) -> None:
@@ -64,15 +63,15 @@ class Logs(Logger):
 
         Args:
             write: does it.
-            what: is written, for the message; default: the log.
+            what: what is written, for the message; default: the log.
         """
         if self.failed is not None:
             return
         try:
             write()
-        except BrokenPipeError:  # nobody reads what is printed: that is no disk
+        except BrokenPipeError:  # the reader of a pipe is gone: not a disk error
             raise
-        except (OSError, ValueError) as error:  # TensorBoard makes a ValueError of whatever it is
+        except (OSError, ValueError) as error:  # TensorBoard raises ValueError from OSError
             cause = error if isinstance(error, OSError) else error.__cause__
             if not isinstance(cause, OSError):
                 raise
@@ -82,9 +81,9 @@ class Logs(Logger):
 
 @contextmanager
 def quiet_threads() -> Iterator[None]:
-    """TensorBoard writes in a thread and tells of a failure with the next value; Python would print it as well."""
+    """Do not print OSErrors of threads: TensorBoard's writer thread also reports its failure with the next value."""
     before = threading.excepthook
-    threading.excepthook = lambda told: None if isinstance(told.exc_value, OSError) else before(told)
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
     try:
         yield
     finally:

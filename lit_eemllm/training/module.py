@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def compute_dtype(config: Config) -> torch.dtype | None:
-    """The type that autocast computes in, None without autocast."""
+    """The dtype of autocast; None without autocast."""
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.get("precision", ""))
 
 
@@ -65,12 +65,12 @@ class LitEEMLLM(LightningModule):
         self.strict_loading = False  # a checkpoint holds trained weights only; `on_load_checkpoint` is stricter
         self.val_loss = MeanMetric()
         self.step = Step()
-        self._restored_rng: list[dict[str, Any]] | None = None  # of all ranks that saved
-        self.has_begun = False  # to train: whatever is restored has been
-        self.begun_with = config.optim.max_steps  # that the run was to have when it began
+        self._restored_rng: list[dict[str, Any]] | None = None  # one for each rank that saved
+        self.has_begun = False  # training has begun, so all that a checkpoint restores is restored
+        self.begun_with = config.optim.max_steps  # max_steps when the run began; a longer run keeps its warm-up
 
     def configure_model(self) -> None:
-        # of whole tensors, as they were loaded: later, the first use of quantised ones may rearrange and round them
+        # now, of whole tensors as they were loaded: the first use of quantised ones may rearrange and round them
         assert self._frozen_fingerprint
         if isinstance(self.trainer.strategy, FSDP2):
             strategy = self.trainer.strategy
@@ -92,8 +92,8 @@ class LitEEMLLM(LightningModule):
         return loss
 
     def _loss(self, batch: PackedBatch) -> Tensor:
-        """Summed over the pack. A trained encoder, and whatever FSDP2 shards, must be used in every pass of every rank: where there
-        is no image, a blank one is, which nothing reads."""
+        """Loss, summed over the pack. A trained encoder, and every module that FSDP2 shards, must run in every pass on every rank: a
+        pack without images gets a blank one, which no token sees."""
         if batch.pixel_values is None and ("vision" in self.trained or isinstance(self.trainer.strategy, FSDP2)):
             batch = with_blank_image(batch, self.model.vision.transform)
         return self.model.packed_loss(batch)
@@ -102,7 +102,7 @@ class LitEEMLLM(LightningModule):
         """Turn what Lightning accumulated (sums, divided by micro-batches and averaged over ranks) into the token mean."""
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / self.step.total(self.device)
         gradients = own_gradients(self.model.parameters())
-        scale_(gradients, scale.to(gradients[0].device))  # elsewhere only if they are offloaded
+        scale_(gradients, scale.to(gradients[0].device))  # gradients are on the CPU if offloaded
         self.step.rates = {group["name"].partition(",")[0]: group["lr"] for group in reversed(optimizer.param_groups)}
 
     def configure_gradient_clipping(
@@ -114,15 +114,15 @@ class LitEEMLLM(LightningModule):
         step, most = self.step, self.config.optim.clip_grad_norm
         gradients = own_gradients(self.model.parameters())
         step.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(self.trainer.strategy, FSDP2):  # of shares
+        if isinstance(self.trainer.strategy, FSDP2):  # so far the norm of this rank's shards
             square = step.grad_norm**2
             dist.all_reduce(square, group=self.trainer.strategy.mesh.get_group("shares"))
             step.grad_norm = square.sqrt()
-        # before clipping, which would spread a NaN over all gradients
+        # before clipping, which would spread NaN to all gradients
         step.stop_agreed = check_step(step, self.model, self.trainer, self.config.out)
         step.packs.clear()
         if most is not None:
-            scale_(gradients, (most / (step.grad_norm + 1e-6)).clamp(max=1))  # as torch.nn.utils has it
+            scale_(gradients, (most / (step.grad_norm + 1e-6)).clamp(max=1))  # as torch.nn.utils.clip_grads_with_norm_
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
@@ -143,14 +143,14 @@ class LitEEMLLM(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.log(
             "val_loss", self.val_loss.compute(), logger=False
-        )  # `RunLog` does, which knows the step also where a run went on
+        )  # `RunLog` logs it, at the right step even after a resume
         self.val_loss.reset()
 
     # --- checkpoints ---
 
     def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint holds of a state, all that training changes: components trained wholly; of others adapters, what is
-        trained beside them, and buffers, such as the statistics of batch norms."""
+        """The part of a state dict that a checkpoint holds, which is all that training changes: components tuned in full; of those
+        with LoRA the adapters, tensors trained beside them, and buffers, such as batch-norm statistics."""
         choices = asdict(self.config.optim.tuning)
         whole, adapted = (
             tuple(
@@ -167,7 +167,7 @@ class LitEEMLLM(LightningModule):
 
     @cached_property
     def _frozen_fingerprint(self) -> str:
-        """Of what is not trained, which cannot change: computed once, not at every save."""
+        """Fingerprint of what is not trained. That cannot change, so it is computed once, not at every save."""
         state = self.state_dict()
         kept = self._kept(state)
         return fingerprint({name: tensor for name, tensor in state.items() if name not in kept})
@@ -204,7 +204,9 @@ class LitEEMLLM(LightningModule):
                 "Set optim.tuning as it was, or start from its weights with init_from."
             )
         if wrong := {n for n in own if own[n].shape != saved[n].shape or own[n].dtype != saved[n].dtype}:
-            raise CheckpointError(f"the checkpoint holds weights of other shapes or types: {_some(wrong)}")
+            raise CheckpointError(
+                f"the checkpoint holds weights of other shapes or dtypes than this model: {_some(wrong)}"
+            )
         tokenizer = checkpoint["lit_eemllm"].get("tokenizer") or self.tokenizer
         if self.tokenizer and tokenizer != self.tokenizer:
             raise CheckpointError(
@@ -217,18 +219,18 @@ class LitEEMLLM(LightningModule):
                 f"the frozen parts differ from those it was trained with (fingerprint {frozen}, here "
                 f"{self._frozen_fingerprint}): use the same model.decoder, model.vision.path and model.dtype"
             )
-        about = checkpoint["lit_eemllm"]
-        self.begun_with = about.get("begun_with", about["config"]["optim"]["max_steps"])
+        meta = checkpoint["lit_eemllm"]
+        self.begun_with = meta.get("begun_with", meta["config"]["optim"]["max_steps"])
         if not isinstance(self.begun_with, int):  # used in the first step
-            raise TypeError("begun_with: no number of steps")
+            raise TypeError(f"begun_with: found {self.begun_with!r:.99}, expected a number of steps")
         self._restored_rng = checkpoint["rng"]
         if has_trainer(self):
-            if not alike(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict()):
-                raise TypeError("loops: counters that are no numbers")
-            count_in_packs_of(checkpoint, self.trainer.world_size)
+            if not has_numbers(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop.state_dict()):
+                raise TypeError("loops: found counters that are not numbers")
+            rescale_pack_counts(checkpoint, self.trainer.world_size)
 
     def on_train_start(self) -> None:
-        set_modes(self.model, self.trained)  # not when an epoch starts: Lightning leaves that out where a run goes on
+        set_modes(self.model, self.trained)  # not in on_train_epoch_start, which Lightning skips on resume
         if self.trainer.world_size > 1:
             steps: list[Any] = [None] * self.trainer.world_size
             dist.all_gather_object(steps, self.global_step)
@@ -239,12 +241,12 @@ class LitEEMLLM(LightningModule):
                 )
         if self._restored_rng is not None:
             with using(Path(str(self.trainer.ckpt_path))):
-                self._go_on(self._restored_rng)
+                self._restore(self._restored_rng)
             self._restored_rng = None
         self.has_begun = True
 
-    def _go_on(self, rng: list[dict[str, Any]]) -> None:
-        """The rates of this schedule, and the generators' states, of all ranks that saved."""
+    def _restore(self, rng: list[dict[str, Any]]) -> None:
+        """Set the learning rates of this run's schedule, and the random generators. rng: states, one for each rank that saved."""
         for config in self.trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             for group, base, factor in zip(
@@ -252,7 +254,7 @@ class LitEEMLLM(LightningModule):
             ):
                 group["lr"] = base * factor(
                     scheduler.last_epoch
-                )  # saved was that of another length, if it was extended
+                )  # the saved rate is of another schedule if the run was extended
         if self.global_rank < len(rng):  # as late as possible: building loaders may draw numbers
             set_rng_state(rng[self.global_rank])
         else:  # saved by fewer ranks
@@ -260,7 +262,7 @@ class LitEEMLLM(LightningModule):
 
 
 def with_blank_image(batch: PackedBatch, transform: Transform) -> PackedBatch:
-    """The pack and one more document: a word, which sees itself, and after it the image, which no word sees."""
+    """The pack with one more document: a text token, then a blank image, which no text sees."""
     picture = Image.new("RGB", (1, 1))
     document = (Run(False, 1), Run(True, transform.num_tokens(*picture.size)))
     layout = SequenceLayout.of([*batch.layout.documents, document]).to(batch.input_ids.device)
@@ -269,27 +271,29 @@ def with_blank_image(batch: PackedBatch, transform: Transform) -> PackedBatch:
     return replace(batch, input_ids=ids, pixel_values=pixels, layout=layout, image_sizes=[picture.size])
 
 
-def alike(found: Any, own: Any) -> bool:
-    """Whether there is a number where `own` has one. Lightning takes over anything, and fails later or, worse, does not."""
+def has_numbers(found: Any, own: Any) -> bool:
+    """Whether `found` has a number wherever `own` has one. Lightning restores any value unchecked, and fails later or not at all."""
     if isinstance(own, dict):
-        return isinstance(found, dict) and all(alike(found[key], value) for key, value in own.items() if key in found)
+        return isinstance(found, dict) and all(
+            has_numbers(found[key], value) for key, value in own.items() if key in found
+        )
     return not isinstance(own, int) or isinstance(found, int)
 
 
 def keep_own_copies(optimizer: torch.optim.Optimizer) -> None:
-    """After its state was restored: torch takes over what is where it should be, such as counts of steps, and one such tensor would
-    keep the whole checkpoint mapped."""
+    """Copy the CPU tensors of a restored optimiser state, such as step counts. PyTorch keeps those of the checkpoint itself, and one
+    of them would keep the whole file mapped."""
     for state in optimizer.state.values():
         state.update({name: x.clone() for name, x in state.items() if x.device.type == "cpu"})
 
 
-def count_in_packs_of(checkpoint: dict[str, Any], ranks: int) -> None:
-    """Lightning counts packs of one rank, and ends a step at multiples of the accumulation. Where a run goes on with another
-    number of ranks, and as many packs a step, a rank has seen more packs, or fewer."""
-    was = checkpoint["lit_eemllm"].get("ranks", ranks)
+def rescale_pack_counts(checkpoint: dict[str, Any], ranks: int) -> None:
+    """Convert Lightning's pack counters to another number of ranks. They count the packs of one rank, and a step ends at multiples of
+    the gradient accumulation; with as many packs per step on other ranks, each rank has seen more packs, or fewer."""
+    saved_ranks = checkpoint["lit_eemllm"].get("ranks", ranks)
     progress = saved_packs(checkpoint)
     for count in (progress["total"], progress["current"]):
-        more = count["ready"] * was // ranks - count["ready"]
+        more = count["ready"] * saved_ranks // ranks - count["ready"]
         count.update({key: value + more for key, value in count.items()})
 
 

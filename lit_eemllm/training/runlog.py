@@ -1,4 +1,4 @@
-"""What a run tells while it runs: the start-up summary, one line per logged step, a progress bar with the time left."""
+"""What a run prints and logs: a summary at the start, a line per logged step, a progress bar with the time left."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 LINES = 10
-"""Log lines that a run has at least, if it has as many steps."""
+"""Least number of log lines of a run, if it has as many steps."""
 
 
 def peak_memory_gib() -> float:
@@ -42,9 +42,9 @@ def peak_memory_gib() -> float:
 
 
 def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size: int, packs: int | None) -> None:
-    """Components and what is trained, tokens per step, mechanism.
+    """Print what is trained of each component, the mechanism and the tokens per step.
 
-    packs: of an epoch, if they are known.
+    packs: packs of an epoch, if known.
     """
     table = Table("component", "parameters", "trained", "peak lr", title=f"{config.out}", title_justify="left")
     rates = {"vision": config.optim.vision_lr, "projector": config.optim.projector_lr, "llm": None}
@@ -80,7 +80,7 @@ def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size
 
 
 def unseen_positions(config: Config, decoder: Any) -> str | None:
-    """What is said where conversations may be longer than the decoder has ever read, None where they may not."""
+    """A warning if conversations may be longer than the decoder's positions reach; else None."""
     known = getattr(decoder, "max_position_embeddings", None)
     if known is None or config.data.max_length <= known:
         return None
@@ -115,7 +115,7 @@ class RunLog(Callback):
             yield
 
     def _print(self, what: Any) -> None:
-        """In the middle of a step, where nothing may break for want of disk."""
+        """Print in the middle of a step, which a full disk must not break."""
         self.logs.attempt(lambda: self._bar.console.print(what), "what is printed")
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -125,7 +125,7 @@ class RunLog(Callback):
             self.logs.log_hyperparams(asdict(self.config))
             if (
                 torch.cuda.is_available() and pl_module.device.type == "cuda"
-            ):  # a CPU is shared with the loader, and a share of it says little
+            ):  # no MFU on a CPU, which the loader uses too
                 self._measure_peak(pl_module)
         self.steps = pl_module.config.optim.steps
         self.every = min(self.config.optim.log_every, max(1, self.steps // LINES))
@@ -182,7 +182,7 @@ class RunLog(Callback):
         self._validation_end = time.perf_counter()
         self._window_start += (
             self._validation_end - pl_module.step.ended
-        )  # is no training time, nor is starting its loader
+        )  # neither validation nor starting its loader is training time
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         drawn = self._drawn(trainer)
@@ -195,7 +195,7 @@ class RunLog(Callback):
             self._print(table)
 
     def _drawn(self, trainer: Trainer) -> dict[str, tuple[float, float, float]]:
-        """`ShardDataModule.drawn`, which all ranks must call."""
+        """`ShardDataModule.drawn`. A collective call: all ranks must make it."""
         return trainer.datamodule.drawn() if trainer.datamodule is not None else {}  # type: ignore[attr-defined]
 
     def _log(self, trainer: Trainer, module: LitEEMLLM, step: int) -> None:

@@ -1,10 +1,12 @@
-"""Checkpoints in shares: what FSDP2 shards, each rank writes by itself, into safetensors files beside the checkpoint.
+"""Sharded checkpoints: each rank writes its shards of what FSDP2 shards, into safetensors files beside the checkpoint.
 
-    step-40.ckpt          everything else; a tensor that is in shares has its name, shape and type there, and no numbers
+A *share* here is what PyTorch calls a shard of a tensor: a rank's part of it. (Data shards are something else.)
+
+    step-40.ckpt          everything else; of a tensor that is in shares only name, shape and dtype (a tensor on "meta")
     step-40.shards-1/     a file for each rank, written and read by torch.distributed.checkpoint
 
-The shares are written first, by a thread, while training goes on; the checkpoint names them and appears last. So it is whole or it
-is not there. Any number of ranks reads them, each what it needs, and one process reads whole tensors.
+A thread writes the shares while training goes on. The checkpoint, which names them, appears last, so it exists whole or not at all.
+Any number of ranks can read it, each the part it needs; a single process reads whole tensors.
 """
 
 from __future__ import annotations
@@ -34,21 +36,21 @@ from torch.distributed.tensor import DTensor
 from ..errors import CheckpointError
 
 SECTIONS = ("state_dict", "optimizer_states")
-"""Of a checkpoint, those in which tensors may be in shares."""
+"""The sections of a checkpoint whose tensors may be in shares."""
 SHARDS = "shards"
-"""The section that says where these are: the folder, and of each file its size and checksum."""
+"""The section that names the folder of the shares and, for each file, its size and checksum."""
 
 
 def folders_of(path: Path) -> list[Path]:
-    """Folders with shares of a checkpoint, also those that it does not name: of a process that was killed while it saved."""
+    """All folders with shares of a checkpoint, even those left by a process that was killed while saving, which it does not name."""
     return sorted(path.parent.glob(f"{path.stem}.shards-*"))
 
 
 def forget_unfinished(folder: Path) -> None:
-    """Shares in a folder of checkpoints that none of these names: of a process that was killed while it saved."""
+    """Delete shares that no checkpoint in a folder names, left by a process that was killed while saving."""
     named = set()
     for path in folder.glob("*.ckpt"):
-        with contextlib.suppress(Exception):  # a damaged one is told when it is read
+        with contextlib.suppress(Exception):  # reading a damaged one reports it
             named.add(torch.load(path, map_location="cpu", weights_only=True, mmap=True)[SHARDS]["folder"])
     for shares in folder.glob("*.shards-*"):
         if shares.name not in named:
@@ -66,14 +68,14 @@ def _each(values: Any, name: str) -> Iterator[tuple[str, Any, Any, Tensor]]:
 
 
 def _copied(values: Any) -> Any:
-    """Its containers."""
+    """A copy of nested dictionaries and lists; their other values are shared."""
     if isinstance(values, dict):
         return {key: _copied(value) for key, value in values.items()}
     return [_copied(value) for value in values] if isinstance(values, list) else values
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Ends with `finish`, on rank 0, when the files of all ranks are there."""
+    """Calls `finished` on rank 0 once the files of all ranks are written."""
 
     def __init__(self, folder: Path, finished: Callable[[], None]) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -87,16 +89,16 @@ class _Writer(HuggingFaceStorageWriter):
 def begin_saving(
     checkpoint: dict[str, Any], path: Path, write: Callable[[dict[str, Any], Path], None], group: dist.ProcessGroup
 ) -> Future[Any]:
-    """Save on all ranks together. All is copied before it returns; writing goes on by itself.
+    """Save on all ranks together. Returns once everything is copied; a thread goes on writing.
 
     Args:
-        checkpoint: with DTensors of what is in shares.
+        checkpoint: with a DTensor for whatever is in shares.
         path: of the checkpoint.
         write: writes a checkpoint without shares, atomically.
         group: of all ranks, on the CPU, used for nothing else.
 
     Returns:
-        of which `result` raises what went wrong, on all ranks.
+        a future; its `result` raises what went wrong, on all ranks.
     """
     rest = {**checkpoint, **{section: _copied(checkpoint[section]) for section in SECTIONS}}
     shares: dict[str, DTensor] = {}
@@ -104,7 +106,7 @@ def begin_saving(
         for name, values, key, x in _each(rest[section], section):
             if isinstance(x, DTensor):
                 shares[name], values[key] = x, torch.empty(x.shape, dtype=x.dtype, device="meta")
-    rest = deepcopy(rest)  # counters and states of generators go on as well
+    rest = deepcopy(rest)  # counters and generator states change while the thread writes
     names = (path.parent / f"{path.stem}.shards-{number}" for number in count(1))
     folder = [next(name for name in names if not name.exists())]
     dist.broadcast_object_list(folder, src=0, group=group)
@@ -114,8 +116,8 @@ def begin_saving(
         for file in files:
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        about = {file.name: [file.stat().st_size, _checksum(file)] for file in files}
-        write({**rest, SHARDS: {"folder": folder[0].name, "files": about}}, path)
+        entries = {file.name: [file.stat().st_size, _checksum(file)] for file in files}
+        write({**rest, SHARDS: {"folder": folder[0].name, "files": entries}}, path)
         for old in folders_of(path):
             if old != folder[0]:
                 shutil.rmtree(old)
@@ -126,42 +128,44 @@ def begin_saving(
 
 
 def _checksum(file: Path) -> int:
-    found = 0
+    crc = 0
     with file.open("rb") as opened:
         while part := opened.read(1 << 24):
-            found = zlib.crc32(part, found)
-    return found
+            crc = zlib.crc32(part, crc)
+    return crc
 
 
 def folder_of(checkpoint: Mapping[str, Any], path: Path) -> Path | None:
-    """The folder with its shares, if it has any. Raises CheckpointError if they are not what was saved with it, by their sizes."""
+    """The folder with a checkpoint's shares, if it has any. Raises CheckpointError for missing files or other sizes than were saved."""
     if SHARDS not in checkpoint:
         return None
-    about = checkpoint[SHARDS]
-    folder = path.parent / about["folder"]
-    names = [about["folder"], *about["files"]]
+    section = checkpoint[SHARDS]
+    folder = path.parent / section["folder"]
+    names = [section["folder"], *section["files"]]
     if any(Path(name).name != name or name in ("", "..") for name in names):
-        raise CheckpointError(f"{path}: names its shares {names}, which are no plain names")
+        raise CheckpointError(
+            f"{path}: its shares are called {names}, which are no plain names: expected a folder and files beside it"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{path}: its shares are not there: copy the folder {folder.name} beside it")
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-    if wrong := [name for name, (size, _) in about["files"].items() if sizes.get(name) != size]:
+    if wrong := [name for name, (size, _) in section["files"].items() if sizes.get(name) != size]:
         raise CheckpointError(f"{folder}: {', '.join(wrong)} is missing or not as long as it was written")
-    asked = sum(x.numel() * x.itemsize for section in SECTIONS for *_, x in _each(checkpoint[section], "") if x.is_meta)
+    asked = sum(x.numel() * x.itemsize for name in SECTIONS for *_, x in _each(checkpoint[name], "") if x.is_meta)
     if asked > sum(sizes.values()):
         raise CheckpointError(f"{path}: its tensors have {asked:,} bytes, its shares {sum(sizes.values()):,}")
     return folder
 
 
 def changed(checkpoint: Mapping[str, Any], folder: Path, part: slice = slice(None)) -> list[str]:
-    """Files whose bytes are no longer those that were written; of `part` of them."""
+    """Files whose checksum is not the one saved with them. `part` selects some of the files, sorted by name."""
     files = sorted(checkpoint[SHARDS]["files"].items())[part]
     return [str(folder / name) for name, (_, checksum) in files if _checksum(folder / name) != checksum]
 
 
 def fill(checkpoint: dict[str, Any], folder: Path, sections: Collection[str]) -> None:
-    """Read whole tensors, in place of those without numbers; of all sections, the checkpoint is then as any other. Raises
-    CheckpointError for files that have changed."""
+    """Read whole tensors into these sections, in place of those on "meta". With all sections filled, the checkpoint is like any other.
+    Raises CheckpointError for files that have changed."""
     places = [place for section in sections for place in _each(checkpoint[section], section) if place[3].is_meta]
     if not places:
         return
@@ -173,21 +177,21 @@ def fill(checkpoint: dict[str, Any], folder: Path, sections: Collection[str]) ->
 
 
 def fill_shares(checkpoint: dict[str, Any], folder: Path, like: Callable[[str], Tensor]) -> None:
-    """Read this rank's shares, in place of tensors without numbers; all ranks call it.
+    """Read this rank's shares, in place of tensors on "meta". All ranks call it.
 
     Args:
-        like: name, such as ``state_dict.model.x`` or ``optimizer_states.0.state.3.exp_avg``, to the parameter as it is sharded here.
+        like: from a name, such as ``state_dict.model.x`` or ``optimizer_states.0.state.3.exp_avg``, to the parameter as sharded here.
     """
     places = [place for section in SECTIONS for place in _each(checkpoint[section], section) if place[3].is_meta]
     _read(folder, {name: torch.empty_like(like(name), dtype=x.dtype) for name, *_, x in places}, places)
 
 
-def _read(folder: Path, made: dict[str, Tensor], places: list[tuple[str, Any, Any, Tensor]]) -> None:
+def _read(folder: Path, tensors: dict[str, Tensor], places: list[tuple[str, Any, Any, Tensor]]) -> None:
     reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
-    for name, x in made.items():  # torch takes other types, and the first rows of more
-        about = stored.get(name)
-        found = (about.size, about.properties.dtype) if isinstance(about, TensorStorageMetadata) else None
+    for name, x in tensors.items():  # torch would load other dtypes, and the first rows of a larger tensor
+        entry = stored.get(name)
+        found = (entry.size, entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
         if found != (x.shape, x.dtype):
             raise CheckpointError(
                 f"{folder}: not readable as shares of a checkpoint: {name} is {found}, expected {x.shape}, {x.dtype}"
@@ -195,11 +199,11 @@ def _read(folder: Path, made: dict[str, Tensor], places: list[tuple[str, Any, An
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")
-            dcp.load(made, storage_reader=reader, no_dist=not dist.is_initialized())
-    except CheckpointException as error:  # which is no Exception
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # a BaseException
         reasons = {next(iter(str(each[0]).splitlines()), type(each[0]).__name__) for each in error.failures.values()}
         raise CheckpointError(
             f"{folder}: not readable as shares of a checkpoint: {'; '.join(sorted(reasons))}"
         ) from error
     for name, values, key, _ in places:
-        values[key] = made[name]
+        values[key] = tensors[name]

@@ -1,4 +1,4 @@
-"""The optimiser step: what of it has been, what the last one came to, and a look at it before the optimiser takes it."""
+"""The optimiser step: its packs so far, the results of the last one, and a check before the optimiser changes any weight."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from ..model import EEMLLM
 
 SMALLEST_SCALE = 2.0**-16
-"""Of the loss in float16. It begins at 2^16 and is halved with every step that has infinite gradients and is skipped; sums
-over a pack's tokens may need one below 1, but none so small."""
+"""Smallest loss scale in float16 that may still help. The scale begins at 2^16 and is halved with every step that is skipped for
+infinite gradients; losses are sums over a pack's tokens, so it may fall below 1, but not this far."""
 MOST_NAMED = 20
 """Sample keys in a message; the evidence has all of them."""
 
 
 class Pack(NamedTuple):
-    """Keys of its samples, its supervised tokens, and its loss, summed over them."""
+    """The keys of a pack's samples, its number of supervised tokens, and its loss, summed over them."""
 
     keys: list[str]
     targets: int
@@ -41,15 +41,16 @@ class Pack(NamedTuple):
 
 @dataclass
 class Step:
-    """Of one rank, but for what all agree on.
+    """State of the optimiser step on one rank.
 
     Attributes:
-        packs: of the step so far.
-        mean_loss, grad_norm: of the last step: loss of a supervised token, norm of the gradients of that.
+        packs: packs of the current step so far.
+        mean_loss, grad_norm: of the last step: mean loss of a supervised token over all ranks, norm of its gradients.
         rates: of the last step: learning rates by trained component.
-        stop_asked, stop_agreed: to stop after a step: by a signal on this rank, or by all ranks, at the same step.
-        votes: ranks that were asked to.
-        ended: by the clock, when the last batch was done.
+        stop_asked: this rank was asked, by a signal, to stop after a step.
+        stop_agreed: all ranks stop after this step, since one was asked.
+        votes: number of ranks that were asked to stop.
+        ended: time at which the last batch was done, of `time.perf_counter`.
     """
 
     packs: list[Pack] = field(default_factory=list)
@@ -62,14 +63,14 @@ class Step:
     ended: float = 0.0
 
     def add(self, batch: PackedBatch, loss: Tensor) -> None:
-        """A pack and its loss, summed."""
+        """Note a pack and its summed loss."""
         self.packs.append(Pack(batch.keys, batch.num_targets, loss.detach()))
 
     def total(self, device: torch.device) -> Tensor:
-        """The supervised tokens of all ranks. A collective call, after which the mean loss and the votes are known."""
+        """The number of supervised tokens on all ranks. A collective call, which also sets `mean_loss` and `votes`."""
         loss = sum((pack.loss.float() for pack in self.packs), torch.zeros((), device=device))
         numbers = (sum(pack.targets for pack in self.packs), self.stop_asked)
-        # by a kernel that fills: copying them would wait for the device
+        # torch.full runs on the device; copying the numbers to it would wait for it
         totals = torch.stack([loss, *(torch.full((), float(number), device=device) for number in numbers)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
@@ -84,20 +85,19 @@ class Step:
 
 
 def check_step(step: Step, model: EEMLLM, trainer: Trainer, out: str) -> bool:
-    """Look at what a step has computed before the optimiser uses it.
+    """Check that loss and gradients are finite before the optimiser uses them.
 
-    The one place where an ordinary step waits for the device, in place of one that was there before (token counts were copied
-    to it). Without waiting, a bad gradient could be zeroed on the device, but a step of AdamW with zeros changes weights and
-    moments too; here the optimiser is not even called. After this wait only clipping and the optimiser are yet to be
-    launched, so the device idles for a fraction of a millisecond.
+    The one place where an ordinary step waits for the device. Without waiting, a bad gradient could be zeroed on the device, but
+    an AdamW step with zeros changes weights and moments too; here the optimiser is not called at all. Only clipping and the
+    optimiser remain to be launched after the wait, so the device idles for a fraction of a millisecond.
 
-    In float16 gradients become infinite where the scaled loss is too large; its scaler skips that step and scales less. Only
-    where that has not helped for long is the gradient itself to blame.
+    In float16, gradients become infinite when the scaled loss is too large; the scaler skips that step and lowers the scale.
+    They count as bad only once the scale has fallen to `SMALLEST_SCALE`.
 
     Args:
-        step: whose mean loss, norm and votes are known.
-        model: whose gradients they are.
-        trainer: to save by.
+        step: with mean loss, gradient norm and votes of this step.
+        model: with its gradients.
+        trainer: saves the last good state.
         out: the run directory.
 
     Returns:
@@ -116,7 +116,7 @@ def check_step(step: Step, model: EEMLLM, trainer: Trainer, out: str) -> bool:
 
 
 def _not_finite(step: Step, model: EEMLLM, trainer: Trainer, folder: Path, loss: float, norm: float) -> UserError:
-    """Save what is known and the last good state. A collective call."""
+    """Save the evidence and the last good state; return the error to raise. A collective call."""
     mine: list[Any] = [
         {"rank": trainer.global_rank, "loss": loss.item() / targets, "targets": targets, "keys": keys}
         for keys, targets, loss in step.packs
@@ -127,17 +127,17 @@ def _not_finite(step: Step, model: EEMLLM, trainer: Trainer, folder: Path, loss:
         dist.all_gather_object(ranks, mine)
     packs = [pack for rank in ranks for pack in rank]
     bad = [pack for pack in packs if not math.isfinite(pack["loss"])]
-    number, where = trainer.global_step + 1, []
+    number, bad_gradients = trainer.global_step + 1, []
     for word in COMPONENTS:
         names = [name for name, p in component(model, word).named_parameters() if _bad_gradient(p)]
         if names:
-            where.append(f"{word} ({len(names)} tensors, such as {names[0]})")
-    found = (
+            bad_gradients.append(f"{word} ({len(names)} tensors, such as {names[0]})")
+    problem = (
         f"the loss is {loss} in {len(bad)} of {len(packs)} packs" if bad else "the losses are finite, a gradient is not"
     )
-    if where:
-        found += f"; gradients that are not finite: {', '.join(where)}"
-    evidence = {"step": number, "found": found, "loss": loss, "grad_norm": norm, "lr": step.lr, "packs": packs}
+    if bad_gradients:
+        problem += f"; gradients that are not finite: {', '.join(bad_gradients)}"
+    evidence = {"step": number, "found": problem, "loss": loss, "grad_norm": norm, "lr": step.lr, "packs": packs}
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"step-{number}.json", json.dumps(evidence, indent=1))
@@ -146,7 +146,7 @@ def _not_finite(step: Step, model: EEMLLM, trainer: Trainer, folder: Path, loss:
     keys = [key for pack in bad or packs for key in pack["keys"]]
     named = ", ".join(keys[:MOST_NAMED]) + (f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else "")
     return UserError(
-        f"step {number}: {found}. Samples: {named}. The optimiser did not take this step: {good} holds the weights before it, "
+        f"step {number}: {problem}. Samples: {named}. The optimiser did not take this step: {good} holds the weights before it, "
         f"{folder / f'step-{number}.json'} all keys and losses. Look at these samples (shards inspect, shards check); if they "
         f"are good, lower optim.lr, lengthen optim.warmup_ratio or set optim.clip_grad_norm, in a new run with "
         f"init_from={good}."
@@ -162,6 +162,6 @@ def _bad_gradient(parameter: nn.Parameter) -> bool:
 
 
 def own_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """What this rank holds of the step's gradients, to be changed in place: whole tensors, or its share of them."""
-    found = [p.grad for p in parameters if p.grad is not None]
-    return [x.to_local() if isinstance(x, DTensor) else x for x in found]
+    """This rank's gradients as plain tensors, to change in place: whole, or this rank's shards."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return [x.to_local() if isinstance(x, DTensor) else x for x in gradients]

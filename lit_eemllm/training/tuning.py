@@ -1,4 +1,4 @@
-"""What is trained, and how fast: components, parameter groups, the learning-rate schedule."""
+"""Which components are trained and how: tuning by component, parameter groups, the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from ..model.vision import VisionEncoder
 
 COMPONENTS = {"vision": "vision", "projector": "projector", "llm": "language_model"}
-"""Words of ``optim.tuning`` -> submodules of the model."""
+"""Components, the keys of ``optim.tuning`` (`word` below) -> the submodule of the model."""
 
 
 def submodules(model: EEMLLM, word: str) -> list[str]:
-    """Names of the submodules of a word; those that the mechanism adds before layers go where it says."""
+    """Names of the submodules of a component; the mechanism says to which one its blocks belong."""
     return [COMPONENTS[word], *[model.mechanism.blocks_name] * (word == model.mechanism.component)]
 
 
 def component(model: EEMLLM, word: str) -> nn.ModuleDict:
-    """The submodules of a word, by name."""
+    """The submodules of a component, by name."""
     return nn.ModuleDict({name: getattr(model, name) for name in submodules(model, word)})
 
 
 def apply_tuning(model: EEMLLM, config: OptimConfig, frozen_dtype: str) -> list[str]:
-    """Freeze, cast and adapt components: what is trained is float32, what is frozen `frozen_dtype`.
+    """Freeze, cast and adapt the components: trained parameters are float32, frozen ones `frozen_dtype`.
 
     Returns:
-        the words of the components that are trained, wholly or by adapters.
+        the components that are trained, in full or by adapters.
     """
     choices = asdict(config.tuning)
     for word in COMPONENTS:
@@ -51,15 +51,15 @@ def apply_tuning(model: EEMLLM, config: OptimConfig, frozen_dtype: str) -> list[
 
 
 def cast(part: nn.Module, dtype: torch.dtype) -> None:
-    """Change the type of all floating tensors but rotary frequencies, which in bfloat16 are far off after some hundred
-    tokens. Quantised weights are integers and stay."""
+    """Cast all floating-point tensors but the rotary frequencies, which in bfloat16 would be far off after some hundred tokens.
+    Quantised weights are integers and stay."""
     for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
         if tensor.is_floating_point() and not name.endswith("inv_freq"):
             tensor.data = tensor.data.to(dtype)
 
 
 def adapt(model: EEMLLM, word: str, section: LoraConfig) -> None:
-    """Put adapters into a component."""
+    """Add LoRA adapters to a component."""
     for name in submodules(model, word):
         module: nn.Module = getattr(model, name)
         if next(module.parameters(), None) is not None:  # most mechanisms add no modules
@@ -74,7 +74,7 @@ def set_modes(model: EEMLLM, trained: list[str]) -> None:
 
 
 def parameter_groups(model: EEMLLM, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups by component's learning rate and by weight decay, which biases and norms do not get."""
+    """AdamW's parameter groups: by component, with its learning rate, and by weight decay, which biases and norms do not get."""
     rates = {"vision": config.vision_lr, "projector": config.projector_lr}
     groups: list[dict[str, Any]] = []
     for word in COMPONENTS:
@@ -98,18 +98,18 @@ def parameter_groups(model: EEMLLM, config: OptimConfig) -> list[dict[str, Any]]
 
 
 def in_order(groups: list[dict[str, Any]], module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of an optimiser by their names in the module, in the order in which torch numbers them."""
+    """An optimiser's parameters by their names in the module, in the order in which torch numbers them."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {names[id(parameter)]: parameter for group in groups for parameter in group["params"]}
 
 
 def _by_depth(vision: VisionEncoder, lr: float, decay: float) -> dict[str, tuple[list[nn.Parameter], float]]:
-    """The encoder's parameters by layer with their rates: the highest layer that is read learns at `lr`, and a norm after it; each
-    below at `decay` times the rate of the one above, and what comes before the first layer, embeddings, as a layer below it."""
+    """The encoder's parameters by layer, with their learning rates. The highest layer that is read, and a norm after it, get `lr`;
+    each lower layer gets `decay` times the rate of the one above; embeddings count as a layer below the first."""
     blocks = vision.blocks()
     if not blocks:
         raise ConfigError(
-            "optim.vision_layer_decay: this vision encoder does not tell the order of its layers; set null"
+            "optim.vision_layer_decay: this vision encoder does not tell the order of its layers (VisionEncoder.blocks); set null"
         )
     layers = [list(block.parameters()) for block in blocks]
     inside, everything = {p for layer in layers for p in layer}, list(vision.parameters())
@@ -122,9 +122,9 @@ def _by_depth(vision: VisionEncoder, lr: float, decay: float) -> dict[str, tuple
 
 
 def schedule(config: OptimConfig, begun_with: int | None = None) -> Callable[[int], float]:
-    """Factor of the peak learning rate at an optimiser step: linear warm-up, then decay; stays at its end.
+    """From an optimiser step to the factor of the peak learning rate: linear warm-up, then decay, then the last value.
 
-    begun_with: its steps when the run began, if it was extended: the warm-up is over once, and stays as long as it was.
+    begun_with: the run's max_steps when it began, which decides the warm-up; extending a run must not lengthen that.
     """
     warmup = math.ceil(config.warmup_ratio * (begun_with or config.steps))
 

@@ -94,7 +94,7 @@ def test_what_a_run_has_gone_back_from_is_set_aside(tmp_path, parts, shapes, run
     fit(tiny.config(parts, shapes, out, *options, back, "optim.max_steps=3"))
     assert names(out) == ["abandoned-1/step-4.ckpt", "step-1.ckpt", "step-2.ckpt", "step-3.ckpt"]
     assert (
-        f"went back to step 2: what it had saved later is kept in {out}/checkpoints/abandoned-1"
+        f"went back to step 2: its later checkpoints were moved to {out}/checkpoints/abandoned-1"
         in capsys.readouterr().out
     )
     fit(tiny.config(parts, shapes, out, *options, "optim.max_steps=4"))
@@ -290,9 +290,7 @@ def test_moments_that_are_not_those_of_a_weight_are_refused_by_its_name(tmp_path
     MOMENTS[how](saved["state"][0])
     file = tmp_path / "other.ckpt"
     torch.save(checkpoint, file)
-    with pytest.raises(
-        CheckpointError, match=rf"other\.ckpt: the optimiser's moments of {name} are not its own: found"
-    ):
+    with pytest.raises(CheckpointError, match=rf"other\.ckpt: the optimiser's moments of {name} do not fit it: found"):
         fit(tiny.config(parts, shapes, tmp_path / "run", "optim.max_steps=4", "data.val=null", f"resume={file}"))
 
 
@@ -314,5 +312,5 @@ def test_steps_that_are_no_number_are_refused(tmp_path, parts, shapes, run):
     checkpoint["lit_eemllm"]["begun_with"] = {"a": 1}
     file = tmp_path / "other.ckpt"
     torch.save(checkpoint, file)
-    with pytest.raises(CheckpointError, match=r"other\.ckpt: .*begun_with: no number of steps"):
+    with pytest.raises(CheckpointError, match=r"other\.ckpt: .*begun_with: found .*, expected a number of steps"):
         fit(tiny.config(parts, shapes, tmp_path / "run", "optim.max_steps=4", "data.val=null", f"resume={file}"))

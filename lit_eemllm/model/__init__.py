@@ -1,4 +1,4 @@
-"""The model: vision encoder -> two-layer MLP projector -> pretrained decoder whose layers run any mechanism."""
+"""The model: vision encoder -> connector -> pretrained decoder whose layers execute any mechanism."""
 
 from ..inputs.processor import Processor
 from .configuration import EEMLLMConfig

@@ -1,4 +1,4 @@
-"""From the configuration to a model with its processor: the parts are loaded, joined, and the backend is chosen."""
+"""Build a model and its processor from the configuration: load the parts, join them, check that they fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
-    """Tokenizer, template and image transform, and the encoder that the transform belongs to, but no decoder."""
+    """The processor (tokenizer, template, image transform) and the vision encoder, whose transform it is; no decoder is loaded."""
     vision = get_vision_encoder(config.vision.encoder).from_path(
         config.vision.path or "",  # an encoder of one's own may need none
         select_layer=config.vision.select_layer,
@@ -36,18 +36,18 @@ def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
     path = config.tokenizer or config.decoder
     tokenizer = load_pretrained(AutoTokenizer, path, "model.tokenizer")
     with naming("model.tokenizer", "Processor", path):
-        tokenizer.add_tokens([AddedToken(IMAGE, special=True)])  # no effect if it has one
+        tokenizer.add_tokens([AddedToken(IMAGE, special=True)])  # no effect if it has that token
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         tokenizer("what a broken one fails at")
         return Processor(tokenizer, config.template, vision.transform, image_token_id), vision
 
 
 def build(config: ModelConfig, decoder: Mapping[str, Tensor] | None = None) -> tuple[EEMLLM, Processor]:
-    """Load decoder, encoder and tokenizer and join them. Seed torch before: the projector is fresh.
+    """Load decoder, encoder and tokenizer and join them. Seed torch before: the projector is randomly initialised.
 
     Args:
         config: of the model.
-        decoder: all weights that the decoder is to have; those in float32 are not copied. None or empty takes those in its folder.
+        decoder: all weights of the decoder; those in float32 are not copied. None or empty = those in its folder.
     """
     text_config, _ = load_decoder_config(config.decoder)
     mechanism = configured_mechanism(config.mechanism, text_config.num_hidden_layers)

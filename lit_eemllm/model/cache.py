@@ -1,4 +1,4 @@
-"""Between the packed stream and transformers' key/value cache, which is left-padded like the ids of `generate`.
+"""The KV cache of generation: between the packed stream and transformers' cache, left-padded like the ids of `generate`.
 
 A layer caches the keys that its text sees: all columns, or the text columns alone where a mechanism hides the image. Each
 such *view* of the columns has its own left-padded grid, so layers of one cache differ in length.
@@ -18,11 +18,11 @@ from ..layout import Run, SequenceLayout, upload
 
 
 class StreamCache(DynamicCache):
-    """transformers' cache, and what must be remembered of the columns beside keys and values.
+    """transformers' KV cache, and what else must be remembered of its columns.
 
     Attributes:
-        columns: columns of ids so far; layers may hold fewer.
-        masks: per view, [B, width]: which of its columns are real.
+        columns: columns of ids so far; a layer may hold fewer.
+        masks: for each view [B, width], True where its columns are no padding.
         next_position_B: the position of the next token of each sequence.
         media: per gated layer, keys and values of the images that new text sees [B, heads, R, H], with their mask [B, R].
     """
@@ -39,7 +39,7 @@ class StreamCache(DynamicCache):
 
     @property
     def num_bytes(self) -> int:
-        """Of all keys and values."""
+        """Bytes of all keys and values."""
         pairs = [(layer.keys, layer.values) for layer in self.layers] + [(k, v) for k, v, _ in self.media.values()]
         return sum(x.nbytes for pair in pairs for x in pair)
 
@@ -96,16 +96,16 @@ class Grid:
         return x_RNH if slots is None else x_RNH[slots]
 
     def _slots(self, rows: Tensor | None) -> Tensor | None:
-        """Of some rows of the view, or of all."""
+        """Slots of the given rows of the view, or of all; None = the grid is filled in order."""
         return rows if self.slots_R is None else self.slots_R if rows is None else self.slots_R[rows]
 
 
 class CachedPass:
-    """One forward pass over new left-padded ids, appended to a cache (or to none: only the grid of the ids is used).
+    """One forward pass over new left-padded ids, which are appended to a cache. Without a cache only the grid of the ids is used.
 
     Args:
         cache: the cache to append to, or None.
-        mask_BL: [B, L], 1 where a new token is real.
+        mask_BL: [B, L], 1 where a new id is no padding.
         real_BL: the same on the CPU, bool; None = every sequence has one new token.
     """
 
@@ -118,7 +118,7 @@ class CachedPass:
             cache.columns += mask_BL.shape[1]
 
     def earlier_keys(self, layer: int, view: str) -> list[Tensor]:
-        """What a layer's cache holds for each sequence before it is appended to, rotated keys [L, K, H]; none without a cache."""
+        """For each sequence the rotated keys of earlier passes in a layer's cache, [L, K, H]; empty without a cache."""
         mask_BL = self.cache.masks.get(view) if self.cache is not None and self.past else None
         if self.cache is None or mask_BL is None:
             return []
@@ -126,10 +126,10 @@ class CachedPass:
         return [keys_KLH.transpose(0, 1)[mask_L] for keys_KLH, mask_L in pairs]
 
     def marked(self, name: str, grid: Grid, flags_R: Tensor) -> Tensor:
-        """Which columns of a grid have a mark, [B, past + W]: those of earlier passes, which the cache holds by `name`, and new ones.
+        """[B, past + W] bool, the flags of a view's columns: those of earlier passes, which the cache keeps under `name`, and new ones.
 
         Args:
-            flags_R: of each new row of its view.
+            flags_R: flags of the view's new rows.
         """
         new_BW = grid.pad(flags_R[:, None, None])[:, 0, :, 0]
         if self.cache is not None:
@@ -162,7 +162,7 @@ class CachedPass:
 
 
 def one_token_each(sequences: int, device: torch.device) -> SequenceLayout:
-    """The layout of so many sequences of one token of text, at position 0; nothing is copied to the device."""
+    """The layout of sequences of one text token each, at position 0; nothing is copied to the device."""
     rows = torch.arange(sequences, device=device)
     return SequenceLayout(((Run(False, 1),),) * sequences, rows, rows[:0], rows, torch.zeros_like(rows))
 
@@ -201,11 +201,11 @@ def layout_of_padded(visual_BL: Tensor, real_BL: Tensor, image_lengths: list[int
 
 
 def continue_positions(layout: SequenceLayout, cache: StreamCache, image_takes: int | None) -> SequenceLayout:
-    """The layout at the positions after those in the cache, where the next pass will go on in turn.
+    """The layout at the positions after those in the cache. The cache then notes where the next pass begins.
 
     Args:
         layout: the new tokens, at positions from 0.
-        cache: with a sequence for each document.
+        cache: with one sequence for each document.
         image_takes: positions taken by an image; None = one for each of its tokens.
     """
     taken = [

@@ -13,14 +13,14 @@ from .pretrained import load_pretrained
 
 
 class EEMLLMConfig(PretrainedConfig):
-    """Everything needed to rebuild the architecture; the attention backend is no part of it.
+    """Everything needed to rebuild the architecture. The attention backend is not part of it.
 
     Args:
         text_config: the decoder's own transformers config.
         vision: ``encoder``, a registered name, and ``config``, what that encoder's `to_config` returned.
         mechanism: `Mechanism.to_dict`.
-        image_token_id: the id that stands for one visual token in `generate`'s ids; it may lie past the decoder's
-            vocabulary, since it is never embedded.
+        image_token_id: the id of one visual token in the ids of `generate`; it is never embedded, so it may lie past the
+            decoder's vocabulary.
     """
 
     model_type = "eemllm"

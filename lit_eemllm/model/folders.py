@@ -1,9 +1,9 @@
-"""What is read of a model's folder, or of a hub id: a list of files and of the keys in them, and nothing else.
+"""Read a model's folder or hub id safely: only files and keys on the lists below, nothing else.
 
 transformers does more than load weights where a folder asks for it: it imports, fetches and runs what a key names (``auto_map``,
-``attn_implementation: org/repo``), puts adapters into the decoder, unpickles. So it never sees the folder but a copy made here, with
-links to data, and with configurations of the keys below alone, each a plain value within its bounds. Any other key or file is as
-if it were not there; those without which the model would be another one are refused.
+``attn_implementation: org/repo``), puts adapters into the decoder, unpickles. So it never sees the folder itself but a copy made
+here: links to data files, and configurations with the keys below, each a plain value within its bounds. Other keys and files are
+ignored, unless the model would be another one without them: then it is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIZES = {
     "patch_size": 2**12, "num_patches": 2**20, "max_position_embeddings": 2**40, "image_seq_length": 2**24,
     "no_rope_layer_interval": 512,
 }  # fmt: skip
-"""Keys of config.json that are numbers from 1 to this: what is made of them is made before weights are read."""
+"""Keys of config.json that are whole numbers, and their maxima: modules of these sizes are built before weights are read."""
 IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index"}
 CONFIG = {
     *SIZES, *IDS, "model_type", "text_config", "vision_config", "transformers_version", "tokenizer_class",
@@ -42,7 +42,7 @@ CONFIG = {
     "vision_use_head", "projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer",
     "vision_feature_select_strategy", "image_grid_pinpoints", "vision", "mechanism",
 }  # fmt: skip
-"""Of config.json. What an EEMLLM adds, ``vision`` and ``mechanism``, is read by ourselves; but see `_config`."""
+"""Keys of config.json. Those that an EEMLLM adds, ``vision`` and ``mechanism``, we read ourselves, but see `_config`."""
 ROPE = {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
     "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
@@ -60,9 +60,9 @@ TOKENIZER = {
     "spaces_between_special_tokens", "additional_special_tokens", "extra_special_tokens", "added_tokens_decoder",
     "use_default_system_prompt", "errors", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "trim_offsets",
 }  # fmt: skip
-"""Of tokenizer_config.json and special_tokens_map.json, beside names of tokens, which end with ``_token``."""
+"""Keys of tokenizer_config.json and special_tokens_map.json; keys that end with ``_token`` are read too."""
 TOKEN = {"content", "lstrip", "rstrip", "normalized", "single_word", "special", "__type"}
-"""Of a token that is described."""
+"""Keys of a token that is described by an object."""
 TOKENIZERS = {
     "PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer", "CodeLlamaTokenizer", "Qwen2Tokenizer",
     "GPT2Tokenizer", "GPTNeoXTokenizer", "BloomTokenizer", "CohereTokenizer", "GemmaTokenizer", "CodeGenTokenizer",
@@ -70,9 +70,9 @@ TOKENIZERS = {
     "BartTokenizer", "MBartTokenizer", "T5Tokenizer", "AlbertTokenizer", "XLMRobertaTokenizer", "DebertaV2Tokenizer",
     "NllbTokenizer", "WhisperTokenizer",
 }  # fmt: skip
-"""Classes of transformers, beside those with ``Fast`` behind."""
+"""Tokenizer classes of transformers, each also with ``Fast`` behind its name."""
 LARGEST = 2**28
-"""Bytes of a file that is read whole; all but weights are."""
+"""Most bytes of a file that is read whole, as all but weights are."""
 LARGEST_ID = 2**24
 
 TOKENIZER_FILES = (
@@ -81,27 +81,27 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 MODEL_FILES = ("config.json", "generation_config.json")
 HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
-"""Options of ``from_pretrained`` by which a file is found; of a folder, ``subfolder`` alone says something."""
+"""Options of ``from_pretrained`` that say where a file is; for a local folder only ``subfolder`` has an effect."""
 INDEX = "model.safetensors.index.json"
-_STORED = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # whole numbers are positions, which old versions stored
+_STORED = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}  # integers: position ids, which old versions stored
 
 Finder = Callable[..., Path | None]
 
 
 @contextmanager
 def opened(path: str, key: str, kind: str, names: tuple[str, ...], weights: bool = False, **hub: Any) -> Iterator[Path]:
-    """A folder for transformers to read, with those of the files that there are; it lasts as long as the context.
+    """A temporary folder for transformers to read, with those of the named files that exist; deleted when the context ends.
 
     Args:
         path: folder, the user's own or a shipped one, or hub id.
-        key: what named it, for messages.
-        kind: what is made of it, likewise.
-        names: of files; a configuration must be there if not all that is wanted is a tokenizer.
-        weights: whether these are wanted too.
+        key: the configuration key that named it, for messages.
+        kind: the class to be loaded from it, for messages.
+        names: file names; config.json must exist, unless only a tokenizer is wanted.
+        weights: whether to include the weights.
         hub: see `HUB`.
 
     Raises:
-        ConfigError: there is no such folder, a file is no configuration that can be used, or whatever the context raises.
+        ConfigError: there is no such folder, a configuration file cannot be used, or the context raises something.
         CheckpointError: weights that are missing or broken.
     """
     get = finder(path, key, **hub)
@@ -126,8 +126,8 @@ def opened(path: str, key: str, kind: str, names: tuple[str, ...], weights: bool
 
 @contextmanager
 def naming(key: str, kind: str, path: str | Path, hide: str = "") -> Iterator[None]:
-    """Whatever is raised while a `kind` is made of the files in `path` becomes a ConfigError that names all three; so do panics
-    of tokenizers. `hide` is the folder that stands in for `path`."""
+    """A context that loads a `kind` from `path`. What it raises, even a panic of tokenizers, becomes a ConfigError that names `key`,
+    `kind` and `path`. `hide` is the temporary folder that stands in for `path`."""
     try:
         yield
     except WriteError:  # the temporary folder is full
@@ -142,20 +142,20 @@ def naming(key: str, kind: str, path: str | Path, hide: str = "") -> Iterator[No
             raise
         text = str(error).replace(hide, str(path)) if hide else str(error)
         reason = next((line for line in text.splitlines() if line.strip()), "")
-        known = isinstance(error, OSError | ValueError) and reason  # says by itself what is wrong
+        known = isinstance(error, OSError | ValueError) and reason  # its text says what is wrong
         reason = reason if known else f"{type(error).__name__}: {reason}".rstrip(": ")
         raise ConfigError(f"{key}: {kind} cannot load {str(path)!r}: {reason}") from error
 
 
 def finder(path: str, key: str, **hub: Any) -> Finder:
-    """What finds a file of a folder or hub id by its name: its path or None, or where it is `needed`, OSError. `HUB` holds the
-    names of the options.
+    """A function from a file's name to its path in a folder or hub id, or None if there is no such file; with ``needed=True`` that is
+    an OSError. `HUB` holds the names of the options.
 
     Raises:
         ConfigError: there is no such folder.
     """
     folder = find(path)
-    # what cannot be a hub id is not looked for on the hub
+    # a path that cannot be a hub id is not looked up on the hub
     if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not folder.exists():
         home = "; ~ is not expanded after a key, write your home folder out" if path.startswith("~") else ""
         raise ConfigError(f"{key}: no such folder: {path}{home or nowhere(path)}")
@@ -168,8 +168,8 @@ def refuse_adapter(get: Finder, key: str, path: str) -> None:
     """Raises ConfigError for a folder of peft, whatever else is in it."""
     if get("adapter_config.json") is not None:
         raise ConfigError(
-            f"{key}: {path} holds an adapter (adapter_config.json), expected a whole model: fold it in (lit-eemllm merge without "
-            "--adapter; of others peft's merge_and_unload), and save the model into a folder of its own"
+            f"{key}: {path} holds an adapter (adapter_config.json), expected a whole model: merge it (lit-eemllm merge without "
+            "--adapter, or peft's merge_and_unload), and save the model into a folder of its own"
         )
 
 
@@ -178,7 +178,7 @@ def _in_folder(folder: Path, name: str, needed: bool = False) -> Path | None:
     if not file.exists() and not needed:
         return None
     if not file.is_file():
-        raise OSError(f"no {name} in it" if not file.exists() else f"{file}: no file")
+        raise OSError(f"no {name} in it" if not file.exists() else f"{file}: not a file")
     return file
 
 
@@ -194,7 +194,7 @@ def read_config(file: Path, key: str) -> dict[str, Any]:
 
 
 def read_of(path: str, key: str, name: str) -> dict[str, Any]:
-    """What a configuration of a folder or hub id holds. Raises CheckpointError naming all three."""
+    """The contents of a JSON file in a folder or hub id. Raises CheckpointError naming key, path and file."""
     with naming(key, name, path):
         file = finder(path, key)(name, needed=True)
         assert file is not None
@@ -207,15 +207,15 @@ def _bounded(file: Path) -> None:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """The same value. Raises CheckpointError for a number that is none, or one that no integer type holds."""
+    """The value itself. Raises CheckpointError for NaN, infinity or an integer that no int64 holds, at any depth."""
     if isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             _plain(item, f"{where}: {name}" if isinstance(value, dict) else where)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise CheckpointError(f"{where}: found {value}, expected a number")
+        raise CheckpointError(f"{where}: found {value}, expected a finite number")
     elif (
         isinstance(value, int) and abs(value) >= 2**63 and not where.endswith(": model_max_length")
-    ):  # 10^30 means none
+    ):  # 10^30 = no limit
         raise CheckpointError(f"{where}: found {value!r:.20}..., expected a smaller number")
     return value
 
@@ -224,7 +224,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Raises ConfigError, also for what cannot be left out: quantised weights are no weights without it."""
+    """config.json with the keys in `CONFIG`. Raises ConfigError; also for a key that cannot be ignored, quantization_config."""
     if values.get("quantization_config"):
         raise ConfigError(
             f"{where}: quantization_config: its weights are quantised; take the unquantised model, which "
@@ -264,7 +264,7 @@ def _tokenizer(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _tokens(value: Any) -> Any:
-    """With tokens that are described by what describes one."""
+    """The value, with every token that is described by an object reduced to the keys in `TOKEN`."""
     if isinstance(value, dict):
         whole = "content" not in value
         return {name: _tokens(item) for name, item in value.items() if whole or name in TOKEN}
@@ -279,7 +279,7 @@ def _added(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _index(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Raises CheckpointError where the weights are not in files beside it."""
+    """The index of sharded weights. Raises CheckpointError for names that are not safetensors files beside it."""
     places = _mapping(values.get("weight_map"), where, "weight_map")
     for name in places.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
@@ -326,7 +326,7 @@ def tensors_of(folder: Path, key: str) -> dict[str, Tensor]:
 
 
 def weight_files(get: Finder, key: str, path: str) -> list[Path]:
-    """The files that hold the weights, and their index. Raises CheckpointError if there are none, one is missing or broken."""
+    """The files that hold the weights, and their index. Raises CheckpointError if there are none, or one is missing or broken."""
     whole = get("model.safetensors")
     if whole is not None:
         stored([whole], key)
@@ -338,26 +338,26 @@ def weight_files(get: Finder, key: str, path: str) -> list[Path]:
     files = {name: get(name) for name in sorted(set(places.values()))}
     if missing := [name for name, file in files.items() if file is None]:
         raise CheckpointError(f"{key}: {path} lacks {len(missing)} of {len(files)} files of weights: {missing[0]}")
-    found = [file for file in files.values() if file is not None]
-    stored(found, key)
-    return [index, *found]
+    present = [file for file in files.values() if file is not None]
+    stored(present, key)
+    return [index, *present]
 
 
 def stored(files: Iterable[Path], key: str) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of every tensor. Raises CheckpointError naming the file that is cut or broken, or what is no weight."""
-    found: dict[str, tuple[str, list[int]]] = {}
+    """Dtype and shape of every tensor in the files. Raises CheckpointError for a file that is broken, or quantised weights."""
+    tensors: dict[str, tuple[str, list[int]]] = {}
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 no mapping
                     part = file.get_slice(name)
-                    found[name] = part.get_dtype(), part.get_shape()
+                    tensors[name] = part.get_dtype(), part.get_shape()
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{key}: {path}: not readable: {error}. Copy it again: it may have been cut"
             ) from error
-    if not found:
+    if not tensors:
         raise CheckpointError(f"{key}: {', '.join(map(str, files))}: no tensors in it")
-    if packed := {kind for kind, _ in found.values()} - _STORED:
+    if packed := {kind for kind, _ in tensors.values()} - _STORED:
         raise CheckpointError(f"{key}: quantised weights ({', '.join(sorted(packed))}); take the unquantised model")
-    return found
+    return tensors

@@ -1,6 +1,6 @@
-"""Keys and values of images seen before: where visual states do not depend on the text, an image is computed once.
+"""Cache of images' keys and values: where visual states do not depend on text, an image is computed once.
 
-Keys are kept before rotation, so they serve other prompts, later turns and other positions.
+Keys are cached before rotation, so they can be used in other prompts, later turns and at other positions.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class ImageCache:
         stamp: Hashable,
         sizes: Sequence[tuple[int, int]] = (),
     ) -> VisualKeys:
-        """Per layer the keys and values of all images in a row; computes only what is new.
+        """For each layer the keys and values of all images, concatenated; only new images are computed.
 
         Args:
-            pixels: of the images.
-            compute: images, with their sizes, to the keys of each (`EEMLLM.image_keys`).
-            stamp: of weights, device and precision; what was kept under another one is forgotten.
-            sizes: width and height of each picture as it was, where that matters.
+            pixels: the images.
+            compute: from images and their sizes to the keys of each (`EEMLLM.image_keys`).
+            stamp: stands for weights, device and precision; another stamp than last time empties the cache.
+            sizes: original (width, height) of each image, where the encoder needs them.
         """
         if stamp != self._stamp:
             self.clear()
@@ -62,8 +62,8 @@ class ImageCache:
         self.hits += len(names) - len(new)
         if new:
             some = list(new.values())
-            made = compute(take_images(pixels, some), [sizes[i] for i in some] if sizes else sizes)
-            self._images |= zip(new, made, strict=True)
+            computed = compute(take_images(pixels, some), [sizes[i] for i in some] if sizes else sizes)
+            self._images |= zip(new, computed, strict=True)
         for name in names:
             self._images.move_to_end(name)
         images = [self._images[name] for name in names]

@@ -1,4 +1,4 @@
-"""EEMLLM, a transformers model: packed for training, left-padded ids with a cache for `generate`.
+"""EEMLLM as a transformers model: packs for training, left-padded ids with a KV cache for `generate`.
 
 The decoder is an ordinary causal LM of transformers under its own weight names; legend of shapes in `lit_eemllm.layout`.
 """
@@ -37,13 +37,13 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike[str], *args: Any, **options: Any) -> Any:
-        """As transformers', of what `opened` lets through: no code, no adapters, no pickle. `path` is a folder or hub id.
+        """As transformers' own, but it reads only what `opened` allows: no code, adapters or pickle. `path`: folder or hub id.
 
         Args:
             options: those in `HUB` say which files are read, the others are transformers'.
 
         Raises:
-            ConfigError: it is none of an EEMLLM, or broken.
+            ConfigError: the folder does not hold an EEMLLM, or is broken.
             CheckpointError: weights are missing or broken.
         """
         hub = {name: options.pop(name) for name in HUB & options.keys()}
@@ -64,7 +64,7 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
         quantization: Any = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> EEMLLM:
-        """Join pretrained parts with a fresh projector (seed torch before).
+        """Join pretrained parts with a randomly initialised projector (seed torch before).
 
         Args:
             decoder: folder or hub id of a causal LM, or folder of an EEMLLM that has one; safetensors only.
@@ -109,8 +109,8 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
             pixel_values: [I, 3, height, width], the images of the new ids in order; a tensor each where they differ in shape.
             cache: of the earlier ids, as this method returned it; appended to.
             logits_to_keep: only the last so many columns; 0 keeps all.
-            image_sizes: width and height of each picture as it was (transformers' own have the height first); needed where
-                images have many sizes.
+            image_sizes: original (width, height) of each image, unlike transformers, which has the height first; needed where
+                images differ in size.
             past_key_values: what transformers before 5.24 calls `cache`.
 
         Returns:

@@ -28,7 +28,7 @@ class Packed(ModelParts):
     """Reads packs, which have no padding."""
 
     def image_features(self, pixels: Pixels) -> Tensor:
-        """The encoder's features of all images in a row, [V, vision width]; of images in tiles, those of all tiles."""
+        """The encoder's features of all images, concatenated, [V, d]; of an image cut into tiles, those of all its tiles."""
         dtype = next(self.vision.parameters()).dtype
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(grad), sdpa_kernel(KERNELS):
@@ -43,7 +43,7 @@ class Packed(ModelParts):
         cached: CachedPass | None = None,
         sizes: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
-        """Ids [S] (not read in visual rows) to the normalised last states of the text rows, [T, h]."""
+        """From ids [S], not read in visual rows, to the last hidden states of the text after the final norm, [T, h]."""
         decoder, mechanism = self.language_model.model, self.mechanism
         image_takes = {"shared": 1, "none": 0}.get(mechanism.visual_positions)
         if image_takes is not None:
@@ -87,12 +87,12 @@ class Packed(ModelParts):
 
     @property
     def _images_are_independent(self) -> bool:
-        """No text changes them."""
+        """Whether visual states do not depend on text, so that keys of images can be reused."""
         apart = not self.mechanism.no_later_images and not any(row.causal for row in self.table)
         return apart and not torch.is_grad_enabled()
 
     def _stamp(self) -> Hashable:
-        """Changes with weights, their type or place, and with autocast."""
+        """A value that changes with the weights, their dtype or device, and with autocast."""
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return autocast, tuple((p.data_ptr(), changes(p), p.dtype, str(p.device)) for p in self.parameters())
@@ -130,9 +130,9 @@ class Packed(ModelParts):
         return images
 
     def _features(self, pixels: Pixels | None, sizes: Sequence[tuple[int, int]], layout: SequenceLayout) -> Features:
-        """What a projector reads: features of the images, and which of them are visual tokens where not each is one.
+        """The input of the projector: features of the images, and which of them are visual tokens.
 
-        Without images no rows, but in the graph: no pack may leave a weight without gradient.
+        A pack without images gives no rows, but they go through the projector: every weight must get a gradient.
         """
         order = self.vision.transform.order(sizes)
         if pixels is None:

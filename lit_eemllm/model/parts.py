@@ -1,4 +1,4 @@
-"""What an EEMLLM is made of, and its switches: the mechanism, the attention backend, fused kernels. None touches a weight."""
+"""The modules of an EEMLLM, and its switches: mechanism, attention backend, fused kernels. No switch touches a weight."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ModelParts(PreTrainedModel):
 
     Args:
         config: the architecture.
-        decoder: a causal LM to take over with its weights; built from the config when None.
+        decoder: a causal LM to use, with its weights; None = one built from the config.
         vision: likewise, the vision encoder.
     """
 
@@ -57,12 +57,12 @@ class ModelParts(PreTrainedModel):
         self.post_init()
 
     def _connect(self) -> None:
-        """Make the modules that the mechanism adds."""
+        """Build the modules that the mechanism adds: projector and blocks."""
         sizes = self.sizes
         self.projector = self.mechanism.connector(sizes)
         blocks = {str(layer): self.mechanism.block(layer, sizes) for layer in range(sizes.layers)}
-        made = nn.ModuleDict({layer: block for layer, block in blocks.items() if block is not None})
-        self.add_module(self.mechanism.blocks_name, made)
+        modules = nn.ModuleDict({layer: block for layer, block in blocks.items() if block is not None})
+        self.add_module(self.mechanism.blocks_name, modules)
 
     @property
     def sizes(self) -> Sizes:
@@ -71,24 +71,23 @@ class ModelParts(PreTrainedModel):
 
     @property
     def blocks(self) -> nn.ModuleDict:
-        """Modules that the mechanism adds before layers, by the layer's number."""
+        """The mechanism's modules before layers, by the layer's number."""
         blocks: nn.ModuleDict = getattr(self, self.mechanism.blocks_name)
         return blocks
 
     @property
     def table(self) -> Table:
-        """What the layers execute."""
+        """The rows that the layers execute."""
         return tuple(layer.row for layer in self.language_model.model.layers)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Only what is added is ours to initialise; transformers' own parts do it themselves, and an encoder that is no
-        transformers model comes with its weights."""
+        """Initialise added modules only. Parts from transformers initialise themselves; other encoders come with weights."""
         if isinstance(module, Added):
             module.reset_parameters()
 
     # --- switches
     def _problems(self, mechanism: Mechanism) -> list[tuple[str, str]]:
-        """Of a mechanism with this decoder: (field, what is wrong)."""
+        """What is wrong with a mechanism in this decoder: (field, what is wrong)."""
         decoder = self.config.text_config
         problems = mechanism.problems(decoder.num_hidden_layers)
         return problems + table_problems(decoder, mechanism.table(decoder.num_hidden_layers))
@@ -99,16 +98,16 @@ class ModelParts(PreTrainedModel):
             raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
 
     def set_mechanism(self, mechanism: Mechanism) -> None:
-        """Raises ConfigError if the mechanism contradicts itself or needs other modules than this model has."""
+        """Switch to another mechanism. Raises ConfigError if its options are wrong or it needs modules that this model lacks."""
         problems = self._problems(mechanism)
         if mechanism.modules != self.mechanism.modules:
-            problems.append(("preset", "this mechanism has modules that the model lacks; see `lit-eemllm convert`"))
+            problems.append(("preset", "needs other modules than the model has; make them with `lit-eemllm convert`"))
         self._refuse(problems)
         self._forget_images()
         self._take(mechanism)
 
     def _take(self, mechanism: Mechanism) -> None:
-        """Tell the layers what to execute."""
+        """Set the row of the mechanism's table that each layer executes."""
         self.mechanism, self.config.mechanism = mechanism, mechanism.to_dict()
         layers = self.language_model.model.layers
         for layer, row in zip(layers, executed(mechanism.table(len(layers))), strict=True):
@@ -117,7 +116,7 @@ class ModelParts(PreTrainedModel):
 
     def train(self, mode: bool = True) -> ModelParts:
         if mode:
-            self._forget_images()  # their weights are about to change
+            self._forget_images()  # training will change the weights that their cached keys depend on
         return super().train(mode)
 
     def _forget_images(self) -> None:
@@ -129,7 +128,7 @@ class ModelParts(PreTrainedModel):
 
         Args:
             name: a registered name or ``auto``.
-            dtype: type of the queries, keys and values; None = autocast's where it is on, else the decoder's.
+            dtype: of queries, keys and values; None = that of autocast if it is on, else the decoder's.
             training: whether gradients are needed.
         """
         head_size = self.language_model.model.layers[0].self_attn.head_dim

@@ -1,4 +1,4 @@
-"""Loading pretrained parts with transformers: nothing in a folder is executed, nothing is silently random, or computed otherwise."""
+"""Load pretrained parts with transformers. No code in a folder runs, no weight is silently random, no family computed wrongly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def load_pretrained(kind: Any, path: str, key: str, **options: Any) -> Any:
-    """``kind.from_pretrained(path)`` of a configuration or a tokenizer, which never runs code of the folder.
+    """``kind.from_pretrained(path)`` for a configuration or a tokenizer, without running any code of the folder.
 
     Args:
         kind: a class of transformers.
@@ -35,13 +35,13 @@ def load_pretrained(kind: Any, path: str, key: str, **options: Any) -> Any:
     """
     names = TOKENIZER_FILES if kind is AutoTokenizer else ("config.json",)
     with opened(path, key, kind.__name__, names) as folder:
-        made = kind.from_pretrained(str(folder), trust_remote_code=False, **options)
-        made.name_or_path = path
-        return made
+        loaded = kind.from_pretrained(str(folder), trust_remote_code=False, **options)
+        loaded.name_or_path = path
+        return loaded
 
 
 def load_model(kind: Any, path: str, key: str, dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, dict]:
-    """A model of transformers with its weights, and what transformers tells about their names.
+    """A transformers model with its weights, and transformers' report of missing and mismatched tensors.
 
     Args:
         dtype: None takes the narrowest type that holds every tensor of the files exactly.
@@ -49,7 +49,7 @@ def load_model(kind: Any, path: str, key: str, dtype: torch.dtype | None = None,
 
     Raises:
         ConfigError: as `load_pretrained`; or the configuration describes a model larger than the weights in its files.
-        CheckpointError: there are none, or files are missing or broken.
+        CheckpointError: there are no weights, or files are missing or broken.
     """
     with opened(path, key, kind.__name__, MODEL_FILES, weights=True) as folder:
         tensors = stored(sorted(folder.glob("*.safetensors")), key)
@@ -66,7 +66,7 @@ def load_model(kind: Any, path: str, key: str, dtype: torch.dtype | None = None,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told by the callers
+            ignore_mismatched_sizes=True,  # the callers raise an error for them
             **options,
         )
         model.name_or_path = model.config.name_or_path = path
@@ -74,7 +74,7 @@ def load_model(kind: Any, path: str, key: str, dtype: torch.dtype | None = None,
 
 
 def _refuse_larger(kind: Any, config: Any, stored: int, where: str) -> None:
-    """What has no weights is made at random before the caller can refuse it, however large it is. Raises CheckpointError."""
+    """Raises CheckpointError for a config much larger than the weights: transformers would allocate random weights for the rest."""
     needed = sum(parameter.numel() for parameter in without_weights(kind, config).parameters())
     if needed > 2 * stored:
         raise CheckpointError(
@@ -83,15 +83,15 @@ def _refuse_larger(kind: Any, config: Any, stored: int, where: str) -> None:
 
 
 def without_weights(kind: Any, config: Any) -> Any:
-    """A model of which there are names and shapes only."""
+    """A model on the meta device: names and shapes, no data."""
     make = getattr(kind, "from_config", kind)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return make(config)
 
 
 def take_over(kind: Any, config: Any, weights: Mapping[str, Tensor], path: str, key: str, **options: Any) -> Any:
-    """A model in float32, or quantised, of weights that are at hand, which are not copied where they are that already. All else is as
-    in the folder `path` of its configuration."""
+    """A model of weights in memory, as float32 or quantised; float32 weights are not copied. The rest, such as the generation config,
+    comes from the folder `path`."""
     model = type(without_weights(kind, config)).from_pretrained(
         None, config=config, state_dict=weights, dtype=torch.float32, **options
     )
@@ -115,21 +115,22 @@ def load_weighted(kind: Any, path: str, key: str, **options: Any) -> Any:
 
 
 def adopt(decoder: PreTrainedModel) -> None:
-    """`adopt_layers`. Of a family of a user's own, a few tokens must come out as from transformers, where there are weights.
+    """`adopt_layers`, and for a family that the user registered, a check that the logits of a few tokens equal transformers'. There is
+    no check on the meta device.
 
     Raises:
         ConfigError: the decoder is not supported, or its family is registered wrongly.
     """
-    kind, device, training = decoder.config.model_type, decoder.device, decoder.training
-    if kind in PROVED or device.type == "meta":
+    family, device, training = decoder.config.model_type, decoder.device, decoder.training
+    if family in PROVED or device.type == "meta":
         return adopt_layers(decoder)
     ids_T = torch.linspace(0, decoder.config.vocab_size - 1, 16).long().to(device)
     stream = Stream(
         SequenceLayout.of([[Run(False, 16)]]).to(device), rotary(decoder, torch.ones(1, device=device)), Reference()
     )
-    wrong = f"model.decoder: family {kind!r} differs otherwise than register_family was told"
+    wrong = f"model.decoder: family {family!r} differs from Llama in more than register_family was told"
     with torch.no_grad():
-        true_Tv = decoder.eval()(ids_T[None], use_cache=False).logits[0]
+        expected_Tv = decoder.eval()(ids_T[None], use_cache=False).logits[0]
     try:
         with torch.no_grad():
             adopt_layers(decoder)
@@ -137,16 +138,16 @@ def adopt(decoder: PreTrainedModel) -> None:
             for layer in decoder.model.layers:
                 x_Th, _, _ = layer(x_Th, x_Th[:0], stream)
             found_Tv = decoder.train(training).lm_head(decoder.model.norm(x_Th))
-    except (AttributeError, RuntimeError) as error:  # a part that it lacks, or of another shape
-        raise ConfigError(f"{wrong}: {error}; see docs/decoders.md") from error
-    apart = ((found_Tv - true_Tv).norm() / true_Tv.norm()).item()
+    except (AttributeError, RuntimeError) as raised:  # a module is missing, or has another shape
+        raise ConfigError(f"{wrong}: {raised}; see docs/decoders.md") from raised
+    error = ((found_Tv - expected_Tv).norm() / expected_Tv.norm()).item()
     exact = decoder.dtype == torch.float32 and not getattr(decoder, "is_quantized", False)  # else in 16 bits
-    if not apart <= (1e-3 if exact else 0.05):
-        raise ConfigError(f"{wrong}: logits of text are {apart:.2%} off transformers' own; see docs/decoders.md")
+    if not error <= (1e-3 if exact else 0.05):  # NaN too
+        raise ConfigError(f"{wrong}: logits of text are {error:.2%} off transformers' own; see docs/decoders.md")
 
 
 def rotary(decoder: PreTrainedModel, x_Th: Tensor) -> Callable[[Tensor], Angles]:
-    """Positions to angles of rotary embedding, in the type of these rows."""
+    """The function from positions to rotary angles, in the dtype of these rows."""
 
     def angles(positions_R: Tensor) -> Angles:
         cos_1RH, sin_1RH = decoder.model.rotary_emb(x_Th, positions_R[None])
@@ -156,7 +157,7 @@ def rotary(decoder: PreTrainedModel, x_Th: Tensor) -> Callable[[Tensor], Angles]
 
 
 def quantized(how: str, compute: torch.dtype) -> Any:
-    """What transformers needs to load a model with linear layers in 4 ("nf4") or 8 bits ("int8").
+    """transformers' quantization config for linear layers in 4 ("nf4") or 8 bits ("int8").
 
     Raises:
         ConfigError: bitsandbytes is not installed.

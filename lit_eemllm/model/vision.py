@@ -1,4 +1,4 @@
-"""Vision encoders: CLIP, SigLIP and their relatives of transformers, and a registry for a user's own encoder."""
+"""Vision encoders: CLIP, SigLIP and relatives from transformers, and a registry for a user's own encoder."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from .pretrained import load_pretrained, load_weighted
 
 
 class VisionEncoder(nn.Module, ABC):
-    """Pixels to visual tokens.
+    """From pixels to features, one for each visual token.
 
     Attributes:
-        hidden_size: width d of a visual token.
-        transform: how an image becomes pixels, and how many tokens it gives.
+        hidden_size: their width d.
+        transform: how an image becomes pixels, and how many visual tokens it has.
     """
 
     hidden_size: int
@@ -44,7 +44,7 @@ class VisionEncoder(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_path(cls, path: str, *, select_layer: int | None, policy: str) -> VisionEncoder:
-        """With pretrained weights; the arguments are the keys of ``model.vision``, ``max_tokens`` among them if it is set."""
+        """The encoder with pretrained weights. The arguments are the keys of ``model.vision``; ``max_tokens`` only if it is set."""
 
     @classmethod
     @abstractmethod
@@ -61,7 +61,7 @@ class VisionEncoder(nn.Module, ABC):
         tokens of all images in order."""
 
     def blocks(self) -> list[nn.Module]:
-        """Its layers from input to output, for learning rates by depth; none if it has no order."""
+        """Its layers from input to output, for learning rates by depth; empty if they have no order."""
         return []
 
     def unused(self) -> list[nn.Module]:
@@ -85,7 +85,7 @@ def register_vision_encoder(name: str) -> Callable[[type[VisionEncoder]], type[V
 
 
 def get_vision_encoder(name: str) -> type[VisionEncoder]:
-    """Raises ConfigError naming the registered encoders."""
+    """The registered class. Raises ConfigError that lists the registered encoders."""
     if name not in _ENCODERS:
         raise ConfigError(
             f"model.vision.encoder: unknown encoder {name!r}; registered: {sorted(_ENCODERS)}. "
@@ -100,10 +100,10 @@ NATIVE = {"siglip2_vision_model", "idefics2_vision"}
 
 @register_vision_encoder("transformers")
 class TransformersVision(VisionEncoder):
-    """Encoders of transformers: hidden states of one layer, class token dropped, as LLaVA takes them, or what the encoder gives.
+    """Encoders of transformers: the hidden states of one layer without class token, as in LLaVA, or the encoder's output.
 
-    Images of one size: CLIP and SigLIP. Of many: SigLIP 2 NaFlex, and Idefics2's SigLIP with positions by the place in the
-    picture. These compute images of like size together, and no padding leaves them.
+    CLIP and SigLIP take images of one size. SigLIP 2 NaFlex, and Idefics2's SigLIP, whose position ids depend on the place in the
+    image, take many sizes: images of similar size form a batch, whose padding is removed from the output.
     """
 
     FAMILIES = {
@@ -126,40 +126,40 @@ class TransformersVision(VisionEncoder):
             model.config.patch_size,
         ):
             raise ConfigError(
-                f"its preprocessor gives images of {view.height} x {view.width} pixels in patches of {view.patch}, its encoder reads "
-                f"{side} x {side} in patches of {model.config.patch_size}"
+                f"preprocessor_config.json gives images of {view.height} x {view.width} pixels in patches of {view.patch}, but its "
+                f"encoder (config.json) reads {side} x {side} in patches of {model.config.patch_size}"
             )
 
     @classmethod
     def read_config(cls, path: str) -> tuple[Any, dict[str, Any]]:
-        """transformers' config of the encoder in a folder and, if the folder is an EEMLLM's, what its `to_config` gave."""
+        """transformers' config of the encoder in a folder and, if the folder holds an EEMLLM, its encoder's `to_config`; else {}."""
         config = load_pretrained(AutoConfig, path, "model.vision.path")
-        made = config.vision["config"] if config.model_type == "eemllm" else {}
+        saved = config.vision["config"] if config.model_type == "eemllm" else {}
         with naming("model.vision.path", cls.__name__, path):
-            if "model" in made:
-                config = cls.FAMILIES[made["model"]["model_type"]][0](**made["model"])
-        config = getattr(config, "vision_config", config)  # in a whole model, image and text
+            if "model" in saved:
+                config = cls.FAMILIES[saved["model"]["model_type"]][0](**saved["model"])
+        config = getattr(config, "vision_config", config)  # of a model of images and text, such as CLIPModel
         if config.model_type not in cls.FAMILIES:
             raise ConfigError(
                 f"model.vision.path: {path} is a {config.model_type!r}, expected one of {sorted(cls.FAMILIES)}; "
-                "register a class of your own for another encoder"
+                "for another encoder register a class of your own (docs/vision.md)"
             )
-        return config, made
+        return config, saved
 
     @classmethod
     def from_path(
         cls, path: str, *, select_layer: int | None, policy: str, max_tokens: int | None = None
     ) -> TransformersVision:
-        config, made = cls.read_config(path)
-        if made:
-            mapping, transform = {r"^vision\.model\.": ""}, transform_from_dict(made["transform"])
+        config, saved = cls.read_config(path)
+        if saved:
+            mapping, transform = {r"^vision\.model\.": ""}, transform_from_dict(saved["transform"])
         else:
             name = "preprocessor_config.json"
             preprocessor = read_of(path, "model.vision.path", name)
             kind = NativeTransform if config.model_type in NATIVE else ImageTransform
             with naming("model.vision.path", name, path):
                 transform = kind.from_preprocessor_config(preprocessor, patch=config.patch_size)
-            # in a whole Idefics2, beside the decoder
+            # a folder of a whole Idefics2 has the decoder too
             mapping = {r"^model\.vision_model\.": ""} if config.model_type == "idefics2_vision" else {}
         options: dict[str, Any] = {"config": config, **({"key_mapping": mapping} if mapping else {})}
         model = load_weighted(cls.FAMILIES[config.model_type][1], path, "model.vision.path", **options)
@@ -190,7 +190,7 @@ class TransformersVision(VisionEncoder):
     def unused(self) -> list[nn.Module]:
         normed = (
             self.select_layer is None and self.model.config.model_type != "clip_vision_model"
-        )  # which norms what it pools
+        )  # CLIP's post_layernorm norms only the pooled output
         names = ("head",) if normed else ("post_layernorm", "head")
         rest = [m for name, m in self.model.named_modules() if name.rpartition(".")[2] in names]
         return [*self._layers()[len(self.blocks()) :], *rest]
@@ -211,7 +211,7 @@ class TransformersVision(VisionEncoder):
         """Images [3, height, width] of many sizes to the rows of all in order, [V, d]."""
         grids = [(image.shape[-2] // patch, image.shape[-1] // patch) for image in images]
         rows: dict[int, Tensor] = {}
-        if self.model.config.model_type == "idefics2_vision":  # pads in two dimensions: only equal shapes go together
+        if self.model.config.model_type == "idefics2_vision":  # it pads in two dimensions: batch only equal shapes
             shapes = defaultdict(list)
             for i, grid in enumerate(grids):
                 shapes[grid].append(i)

@@ -1,12 +1,16 @@
-"""What is text, what is image, which document, which position: decided once per batch, here.
+"""The layout of a packed batch: which tokens are text or visual, of which document, at which position. Decided once per batch.
 
 A *pack* holds documents back to back, without padding. A document is a list of runs, each text or visual (one run per
-image). The layout knows nothing of mechanisms: which rows query is a `Visibility`, chosen by the mechanism.
+image). The layout knows nothing of mechanisms: which rows query is a `Visibility`, chosen by the mechanism. *Stream order* is
+the order of the tokens in the pack.
 
-Legend of shape suffixes, used all over the package:
-    S all tokens of the pack    T its text tokens    V its visual tokens    v some of these
-    R rows of a layer, text first, then visual ones    Q rows that query
-    N heads    K key/value heads    H head size    h hidden size    I images    B sequences    L padded length
+Legend of shape suffixes, used all over the package: `q_RNH` has shape [R, N, H], and a digit is a size, as in `cos_R1H`.
+    S all tokens of the pack    T its text tokens    V its visual tokens    v the visual tokens in a layer
+    R rows of a layer or view, text first, then visual ones    Q rows that query    n some of the text tokens
+    N query heads    K key/value heads    H head size    w all heads side by side: N x H, or K x H
+    h hidden size    d width of the vision encoder    I images
+    B sequences of a padded batch    L padded length, that of cached tokens included    W columns that a pass adds to a cache
+As the last of several letters, v is the vocabulary. Letters of one file alone are in its legend.
 """
 
 from __future__ import annotations
@@ -20,18 +24,18 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor, made on the CPU as a rule, sent without making the CPU wait for the device."""
+    """Copy a tensor, usually from the CPU, to the device without making the CPU wait for it."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 Pixels = Tensor | list[Tensor]
-"""Of several images: one tensor where all have one shape, else a tensor each."""
+"""Several images: one tensor [I, 3, height, width] where all have one shape, else a list of [3, height, width]."""
 
 
 def join_images(pixels: Sequence[Tensor]) -> Pixels:
-    """One image at least."""
+    """Images [3, height, width], at least one, as `Pixels`."""
     return torch.stack(list(pixels)) if len({image.shape for image in pixels}) == 1 else list(pixels)
 
 
@@ -53,7 +57,7 @@ class Run(NamedTuple):
 
 
 def visual_flags(runs: Sequence[Run]) -> Tensor:
-    """For each token of the runs whether it is visual."""
+    """[tokens] bool, True where a token of the runs is visual."""
     visual, lengths = zip(*runs, strict=True)
     return torch.repeat_interleave(torch.tensor(visual), torch.tensor(lengths))
 
@@ -65,8 +69,8 @@ class Visibility:
     Args:
         visual_queries: visual tokens query and see everything earlier in their document (a dense, LLaVA-like layer).
             Otherwise only text queries (composite attention, EE-MLLM Eq. 1).
-        window: a query sees itself and at most so many rows before it; None = no limit. Only where all rows query.
-        text_queries: text queries; False only where visual tokens do, which then see the text before them.
+        window: a query sees itself and at most this many rows before it; None = no limit. Only where all rows query.
+        text_queries: whether text queries. False needs visual_queries, and visual tokens then see the text before them.
     """
 
     visual_queries: bool
@@ -80,7 +84,7 @@ class Visibility:
             raise ValueError(f"some rows must query, found {self}")
 
     def queries(self, visual: bool) -> bool:
-        """Whether visual rows query, or text rows."""
+        """Whether rows of a kind query: visual rows if `visual`, else text rows."""
         return self.visual_queries if visual else self.text_queries
 
 
@@ -98,10 +102,10 @@ class SequenceLayout:
         1 1 1 1 1
 
     Attributes:
-        documents: the runs of each document, Python integers: lengths are never read from a device.
-        text_index: [T] rows of the stream that are text, ascending.
-        visual_index: [V] rows that are visual, ascending.
-        merge_index: [S] where row s lies in the concatenation of all text rows and all visual rows.
+        documents: the runs of each document, as Python integers, so that lengths are never read from a device.
+        text_index: [T] indices in the stream of the text tokens, ascending.
+        visual_index: [V] likewise of the visual tokens.
+        merge_index: [S] index of each token in the concatenation of all text rows and all visual rows.
         positions: [S] rotary position; LLaVA's sequence positions, counted from 0 in each document.
     """
 
@@ -161,7 +165,7 @@ class SequenceLayout:
         return SequenceLayout(documents, rows[:0], rows, rows, self.positions[self.visual_index])
 
     def with_image_positions(self, taken: int) -> SequenceLayout:
-        """An image takes so many positions (0 or 1), as many as all its tokens share, instead of one for each token."""
+        """The layout where each image takes `taken` positions in all (0 or 1), not one for each token: its tokens share one."""
         positions = []
         for document in self.documents:
             start = 0
@@ -179,17 +183,17 @@ class SequenceLayout:
         return upload(torch.tensor(flags, dtype=torch.bool), self.positions.device)
 
     def query_rows(self, visibility: Visibility) -> Tensor | None:
-        """Rows that query, ascending; None = all."""
+        """Indices of the rows that query, ascending; None = all."""
         if not visibility.text_queries:
             return self.visual_index
         return None if visibility.visual_queries or not self.num_visual else self.text_index
 
     def with_visual(self, rows_v: Tensor | None, lengths: Sequence[int]) -> SequenceLayout:
-        """The layout with some of its visual tokens alone, at the positions they have here.
+        """The layout without some of its visual tokens; the rest keep their positions.
 
         Args:
-            rows_v: which of all V they are, ascending; None = all.
-            lengths: how many of each image.
+            rows_v: indices of those that stay among all V, ascending; None = all stay.
+            lengths: how many stay of each image.
         """
         if rows_v is None:
             return self
@@ -202,7 +206,7 @@ class SequenceLayout:
         return replace(smaller, positions=self.positions[rows_S])
 
     def mask(self, visibility: Visibility) -> Tensor:
-        """The dense truth, [Q, S] bool, True where a query row sees a key row. For the reference and for tests."""
+        """The dense mask, [Q, S] bool, True where a query row sees a key row. For the reference backend and tests."""
         lengths = torch.tensor([sum(run.length for run in doc) for doc in self.documents])
         document_S = upload(torch.repeat_interleave(torch.arange(len(lengths)), lengths), self.positions.device)
         row_S = torch.arange(self.num_tokens, device=self.positions.device)
@@ -225,16 +229,16 @@ class SequenceLayout:
 
 @dataclass
 class PackedBatch:
-    """One pack, ready for the model: what the data room hands to the training room.
+    """One pack, ready for the model: what `data/` gives to `training/`.
 
     Attributes:
         input_ids: [S] token ids; 0 in visual rows, where they are not read.
         target_rows: [n] text rows (0..T-1) that predict a supervised token.
         targets: [n] the token ids they should predict.
-        pixel_values: [I, 3, height, width], or a tensor each where images differ in shape; None without images.
+        pixel_values: the images, see `Pixels`; None without images.
         layout: documents, runs, positions.
         keys: keys of the samples, in pack order.
-        image_sizes: width and height of each picture as it was; not read where the encoder takes images of one size.
+        image_sizes: original (width, height) of each image; not read where the encoder takes images of one size.
     """
 
     input_ids: Tensor
@@ -250,7 +254,7 @@ class PackedBatch:
         return len(self.targets)
 
     def with_images_moved(self, origin: Sequence[int]) -> PackedBatch:
-        """The same text, but where image i stood, image `origin[i]` stands, with as many tokens as it has."""
+        """The batch with image `origin[i]` in the place of image i, with as many tokens as that image has."""
         assert self.pixel_values is not None
         lengths = self.layout.image_lengths
         moved = iter([lengths[i] for i in origin])
@@ -277,7 +281,7 @@ class PackedBatch:
 
     def _map_tensors(self, function: Any) -> PackedBatch:
         movable = {f.name: getattr(self, f.name) for f in fields(self)}
-        made = {k: function(v) for k, v in movable.items() if isinstance(v, Tensor | SequenceLayout)}
+        moved = {k: function(v) for k, v in movable.items() if isinstance(v, Tensor | SequenceLayout)}
         if isinstance(self.pixel_values, list):
-            made["pixel_values"] = map_images(self.pixel_values, function)
-        return replace(self, **made)
+            moved["pixel_values"] = map_images(self.pixel_values, function)
+        return replace(self, **moved)

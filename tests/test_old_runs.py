@@ -49,7 +49,8 @@ def test_a_run_under_a_strategy_that_has_gone_goes_on_under_another(old, capsys)
     assert cli.main(["fit", "runs/ee_mllm"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        "trainer.strategy: found 'deepspeed_stage_2', expected auto or ddp or fsdp2 or fsdp2_offload. Instead" in said
+        "trainer.strategy: found 'deepspeed_stage_2', expected auto or ddp or fsdp2 or fsdp2_offload or hsdp. Instead"
+        in said
     )
     assert "trainer.strategy=fsdp2 " in said and said.endswith("goes on under it.") and "Traceback" not in said
     assert cli.main(["fit", "runs/ee_mllm", "trainer.strategy=auto"]) == 0

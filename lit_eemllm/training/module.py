@@ -127,7 +127,8 @@ class LitEEMLLM(LightningModule):
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
         groups = parameter_groups(self.model, optim)
-        optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+        fused = all(p.is_cuda for group in groups for p in group["params"]) or None  # else as torch chooses
+        optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=fused)
         optimizer.register_load_state_dict_post_hook(keep_own_copies)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(optim, self.begun_with)(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

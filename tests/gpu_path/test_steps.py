@@ -44,6 +44,7 @@ def check(mechanism: str, cases: list[Case]) -> None:
             found = steps.optimiser_step(module, tiny.pack(steps.PACK))
         case = f"{mechanism}, {name}, {tuning}, {checkpointing=}, {kind}"
         assert steps.unexpected(world, steps.ALLOWED) == [], case
+        assert any("fused_adamw" in name for name in world.launches), case
         bounds = (1e-5, 1e-4) if kind == "exact" else (0.01, 0.08)  # of loss, and of gradients: in bfloat16 roundings
         for value, expected, bound in zip(found, true[tuning, kind], bounds, strict=True):
             assert abs(value - expected) <= bound * expected, (case, found, true[tuning, kind])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_a_run_writes_its_files(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert result["backends"] == ["sdpa", "reference"]
     assert result["unavailable"] == {"flash": "needs a CUDA device, found cpu"}
-    assert result["environment"]["versions"]["torch"] == torch.__version__
+    assert result["environment"]["versions"]["torch"] == version("torch")
     assert len(result["rows"]) == 2 * 2 * 2 * 2  # sizes, layers, backends, passes
     for row in result["rows"]:
         assert row["status"] == "measured" and row["seconds"] > 0 and row["peak_bytes"] > 0 and not row["wrong"]

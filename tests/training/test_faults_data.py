@@ -160,7 +160,7 @@ def test_a_read_that_hangs_is_bounded(tmp_path, workers, limit):
         "for path in folder.glob('*.tar'):\n    path.unlink(); os.mkfifo(path)\n"
         "next(iter(loader))"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])}
     result = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, timeout=90, env=environment
     )

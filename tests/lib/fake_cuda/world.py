@@ -9,6 +9,7 @@ import traceback
 import weakref
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import optimizer
 from torch.utils import _device, _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lit_eemllm
 from lib.fake_cuda import kernels
 
 aten = torch.ops.aten
@@ -347,11 +349,11 @@ def _line() -> str:
     """The line of the program that is running; of another library, or of a test, if there is none."""
     frames = [f for f in reversed(traceback.extract_stack()) if "/tests/lib/fake_cuda/" not in f.filename]
     frames = [f for f in frames if "/site-packages/torch/" not in f.filename]
-    for part in ("/lit_eemllm/", "/site-packages/", "/tests/gpu_path/"):
+    for part in (f"{Path(lit_eemllm.__file__).parent}/", "/site-packages/", "/tests/gpu_path/"):
         for frame in frames:
             if part in frame.filename:
                 file = frame.filename.rpartition(part)[2]
-                return f"{part.strip('/')}: {file}:{frame.lineno} {(frame.line or '').strip()[:100]}"
+                return f"{Path(part).name}/{file}:{frame.lineno} {(frame.line or '').strip()[:100]}"
     return "backward"
 
 

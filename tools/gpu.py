@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -38,14 +39,34 @@ NEEDED = {
 }  # fmt: skip
 """Modules, and what is left out without one; nothing can be run without the others."""
 OPTIONAL = ("flash_attn", "flash_attn_interface", "xformers", "liger_kernel", "bitsandbytes", "triton")
-BARE = {
-    "python": "3.12",
-    "platforms": ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64"),
+ROOTS = ("omegaconf", "webdataset", "megatron-energon", "simplejpeg", "torchmetrics", "lightning", "transformers", "peft", "rich",
+         "matplotlib", "pytest-timeout", "pytest-xdist", "hypothesis", "easy-vqa")  # fmt: skip
+"""Packages that the parts import; what they need comes with them."""
+PLACE = {
+    "python_version": "3.12",
+    "python_full_version": "3.12.3",
+    "sys_platform": "linux",
+    "platform_system": "Linux",
+    "extra": "",
 }
-"""The machine that wheels are fetched for; it has these packages already:"""
-THERE = re.compile(
-    r"(torch|triton|nvidia|cuda|numpy|setuptools|pip|sympy|networkx|mpmath|jinja2|markupsafe|fsspec|filelock|typing-extensions)\b"
+PLATFORMS = (
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
 )
+"""The bare machine that wheels are fetched for. It has these already, as an image made for training has:"""
+THERE = {
+    "torch", "numpy", "transformers", "tokenizers", "safetensors", "huggingface-hub", "hf-xet", "lightning",
+    "pytorch-lightning", "lightning-utilities", "torchmetrics", "peft", "accelerate", "matplotlib", "contourpy", "cycler",
+    "fonttools", "kiwisolver", "pyparsing", "python-dateutil", "pillow", "pytest", "pytest-timeout", "pytest-xdist", "execnet",
+    "pluggy", "iniconfig", "hypothesis", "sortedcontainers", "rich", "markdown-it-py", "mdurl", "pygments", "regex", "pyyaml",
+    "packaging", "tqdm", "psutil", "requests", "filelock", "fsspec", "jinja2", "markupsafe", "networkx", "sympy", "mpmath",
+    "setuptools", "pip", "typing-extensions", "aiohttp", "aiohappyeyeballs", "aiosignal", "attrs", "frozenlist", "multidict",
+    "propcache", "yarl", "idna", "click", "typer", "shellingham", "six", "urllib3", "sentencepiece", "protobuf", "tensorboard",
+    "grpcio", "absl-py", "wrapt", "h11", "anyio", "cloudpickle",
+}  # fmt: skip
 
 
 # --- the parts
@@ -127,24 +148,22 @@ def resumed(out: Path, dry: bool) -> None:
     import tiny
     import torch
 
-    from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
+    from lit_eemllm.training.checkpoint import read_checkpoint
     from lit_eemllm.training.fit import fit
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny.write_parts(folder / "parts")
         tiny.write_shards(folder / "data", val=4)
+        options = ["data.val=null", "optim.max_steps=8", "optim.save_every=4", "optim.keep=2", "data.workers=2"]
+        options += [f"trainer.accelerator={'cpu' if dry else 'gpu'}", "trainer.precision=bf16-mixed"]
         ends = []
-        for run, stops in (("whole", (8,)), ("cut", (4, 8))):
-            for stop in stops:
-                options = ["data.val=null", f"optim.max_steps={stop}", "optim.schedule=constant", "optim.save_every=4"]
-                options += [
-                    f"trainer.accelerator={'cpu' if dry else 'gpu'}",
-                    "trainer.precision=bf16-mixed",
-                    "data.workers=2",
-                ]
-                fit(tiny.config(folder / "parts", folder / "data", folder / run, *options))
-            ends.append(read_checkpoint(newest_checkpoint(folder / run) or folder))
+        for run in ("whole", "cut"):
+            if run == "cut":  # after four steps
+                (folder / run / "checkpoints").mkdir(parents=True)
+                shutil.copy(folder / "whole" / "checkpoints" / "step-4.ckpt", folder / run / "checkpoints")
+            fit(tiny.config(folder / "parts", folder / "data", folder / run, *options))
+            ends.append(read_checkpoint(folder / run / "checkpoints" / "step-8.ckpt"))
         pairs = [(ends[0]["state_dict"][name], x) for name, x in ends[1]["state_dict"].items()]
         apart = max((a.float() - b.float()).abs().max().item() for a, b in pairs)
     write(out, {"equal": all(torch.equal(a, b) for a, b in pairs), "largest_difference": apart, "tensors": len(pairs)})
@@ -307,14 +326,35 @@ def last_line(log: Path) -> str:
     return lines[-1][:300] if lines else "without a word"
 
 
+def wanted() -> dict[str, str]:
+    """Name -> version, as they are locked, of what the parts need and the bare machine lacks. Asks the packages installed here."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    locked: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and line[0] != "#":
+            one = Requirement(line)
+            if one.marker is None or one.marker.evaluate(PLACE):
+                locked[canonicalize_name(one.name)] = str(one.specifier).removeprefix("==")
+    names, found = list(ROOTS), dict[str, str]()
+    while names:
+        name = names.pop()
+        if name in found or (name in THERE and name not in ROOTS):
+            continue
+        if name not in THERE:
+            found[name] = locked[name]
+        for text in metadata.requires(name) or ():
+            one = Requirement(text)
+            if one.marker is None or one.marker.evaluate(PLACE):
+                names.append(canonicalize_name(one.name))
+        names = [each for each in names if each not in found and each not in THERE]
+    return found
+
+
 def fetch_wheels(folder: Path) -> None:
-    """Of the locked packages, those that a machine with PyTorch lacks."""
-    names = [
-        line.partition(" ;")[0]
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line and line[0] != "#"
-    ]
-    wanted = [name for name in names if not THERE.match(name)]
     command = [
         sys.executable,
         "-m",
@@ -323,19 +363,21 @@ def fetch_wheels(folder: Path) -> None:
         "--no-deps",
         "--only-binary=:all:",
         "--python-version",
-        BARE["python"],
+        PLACE["python_version"],
     ]
     command += [
         "--implementation",
         "cp",
-        *(word for name in BARE["platforms"] for word in ("--platform", name)),
+        *(word for name in PLATFORMS for word in ("--platform", name)),
         "-d",
         str(folder),
+        "-q",
     ]
-    lacking = [name for name in wanted if subprocess.run([*command, "-q", name]).returncode]
+    names = [f"{name}=={version}" for name, version in sorted(wanted().items())]
+    lacking = [name for name in names if subprocess.run([*command, name]).returncode]
     size = sum(file.stat().st_size for file in folder.glob("*.whl"))
     print(
-        f"{len(list(folder.glob('*.whl')))} wheels, {size / 2**20:.0f} MiB, in {folder}; none of: {', '.join(lacking) or 'nothing'}"
+        f"{len(list(folder.glob('*.whl')))} wheels, {size / 2**20:.0f} MiB, in {folder}; not found: {', '.join(lacking) or 'none'}"
     )
     print(
         f"there: python3 -m pip install --no-index --no-deps --target SITE {folder}/*.whl && PYTHONPATH=SITE python3 tools/gpu.py"

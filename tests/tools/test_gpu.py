@@ -79,3 +79,12 @@ def test_what_is_missing_is_named_before_anything_runs(monkeypatch: pytest.Monke
 
 def test_twelve_minutes_in_all() -> None:
     assert sum(seconds for _, seconds in gpu.PARTS.values()) <= 12 * 60
+
+
+def test_wheels_are_of_what_a_bare_machine_lacks() -> None:
+    """What this project's loader needs, at the locked versions; not what an image made for training has."""
+    found = gpu.wanted()
+    assert {"megatron-energon", "webdataset", "omegaconf", "multi-storage-client", "rapidyaml"} <= found.keys()
+    assert not found.keys() & {"torch", "transformers", "numpy", "lightning", "pytest", "ruff", "mypy"}
+    locked = (ROOT / "constraints.txt").read_text()
+    assert all(f"{name}=={version}" in locked for name, version in found.items())

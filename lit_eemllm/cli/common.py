@@ -53,7 +53,7 @@ def takes_config(made: ArgumentParser, checkpoint: bool = False) -> ArgumentPars
 def config_of(args: Namespace, only: Path | None = None) -> Config:
     """The configuration that a verb was given. only: this file of it, with all overrides."""
     from lit_eemllm.config import load_config
-    from lit_eemllm.config.keys import check_names, check_options
+    from lit_eemllm.names import check_names, check_options
     from lit_eemllm.plugins import warn_if_changed
 
     files, overrides = files_and_overrides(args.inputs)

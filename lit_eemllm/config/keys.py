@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from omegaconf import MISSING
@@ -26,7 +24,6 @@ from lit_eemllm.config.bounds import (
     one_of,
     within,
 )
-from lit_eemllm.errors import ConfigError, did_you_mean, not_one_of
 
 
 @dataclass
@@ -357,62 +354,3 @@ def check(config: Config) -> list[Mistake]:
         if name in NOT_FOR_TRAINER:
             mistakes.append(((f"trainer.{name}",), f"cannot be set here: {NOT_FOR_TRAINER[name]}"))
     return mistakes
-
-
-def check_names(config: Config) -> Iterator[Mistake]:
-    """Names that only a registry or a library knows. A hook for `load_config`; imports the registries, and so torch."""
-    from lightning import Trainer
-
-    from lit_eemllm.attention import registered_backends
-    from lit_eemllm.evaluation.metrics import METRICS
-    from lit_eemllm.inputs.chat import TEMPLATES
-    from lit_eemllm.mechanisms import PRESETS
-    from lit_eemllm.mechanisms.base import rows_of
-    from lit_eemllm.model.vision import get_vision_encoder
-    from lit_eemllm.plugins import made_with
-
-    try:
-        rows_of(config.model.mechanism.rows or [])
-    except ConfigError as error:
-        yield ("model.mechanism.rows",), str(error).removeprefix("model.mechanism.rows: ")
-    for key, found, known in (
-        ("model.mechanism.preset", config.model.mechanism.preset, PRESETS),
-        ("model.attention", config.model.attention, ["auto", *registered_backends()]),
-        ("model.template", config.model.template, TEMPLATES),
-        ("eval.metric", config.eval.metric, [None, *METRICS]),
-    ):
-        if found not in known:
-            wrong, hint = not_one_of(found, sorted(filter(None, known))), made_with(Path(config.out))
-            own = key in ("model.attention", "eval.metric")
-            own |= key == "model.mechanism.preset" and ("did you mean" not in wrong or bool(hint))
-            yield (key,), wrong + (f"; one of your own needs --import FILE{hint}" if own else "")
-    preset = PRESETS.get(config.model.mechanism.preset)
-    key = f"optim.tuning.{preset.component}" if preset is not None else ""
-    if preset is not None and preset.no_adapters and getattr(config.optim.tuning, preset.component) == "lora":
-        yield (key, "model.mechanism.preset"), preset.no_adapters
-    try:
-        get_vision_encoder(config.model.vision.encoder)
-    except ConfigError as error:
-        text = str(error).removeprefix("model.vision.encoder: ").removesuffix(".")
-        yield ("model.vision.encoder",), text + made_with(Path(config.out))
-    arguments = list(inspect.signature(Trainer.__init__).parameters)[1:]
-    for name in config.trainer:
-        if name not in arguments:
-            hint = did_you_mean(name, arguments)
-            yield (f"trainer.{name}",), "lightning.Trainer has no such argument" + (f"; {hint}" if hint else "")
-        elif name not in (*FOR_TRAINER, *NOT_FOR_TRAINER):
-            yield (
-                (f"trainer.{name}",),
-                f"cannot be set here; arguments of lightning.Trainer that can be: {', '.join(FOR_TRAINER)}",
-            )
-
-
-def check_options(config: Config) -> Iterator[Mistake]:
-    """Options of the mechanism. A hook like `check_names`, for where the preset is not left to another place."""
-    from lit_eemllm.mechanisms import PRESETS
-    from lit_eemllm.mechanisms.build import option_problems, without_nulls
-
-    mechanism = config.model.mechanism
-    if mechanism.preset in PRESETS:
-        for name, text in option_problems(mechanism.preset, without_nulls(mechanism.options)):
-            yield (f"model.mechanism.{name}", "model.mechanism.preset"), text

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..config import load_config, strict_yaml
-from ..config.keys import check_names
 from ..console import console, progress, quiet_libraries
 from ..errors import CheckpointError, ConfigError, UserError
 from ..mechanisms.build import without_nulls
 from ..model import EEMLLM, Processor
 from ..model.folders import finder, read_config, refuse_adapter
+from ..names import check_names
 from ..plugins import warn_if_changed
 from ..training.adapters import merge_adapters
 from ..training.checkpoint import new_folder, newest_checkpoint

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import config_hash, flat, load_config, to_yaml
-from ..config.keys import Config, Mistake, check_names, check_options
+from ..config.keys import Config, Mistake
 from ..console import read_object, write_atomically
 from ..errors import ConfigError
+from ..names import check_names, check_options
 from .spec import Cell, Stage, Sweep, slug
 
 _HOW = "Set it back; or remove the folder, to run it anew; or rename the cell, or the sweep's `out`, to keep both."

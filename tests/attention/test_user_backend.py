@@ -15,9 +15,9 @@ from tiny import config, forgotten_imports, model, pack
 from lit_eemllm import cli
 from lit_eemllm.attention import registered_backends, resolve_backend
 from lit_eemllm.config import load_config, to_yaml
-from lit_eemllm.config.keys import check_names
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.layout import Run, SequenceLayout, Visibility
+from lit_eemllm.names import check_names
 from lit_eemllm.plugins import import_user_code
 
 DOCS = Path(__file__).parents[2] / "docs"

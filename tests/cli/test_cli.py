@@ -20,9 +20,9 @@ from lib.pages import PAGES, REPOSITORY, commands
 
 from lit_eemllm import cli
 from lit_eemllm.config import Config, flat, is_key, load_config, to_yaml
-from lit_eemllm.config.keys import check_names
 from lit_eemllm.console import COMMAND, quiet_libraries
 from lit_eemllm.errors import UserError
+from lit_eemllm.names import check_names
 
 GOOD = """
 model: {decoder: some/decoder, vision: {path: some/encoder}}

@@ -13,9 +13,10 @@ from lightning import Trainer
 
 from lit_eemllm import errors
 from lit_eemllm.config import config_hash, is_key, keys, load, load_config, nearest_key, to_yaml
-from lit_eemllm.config.keys import FOR_TRAINER, NOT_FOR_TRAINER, Config, check, check_names, check_options
+from lit_eemllm.config.keys import FOR_TRAINER, NOT_FOR_TRAINER, Config, check
 from lit_eemllm.config.load import MAX_FILES
 from lit_eemllm.errors import ConfigError
+from lit_eemllm.names import check_names, check_options
 from lit_eemllm.shipped import nowhere
 
 GOOD = """
@@ -553,7 +554,7 @@ def test_every_argument_of_the_trainer_is_settled(write) -> None:
 
 
 def test_an_argument_that_only_a_newer_trainer_has_is_refused(write, monkeypatch) -> None:
-    monkeypatch.setattr("lit_eemllm.config.keys.FOR_TRAINER", ("devices",))
+    monkeypatch.setattr("lit_eemllm.names.FOR_TRAINER", ("devices",))
     found = mistakes(write(a=GOOD), ["trainer.benchmark=true"], checks=[check_names])
     assert (
         "command line: trainer.benchmark: cannot be set here; arguments of lightning.Trainer that can be: devices"

@@ -210,6 +210,6 @@ def test_keys_of_the_configuration_that_contradict_each_other(trained):
 
 
 def cli_checks():
-    from lit_eemllm.config.keys import check_names
+    from lit_eemllm.names import check_names
 
     return check_names

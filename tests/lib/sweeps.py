@@ -83,7 +83,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import lit_eemllm.sweep.plan as plan
 from lit_eemllm.sweep import sweep
-plan.check_names = lambda config: []  # knows names by importing torch
+plan.check_names = plan.check_options = lambda config: []  # know names by importing torch
 sys.modules["lit_eemllm.report"] = SimpleNamespace(report=lambda runs, out: None)
 sys.exit(sweep(Path("sweep.yaml"), command={!r}, {}))
 """

@@ -15,7 +15,6 @@ import torch
 from PIL import Image, ImageOps
 
 from ...config import Config, load_config
-from ...config.keys import check_names
 from ...console import quiet_libraries
 from ...data.packing import collate
 from ...data.samples import EncodedSample, TokenSample
@@ -24,6 +23,7 @@ from ...formats.mechanism import mechanism_settings
 from ...inputs.chat import IMAGE, Conversation, Turn
 from ...inputs.images import open_image, read_file
 from ...mechanisms import Mechanism
+from ...names import check_names
 from ...plugins import import_user_code
 from ..run import answer, autocast, load
 

@@ -21,17 +21,32 @@ PADDING = 1.25  # documents share a batch while the longest has at most so many 
 
 @dataclass(frozen=True)
 class Group:
-    """Documents computed in one call: which rows they take, and what their queries see (None: plainly causal)."""
+    """Documents computed in one call: which rows they take (None: all, as they lie), and what their queries see (None: plainly
+    causal)."""
 
-    q_rows_BQ: Tensor
-    k_rows_BL: Tensor
+    documents: int
+    q_rows_BQ: Tensor | None
+    k_rows_BL: Tensor | None
     mask_BQL: Tensor | None
 
 
 @dataclass(frozen=True)
 class Plan:
     groups: list[Group]
-    restore_Q: Tensor  # where query row q lies in the concatenated results of all groups, padding included
+    restore_Q: (
+        Tensor | None
+    )  # where query row q lies in the concatenated results of all groups, padding included; None: at q
+
+
+def in_order(rows: Tensor, count: int) -> bool:
+    """Whether these are all rows, one after the other: a copy of them would be the same."""
+    return rows.numel() == count and bool((rows.flatten() == torch.arange(count)).all())
+
+
+def of_documents(x_RNH: Tensor, rows_BR: Tensor | None, documents: int) -> Tensor:
+    """Rows of documents side by side, [B, N, R, H]."""
+    x_BRNH = torch.unflatten(x_RNH, 0, (documents, -1)) if rows_BR is None else x_RNH[rows_BR]
+    return x_BRNH.transpose(1, 2)
 
 
 @register_backend("sdpa")
@@ -83,20 +98,23 @@ class Sdpa(AttentionBackend):
                 mask_BQL = key_L <= own_BQ1
                 if visibility.window is not None:
                     mask_BQL &= key_L >= own_BQ1 - visibility.window
-            groups.append(Group(upload(q_BQ, device), upload(k_BL, device), mask_BQL))
+            q_rows_BQ = None if in_order(q_BQ, q_start) else upload(q_BQ, device)
+            k_rows_BL = None if in_order(k_BL, k_start) else upload(k_BL, device)
+            groups.append(Group(len(members), q_rows_BQ, k_rows_BL, mask_BQL))
             for b, d in enumerate(members):
                 slots_Q[queries[d]] = torch.arange(len(queries[d])) + offset + b * q_BQ.shape[1]
             offset += q_BQ.numel()
-        return Plan(groups, upload(slots_Q, device))
+        return Plan(groups, None if in_order(slots_Q, q_start) else upload(slots_Q, device))
 
     def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan, scale: float) -> Tensor:
         results = []
         for group in plan.groups:
-            q_BNQH = q_QNH[group.q_rows_BQ].transpose(1, 2)
-            k_BKLH, v_BKLH = (x[group.k_rows_BL].transpose(1, 2) for x in (k_SKH, v_SKH))
+            q_BNQH = of_documents(q_QNH, group.q_rows_BQ, group.documents)
+            k_BKLH, v_BKLH = (of_documents(x, group.k_rows_BL, group.documents) for x in (k_SKH, v_SKH))
             out_BNQH = self.kernel(q_BNQH, k_BKLH, v_BKLH, group.mask_BQL, scale)
             results.append(out_BNQH.transpose(1, 2).flatten(0, 1))
-        return torch.cat(results).index_select(0, plan.restore_Q)
+        found_QNH = results[0] if len(results) == 1 else torch.cat(results)
+        return found_QNH if plan.restore_Q is None else found_QNH.index_select(0, plan.restore_Q)
 
 
 @register_backend("cudnn")

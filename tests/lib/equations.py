@@ -3,13 +3,14 @@
 import itertools
 from dataclasses import replace
 
+import pytest
 import tiny
 import torch
 
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism
 from lit_eemllm.mechanisms.flamingo import Gated
 
-FAMILIES = ["llama-gqa", "olmo2", "smollm3"]  # of each way in which layers differ
+FAMILIES = ["llama-gqa", "olmo2", pytest.param("smollm3", marks=pytest.mark.slow)]  # of each way in which layers differ
 SMALL = Gated(every=2, latents=3, heads=2, head_size=8, depth=2)
 MECHANISMS = {
     **{name: name if name in tiny.DEEPER else preset.stretched(3) for name, preset in PRESETS.items() if name != "flamingo"},

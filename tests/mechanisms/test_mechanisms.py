@@ -29,7 +29,7 @@ from lit_eemllm.model.image_cache import ImageCache
 
 @pytest.mark.parametrize(("decoder", "backend"), [
     ("llama-gqa", "reference"), ("llama-gqa", "sdpa"), ("llama-gqa", "flash_attn_2"), ("llama-gqa", "xformers"),
-    ("qwen3", "sdpa"), ("qwen3", "torch_2_13"), ("olmo2", "sdpa"), ("smollm3", "sdpa"),
+    ("qwen3", "sdpa"), ("qwen3", "torch_2_13"), ("olmo2", "sdpa"), pytest.param("smollm3", "sdpa", marks=pytest.mark.slow),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):

@@ -267,7 +267,8 @@ def test_sdpa_costs_the_sum_of_the_documents(documents):
         x_SNH = torch.zeros(layout.num_tokens, 1, 1)
         if alone:
             backend, rows = Counting(), layout.query_rows(visibility)
-            backend.attend(x_SNH[rows], x_SNH, x_SNH, backend.plan(layout, visibility), 1.0)
+            q_QNH = x_SNH if rows is None else x_SNH[rows]
+            backend.attend(q_QNH, x_SNH, x_SNH, backend.plan(layout, visibility), 1.0)
         assert alone <= together <= PADDING**2 * alone
 
 

@@ -104,7 +104,8 @@ class Sdpa(AttentionBackend):
             for b, d in enumerate(members):
                 slots_Q[queries[d]] = torch.arange(len(queries[d])) + offset + b * q_BQ.shape[1]
             offset += q_BQ.numel()
-        return Plan(groups, None if in_order(slots_Q, q_start) else upload(slots_Q, device))
+        as_they_lie = offset == q_start and in_order(slots_Q, q_start)  # padding may lie after them
+        return Plan(groups, None if as_they_lie else upload(slots_Q, device))
 
     def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan, scale: float) -> Tensor:
         results = []

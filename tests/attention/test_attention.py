@@ -28,6 +28,7 @@ from lit_eemllm.layout import Run, SequenceLayout, Visibility
 T, V = (lambda n: Run(False, n)), (lambda n: Run(True, n))
 LAYOUTS = {
     "text only": [[T(5)]],
+    "the last is the shorter": [[V(2), T(6)], [V(2), T(5)]],
     "text-image-text": [[T(3), V(4), T(5)]],
     "image first": [[V(4), T(3)]],
     "image last": [[T(3), V(2)]],

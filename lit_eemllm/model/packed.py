@@ -156,7 +156,8 @@ class Packed(ModelParts):
 
     def packed_loss(self, batch: PackedBatch) -> Tensor:
         """Cross-entropy summed over the supervised tokens of the pack, a float32 scalar."""
-        if self._fused_loss is not None:
+        if self._fused_loss is not None and len(batch.targets):  # it divides by their number
             text_Th = self._packed_states(batch)
-            return self._fused_loss(self.language_model.lm_head.weight, text_Th[batch.target_rows], batch.targets)
+            head = self.language_model.lm_head
+            return self._fused_loss(head.weight, text_Th[batch.target_rows], batch.targets, head.bias)
         return cross_entropy(self.packed_logits(batch).float(), batch.targets, reduction="sum")

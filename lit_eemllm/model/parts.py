@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
+from inspect import signature
 
 import torch
 from torch import nn
@@ -147,14 +149,28 @@ class ModelParts(PreTrainedModel):
         return self._backend
 
     def use_liger(self) -> None:
-        """Replace norms, feed-forward networks and the loss by liger-kernel's fused ones. Raises ConfigError without it."""
+        """Replace norms, feed-forward networks and the loss by liger-kernel's fused ones.
+
+        Raises ConfigError without it, or if it has none that compute what this decoder's do.
+        """
         if find_spec("liger_kernel") is None or not torch.cuda.is_available():
             raise ConfigError("model.liger: needs a CUDA device and liger-kernel; pip install 'lit_eemllm[liger]'")
         import liger_kernel.transformers as liger
 
-        parts = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
-        apply = getattr(liger, f"apply_liger_kernel_to_{self.config.text_config.model_type}")
-        apply(model=self.language_model, **parts, rms_norm=True, swiglu=True)
+        decoder, model = self.config.text_config, self.language_model
+        parts = dict(rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True)
+        apply = getattr(liger, f"apply_liger_kernel_to_{decoder.model_type}", None)
+        if apply is None or not parts.keys() <= signature(apply).parameters.keys():
+            what = f"has no RMSNorm and SwiGLU for decoders of model_type {decoder.model_type!r}"
+            raise ConfigError(f"model.liger: the installed liger-kernel {what}; set model.liger=false")
+        if (act := getattr(decoder, "hidden_act", None)) not in ("silu", "swish"):
+            what = f"computes SiLU in feed-forward networks, this decoder's hidden_act is {act!r}"
+            raise ConfigError(f"model.liger: liger-kernel {what}; set model.liger=false")
+        # It replaces transformers' classes too, for whatever model is built next: not so here.
+        classes = vars(sys.modules[type(model).__module__])
+        before = dict(classes)
+        apply(model=model, **parts)
+        classes.update(before)
         self._fused_loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
     def get_input_embeddings(self) -> nn.Module:

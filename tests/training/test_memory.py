@@ -1,5 +1,9 @@
 """Memory: recomputed activations change nothing, frozen parts keep nothing for gradients they do not have."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import pytest
 import tiny
 import torch
@@ -68,6 +72,33 @@ def test_liger_without_a_gpu_says_what_it_needs():
         pytest.skip("has one")
     with pytest.raises(ConfigError, match="needs a CUDA device and liger-kernel"):
         tiny.model().use_liger()
+
+
+@pytest.mark.parametrize(
+    ("decoder", "act", "found"),
+    [
+        ("qwen3", "silu", "has no RMSNorm and SwiGLU for decoders of model_type 'qwen3'"),
+        ("qwen2", "silu", "has no RMSNorm and SwiGLU for decoders of model_type 'qwen2'"),
+        ("llama", "gelu", "computes SiLU in feed-forward networks, this decoder's hidden_act is 'gelu'"),
+    ],
+)
+def test_liger_refuses_a_decoder_that_it_would_change(decoder, act, found, monkeypatch):
+    """With a liger-kernel that knows one family, and another's norms alone."""
+
+    def whole(rope, cross_entropy, fused_linear_cross_entropy, rms_norm, swiglu, model): ...
+
+    def half(rope, cross_entropy, fused_linear_cross_entropy, rms_norm, geglu, model): ...
+
+    package, inner = (ModuleType(name) for name in ("liger_kernel", "liger_kernel.transformers"))
+    package.__spec__, package.transformers = ModuleSpec("liger_kernel", None), inner
+    inner.apply_liger_kernel_to_llama, inner.apply_liger_kernel_to_qwen2 = whole, half
+    for module in (package, inner):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = tiny.model(decoder)
+    monkeypatch.setattr(model.config.text_config, "hidden_act", act)
+    with pytest.raises(ConfigError, match=rf"^model\.liger: .*{found}; set model\.liger=false"):
+        model.use_liger()
 
 
 @pytest.mark.gpu

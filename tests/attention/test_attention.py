@@ -13,7 +13,8 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lib.backends import TRAINABLE, torch_2_10, torch_2_11, torch_2_13
+from lib.backends import FLASH, TRAINABLE, memory_efficient_attention
+from lib.fake_cuda import kernels
 
 from lit_eemllm.attention import AttentionBackend, flex, register_backend, registered_backends, resolve_backend
 from lit_eemllm.attention.base import _BACKENDS, probe
@@ -241,11 +242,25 @@ def test_heads_are_repeated_once_a_layer_where_the_kernel_cannot_group():
     assert len(given) == 2 and len(set(given)) == 1 and given[0][1] == 4
 
 
-def test_the_installed_torch_has_a_signature_that_was_tested():
-    module, name = PROVIDERS["PyTorch"]
-    found = inspect.signature(getattr(pytest.importorskip(module), name)).parameters
-    tested = [inspect.signature(f).parameters for f in (torch_2_10, torch_2_11, torch_2_13)]
-    assert any(list(found) == list(known) for known in tested), f"add this signature to the tests: {list(found)}"
+def arguments(function):
+    """Names, defaults, and whether they may stand by place: annotations aside, a signature."""
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+STAND_INS = [
+    *((*PROVIDERS[provider], functions) for provider, functions in FLASH.items()),
+    (*PROVIDERS["flash-attn 2"], [kernels.flash_attn_2()]),
+    ("torch.nn.attention.flex_attention", "flex_attention", [kernels.flex()]),
+    ("xformers.ops", "memory_efficient_attention", [kernels.xformers()]),
+    ("xformers.ops", "memory_efficient_attention", [memory_efficient_attention]),
+]
+"""Module and name of a kernel, and what stands for its versions where it is not there or cannot run."""
+
+
+@pytest.mark.parametrize(("module", "name", "stand_ins"), STAND_INS)
+def test_an_installed_kernel_has_a_signature_that_was_tested(module, name, stand_ins):
+    found = arguments(getattr(pytest.importorskip(module), name))
+    assert found in [arguments(f) for f in stand_ins], f"add this signature to the tests: {found}"
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

@@ -256,7 +256,7 @@ class Emulated(torch.autograd.Function):
 
 
 def flash_attn_2() -> Callable[..., Tensor]:
-    """The function of flash-attn 2 with its own signature."""
+    """Of flash_attn/flash_attn_interface.py, flash-attn 2.8.0 to 2.8.3."""
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
@@ -274,9 +274,12 @@ def flash_attn_2() -> Callable[..., Tensor]:
 
 
 def flex() -> Callable[..., Tensor]:
-    """Compiled FlexAttention."""
+    """Compiled FlexAttention: of torch/nn/attention/flex_attention.py, PyTorch 2.10.0 to 2.14.1."""
 
-    def flex_attention(query, key, value, block_mask, scale, enable_gqa):
+    def flex_attention(
+        query, key, value, score_mod=None, block_mask=None, scale=None, enable_gqa=False, return_lse=False,
+        kernel_options=None, *, return_aux=None,
+    ):  # fmt: skip
         parts = [x for x in vars(block_mask).values() if isinstance(x, Tensor)]
         assert all(x.is_cuda for x in (query, key, value, *parts)), "tensors that are not on CUDA"
         assert len({x.dtype for x in (query, key, value)}) == 1
@@ -289,9 +292,11 @@ def flex() -> Callable[..., Tensor]:
 
 
 def xformers() -> Callable[..., Tensor]:
-    """Its memory-efficient attention under its own masks."""
+    """Under its own masks: of xformers/ops/fmha/__init__.py, xFormers 0.0.35."""
 
-    def memory_efficient_attention(query, key, value, attn_bias, scale):
+    def memory_efficient_attention(
+        query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+    ):  # fmt: skip
         assert all(x.is_cuda for x in (query, key, value, attn_bias.q_seqinfo.seqstart, attn_bias.k_seqinfo.seqstart))
         demand(False, query, key, value)
         assert query.shape[2] == key.shape[2] == value.shape[2], "no grouped queries in its backward"

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 __all__ = [
-    "DEAD_WORKER", "FakeTensorMode", "LiveBytes", "allow_recompiles", "changes", "end_workers", "flop_counter", "lost_rank", "scale_",
-    "shared_storage", "storage_id", "worker_processes",
+    "DEAD_WORKER", "FakeTensorMode", "LiveBytes", "allow_recompiles", "changes", "cpp_compiler", "end_workers", "flop_counter", "lost_rank",
+    "scale_", "shared_storage", "storage_id", "worker_processes",
 ]  # fmt: skip
 
 DEAD_WORKER = "DataLoader worker"
@@ -50,6 +50,17 @@ def allow_recompiles(number: int) -> None:
     """Let dynamo compile a function for so many shapes before it goes on uncompiled."""
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, limit, max(number, getattr(torch._dynamo.config, limit)))
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile calls; None if there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # they take a second to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return None
 
 
 def flop_counter() -> FlopCounterMode:

@@ -96,6 +96,8 @@ class ModelConfig:
     """Keep the decoder's frozen linear layers in 4 bits, "nf4", or 8, "int8" (QLoRA; needs bitsandbytes); null = no."""
     liger: bool = False
     """Fused norms, feed-forward networks and loss of liger-kernel in the decoder; needs a CUDA device."""
+    compile: bool = False
+    """Fuse norms, projections, feed-forward networks and rotation in the decoder by torch.compile, when training; needs a C++ compiler."""
 
 
 @dataclass
@@ -331,6 +333,12 @@ def check(config: Config) -> list[Mistake]:
     if config.model.quantization is not None and (tuning["llm"] == "full" or config.optim.lora.dora):
         text = "quantised layers cannot be trained: set optim.tuning.llm to lora or frozen, without optim.lora.dora"
         mistakes.append((("model.quantization", "optim.tuning.llm", "optim.lora.dora"), text))
+    for key in ("model.quantization", "model.liger", *["optim.lora.dora"] * (tuning["llm"] == "lora")):
+        if config.model.compile and value(key):
+            text = (
+                f"found true together with {key}, which torch.compile cannot take into a graph: remove one of the two"
+            )
+            mistakes.append((("model.compile", key), text))
     if config.model.vision.max_tokens is not None and config.model.vision.policy != "native":
         text = (
             f"has no effect with policy {config.model.vision.policy}: set model.vision.policy=native or max_tokens=null"

@@ -79,6 +79,13 @@ class View:
         return torch.cat([self.layout.text_index, self.layout.visual_index])
 
 
+def rotate(x_QNH: Tensor, angles: Angles) -> Tensor:
+    """Rotary position embedding of queries or keys, as in transformers' Llama."""
+    cos_Q1H, sin_Q1H = angles
+    first, second = x_QNH.chunk(2, dim=-1)
+    return x_QNH * cos_Q1H + torch.cat([-second, first], dim=-1) * sin_Q1H
+
+
 @dataclass(frozen=True)
 class Stream:
     """What every layer of one forward pass shares. It never changes; plans, views and angles are computed once and kept.
@@ -90,6 +97,7 @@ class Stream:
         states: layer -> the visual states that enter it, [V, h], where the source of its row is ``own``.
         keys: precomputed, of all images; then no visual rows run through the layers.
         cached: the pass over a padded cache, when generating.
+        rotate: turns queries or keys by rotary angles.
         shared: what the mechanism's added modules share, such as the media of gated cross-attention.
     """
 
@@ -99,6 +107,7 @@ class Stream:
     states: Callable[[int], Tensor] | None = None
     keys: VisualKeys | None = None
     cached: CachedPass | None = None
+    rotate: Callable[[Tensor, Angles], Tensor] = rotate
     shared: Any = None
     _computed: dict[Any, Any] = field(default_factory=dict)
 
@@ -145,10 +154,8 @@ class Stream:
         """Rotate queries or keys of a layer's rows, or of its text alone; with `whole`, rows in that view's order."""
         cos_R1H, sin_R1H = self.angles(here)
         if whole is not None and whole.order is not None:
-            cos_R1H, sin_R1H = self._once(
-                ("angles of", whole.name), lambda: tuple(whole.of(x) for x in self.angles(here))
-            )
-        return rotate(x_RNH, (cos_R1H[: len(x_RNH)], sin_R1H[: len(x_RNH)]))
+            cos_R1H, sin_R1H = self._once(("angles of", whole.name), lambda: tuple(map(whole.of, self.angles(here))))
+        return self.rotate(x_RNH, (cos_R1H[: len(x_RNH)], sin_R1H[: len(x_RNH)]))
 
     def view(self, here: Tokens, seen: Select) -> View:
         """All text and those visual tokens of a layer that are in `seen`."""
@@ -276,10 +283,3 @@ class Stream:
         elif view.name != str(ALL) and self.layout.num_visual:
             lengths = [sum(run.length for run in document) for document in view.layout.documents]
         return self.cached.grid(view.name, lengths)
-
-
-def rotate(x_QNH: Tensor, angles: Angles) -> Tensor:
-    """Rotary position embedding of queries or keys, as in transformers' Llama."""
-    cos_Q1H, sin_Q1H = angles
-    first, second = x_QNH.chunk(2, dim=-1)
-    return x_QNH * cos_Q1H + torch.cat([-second, first], dim=-1) * sin_Q1H

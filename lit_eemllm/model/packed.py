@@ -62,7 +62,8 @@ class Packed(ModelParts):
         return self._run_layers(x_Th, *self.mechanism.enter(self.projector, features, x_Th, stream))
 
     def _stream(self, x_Th: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> Stream:
-        return Stream(layout, rotary(self.language_model, x_Th), self.backend, cached=cached)
+        angles = rotary(self.language_model, x_Th)
+        return Stream(layout, angles, self.backend, cached=cached, rotate=self._rotate)
 
     def _run_layers(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> Tensor:
         decoder = self.language_model.model

@@ -1,10 +1,14 @@
-"""The modules of an EEMLLM, and its switches: mechanism, attention backend, fused kernels. No switch touches a weight."""
+"""The modules of an EEMLLM, and its switches: mechanism, attention backend, fused kernels, compiled layers. No switch touches a weight."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib.util import find_spec
 from inspect import signature
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +18,10 @@ from transformers import (
 )
 
 from ..attention import AttentionBackend, Choice, resolve_backend
+from ..compat.torch import allow_recompiles, cpp_compiler
+from ..core.decoder import DecoderLayer
 from ..core.families import check_decoder, table_problems
+from ..core.stream import rotate
 from ..core.table import Table, executed
 from ..errors import ConfigError
 from ..mechanisms import Added, Mechanism, Sizes
@@ -56,6 +63,7 @@ class ModelParts(PreTrainedModel):
         self.image_cache: ImageCache | None = None
         self.activation_checkpointing = False
         self._fused_loss: nn.Module | None = None
+        self._rotate = rotate
         self.post_init()
 
     def _connect(self) -> None:
@@ -173,8 +181,35 @@ class ModelParts(PreTrainedModel):
         classes.update(before)
         self._fused_loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
+    def compile_layers(self) -> None:
+        """Let torch.compile fuse what decoder layers compute before and after attention, where gradients are needed. Without
+        gradients, as when generating, they run as before. Raises ConfigError without a C++ compiler."""
+        if cpp_compiler() is None:
+            raise ConfigError(
+                "model.compile: torch.compile calls a C++ compiler, and found none; install one (apt-get install g++), name yours "
+                "in the variable CXX, or set model.compile=false"
+            )
+        allow_recompiles(64)  # past its limit dynamo raises an error
+        for layer in self.language_model.model.layers:
+            for method in (DecoderLayer._heads, DecoderLayer._feed_forward):
+                setattr(layer, method.__name__, MethodType(_compiled(method), layer))
+        self._rotate = _compiled(rotate)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled whole and for all lengths where gradients are on. All layers of all models share it: what is compiled
+    for one serves the next of its kind."""
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else function)(*arguments)
+
+    return run

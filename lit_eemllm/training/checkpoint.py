@@ -315,6 +315,7 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
         )
     free = {
         "attention",
+        "compile",
         "activation_checkpointing",
         "max_steps",
         "save_every",

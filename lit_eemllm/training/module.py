@@ -80,6 +80,8 @@ class LitEEMLLM(LightningModule):
         choice = self.model.set_attention(self.config.model.attention, compute_dtype(self.config))
         if self.trainer.is_global_zero:
             console.print(f"attention: {choice}", markup=False, highlight=False)
+        if self.config.model.compile:
+            self.model.compile_layers()
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
         self.step.ended = time.perf_counter()  # after all callbacks, so also after a checkpoint was written

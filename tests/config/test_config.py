@@ -289,6 +289,14 @@ def test_one_mistake(write, overrides, expected):
     assert line.removeprefix("command line: ").removeprefix("a.yaml:3: ").startswith(expected)
 
 
+@pytest.mark.parametrize("other", ["model.quantization=nf4", "model.liger=true", "optim.lora.dora=true"])
+def test_what_no_graph_can_hold_is_not_compiled(write, other):
+    options = ["model.compile=true", other, "optim.tuning.llm=lora"]
+    key = other.partition("=")[0]
+    assert f"model.compile: found true together with {key}, " in only(write(a=GOOD), options)
+    assert load_config(write(a=GOOD), [*options[:1], options[2]]).model.compile
+
+
 def test_consequences_of_a_mistake_are_not_listed(write):
     files = write(a=GOOD + "out: ${optim.schedule}\nseed: '${trainer.a}'\ntrainer: {a: '${trainer.no}'}\n")
     lines = mistakes(
@@ -493,7 +501,7 @@ model:
 """
     assert mistakes(write(good=GOOD, own=own), checks=[check_options]) == [
         "own.yaml:6: model.nonsense: unknown key; model has: decoder, tokenizer, vision, mechanism, attention, template, dtype, "
-        "quantization, liger",
+        "quantization, liger, compile",
         "own.yaml:5: model.mechanism.options.gated.every: found 'two', expected a whole number",
         "own.yaml:5: model.mechanism.options.gated.evry: the preset flamingo has no such option; found 'evry', expected every or latents or heads or "
         "head_size or depth or immediate; did you mean every?",

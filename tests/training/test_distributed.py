@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "vision": ("ee_mllm", ("optim.tuning.vision=full",)),
     "lora": ("ee_mllm", (*LORA, "optim.tuning.vision=lora")),
     "recomputed lora": ("llava", (*LORA, "optim.activation_checkpointing=true")),
+    "compiled": ("llava", (*LORA, "model.compile=true", "optim.activation_checkpointing=true")),
     "projector": ("llava", ("optim.tuning.llm=frozen",)),
     "many sizes": ("ee_mllm", ("optim.tuning.vision=full", "optim.vision_layer_decay=0.5")),
     "tiles": ("saisa", ("optim.tuning.vision=lora", *LORA[1:])),
@@ -50,7 +51,18 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
 ENCODERS = {"many sizes": "siglip2", "tiles": "anyres"}
 SIZES = [(40, 20), (9, 30), (5, 5), (64, 17)]
 # Each has a part or a batch that is shared out as no other is; naavit, vica and llava have what ee_mllm has.
-SHARED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "many sizes", "tiles", "olmo2", "smollm3")
+SHARED = (
+    "ee_mllm",
+    "saisa",
+    "flamingo",
+    "vision",
+    "recomputed lora",
+    "compiled",
+    "many sizes",
+    "tiles",
+    "olmo2",
+    "smollm3",
+)
 MIXED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "lora", "smollm3")
 # Packs of every step, [micro-batch][rank], as documents of run lengths (0 an image). They are uneven, ranks lack images in
 # turn, and once all do.

@@ -122,6 +122,18 @@ def recompiles_may_be_allowed():
 
 @contract(
     "torch",
+    "inductor tells its C++ compiler, or that there is none",
+    lambda patch: patch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++"),
+)
+def a_missing_compiler_is_noticed():
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert compat("torch").cpp_compiler() is None
+
+
+@contract(
+    "torch",
     "FlopCounterMode can be taught the CPU's fused attention",
     lambda patch: patch.setattr("lit_eemllm.compat.torch.sdpa_flop_count", lambda q, k, v: 0),
 )

@@ -191,7 +191,7 @@ class ModelParts(PreTrainedModel):
             )
         allow_recompiles(64)  # past its limit dynamo raises an error
         for layer in self.language_model.model.layers:
-            for method in (DecoderLayer._heads, DecoderLayer._feed_forward):
+            for method in (DecoderLayer._norm, DecoderLayer._heads, DecoderLayer._feed_forward):
                 setattr(layer, method.__name__, MethodType(_compiled(method), layer))
         self._rotate = _compiled(rotate)
 

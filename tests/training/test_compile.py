@@ -131,6 +131,7 @@ def test_so_do_layers_under_autocast():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # all is compiled anew, twice
 @pytest.mark.parametrize("options", [[], ["optim.tuning.llm=lora", "optim.lora.r=4"]], ids=["full", "lora, dropout"])
 def test_a_compiled_run_resumes_bit_by_bit(tmp_path, parts, shapes, options):
     """What is compiled anew begins with another pack than it did in the unbroken run."""

@@ -64,7 +64,7 @@ def test_peak(mechanism, tuning, checkpointing):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", product(("llava", "ee_mllm", "vica", "saisa"), TUNINGS, (False, True)), ids=str)
+@pytest.mark.parametrize("case", list(product(("llava", "saisa"), TUNINGS, (False, True))), ids=str)
 @on_fake_cuda
 def test_every_peak(case):
     """With a decoder that is trained, of a pack so large that its activations outweigh the optimiser."""

@@ -57,7 +57,7 @@ def test_a_step_neither_waits_nor_mixes_devices(mechanism):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("mechanism", ["llava", "ee_mllm", "flamingo", "apart"])  # whose layers differ most
 @on_fake_cuda
 def test_every_step_neither_waits_nor_mixes_devices(mechanism):
     check(mechanism, everything())

@@ -7,7 +7,6 @@ Adding one is a decorator and one file (see `register_backend`).
 
 from . import flash, flex, reference, sdpa, xformers  # noqa: F401  registers the built-in backends
 from .base import (
-    KERNELS,
     AttentionBackend,
     Choice,
     fused_attention,
@@ -15,10 +14,10 @@ from .base import (
     register_backend,
     registered_backends,
     resolve_backend,
+    without_cudnn,
 )
 
 __all__ = [
-    "KERNELS",
     "AttentionBackend",
     "Choice",
     "fused_attention",
@@ -26,4 +25,5 @@ __all__ = [
     "register_backend",
     "registered_backends",
     "resolve_backend",
+    "without_cudnn",
 ]

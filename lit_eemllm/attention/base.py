@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,10 +78,17 @@ def fused_attention(
     if torch.compiler.is_compiling():  # which knows this way, and not the flag
         with sdpa_kernel(KERNELS):
             return scaled_attention(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]  # torch's own
-    torch.backends.cuda.enable_cudnn_sdp(False)  # the same, at a twentieth of the time
-    try:
+    with without_cudnn():  # the same, at a tenth of the time
         return scaled_attention(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Whoever calls PyTorch's attention within does not get cuDNN's kernel; any other choice of the caller's stays."""
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]  # torch's own
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 

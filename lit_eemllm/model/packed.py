@@ -10,11 +10,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import KERNELS
+from ..attention import without_cudnn
 from ..compat.torch import changes
 from ..core.stream import Stream, Tokens, VisualKeys
 from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, upload
@@ -31,7 +30,7 @@ class Packed(ModelParts):
         """The encoder's features of all images, concatenated, [V, d]; of an image cut into tiles, those of all its tiles."""
         dtype = next(self.vision.parameters()).dtype
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
-        with torch.set_grad_enabled(grad), sdpa_kernel(KERNELS):
+        with torch.set_grad_enabled(grad), without_cudnn():
             features = self.vision(map_images(self.vision.transform.views(pixels), lambda x: x.to(dtype)))
         return features.to(next(self.projector.parameters()).dtype).flatten(0, -2)
 

@@ -267,7 +267,7 @@ def run_part(name: str, out: Path, dry: bool) -> None:
         PARTS[name][0](out / f"{name}.json", dry)
 
 
-def missing() -> list[str]:
+def missing() -> None:
     """Names what is missing, and says what that costs. Exits if nothing can be run."""
     lacking = [name for name in NEEDED if importlib.util.find_spec(name.partition(".")[0]) is None]
     for name in lacking:
@@ -277,7 +277,6 @@ def missing() -> list[str]:
         sys.exit(
             f"make gpu needs {', '.join(fatal)}; python3 tools/gpu.py --wheels FOLDER fetches them where there is a network"
         )
-    return [NEEDED[name] for name in lacking]
 
 
 def commit() -> str:

@@ -124,6 +124,18 @@ def registered_backends() -> list[str]:
     return sorted(_BACKENDS, key=lambda name: -_BACKENDS[name].priority)
 
 
+NEEDS_CUDA = "needs a CUDA device"
+
+
+def half_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    """`AttentionBackend.refusal` of kernels that compute in 16 bits on CUDA alone."""
+    if device.type != "cuda":
+        return f"{NEEDS_CUDA}, found {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bfloat16 or float16, found {dtype}; set trainer.precision=bf16-mixed"
+    return None
+
+
 @dataclass(frozen=True)
 class Probe:
     """What trying a backend showed: it with the first provider that works, or None; and why providers do not ("": all)."""
@@ -135,7 +147,6 @@ class Probe:
         return "; ".join(f"{provider}: {reason}" if provider else reason for provider, reason in self.refused.items())
 
 
-NEEDS_CUDA = "needs a CUDA device"
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 """Largest error of a working kernel in the probe, relative to the reference's largest value: roundings, TF32's included."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..layout import upload
-from .base import NEEDS_CUDA, AttentionBackend, register_backend
+from .base import AttentionBackend, half_on_cuda, register_backend
 from .varlen import Call, VarlenBackend
 
 PROVIDERS = {
@@ -110,11 +110,7 @@ class Flash(VarlenBackend):
 
     @classmethod
     def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        if device.type != "cuda":
-            return f"{NEEDS_CUDA}, found {device.type}"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"computes in bfloat16 or float16, found {dtype}; set trainer.precision=bf16-mixed"
-        return None
+        return half_on_cuda(device, dtype)
 
     def prepare(self, call: Call, window: int | None, device: torch.device) -> Segments:
         if window is not None and not self.bound.windowed:

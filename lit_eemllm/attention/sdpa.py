@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from ..layout import SequenceLayout, Visibility, upload, visual_flags
-from .base import NEEDS_CUDA, AttentionBackend, fused_attention, register_backend, scaled_attention
+from .base import AttentionBackend, fused_attention, half_on_cuda, register_backend, scaled_attention
 
 PADDING = 1.25  # documents share a batch while the longest has at most so many times the rows of the shortest
 
@@ -127,11 +127,7 @@ class Cudnn(Sdpa):
 
     @classmethod
     def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
-        if device.type != "cuda":
-            return f"{NEEDS_CUDA}, found {device.type}"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"computes in bfloat16 or float16, found {dtype}; set trainer.precision=bf16-mixed"
-        return None
+        return half_on_cuda(device, dtype)
 
     def kernel(self, q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor | None, scale: float) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

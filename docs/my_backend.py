@@ -40,7 +40,8 @@ class Chunked(AttentionBackend):
             row = start
             for run in document:
                 if visibility.queries(run.visual):
-                    last += range(row, row + run.length)
+                    whole = run.visual and visibility.both_ways  # a visual token sees all of its image
+                    last += [row + run.length - 1] * run.length if whole else range(row, row + run.length)
                     first += [start] * run.length
                 row += run.length
             start = row

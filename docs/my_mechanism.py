@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lit_eemllm.core.select import NOTHING, Every
 from lit_eemllm.core.stream import Stream
-from lit_eemllm.core.table import NOTHING, Every, LayerPlan
+from lit_eemllm.core.table import LayerPlan
 from lit_eemllm.mechanisms import Added, BlockCost, Mechanism, Sizes, register_mechanism
 
 

@@ -56,6 +56,10 @@ class Run(NamedTuple):
     length: int
 
 
+Stretches = tuple[tuple[int, int], ...]
+"""Pairs of a first row and the one after the last."""
+
+
 def visual_flags(runs: Sequence[Run]) -> Tensor:
     """[tokens] bool, True where a token of the runs is visual."""
     visual, lengths = zip(*runs, strict=True)
@@ -71,17 +75,21 @@ class Visibility:
             Otherwise only text queries (composite attention, EE-MLLM Eq. 1).
         window: a query sees itself and at most this many rows before it; None = no limit. Only where all rows query.
         text_queries: whether text queries. False needs visual_queries, and visual tokens then see the text before them.
+        both_ways: a visual token sees all of its image, too. Only where visual tokens query alone.
     """
 
     visual_queries: bool
     window: int | None = None
     text_queries: bool = True
+    both_ways: bool = False
 
     def __post_init__(self) -> None:
         if self.window is not None and (self.window < 0 or not (self.visual_queries and self.text_queries)):
             raise ValueError(f"a window is 0 or more and needs visual_queries and text_queries, found {self}")
         if not self.visual_queries and not self.text_queries:
             raise ValueError(f"some rows must query, found {self}")
+        if self.both_ways and self.text_queries:
+            raise ValueError(f"both ways needs visual tokens that query alone, found {self}")
 
     def queries(self, visual: bool) -> bool:
         """Whether rows of a kind query: visual rows if `visual`, else text rows."""
@@ -107,6 +115,8 @@ class SequenceLayout:
         visual_index: [V] likewise of the visual tokens.
         merge_index: [S] index of each token in the concatenation of all text rows and all visual rows.
         positions: [S] rotary position; LLaVA's sequence positions, counted from 0 in each document.
+        answers: for each document the text that is supervised, as pairs of first row and the one after the last, counted among its
+            text rows; empty where that is not known, as of a prompt.
     """
 
     documents: tuple[tuple[Run, ...], ...]
@@ -114,9 +124,10 @@ class SequenceLayout:
     visual_index: Tensor
     merge_index: Tensor
     positions: Tensor
+    answers: tuple[Stretches, ...] = ()
 
     @classmethod
-    def of(cls, documents: Sequence[Sequence[Run]]) -> SequenceLayout:
+    def of(cls, documents: Sequence[Sequence[Run]], answers: Sequence[Stretches] = ()) -> SequenceLayout:
         """Lay the documents out back to back. Raises ValueError for an empty document or run."""
         docs = tuple(tuple(Run(*run) for run in doc) for doc in documents)
         if not docs or any(not doc or any(run.length < 1 for run in doc) for doc in docs):
@@ -124,7 +135,8 @@ class SequenceLayout:
         visual_S = visual_flags([run for doc in docs for run in doc])
         text_index, visual_index = (~visual_S).nonzero().flatten(), visual_S.nonzero().flatten()
         positions = torch.cat([torch.arange(sum(run.length for run in doc)) for doc in docs])
-        return cls(docs, text_index, visual_index, torch.cat([text_index, visual_index]).argsort(), positions)
+        merge_index = torch.cat([text_index, visual_index]).argsort()
+        return cls(docs, text_index, visual_index, merge_index, positions, tuple(answers))
 
     @property
     def num_tokens(self) -> int:
@@ -182,6 +194,24 @@ class SequenceLayout:
             flags += [i < first for i, run in enumerate(document) if not run.visual for _ in range(run.length)]
         return upload(torch.tensor(flags, dtype=torch.bool), self.positions.device)
 
+    def image_of_row(self) -> Tensor:
+        """[S] the number of the image that a row belongs to, from 1; 0 for text."""
+        runs = [run for document in self.documents for run in document]
+        visual, lengths = zip(*runs, strict=True)
+        visual_r = torch.tensor(visual)
+        numbers = torch.repeat_interleave(visual_r.cumsum(0) * visual_r, torch.tensor(lengths))
+        return upload(numbers, self.positions.device)
+
+    def last_seen(self, visibility: Visibility) -> Tensor:
+        """[S] on the CPU, the last row of the stream that each row sees: itself or, both ways, the last of its image."""
+        last, end = [torch.arange(self.num_tokens)], 0
+        if visibility.both_ways:
+            for run in (run for document in self.documents for run in document):
+                end += run.length
+                last.append(torch.full((run.length,), end - 1) if run.visual else torch.arange(end - run.length, end))
+            last = last[1:]
+        return torch.cat(last)
+
     def query_rows(self, visibility: Visibility) -> Tensor | None:
         """Indices of the rows that query, ascending; None = all."""
         if not visibility.text_queries:
@@ -210,7 +240,8 @@ class SequenceLayout:
         lengths = torch.tensor([sum(run.length for run in doc) for doc in self.documents])
         document_S = upload(torch.repeat_interleave(torch.arange(len(lengths)), lengths), self.positions.device)
         row_S = torch.arange(self.num_tokens, device=self.positions.device)
-        sees_SS = (document_S[:, None] == document_S[None, :]) & (row_S[:, None] >= row_S[None, :])
+        last_S = upload(self.last_seen(visibility), self.positions.device)
+        sees_SS = (document_S[:, None] == document_S[None, :]) & (last_S[:, None] >= row_S[None, :])
         if visibility.window is not None:
             sees_SS &= row_S[:, None] - row_S[None, :] <= visibility.window
         rows_Q = self.query_rows(visibility)
@@ -223,7 +254,7 @@ class SequenceLayout:
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
     def _map_tensors(self, function: Any) -> SequenceLayout:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "documents"}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("documents", "answers")}
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
 
@@ -261,7 +292,7 @@ class PackedBatch:
         documents = [
             [Run(True, next(moved)) if run.visual else run for run in document] for document in self.layout.documents
         ]
-        layout = SequenceLayout.of(documents).to(self.input_ids.device)
+        layout = SequenceLayout.of(documents, self.layout.answers).to(self.input_ids.device)
         text = self.input_ids[self.layout.text_index]
         return replace(
             self,

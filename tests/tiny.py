@@ -78,8 +78,8 @@ TRANSFORMS = {
 }
 
 
-DEEPER = {"ee_mllm_f": 5, "shortv": 5}
-"""Presets that compute with three layers what llava does, and layers with which they do not."""
+DEEPER = {"ee_mllm_f": 5, "shortv": 5, "operator_skipping": 8, "hidrop": 8, "visipruner": 8}
+"""Presets that with three layers compute what llava does or lack a step, and layers with which they do not."""
 
 
 def layers_of(mechanism: Mechanism | str) -> int:
@@ -93,12 +93,17 @@ def tables(layers: int = 3) -> st.SearchStrategy[Mechanism]:
         ["none", "value", "output", "ffn", "value ffn", "output ffn", "value output", "value output ffn"]
     )
     wholes = st.sampled_from(["value output", "value output ffn"])
-    ways = st.sampled_from(["none", "causal", 3]).flatmap(
+    ways = st.sampled_from(["none", "causal", "image", 3]).flatmap(
         lambda attend: st.tuples(st.just(attend), halves if attend == "none" else wholes)
     )
-    row = st.tuples(selects, ways, selects).map(
-        lambda drawn: (("tokens", drawn[0]), ("attend", drawn[1][0]), ("update", drawn[1][1]), ("seen", drawn[2]))
-    )
+    places = st.sampled_from([*("every 2", "all") * 2, "even 0.4", "random 0.6 seed 3"])
+    # A share of the tokens and every n-th cannot be combined, but the feed-forward network may take either.
+    pairs = st.one_of(st.tuples(selects, selects), st.sampled_from([("even 0.4", "all"), ("all", "random 0.6 seed 3")]))
+    row = st.tuples(pairs, ways, places).map(
+        lambda drawn: (
+            ("tokens", drawn[0][0]), ("attend", drawn[1][0]), ("update", drawn[1][1]), ("ffn", drawn[2]), ("seen", drawn[0][1]),
+        )
+    )  # fmt: skip
     rows = st.lists(row, min_size=layers, max_size=layers)
     return rows.map(lambda rows: Mechanism(rows=tuple((str(n), columns) for n, columns in enumerate(rows))))
 

@@ -154,7 +154,7 @@ TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 def probe(
     name: str, device: torch.device | str, dtype: torch.dtype, training: bool = True, head_size: int = 64
 ) -> Probe:
-    """Run a four-token forward, and backward if `training`, and compare them with the reference."""
+    """Run a six-token forward, and backward if `training`, and compare them with the reference."""
     refused: dict[str, str] = {}
     device = torch.device(device)
     if dtype not in TOLERANCE:
@@ -184,11 +184,13 @@ def disagreement(
     backend: AttentionBackend, device: torch.device, dtype: torch.dtype, training: bool, head_size: int
 ) -> str | None:
     """What a text-image-text-image document shows to be wrong, if anything."""
-    layout = SequenceLayout.of([[Run(visual, 1) for visual in (False, True, False, True)]]).to(device)
+    layout = SequenceLayout.of([[Run(visual, 1 + visual) for visual in (False, True, False, True)]]).to(device)
     generator = torch.Generator().manual_seed(0)
-    for visibility in (Visibility(True), Visibility(False), Visibility(True, text_queries=False)):
-        queries = sum(visibility.queries(run.visual) for run in layout.documents[0])
-        shapes = ((queries, 2, head_size), (4, 1, head_size), (4, 1, head_size))
+    visibilities = [Visibility(True), Visibility(False)]
+    visibilities += [Visibility(True, text_queries=False, both_ways=both_ways) for both_ways in (False, True)]
+    for visibility in visibilities:
+        queries = sum(run.length for run in layout.documents[0] if visibility.queries(run.visual))
+        shapes = ((queries, 2, head_size), (6, 1, head_size), (6, 1, head_size))
         q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         found = _results(backend, q, k, v, layout, visibility, training)
         true = _results(_BACKENDS["reference"](), q.float(), k.float(), v.float(), layout, visibility, training)

@@ -35,6 +35,7 @@ class Segments:
     longest_q: int
     longest_k: int
     window: int | None
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,14 @@ def bind(function: Callable[..., Any]) -> Kernel:
             (longest_q, segments.longest_q),
             (longest_k, segments.longest_k),
             (scaling, scale),
-            (causal, True),
+            (causal, segments.causal),
         )
         options: dict[str, Any] = {name: value for name, value in arguments if name is not None}
         if scaling is None:
             q_QNH = q_QNH * (scale * q_QNH.shape[-1] ** 0.5)
         if segments.window is not None:
             options["window_size"] = (segments.window, 0)
-        elif causal is None:
+        elif causal is None and segments.causal:
             options["window_size"] = (-1, 0)
         if "enable_gqa" in names:
             options["enable_gqa"] = q_QNH.shape[1] != k_SKH.shape[1]
@@ -119,7 +120,7 @@ class Flash(VarlenBackend):
             upload(torch.tensor([0, *lengths]).cumsum(0).int(), device)
             for lengths in (call.query_lengths, call.key_lengths)
         )
-        return Segments(starts_q, starts_k, max(call.query_lengths), max(call.key_lengths), window)
+        return Segments(starts_q, starts_k, max(call.query_lengths), max(call.key_lengths), window, call.causal)
 
     def kernel(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, prepared: Segments, scale: float) -> Tensor:
         return self.bound.call(q_QNH, k_SKH, v_SKH, prepared, scale)

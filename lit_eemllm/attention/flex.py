@@ -44,7 +44,7 @@ def _compiled() -> Any:
 def block_mask(layout: SequenceLayout, visibility: Visibility) -> BlockMask:
     """The layout's visibility in blocks of 128 queries x 128 keys, without a dense mask anywhere.
 
-    Query row i sees the stream from `first[i]`, where its document or window begins, to `last[i]`, itself. Over a block
+    Query row i sees the stream from `first[i]`, where its document or window begins, to `last[i]`, itself or its image's end. Over a block
     of queries, in stream order, both ascend: the keys that some query sees are a range, those that all see another.
     """
     lengths = torch.tensor([sum(run.length for run in document) for document in layout.documents])
@@ -57,7 +57,7 @@ def block_mask(layout: SequenceLayout, visibility: Visibility) -> BlockMask:
     queries, keys = bucket(len(rows_Q)), bucket(len(row_S))
     # Padding sees nothing: its range is empty.
     first_Q = pad(first_S[rows_Q], (0, queries - len(rows_Q)), value=keys)
-    last_Q = pad(rows_Q, (0, queries - len(rows_Q)), value=-1)
+    last_Q = pad(layout.last_seen(visibility)[rows_Q], (0, queries - len(rows_Q)), value=-1)
 
     first_BQ, last_BQ = first_Q.view(-1, BLOCK), last_Q.view(-1, BLOCK)
     start_BK = torch.arange(0, keys, BLOCK)[None]

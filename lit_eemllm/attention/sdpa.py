@@ -61,12 +61,17 @@ class Sdpa(AttentionBackend):
 
     def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
         device = layout.positions.device
-        keys, queries, order = [], [], []  # per document: rows of the stream, rows among the queries, their order
-        k_start = q_start = 0
+        keys, queries, order = (
+            [],
+            [],
+            [],
+        )  # per document: rows of the stream, rows among the queries, the last that these see
+        k_start, q_start, last_S = 0, 0, layout.last_seen(visibility)
         for document in layout.documents:
             visual = visual_flags(document)
             length, rows = len(visual), torch.arange(len(visual))
-            order.append(rows[visual & visibility.visual_queries | ~visual & visibility.text_queries])
+            last = last_S[k_start : k_start + length] - k_start
+            order.append(last[visual & visibility.visual_queries | ~visual & visibility.text_queries])
             queries.append(torch.arange(q_start, q_start + len(order[-1])))
             keys.append(rows + k_start)
             k_start, q_start = k_start + length, q_start + len(order[-1])
@@ -87,17 +92,17 @@ class Sdpa(AttentionBackend):
             by_length = [d for d in by_length if d not in set(members)]
             q_BQ = pad_sequence([queries[d] for d in members], batch_first=True)  # padding repeats row 0: discarded
             k_BL = pad_sequence([keys[d] for d in members], batch_first=True)
-            causal = all(
+            causal = not visibility.both_ways and all(
                 len(queries[d]) == len(keys[d]) for d in members
             )  # padding lies after the rows, nothing sees it
             order_BQ = pad_sequence([order[d] for d in members], batch_first=True)
             mask_BQL = None
             if not causal or visibility.window is not None:
-                own_BQ1 = upload(order_BQ, device)[:, :, None]
+                last_BQ1 = upload(order_BQ, device)[:, :, None]
                 key_L = torch.arange(k_BL.shape[1], device=device)
-                mask_BQL = key_L <= own_BQ1
+                mask_BQL = key_L <= last_BQ1
                 if visibility.window is not None:
-                    mask_BQL &= key_L >= own_BQ1 - visibility.window
+                    mask_BQL &= key_L >= last_BQ1 - visibility.window
             q_rows_BQ = None if in_order(q_BQ, q_start) else upload(q_BQ, device)
             k_rows_BL = None if in_order(k_BL, k_start) else upload(k_BL, device)
             groups.append(Group(len(members), q_rows_BQ, k_rows_BL, mask_BQL))

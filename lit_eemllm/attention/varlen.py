@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import SequenceLayout, Visibility, upload
+from ..layout import Run, SequenceLayout, Visibility, upload
 from .base import AttentionBackend
 
 COPIED = 0.25  # of the pack's keys, that a later call may copy instead of passing over all of them in place
@@ -38,12 +38,14 @@ class Call:
         query_lengths, key_lengths: rows of each segment; keys are never fewer than queries.
         query_rows: which query rows, in order; None = all of them.
         key_rows: which keys, copied; None = all of them, in place.
+        causal: else a query sees all keys of its segment: an image, all before its end.
     """
 
     query_lengths: list[int]
     key_lengths: list[int]
     query_rows: Tensor | None
     key_rows: Tensor | None
+    causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,15 @@ def split(layout: SequenceLayout, visibility: Visibility) -> tuple[list[Call], T
     rounds: list[list[tuple[int, int, int, int]]] = []  # per call: first query, queries, first key, keys
     queries = keys = 0
     everyone = visibility.visual_queries and visibility.text_queries
+
+    def kind(place: int, run: Run) -> tuple[bool, int]:
+        """The same for neighbours that make one segment: an image that sees all of itself is one of its own."""
+        return run.visual, place if run.visual and visibility.both_ways else -1
+
     for document in layout.documents:
         start, segments = keys, []
-        for visual, runs in groupby(document, key=lambda run: run.visual):
-            length = sum(run.length for run in runs)
+        for (visual, _), runs in groupby(enumerate(document), key=lambda each: kind(*each)):
+            length = sum(run.length for _, run in runs)
             keys += length
             if visibility.queries(visual) and not everyone:
                 segments.append((queries, length, start, keys - start))
@@ -101,7 +108,8 @@ def split(layout: SequenceLayout, visibility: Visibility) -> tuple[list[Call], T
             end = first_key + seen
         rows_Q = torch.cat(query_rows)
         all_rows = rows_Q.equal(torch.arange(queries))
-        call = Call(query_lengths, key_lengths, None if all_rows else rows_Q, torch.cat(key_rows) if copied else None)
+        copies = torch.cat(key_rows) if copied else None
+        call = Call(query_lengths, key_lengths, None if all_rows else rows_Q, copies, not visibility.both_ways)
         calls.append(call)
     in_order = len(calls) == 1 and calls[0].query_rows is None
     return calls, None if in_order else slots_Q

@@ -36,6 +36,8 @@ class XFormers(VarlenBackend):
 
     def prepare(self, call: Call, window: int | None, device: torch.device) -> Any:
         lengths = call.query_lengths, call.key_lengths
+        if not call.causal:
+            return self._masks.BlockDiagonalMask.from_seqlens(*lengths, device=device)
         if window is None:
             return self._masks.BlockDiagonalCausalFromBottomRightMask.from_seqlens(*lengths, device=device)
         return self._masks.BlockDiagonalMask.from_seqlens(*lengths, device=device).make_local_attention(window + 1)

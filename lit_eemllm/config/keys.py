@@ -54,8 +54,8 @@ class AlignerConfig:
 @dataclass
 class MechanismConfig:
     preset: str = "ee_mllm"
-    """How visual tokens are treated: llava, ee_mllm, ee_mllm_f, naavit, shortv, saisa, vica, flamingo or one of your own; fills the
-    nulls below."""
+    """How visual tokens are treated: llava, ee_mllm, ee_mllm_f, naavit, shortv, saisa, vica, flamingo, fastv, pyramid_drop, hidrop,
+    withdrawal, visipruner, skip_vision, operator_skipping, bidirectional, sampled or one of your own; fills the nulls below."""
     dense_layers: Annotated[Any, LAYERS] = None
     """Layers in which visual tokens also query: "all", "none" or a list of layer numbers."""
     cross_layers: Annotated[Any, LAYERS] = None
@@ -71,7 +71,7 @@ class MechanismConfig:
     freeze_prefix: bool | None = None
     """Text before the first image takes no attention, only the feed-forward network (ViCA's code for 7B)."""
     visual_drop: Annotated[list[Any] | None, each(DROP)] = None
-    """Pairs [layer, share]: from that layer on, that share of an image's tokens is dropped, when generating."""
+    """Pairs [layer, share]: before that layer, that share of an image's tokens leaves, those that the question attends to least there."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options that only this preset has, by name, such as those of flamingo or of a mechanism of your own (--import FILE)."""
     rows: list[Any] | None = None

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from ..layout import Visibility
 from .families import FAMILIES, Family, check_decoder
+from .select import ALL, Top
 from .stream import Stream, Tokens, View
-from .table import ALL, LayerPlan, Top
+from .table import LayerPlan
 
 
 class DecoderLayer(nn.Module):
@@ -31,13 +32,17 @@ class DecoderLayer(nn.Module):
 
     self_attn: Any
     mlp: Any
+    row: LayerPlan
+    ranks: Top | None
+    """The selection that is ranked here, for this layer and later ones or for later ones only; see `Top`."""
 
     def __init__(self, layer: nn.Module, index: int, family: Family, rotates: bool) -> None:
         super().__init__()
         for name, part in layer.named_children():
             self.add_module(name, part)
         self.index, self.family, self.rotates = index, family, rotates
-        self.row, self.unrotated, self.freeze_prefix = LayerPlan(), False, False
+        self.row, self.ranks = LayerPlan(), None
+        self.unrotated, self.freeze_prefix = False, False
 
     def forward(
         self, x_Th: Tensor, x_Vh: Tensor, stream: Stream, kept: Tokens | None = None
@@ -50,39 +55,44 @@ class DecoderLayer(nn.Module):
             H_I = I + post1(path W_o)                                                I' = H_I + post2(FFN(norm2(H_I)))
 
         The path of I is its own attention, over [u_T; u_I] or a window of u_I, or else u_I W_v. Of W_v, W_o and FFN, I takes
-        those that `LayerPlan.update` names. `Norms` that a family lacks are the identity: in Llama post1 and post2, after the
+        those that `LayerPlan.update` names, FFN for `LayerPlan.ffn` of them. `Norms` that a family lacks are the identity: in Llama post1 and post2, after the
         blocks; in OLMo 2 norm1 and norm2, before them. Our reading: post1 normalises whatever is added to I, even if the path
         leaves out W_v or W_o. Where text and images use the same weight, it is one product over the rows of both.
 
         Args:
             x_Th: the text.
-            x_Vh: all visual tokens; none where their keys are precomputed (`Stream.keys`).
+            x_Vh: all visual tokens that have not left; none where their keys are precomputed (`Stream.keys`).
             stream: what all layers share.
-            kept: the visual tokens that are left after dropping by rank; None = all.
+            kept: those that have not left; None = all.
 
         Returns:
             x_Th, x_Vh and kept for the next layer.
         """
         row, attn, text = self.row, self.self_attn, len(x_Th)
+        here, stay_v = self._here(stream, kept), None
         if row.source == "own" and stream.states is not None:
             x_Vh = stream.states(self.index)
+            x_Vh = here.among(x_Vh) if here.alone else x_Vh
         runs = not row.idle and stream.keys is None
-        here = self._here(stream, kept)
         x_Rh = torch.cat([x_Th, here.of(x_Vh)]) if runs else x_Th
-        u_Rh = self._norm("before_attention", x_Rh)
-        whole = stream.view(here, row.tokens) if row.causal and row.seen == row.tokens else None
+        u_Rh, k_RKH = self._norm("before_attention", x_Rh), None
+        if self.ranks is not None and stream.layout.num_visual:
+            k_RKH = self._project("k", u_Rh, row.keys, stream, here)
+            stay_v, kept = self._rank(self.ranks, u_Rh, k_RKH, stream, here)
+            if row.tokens == self.ranks:  # they leave now, else after this layer
+                here, k_RKH = kept, torch.cat([k_RKH[:text], k_RKH[text:].index_select(0, stay_v)])
+                if runs:
+                    x_Rh, u_Rh = (torch.cat([x[:text], x[text:].index_select(0, stay_v)]) for x in (x_Rh, u_Rh))
+                    x_Vh = x_Rh[text:]
+                stay_v = None
+        whole = stream.view(here, row.tokens) if row.whole else None
         if whole is not None:  # every row queries, and all see the same: stream order up to W_o
-            u_Rh = whole.of(u_Rh)
+            u_Rh, k_RKH = whole.of(u_Rh), None if k_RKH is None else whole.of(k_RKH)
         q_RNH = self._heads("q", u_Rh if row.queries else u_Rh[:text])
-        k_RKH = self._heads("k", u_Rh if row.keys else u_Rh[:text])
-        v_RKH = self._heads("v", u_Rh if row.values else u_Rh[:text])
-        if row.keys and stream.keys is not None:
-            k_RKH, v_RKH = (torch.cat(pair) for pair in zip((k_RKH, v_RKH), self._visual_kv(stream, here), strict=True))
+        if k_RKH is None:
+            k_RKH = self._project("k", u_Rh, row.keys, stream, here)
+        v_RKH = self._project("v", u_Rh, row.values, stream, here)
         q_RNH, k_RKH = self._rotate(q_RNH, k_RKH, stream, here, whole)
-        if here.select != row.tokens:  # some are dropped here, by rank
-            assert isinstance(row.tokens, Top)
-            stay_R, kept = stream.rank(self.index, row.tokens, here, q_RNH, k_RKH, attn.scaling)
-            k_RKH, v_RKH, here = k_RKH[stay_R], v_RKH[stay_R], kept
 
         if whole is None:
             out_Rh = self._attend(q_RNH, k_RKH, v_RKH, u_Rh if runs else None, stream, here)
@@ -94,12 +104,12 @@ class DecoderLayer(nn.Module):
         if self.freeze_prefix:
             out_Rh = torch.cat([out_Rh[:text].masked_fill(stream.prefix_T1, 0.0), out_Rh[text:]])
         if not runs or not row.update:
-            return self._feed_forward(x_Th + out_Rh), x_Vh, kept
-        h_Rh = x_Rh + out_Rh if row.moves else torch.cat([x_Th + out_Rh, x_Rh[text:]])
-        if "ffn" in row.update:
-            x_Rh = self._feed_forward(h_Rh)
-            return x_Rh[:text], here.put(x_Vh, x_Rh[text:]), kept
-        return self._feed_forward(h_Rh[:text]), here.put(x_Vh, h_Rh[text:]), kept
+            x_Th = self._feed_forward(x_Th + out_Rh)
+        else:
+            h_Rh = x_Rh + out_Rh if row.moves else torch.cat([x_Th + out_Rh, x_Rh[text:]])
+            x_Th, x_vh = self._fed(h_Rh, text, stream, here)
+            x_Vh = here.put(x_Vh, x_vh)
+        return x_Th, x_Vh if stay_v is None or not runs else x_Vh.index_select(0, stay_v), kept
 
     def images_alone(self, x_Vh: Tensor, stream: Stream) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Run visual rows without text, where they do not depend on it. Returns the rows for the next layer and, if text sees
@@ -122,15 +132,27 @@ class DecoderLayer(nn.Module):
             out_vh = self.self_attn.o_proj(path_vw) if "output" in row.update else path_vw
             x_vh = x_vh + self._norm("after_attention", out_vh)
         if row.update:
-            x_Vh = here.put(x_Vh, self._feed_forward(x_vh) if "ffn" in row.update else x_vh)
+            x_Vh = here.put(x_Vh, self._fed(x_vh, 0, stream, here)[1] if "ffn" in row.update else x_vh)
         return x_Vh, (k_vKH, v_vKH) if row.keys else None
 
     def _here(self, stream: Stream, kept: Tokens | None) -> Tokens:
         """The visual tokens that enter the layer."""
         tokens = self.row.tokens
-        if not isinstance(tokens, Top) or not stream.generating or not stream.layout.num_visual:
+        if not isinstance(tokens, Top) or not stream.layout.num_visual:
             return stream.tokens(tokens)
         return stream.tokens(ALL) if kept is None else kept
+
+    def _rank(self, top: Top, u_Rh: Tensor, k_RKH: Tensor, stream: Stream, here: Tokens) -> tuple[Tensor, Tokens]:
+        """Rank the visual tokens that are here; see `Stream.rank`. k_RKH: before rotation."""
+        rows_n = stream.ranking(top, here).rows_n
+        # With gradients, or autocast would keep a copy of the weight that has none, for what comes after.
+        q_nNH, k_RKH = self._heads("q", u_Rh.index_select(0, rows_n)).detach(), k_RKH.detach()
+        if self.rotates:
+            cos_R1H, sin_R1H = stream.angles(here)
+            q_nNH = stream.rotate(q_nNH, (cos_R1H.index_select(0, rows_n), sin_R1H.index_select(0, rows_n)))
+            k_RKH = stream.rotated(k_RKH, here)
+        view = str(self.row.tokens if self.row.dense else self.row.seen)
+        return stream.rank(self.index, top, here, q_nNH, k_RKH, self.self_attn.scaling, view)
 
     def _norm(self, place: str, x_Rh: Tensor) -> Tensor:
         """Apply the family's norm at a place, a field of `Norms`; the identity if it has none."""
@@ -144,11 +166,16 @@ class DecoderLayer(nn.Module):
         wide = self.family.qk_norm == "width"
         return torch.unflatten(norm(x_Rw), -1, heads) if wide else norm(torch.unflatten(x_Rw, -1, heads))
 
-    def _visual_kv(self, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
-        """Precomputed keys (before rotation) and values of the visual tokens in this layer."""
-        pair = None if stream.keys is None else stream.keys[self.index]
+    def _project(self, kind: str, u_Rh: Tensor, visual: bool, stream: Stream, here: Tokens) -> Tensor:
+        """Keys or values (k, v), before rotation: of all rows if visual ones are wanted, else of the text. Those of visual tokens may be
+        precomputed."""
+        x_RKH = self._heads(kind, u_Rh if visual else u_Rh[: stream.layout.num_text])
+        if stream.keys is None or not self.row.keys:
+            return x_RKH
+        pair = stream.keys[self.index]
         assert pair is not None
-        return (here.of(pair[0]), here.of(pair[1])) if isinstance(self.row.tokens, Top) else pair
+        x_vKH = pair[kind == "v"]
+        return torch.cat([x_RKH, here.among(x_vKH) if here.alone else x_vKH])
 
     def _rotate(
         self, q_RNH: Tensor, k_RKH: Tensor, stream: Stream, here: Tokens, whole: View | None
@@ -166,13 +193,26 @@ class DecoderLayer(nn.Module):
     def _feed_forward(self, h_Rh: Tensor) -> Tensor:
         return h_Rh + self._norm("after_ffn", self.mlp(self._norm("before_ffn", h_Rh)))
 
+    def _fed(self, h_Rh: Tensor, text: int, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
+        """Text after the feed-forward network, and visual rows, of which it updates those that the row of the table says."""
+        row = self.row
+        if "ffn" not in row.update:
+            return self._feed_forward(h_Rh[:text]), h_Rh[text:]
+        if row.ffn == ALL:
+            x_Rh = self._feed_forward(h_Rh)
+        else:
+            rows_R = stream.rows(here, row.ffn)
+            x_Rh = h_Rh.index_copy(0, rows_R, self._feed_forward(h_Rh.index_select(0, rows_R)))
+        return x_Rh[:text], x_Rh[text:]
+
     def _attend(
         self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, u_Rh: Tensor | None, stream: Stream, here: Tokens
     ) -> Tensor:
         """Attention and W_o: [T, h] for the text alone, or [R, h] for all rows where `LayerPlan.moves`."""
         row, attn, text = self.row, self.self_attn, stream.layout.num_text
-        if row.causal:
-            mixed_RNH = stream.attend_apart(self.index, q_RNH, k_RKH, v_RKH, here, row.seen, attn.scaling)
+        if row.dense:
+            both_ways = row.attend == "image"
+            mixed_RNH = stream.attend_apart(self.index, q_RNH, k_RKH, v_RKH, here, row.seen, both_ways, attn.scaling)
             return attn.o_proj(mixed_RNH.flatten(-2))
         view = stream.view(here, row.seen)
         k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)

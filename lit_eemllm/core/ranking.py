@@ -1,54 +1,147 @@
-"""Progressive dropping of visual tokens (PyramidDrop's ranking, on constant visual states as in ViCA)."""
+"""Ranking: which visual tokens stay when a layer drops some, by the attention that a few text rows pay them (FastV, PyramidDrop).
+
+Importance of a visual token is the weight it gets in the layer's full attention, before anything is dropped there and with rotated
+keys, summed over all heads and over the rows that rank. Scores are those of these rows only; gradients do not pass through them.
+
+Legend of shapes, beside that of `lit_eemllm.layout`; here L are the keys of a document and n rows that rank:
+    D documents with images    A rows that rank, of the document with most    G heads that share a key head    M A x G
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..layout import SequenceLayout
+from ..layout import SequenceLayout, upload
+
+ROWS = 64  # that rank at a time: bounds the memory of scores
 
 
-def most_attended(
-    layout: SequenceLayout,
-    q_TNH: Tensor,
-    k_RKH: Tensor,
-    lengths: list[int],
-    kept: list[int],
-    scale: float,
-    past: Sequence[Tensor] = (),
-) -> Tensor:
-    """Which visual tokens stay: those that the last text token of their document attends to most, mean over heads.
+def ranking_rows(layout: SequenceLayout, document: int, by: str) -> list[int]:
+    """Text rows that rank a document's images, counted in the document; see `Top.by`."""
+    text = layout.text_lengths[document]
+    answers = layout.answers[document] if layout.answers else ()
+    if by == "question" and answers:
+        return [first - 1 for first, _ in answers if first]
+    if by == "question":
+        return [text - 1] if text else []
+    answered = {row for first, end in answers for row in range(first, end)}
+    return [row for row in range(text) if row not in answered]
 
-    Args:
-        layout: of the whole stream.
-        q_TNH: rotated queries of all text.
-        k_RKH: rotated keys of all text, then of the visual tokens that are still seen.
-        lengths: visual tokens still seen, of each image.
-        kept: how many of them stay, of each image.
-        scale: of the scores.
-        past: for each document the cached rotated keys of its earlier turns, [L, K, H]; empty without earlier turns.
 
-    Returns:
-        indices among the visual keys, ascending.
+@dataclass(frozen=True)
+class Ranking:
+    """Who ranks what in a pack: indices made on the CPU from lengths alone, so that no length is read from a device.
+
+    Attributes:
+        rows_n: the text rows that rank.
+        slots_DA, real_DA: place of each in n, and whether there is one.
+        keys_DL: rows R of a layer that the document has, first its text.
+        sees_DAL: whether a row that ranks sees a key.
+        images_IL: place in [D x L] of each image's tokens, then that of a token of no importance.
+        first_I1: index of each image's first token among all.
+        stay: places in [I x L], tokens of each image by importance, of those that stay.
+        documents: those with images, among all.
     """
-    groups = q_TNH.shape[1] // k_RKH.shape[1]
-    stay, text, image, visual = [], 0, 0, 0
-    for number, document in enumerate(layout.documents):
-        tokens = sum(run.length for run in document if not run.visual)
-        images = range(image, image + sum(run.visual for run in document))
-        seen = sum(lengths[i] for i in images)
-        if tokens and images:
-            start = layout.num_text + visual
-            parts = [*past[number : number + 1], k_RKH[text : text + tokens], k_RKH[start : start + seen]]
-            keys_LNH = torch.cat([part.float() for part in parts]).repeat_interleave(groups, 1)
-            scores_NL = torch.einsum("nh,lnh->nl", q_TNH[text + tokens - 1].float(), keys_LNH) * scale
-            importance_V = scores_NL.softmax(-1).mean(0)[len(keys_LNH) - seen :]
-        else:
-            importance_V = k_RKH.new_zeros(seen, dtype=torch.float32)
-        for i, part in zip(images, torch.split(importance_V, [lengths[i] for i in images]), strict=True):
-            stay.append(visual + part.topk(kept[i]).indices.sort().values)
-            visual += lengths[i]
-        text, image = text + tokens, image + len(images)
-    return torch.cat(stay)
+
+    rows_n: Tensor
+    slots_DA: Tensor
+    real_DA: Tensor
+    keys_DL: Tensor
+    sees_DAL: Tensor
+    images_IL: Tensor
+    first_I1: Tensor
+    stay: Tensor
+    documents: Tensor
+
+    @classmethod
+    def of(cls, layout: SequenceLayout, by: str, lengths: list[int], stay: list[int]) -> Ranking:
+        """For a layout with images: `lengths` tokens of each image are ranked, `stay` of them stay."""
+        rows: list[Tensor] = []
+        documents: list[int] = []
+        images: list[tuple[int, Tensor]] = []
+        slots, keys, sees = list[Tensor](), list[Tensor](), list[Tensor]()
+        text = visual = image = 0
+        for number, runs in enumerate(layout.documents):
+            own = range(image, image + sum(run.visual for run in runs))
+            length = layout.text_lengths[number]
+            if own:
+                ranking = torch.tensor(ranking_rows(layout, number, by), dtype=torch.long)
+                before, starts = 0, []  # text before each image: its tokens are seen from that row on
+                for run in runs:
+                    starts += [before] * run.visual
+                    before += 0 if run.visual else run.length
+                tokens = torch.tensor([lengths[i] for i in own])
+                first = torch.cat([torch.arange(length), torch.tensor(starts).repeat_interleave(tokens)])
+                places = torch.split(torch.arange(length, len(first)), tokens.tolist())
+                images += [(len(documents), part) for part in places]
+                slots.append(torch.arange(len(ranking)) + sum(len(x) for x in rows))
+                rows.append(ranking + text)
+                total = layout.num_text + visual
+                keys.append(torch.cat([torch.arange(length) + text, torch.arange(int(tokens.sum())) + total]))
+                sees.append(first[None] <= ranking[:, None])
+                visual += int(tokens.sum())
+                documents.append(number)
+            text, image = text + length, image + len(own)
+        most, longest = max(map(len, slots)), max(map(len, keys))
+        deepest = max(lengths)
+        sees_DAL = torch.stack([pad(x, (0, longest - x.shape[1], 0, most - len(x))) for x in sees])
+        sees_DAL[:, :, 0] |= ~sees_DAL.any(-1)  # a row that is none sees something, or its weights were no numbers
+        device = layout.positions.device
+        found = cls(
+            rows_n=torch.cat(rows),
+            slots_DA=_stacked(slots, most, 0),
+            real_DA=torch.arange(most) < torch.tensor([[len(x)] for x in slots]),
+            keys_DL=_stacked(keys, longest, 0),
+            sees_DAL=sees_DAL,
+            images_IL=_stacked([d * longest + part for d, part in images], deepest, len(keys) * longest),
+            first_I1=torch.tensor(lengths).cumsum(0)[:, None] - torch.tensor(lengths)[:, None],
+            stay=torch.cat([i * deepest + torch.arange(count) for i, count in enumerate(stay)]),
+            documents=torch.tensor(documents),
+        )
+        return cls(**{name: upload(tensor, device) for name, tensor in vars(found).items()})
+
+    def most_attended(
+        self, q_nNH: Tensor, k_RKH: Tensor, scale: float, past: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Indices of the visual tokens that stay, ascending, among those that are ranked.
+
+        Args:
+            q_nNH: rotated queries of `rows_n`.
+            k_RKH: rotated keys of all text, then of the visual tokens that are ranked.
+            scale: of the scores.
+            past: cached rotated keys of earlier turns, a sequence a document, [B, K, L, H], and which of them are no padding, [B, L].
+        """
+        with torch.autocast(k_RKH.device.type, enabled=False):
+            importance_DL = self._importance(q_nNH.float(), k_RKH.float(), scale, past)
+        scores = torch.cat([importance_DL.flatten(), importance_DL.new_full((1,), -1.0)])
+        order_IL = scores[self.images_IL].argsort(dim=1, descending=True, stable=True)
+        return (order_IL + self.first_I1).flatten()[self.stay].sort().values
+
+    def _importance(self, q_nNH: Tensor, k_RKH: Tensor, scale: float, past: tuple[Tensor, Tensor] | None) -> Tensor:
+        k_DKHL = k_RKH[self.keys_DL].permute(0, 2, 3, 1)
+        length, heads = k_DKHL.shape[-1], k_DKHL.shape[1]
+        sees_DAL, importance_DL = self.sees_DAL, k_DKHL.new_zeros(len(k_DKHL), length)
+        if past is not None:
+            keys_DKLH, real_DL = (x[self.documents] for x in past)
+            k_DKHL = torch.cat([k_DKHL, keys_DKLH.float().transpose(2, 3)], -1)
+            sees_DAL = torch.cat([sees_DAL, real_DL[:, None].expand(-1, sees_DAL.shape[1], -1)], -1)
+        if not len(q_nNH):  # documents of images alone
+            return importance_DL
+        for start in range(0, self.slots_DA.shape[1], ROWS):
+            some = slice(start, start + ROWS)
+            q_DAKGH = torch.unflatten(q_nNH[self.slots_DA[:, some]], 2, (heads, -1))
+            q_DKMH = q_DAKGH.permute(0, 2, 1, 3, 4).flatten(2, 3)
+            scores_DKAGL = torch.unflatten(q_DKMH @ k_DKHL * scale, 2, (q_DAKGH.shape[1], -1))
+            sees_D1A1L = sees_DAL[:, None, some, None]
+            weights_DKAGL = scores_DKAGL.masked_fill(~sees_D1A1L, float("-inf")).softmax(-1)
+            real_D1A11 = self.real_DA[:, None, some, None, None]
+            importance_DL += (weights_DKAGL * real_D1A11).sum((1, 2, 3))[:, :length]
+        return importance_DL
+
+
+def _stacked(rows: list[Tensor], length: int, value: int) -> Tensor:
+    return torch.stack([pad(x, (0, length - len(x)), value=value) for x in rows])

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..attention import AttentionBackend
 from ..layout import SequenceLayout, Visibility, upload
-from .ranking import most_attended
-from .table import ALL, Select, Top
+from .ranking import Ranking
+from .select import ALL, Select, Top
 
 if TYPE_CHECKING:
     from ..model.cache import CachedPass, Grid, StreamCache
@@ -38,19 +38,25 @@ class Tokens:
         select: the selection that they are.
         rows_v: their indices among all V, ascending; None = all.
         lengths: how many of each image.
+        alone: the others have left for good, so the rows that layers hand on are these.
     """
 
     select: Select
     rows_v: Tensor | None
     lengths: list[int]
+    alone: bool = False
 
-    def of(self, x_V: Tensor) -> Tensor:
+    def among(self, x_V: Tensor) -> Tensor:
         """The rows of these tokens, taken from those of all visual tokens."""
         return x_V if self.rows_v is None else x_V.index_select(0, self.rows_v)
 
+    def of(self, x_V: Tensor) -> Tensor:
+        """The rows of these tokens, taken from those that the layer before has handed on."""
+        return x_V if self.alone else self.among(x_V)
+
     def put(self, x_V: Tensor, x_v: Tensor) -> Tensor:
-        """`x_V` with the rows of these tokens replaced by `x_v`."""
-        return x_v if self.rows_v is None else x_V.index_copy(0, self.rows_v, x_v.to(x_V.dtype))
+        """What to hand on: `x_V` with the rows of these tokens replaced by `x_v`."""
+        return x_v if self.alone or self.rows_v is None else x_V.index_copy(0, self.rows_v, x_v.to(x_V.dtype))
 
 
 @dataclass(frozen=True)
@@ -145,10 +151,20 @@ class Stream:
 
         return self._once(("tokens", select), make)
 
+    def rows(self, here: Tokens, select: Select) -> Tensor:
+        """Indices of all text and of a layer's visual tokens that are in a selection, among the layer's rows."""
+
+        def make() -> Tensor:
+            images, text = self.layout.image_lengths, self.layout.num_text
+            among = select.flags(images)[here.select.flags(images)].nonzero().flatten()
+            return upload(torch.cat([torch.arange(text), text + among]), self.layout.positions.device)
+
+        return self._once(("rows", here.select, select), make)
+
     def angles(self, here: Tokens) -> Angles:
         """Rotary angles of a layer's rows."""
         rows, text_T, visual_V = self.layout.positions, self.layout.text_index, self.layout.visual_index
-        return self._once(("angles", here.select), lambda: self.rotary(rows[torch.cat([text_T, here.of(visual_V)])]))
+        return self._once(("angles", here.select), lambda: self.rotary(rows[torch.cat([text_T, here.among(visual_V)])]))
 
     def rotated(self, x_RNH: Tensor, here: Tokens, whole: View | None = None) -> Tensor:
         """Rotate queries or keys of a layer's rows, or of its text alone; with `whole`, rows in that view's order."""
@@ -168,13 +184,9 @@ class Stream:
             if seen == here.select:
                 layout = self.layout.with_visual(here.rows_v, here.lengths)
                 return View(str(seen), layout, layout.merge_index)
-            images, text = self.layout.image_lengths, self.layout.num_text
-            among = seen.flags(images)[here.select.flags(images)].nonzero().flatten()
             those = self.tokens(seen)
             layout = self.layout.with_visual(those.rows_v, those.lengths)
-            device = self.layout.positions.device
-            rows_R = torch.cat([torch.arange(text, device=device), text + upload(among, device)])
-            return View(str(seen), layout, rows_R[layout.merge_index])
+            return View(str(seen), layout, self.rows(here, seen)[layout.merge_index])
 
         return self._once(("view", here.select, seen), make)
 
@@ -187,28 +199,34 @@ class Stream:
 
         return self._once(("images", here.select), make)
 
+    # --- dropping by rank
+    def ranking(self, top: Top, before: Tokens) -> Ranking:
+        """Who ranks the visual tokens that are left."""
+        stay = [top.count(length) for length in self.layout.image_lengths]
+        return self._once(("ranking", top), lambda: Ranking.of(self.layout, top.by, before.lengths, stay))
+
     def rank(
-        self, layer: int, top: Top, before: Tokens, q_TNH: Tensor, k_RKH: Tensor, scale: float
+        self, layer: int, top: Top, before: Tokens, q_nNH: Tensor, k_RKH: Tensor, scale: float, view: str
     ) -> tuple[Tensor, Tokens]:
-        """Drop the visual tokens that the last text token of each document attends to least; see `Top`.
+        """Rank the visual tokens in a layer; see `Top`.
 
         Args:
             layer: its number; if its cache holds earlier turns, attention is over those keys too.
             top: how many stay.
             before: the visual tokens that were left.
-            q_TNH: rotated queries of the text.
+            q_nNH: rotated queries of the rows that rank, see `Ranking`.
             k_RKH: rotated keys of the text and of `before`.
             scale: of the scores.
+            view: under which the cache knows the layer's keys.
 
         Returns:
-            indices of the rows R that stay, and their visual tokens.
+            indices of those that stay, among `before`, and these.
         """
+        past = self.cached.earlier_keys(layer, view) if self.cached is not None else None
+        stay_v = self.ranking(top, before).most_attended(q_nNH, k_RKH, scale, past)
         lengths = [top.count(length) for length in self.layout.image_lengths]
-        past = self.cached.earlier_keys(layer, str(top)) if self.cached is not None else []
-        stay_v = most_attended(self.layout, q_TNH, k_RKH, before.lengths, lengths, scale, past)
-        text = self.layout.num_text
-        rows_R = torch.cat([torch.arange(text, device=stay_v.device), text + stay_v])
-        return rows_R, Tokens(top, stay_v if before.rows_v is None else before.rows_v[stay_v], lengths)
+        rows_v = stay_v if before.rows_v is None else before.rows_v[stay_v]
+        return stay_v, Tokens(top, rows_v, lengths, alone=True)
 
     # --- attention
     def attend(
@@ -236,10 +254,19 @@ class Stream:
         return self._packed(q_QNH, k_SKH, v_SKH, view, kind, scale)
 
     def attend_apart(
-        self, layer: int, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, here: Tokens, seen: Select, scale: float
+        self,
+        layer: int,
+        q_RNH: Tensor,
+        k_RKH: Tensor,
+        v_RKH: Tensor,
+        here: Tokens,
+        seen: Select,
+        both_ways: bool,
+        scale: float,
     ) -> Tensor:
-        """Attention where text sees fewer visual tokens than images do, [R, N, H]: visual rows see everything before them, text
-        sees `seen`. All keys are cached, for images of later turns. Arguments as in `attend`, but of the layer's rows."""
+        """Attention where text sees less than images do, [R, N, H]: visual rows see everything before them and, `both_ways`, all of
+        their image; text sees `seen`. All keys are cached, for images of later turns. Arguments as in `attend`, but of the layer's
+        rows."""
         q_RNH, k_RKH, text = q_RNH.to(v_RKH.dtype), k_RKH.to(v_RKH.dtype), self.layout.num_text
         view, visible = self.view(here, here.select), self.view(here, seen)
         k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)
@@ -250,7 +277,9 @@ class Stream:
             if self.cached.past:
                 parts = [(view.layout.text_index, q_RNH[:text], grid.mask_BQL & seen_BL[:, None])]
                 if self.layout.num_visual:
-                    parts.append((view.layout.visual_index, q_RNH[text:], grid.mask_BQL))
+                    own = self._once(("both ways", view.name), lambda: grid.same(view.layout.image_of_row()))
+                    mask_BQL = grid.mask_BQL | own if both_ways else grid.mask_BQL
+                    parts.append((view.layout.visual_index, q_RNH[text:], mask_BQL))
                 attend, pad = self.backend.attend_cached, grid.pad
                 return torch.cat(
                     [grid.unpad(attend(pad(q, rows), k_BKLH, v_BKLH, mask, scale), rows) for rows, q, mask in parts]
@@ -258,7 +287,7 @@ class Stream:
         mixed_TNH = self._packed(q_RNH[:text], visible.of(k_RKH), visible.of(v_RKH), visible, Visibility(False), scale)
         if not self.layout.num_visual:
             return mixed_TNH
-        alone = Visibility(True, text_queries=False)
+        alone = Visibility(True, text_queries=False, both_ways=both_ways)
         return torch.cat([mixed_TNH, self._packed(q_RNH[text:], k_SKH, v_SKH, view, alone, scale)])
 
     def _packed(
@@ -271,7 +300,7 @@ class Stream:
         """[B, past + W] bool, True for the columns of a cached view that text sees."""
         assert self.cached is not None
         seen_V = upload(seen.flags(self.layout.image_lengths), self.layout.positions.device)
-        seen_R = torch.cat([seen_V.new_ones(self.layout.num_text), here.of(seen_V)])
+        seen_R = torch.cat([seen_V.new_ones(self.layout.num_text), here.among(seen_V)])
         return self.cached.marked(f"{view.name}, {seen}", grid, view.of(seen_R))
 
     def _grid(self, view: View) -> Grid:

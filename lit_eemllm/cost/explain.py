@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from torch import Tensor
 
 from ..console import console, quiet_libraries, writing
+from ..core.select import ALL, Select, Share, Top
 from ..core.table import PARTS, LayerPlan
 from ..layout import Run, SequenceLayout, Visibility
 from ..mechanisms import PRESETS, Mechanism, Sizes, configured_mechanism
@@ -90,10 +91,18 @@ def notes(mechanism: Mechanism) -> str:
 def cells(row: LayerPlan) -> dict[str, str]:
     """Its columns, for people."""
     columns = {name: str(value) for name, value in row.to_dict().items()}
-    columns["attend"] = {"none": "–", "causal": "all before"}.get(columns["attend"], f"{row.attend} before")
+    fed = columns.pop("ffn")
+    if isinstance(row.tokens, Top):
+        columns["tokens"] = f"{1 - row.tokens.dropped:.4g} left by rank in {row.tokens.layer}"
+    if row.seen == row.tokens != ALL:
+        columns["seen"] = "these"
+    words = {"none": "–", "causal": "all before", "image": "all before, their image"}
+    columns["attend"] = words.get(columns["attend"], f"{row.attend} before")
     columns["source"] = {"stream": "the layer before", "own": "a projector"}[columns["source"]]
     if row.tokens.empty or row.idle:
         return {**columns, "attend": "–", "update": "–", "seen": "–", "source": "–"}
+    if fed != "all":
+        columns["update"] = columns["update"].replace("ffn", f"ffn ({fed})")
     return {name: "–" if value == "none" else value for name, value in columns.items()}
 
 
@@ -114,31 +123,43 @@ def grid(table: tuple[LayerPlan, ...], flops: list[int], modules: list[bool]) ->
     """A line for each stretch of equal rows, with modules before all of its layers or before none."""
     drawn, total = Grid(box=box.SIMPLE_HEAD, pad_edge=False), sum(flops)
     before = ["before it"] * any(modules)
-    for heading in ("layers", *COLUMNS.values(), *before, "FLOPs a layer", "share"):
+    shown = {
+        name: text for name, text in COLUMNS.items() if name != "source" or any(row.source == "own" for row in table)
+    }
+    for heading in ("layers", *shown.values(), *before, "FLOPs a layer", "share"):
         drawn.add_column(heading, no_wrap=True, justify="right" if heading in ("FLOPs a layer", "share") else "left")
     for first, last, (row, has) in ranges(list(zip(table, modules, strict=True))):
         part = flops[first : last + 1]
         each = si(min(part)) if min(part) == max(part) else f"{si(min(part))} – {si(max(part))}"
         where = str(first) if first == last else f"{first}–{last}"
         own = ["a module" if has else "–"] * any(modules)
-        drawn.add_row(where, *cells(row).values(), *own, each, f"{sum(part) / total:.1%}")
+        told = cells(row)
+        drawn.add_row(where, *(told[name] for name in shown), *own, each, f"{sum(part) / total:.1%}")
     return drawn
 
 
 # --- the picture
+def drawn(select: Select) -> Select:
+    """In place of a rank, which only scores can tell, as many tokens evenly spaced."""
+    return Share(1 - select.dropped) if isinstance(select, Top) else select
+
+
 def mask(row: LayerPlan) -> Tensor:
     """What sees what in a layer, for `SMALL`, [S, S] of 0 nothing, 1 a look, 2 itself by the aligner, 3 a row that is not there."""
     layout, size = SMALL, SMALL.num_tokens
     lengths = layout.image_lengths
     visual, here, seen = (torch.zeros(size, dtype=torch.bool) for _ in range(3))
     visual[layout.visual_index] = True
-    here[layout.visual_index] = row.tokens.flags(lengths)
-    seen[layout.visual_index] = row.seen.flags(lengths)
+    here[layout.visual_index] = drawn(row.tokens).flags(lengths)
+    seen[layout.visual_index] = drawn(row.seen).flags(lengths)
     causal = layout.mask(Visibility(True))
+    image_S = layout.image_of_row()
+    if row.attend == "image":
+        causal |= (image_S[:, None] == image_S[None]) & visual[:, None]
     place = here.cumsum(0)
     near = causal & (place[:, None] - place[None] <= (row.attend if isinstance(row.attend, int) else 0)) & here[None]
     of_text = causal & (~visual | seen)[None]
-    of_images = causal & (~visual | here)[None] if row.causal else near if row.queries else torch.zeros_like(causal)
+    of_images = causal & (~visual | here)[None] if row.dense else near if row.queries else torch.zeros_like(causal)
     found = torch.where(visual[:, None], of_images, of_text).int()
     itself = torch.eye(size, dtype=torch.bool) & (visual & here)[:, None]
     if not row.queries and row.update:
@@ -178,8 +199,9 @@ def draw_table(axis: Axes, table: tuple[LayerPlan, ...], flops: list[int]) -> No
         there = row.tokens.count(count) / count
         values = [
             there,
-            (1.0 if row.causal else 0.4) * row.queries * (there > 0),
-            *((part in row.update) * there for part in PARTS),
+            (1.0 if row.dense else 0.4) * row.queries * (there > 0),
+            *((part in row.update) * there for part in PARTS[:2]),
+            row.fed(count) / count,
             row.seen.count(count) / count,
             float(row.source == "own"),
         ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.families import FAMILIES
-from ..core.table import LayerPlan, Top, executed
+from ..core.select import Top
+from ..core.table import LayerPlan, executed, ranked_in
 from ..mechanisms import Mechanism, Sizes
 
 
@@ -54,7 +55,7 @@ def layer_flops(
     unrotated = mechanism.visual_positions == "unrotated"
     own = 2 * (vision_width * sizes.hidden + sizes.hidden**2) * visual
     return [
-        row_flops(row, layer, decoder, text, visual, prefix, unrotated)
+        row_flops(row, ranked_in(table, layer), decoder, text, visual, prefix, unrotated)
         + own * (row.source == "own")
         + mechanism.block_cost(layer, sizes, text, visual).prefill
         for layer, row in enumerate(table)
@@ -62,23 +63,24 @@ def layer_flops(
 
 
 def row_flops(
-    row: LayerPlan, layer: int, decoder: Any, text: int, visual: int, prefix: int = 0, unrotated: bool = False
+    row: LayerPlan, ranks: Top | None, decoder: Any, text: int, visual: int, prefix: int = 0, unrotated: bool = False
 ) -> int:
-    """FLOPs of a decoder layer for one prompt; arguments as in `prefill_flops`."""
+    """FLOPs of a decoder layer for one prompt; `ranks`: what it ranks, other arguments as in `prefill_flops`."""
     h = decoder.hidden_size
     w, w_kv, ffn, text_row = _widths(decoder)
     here, seen = row.tokens.count(visual), row.seen.count(visual)
     total = text * text_row + 4 * (text * text + (text - prefix) * seen) * w
     if unrotated:
         total += 2 * text * (text + seen) * w  # queries and keys of twice the head size
-    if isinstance(row.tokens, Top) and row.tokens.layer == layer:
-        here = row.tokens.ranked(visual)
-        total += 2 * (text + here) * w  # the last text token ranks what it sees
+    if ranks is not None and visual:
+        ranked, rows = ranks.ranked(visual), 1 if ranks.by == "question" else text
+        total += rows * (2 * h * w + 2 * (text + ranked) * w)  # queries that rank, and their scores
+        total += (ranked - here) * 2 * h * w_kv  # keys of those that leave before the layer
     total += here * 2 * h * w_kv * (row.keys + row.values)
     if row.queries:
-        sees = text + here if row.causal else min(int(row.attend) + 1, here)
+        sees = text + here if row.dense else min(int(row.attend) + 1, here)
         total += here * (2 * h * w + 4 * sees * w)
-    return total + here * (2 * h * w * ("output" in row.update) + ffn * ("ffn" in row.update))
+    return total + here * 2 * h * w * ("output" in row.update) + row.fed(visual) * ffn
 
 
 def decode_flops(mechanism: Mechanism, decoder: Any, text: int, visual: int) -> int:

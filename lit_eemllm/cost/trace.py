@@ -208,13 +208,15 @@ def passing(model: EEMLLM, autocast: torch.autocast, units: list[Part]) -> int:
     """See `Step`: measured as the largest unit, the last of these, is really computed again, by checkpointing, and differentiated.
     Gradients of weights, which do not grow with the documents, are left out."""
     number, unit = max(enumerate(units), key=lambda each: (nbytes(each[1].saved), each[0]))
-    x_Th, x_Vh, stream = unit.inputs
+    x_Th, x_Vh, stream, *kept = unit.inputs
     inputs = [x.detach().requires_grad_(x.requires_grad) for x in (x_Th, x_Vh)]
     inputs[0].requires_grad_(x_Th.requires_grad or not x_Vh.requires_grad)
     layer, stream = model.language_model.model.layers[number], replace(stream, backend=Fused())
     with LiveBytes() as live:
         with autocast:
-            out = checkpoint(model.run_layer, layer, *inputs, stream, use_reentrant=False, preserve_rng_state=False)[:2]
+            out = checkpoint(
+                model.run_layer, layer, *inputs, stream, *kept, use_reentrant=False, preserve_rng_state=False
+            )[:2]
         outputs = {storage_id(x.untyped_storage()): x for x in out if x.requires_grad and x.grad_fn is not None}
         gradients = [torch.empty_like(x) for x in outputs.values()]
         live.peak, there = live.now, live.now - sum(x.nbytes for x in gradients)
@@ -339,7 +341,7 @@ def recording(model: EEMLLM) -> Iterator[Recording]:
         if now is found.outside:  # else in the layer after a block
             given = [x.untyped_storage() for x in args if isinstance(x, Tensor)]
             now = Part(
-                -counted.get_total_flops(), inputs=args[:3], given={storage_id(storage): storage for storage in given}
+                -counted.get_total_flops(), inputs=args, given={storage_id(storage): storage for storage in given}
             )
             if not found.units:
                 found.before = Part(gradients=dict(now.gradients), saved=dict(now.saved))

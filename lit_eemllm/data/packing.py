@@ -9,7 +9,7 @@ import torch
 
 from lit_eemllm.data.samples import EncodedSample, TokenSample
 from lit_eemllm.inputs.chat import IMAGE_SLOT
-from lit_eemllm.layout import PackedBatch, Run, SequenceLayout, join_images
+from lit_eemllm.layout import PackedBatch, Run, SequenceLayout, Stretches, join_images
 
 
 def plan_packs(lengths: Sequence[int], budget: int, most: int | None = None) -> list[list[int]]:
@@ -61,17 +61,20 @@ def collate(samples: Sequence[EncodedSample]) -> PackedBatch:
     text: list[int] = []
     target_rows: list[int] = []
     targets: list[int] = []
+    answers = []
     for sample in samples:
         ids, supervised = sample.tokens.ids, sample.tokens.targets()
         text_row_of_entry: list[int] = []
+        first_row = len(text)
         for entry in ids:
             text_row_of_entry.append(len(text))
             if entry != IMAGE_SLOT:
                 text.append(entry)
         target_rows += [text_row_of_entry[target - 1] for target in supervised]
         targets += [ids[target] for target in supervised]
+        answers.append(stretches([text_row_of_entry[target] - first_row for target in supervised]))
     pixels = [image for sample in samples for image in sample.pixels]
-    layout = SequenceLayout.of([document_runs(sample.tokens) for sample in samples])
+    layout = SequenceLayout.of([document_runs(sample.tokens) for sample in samples], answers)
     return PackedBatch(
         input_ids=layout.merge(torch.tensor(text), torch.zeros(layout.num_visual, dtype=torch.long)),
         target_rows=torch.tensor(target_rows),
@@ -81,6 +84,12 @@ def collate(samples: Sequence[EncodedSample]) -> PackedBatch:
         keys=[sample.tokens.key for sample in samples],
         image_sizes=[size for sample in samples for size in sample.sizes],
     )
+
+
+def stretches(rows: Sequence[int]) -> Stretches:
+    """Ascending rows as pairs of the first of each stretch and the one after its last."""
+    groups = groupby(enumerate(rows), key=lambda each: each[1] - each[0])
+    return tuple((part[0][1], part[-1][1] + 1) for part in (list(group) for _, group in groups))
 
 
 def document_runs(sample: TokenSample) -> list[Run]:

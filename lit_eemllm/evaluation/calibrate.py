@@ -234,7 +234,7 @@ def text_to_image_cosine(layer: DecoderLayer, args: tuple[Any, ...]) -> Tensor:
     x_Th, _, stream, _ = args
     attn: Any = layer.self_attn
     # a layer in which all rows query is in stream order from the norm to W_o
-    text_T = stream.layout.text_index if layer.row.causal else torch.arange(len(x_Th), device=x_Th.device)
+    text_T = stream.layout.text_index if layer.row.whole else torch.arange(len(x_Th), device=x_Th.device)
 
     def mixed(*hooks: RemovableHandle) -> Tensor:
         """What W_o takes of text under these hooks, [T, w]."""

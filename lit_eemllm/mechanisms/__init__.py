@@ -15,7 +15,11 @@ from .base import (
 from .build import build_mechanism, configured_mechanism
 from .connectors import Added, Projector
 
-for _name in ("llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo"):
+_PAPERS = (
+    "llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo",
+    "fastv", "pyramid_drop", "hidrop", "withdrawal", "visipruner", "sampled", "skip_vision", "operator_skipping", "bidirectional",
+)  # fmt: skip
+for _name in _PAPERS:
     import_module(f"{__name__}.{_name}")  # each registers itself; tables list them in this order
 
 __all__ = [

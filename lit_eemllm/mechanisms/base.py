@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from ..core.select import ALL, NOTHING, Top
 from ..core.stream import Stream
-from ..core.table import ALL, NOTHING, PARTS, LayerPlan, Table, Top, executed
+from ..core.table import PARTS, LayerPlan, Table, executed, ranking_problems
 from ..errors import ConfigError, did_you_mean, not_one_of
 from .connectors import LayerwiseProjector, Projector
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Layers = str | tuple[int, ...]
 """``"all"``, ``"none"`` or layer numbers from 0."""
@@ -122,9 +126,8 @@ class Mechanism:
             image takes no position (gated cross-attention, whose images are no part of the sequence).
         freeze_prefix: text before a document's first image takes no attention, only the feed-forward network (a fact of
             ViCA's code for 7B). It looks ahead: text cached before an image came in a later turn was not frozen.
-        visual_drop: ``(layer, share)``: from that layer on, that share of each image's original tokens is no longer seen,
-            those that the prompt's last token attends to least there (ViCA with progressive dropping), by keys at their
-            positions. Only when generating with a cache: training and validation losses are those of the model without dropping.
+        visual_drop: ``(layer, share)``: before that layer that share of each image's original tokens leaves, those that the question's
+            last token attends to least there (`Top`), in training as when generating. The rest keep their positions.
         rows: columns of the table, layer by layer, over what the options above say.
     """
 
@@ -153,10 +156,10 @@ class Mechanism:
 
     # --- the table
     def is_dense(self, layer: int) -> bool:
-        return _contains(self.dense_layers, layer)
+        return contains(self.dense_layers, layer)
 
     def sees_images(self, layer: int) -> bool:
-        return _contains(self.cross_layers, layer)
+        return contains(self.cross_layers, layer)
 
     def plan(self, layer: int, layers: int) -> LayerPlan:
         """The row of a layer, from 0, in a decoder of so many layers."""
@@ -196,6 +199,9 @@ class Mechanism:
     @property
     def modules(self) -> Hashable:
         """Equal for mechanisms that add the same modules: one can replace the other without touching a weight."""
+        makers = [getattr(type(self), name) is not getattr(Mechanism, name) for name in ("connector", "block", "enter")]
+        if not any(makers):  # a table and nothing else
+            return "", self.visual_source
         own = {f.name: getattr(self, f.name) for f in fields(self)[len(fields(Mechanism)) :]}
         return type(self).__name__, self.visual_source, tuple(own.items())
 
@@ -268,31 +274,32 @@ class Mechanism:
             )
         if self.visual_drop:
             layers, shares = zip(*self.visual_drop, strict=True)
-            sees = all(0 <= n < num_layers and self.sees_images(n) for n in layers)
-            if not sees or self.dense_layers not in ("none", ()) or not self.aligner.off:
-                text = (
-                    "dropping needs constant visual states (dense_layers none, aligner off) and layers in cross_layers"
+            if not all(0 <= n < num_layers and self.sees_images(n) for n in layers):
+                wrong.append(
+                    ("visual_drop", f"found layers {list(layers)}, expected layers in which text sees the image")
                 )
-                wrong.append(("visual_drop", text))
-            if self.visual_positions == "unrotated":
-                text = "dropping ranks visual tokens by their rotated keys, which text does not score if visual_positions is unrotated"
-                wrong.append(("visual_drop", text))
             if list(layers) != sorted(set(layers)) or min(shares) <= 0 or sum(shares) >= 1:
                 wrong.append(
                     ("visual_drop", f"found {self.visual_drop}: layers must ascend, shares must sum to less than 1")
                 )
+        if self.visual_positions == "unrotated" and any(isinstance(row.tokens, Top) for row in table):
+            name = "visual_drop" if self.visual_drop else "visual_positions"
+            text = "dropping ranks visual tokens by their rotated keys, which text does not score if visual_positions is unrotated"
+            wrong.append((name, text))
         for layer, row in enumerate(table):
             if not wrong:
                 wrong += [(f"rows.{layer}.{column}", text) for column, text in row.problems()]
-        return wrong
+        return wrong or [(f"rows.{layer}.tokens", text) for layer, text in ranking_problems(table)]
 
-    def stretched(self, num_layers: int, of: int = 32) -> Mechanism:
+    def stretched(self, num_layers: int, of: int = 32) -> Self:
         """The mechanism with its layer numbers, given for a decoder of `of` layers, scaled to `num_layers`."""
-
-        def stretch(layers: Layers) -> Layers:
-            return layers if isinstance(layers, str) else tuple(sorted({n * num_layers // of for n in layers}))
-
-        return replace(self, dense_layers=stretch(self.dense_layers), cross_layers=stretch(self.cross_layers))
+        drops: dict[int, float] = {}  # those that meet in a layer add up
+        for layer, share in self.visual_drop:
+            drops[layer * num_layers // of] = drops.get(layer * num_layers // of, 0.0) + share
+        layers: dict[str, Any] = {
+            name: stretch(getattr(self, name), num_layers, of) for name in ("dense_layers", "cross_layers")
+        }
+        return replace(self, **layers, visual_drop=tuple(drops.items()))
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain types, for the model's config.json; with the name, if it is a subclass."""
@@ -313,10 +320,6 @@ class Mechanism:
         Raises:
             ConfigError: a mechanism that is not registered.
         """
-
-        def hashable(value: Any) -> Any:
-            return tuple(hashable(item) for item in value) if isinstance(value, list | tuple) else value
-
         options = {name: hashable(value) for name, value in values.items()}
         if "rows" in options:
             options["rows"] = rows_of(values["rows"])
@@ -330,8 +333,19 @@ class Mechanism:
         return kind(**options)
 
 
-def _contains(layers: Layers, layer: int) -> bool:
+def hashable(value: Any) -> Any:
+    """Lists, at any depth, as tuples."""
+    return tuple(hashable(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def contains(layers: Layers, layer: int) -> bool:
+    """Whether a layer is one of them."""
     return layers == "all" or (layers != "none" and layer in layers)
+
+
+def stretch(layers: Layers, num_layers: int, of: int) -> Layers:
+    """Layer numbers of a decoder of `of` layers scaled to `num_layers`."""
+    return layers if isinstance(layers, str) else tuple(sorted({n * num_layers // of for n in layers}))
 
 
 def _layers_of(where: str, layers: int) -> range:
@@ -360,6 +374,11 @@ def register_mechanism(name: str, mechanism: Mechanism) -> None:
     """
     if name in PRESETS:
         raise ValueError(f"mechanism {name!r} is registered already; registered: {', '.join(PRESETS)}")
+    own = [option.name for option in fields(mechanism)[len(fields(Mechanism)) :]]
+    if taken := [option for option in own if hasattr(Mechanism, option)]:
+        raise ValueError(
+            f"mechanism {name!r}: {taken[0]} cannot be an option, every mechanism has a method of that name"
+        )
     if type(mechanism) is not Mechanism:
         type(mechanism).name = name
     PRESETS[name] = mechanism

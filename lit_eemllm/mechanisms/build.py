@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, not_one_of
-from .base import PRESETS, Mechanism, mechanism_named, rows_of
+from .base import PRESETS, Mechanism, hashable, mechanism_named, rows_of
 
 if TYPE_CHECKING:
     from ..config.keys import MechanismConfig
@@ -71,7 +71,7 @@ def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] |
     )
     if problems := option_problems(preset, own):
         raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
-    given |= own
+    given |= {name: hashable(value) for name, value in own.items()}
     for name, value in given.items():
         if isinstance(value, Mapping):
             given[name] = replace(getattr(mechanism, name), **value)
@@ -88,7 +88,7 @@ def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] |
     mechanism = replace(mechanism, **given)
     problems = mechanism.problems(num_layers)
     blocks = type(mechanism).block is not Mechanism.block
-    if not blocks and all(row.blind for row in mechanism.table(num_layers)):
+    if not problems and not blocks and all(row.blind for row in mechanism.table(num_layers)):
         problems.append(("cross_layers", "text sees the image in no layer"))
     if problems:
         raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))

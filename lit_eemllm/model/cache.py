@@ -12,6 +12,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from ..layout import Run, SequenceLayout, upload
@@ -95,6 +96,12 @@ class Grid:
         slots, x_RNH = self._slots(rows), x_BNWH.transpose(1, 2).flatten(0, 1)
         return x_RNH if slots is None else x_RNH[slots]
 
+    def same(self, number_R: Tensor) -> Tensor:
+        """[B, W, past + W], True where a new column sees one of the same number; 0 is none. `number_R`: of the view's rows."""
+        number_BW = self.pad(number_R[:, None, None])[:, 0, :, 0]
+        same_BWW = (number_BW[:, :, None] == number_BW[:, None]) & (number_BW[:, :, None] > 0)
+        return pad(same_BWW, (self.mask_BQL.shape[2] - number_BW.shape[1], 0))
+
     def _slots(self, rows: Tensor | None) -> Tensor | None:
         """Slots of the given rows of the view, or of all; None = the grid is filled in order."""
         return rows if self.slots_R is None else self.slots_R if rows is None else self.slots_R[rows]
@@ -117,13 +124,13 @@ class CachedPass:
         if cache is not None:
             cache.columns += mask_BL.shape[1]
 
-    def earlier_keys(self, layer: int, view: str) -> list[Tensor]:
-        """For each sequence the rotated keys of earlier passes in a layer's cache, [L, K, H]; empty without a cache."""
+    def earlier_keys(self, layer: int, view: str) -> tuple[Tensor, Tensor] | None:
+        """The rotated keys of earlier passes in a layer's cache, [B, K, L, H], and which are no padding, [B, L]; None if there are none."""
         mask_BL = self.cache.masks.get(view) if self.cache is not None and self.past else None
         if self.cache is None or mask_BL is None:
-            return []
-        pairs = zip(self.cache.layers[layer].keys, mask_BL, strict=True)
-        return [keys_KLH.transpose(0, 1)[mask_L] for keys_KLH, mask_L in pairs]
+            return None
+        keys_BKLH = self.cache.layers[layer].keys  # a layer before may have noted this pass's columns already
+        return keys_BKLH, mask_BL[:, : keys_BKLH.shape[2]]
 
     def marked(self, name: str, grid: Grid, flags_R: Tensor) -> Tensor:
         """[B, past + W] bool, the flags of a view's columns: those of earlier passes, which the cache keeps under `name`, and new ones.

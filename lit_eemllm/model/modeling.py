@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..compat.transformers import CACHE, Generating
-from ..core.table import Top
+from ..core.select import Top
 from ..layout import Pixels, take_images
 from ..mechanisms import Mechanism
 from .cache import CachedPass, StreamCache, layout_of_padded, one_token_each
@@ -128,7 +128,9 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
         if past and pixel_values is not None and self.mechanism.no_later_images:
             raise ValueError(self.mechanism.no_later_images)
         if cache is None and pixel_values is not None and any(isinstance(row.tokens, Top) for row in self.table):
-            raise ValueError("visual_drop is decided once, for a prompt whose keys are kept: use_cache=True")
+            raise ValueError(
+                "which visual tokens are dropped is decided once, for a prompt whose keys are kept: use_cache=True"
+            )
         new_BL = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask[:, past:]
         one_each = past > 0 and input_ids.shape[1] == 1 and pixel_values is None
         lengths = [] if pixel_values is None else self._image_lengths(pixel_values, image_sizes)

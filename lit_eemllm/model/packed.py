@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention import without_cudnn
 from ..compat.torch import changes
+from ..core.select import Top
 from ..core.stream import Stream, Tokens, VisualKeys
 from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, upload
 from ..mechanisms import Features
@@ -88,8 +89,9 @@ class Packed(ModelParts):
     @property
     def _images_are_independent(self) -> bool:
         """Whether visual states do not depend on text, so that keys of images can be reused."""
-        apart = not self.mechanism.no_later_images and not any(row.causal for row in self.table)
-        return apart and not torch.is_grad_enabled()
+        if self.mechanism.no_later_images or torch.is_grad_enabled():
+            return False
+        return not any(row.dense or (row.queries and isinstance(row.tokens, Top)) for row in self.table)
 
     def _stamp(self) -> Hashable:
         """A value that changes with the weights, their dtype or device, and with autocast."""

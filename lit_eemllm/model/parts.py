@@ -22,7 +22,7 @@ from ..compat.torch import allow_recompiles, cpp_compiler
 from ..core.decoder import DecoderLayer
 from ..core.families import check_decoder, table_problems
 from ..core.stream import rotate
-from ..core.table import Table, executed
+from ..core.table import Table, executed, ranked_in
 from ..errors import ConfigError
 from ..mechanisms import Added, Mechanism, Sizes
 from .configuration import EEMLLMConfig
@@ -120,8 +120,9 @@ class ModelParts(PreTrainedModel):
         """Set the row of the mechanism's table that each layer executes."""
         self.mechanism, self.config.mechanism = mechanism, mechanism.to_dict()
         layers = self.language_model.model.layers
-        for layer, row in zip(layers, executed(mechanism.table(len(layers))), strict=True):
-            layer.row, layer.freeze_prefix = row, mechanism.freeze_prefix
+        table = executed(mechanism.table(len(layers)))
+        for layer, row in zip(layers, table, strict=True):
+            layer.row, layer.ranks, layer.freeze_prefix = row, ranked_in(table, layer.index), mechanism.freeze_prefix
             layer.unrotated = mechanism.visual_positions == "unrotated"
 
     def train(self, mode: bool = True) -> ModelParts:

@@ -268,7 +268,8 @@ def with_blank_image(batch: PackedBatch, transform: Transform) -> PackedBatch:
     """The pack with one more document: a text token, then a blank image, which no text sees."""
     picture = Image.new("RGB", (1, 1))
     document = (Run(False, 1), Run(True, transform.num_tokens(*picture.size)))
-    layout = SequenceLayout.of([*batch.layout.documents, document]).to(batch.input_ids.device)
+    answers = [*batch.layout.answers, ()] if batch.layout.answers else ()
+    layout = SequenceLayout.of([*batch.layout.documents, document], answers).to(batch.input_ids.device)
     ids = torch.cat([batch.input_ids, batch.input_ids.new_zeros(layout.num_tokens - len(batch.input_ids))])
     pixels = torch.zeros_like(transform(picture)[None], device=ids.device)
     return replace(batch, input_ids=ids, pixel_values=pixels, layout=layout, image_sizes=[picture.size])

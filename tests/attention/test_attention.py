@@ -40,7 +40,8 @@ LAYOUTS = {
 }  # fmt: skip
 DENSE, COMPOSITE, WINDOW = Visibility(True), Visibility(False), Visibility(True, window=2)
 IMAGES = Visibility(True, text_queries=False)  # of a layer in which text sees less of them
-VISIBILITIES = {"dense": DENSE, "composite": COMPOSITE, "window": WINDOW, "images query": IMAGES}
+BOTH = Visibility(True, text_queries=False, both_ways=True)
+VISIBILITIES = {"dense": DENSE, "composite": COMPOSITE, "window": WINDOW, "images query": IMAGES, "both ways": BOTH}
 
 
 # --- the kernels' contracts
@@ -59,6 +60,9 @@ def test_mask_is_drawn_as_documented():
     assert layout.mask(DENSE).equal(expected)
     assert layout.mask(COMPOSITE).equal(expected[[0, 1, 4, 6]])
     assert layout.mask(IMAGES).equal(expected[[2, 3, 5]])
+    both = expected[[2, 3, 5]]
+    both[0, 3] = True  # the first token of the image of two sees the second
+    assert layout.mask(BOTH).equal(both)
     assert SequenceLayout.of([[T(2)]]).mask(IMAGES).shape == SequenceLayout.of([[V(2)]]).mask(COMPOSITE).shape == (0, 2)
 
 
@@ -101,7 +105,7 @@ def attend(backend, layout, visibility, qkv):
 def test_backend_equals_reference_forward_and_backward(backend, layout, heads, visibility):
     if (backend, visibility) == ("torch_2_10", "window"):
         pytest.skip("has no window")
-    if (layout, visibility) == ("text only", "images query"):
+    if layout == "text only" and not VISIBILITIES[visibility].text_queries:
         pytest.skip("no row queries")
     layout, visibility, backend = SequenceLayout.of(LAYOUTS[layout]), VISIBILITIES[visibility], TRAINABLE[backend]()
     qkv = tensors(layout, visibility, *heads)
@@ -136,7 +140,7 @@ def test_random_layouts_are_computed_as_the_mask_says(backend, documents, visibi
 def test_flex_blocks_are_those_of_the_dense_mask(lengths, window):
     """Which blocks of 128 x 128 are skipped, partial and full, against a count over the dense mask."""
     layout = SequenceLayout.of([[T(n), V(n // 2 + 1), T(1)] for n in lengths])
-    for visibility in [COMPOSITE, IMAGES, Visibility(True, window)]:
+    for visibility in [COMPOSITE, IMAGES, BOTH, Visibility(True, window)]:
         mask = Flex().plan(layout, visibility).mask
         queries, keys = mask.seq_lengths
         dense = torch.zeros(queries, keys, dtype=torch.bool)
@@ -296,7 +300,7 @@ def test_sdpa_costs_the_sum_of_the_documents(documents):
 @pytest.mark.parametrize("backend", [name for name in registered_backends() if name != "reference"])
 def test_gpu_kernels_are_as_exact_as_their_type(backend, layout, heads, visibility, dtype):
     """Error against the float32 reference at most twice that of a dense softmax computed in the same type."""
-    if (layout, visibility) == ("text only", "images query"):
+    if layout == "text only" and not VISIBILITIES[visibility].text_queries:
         pytest.skip("no row queries")
     if (reason := _BACKENDS[backend].refusal(torch.device("cuda"), dtype, True)) is not None:
         pytest.skip(reason)

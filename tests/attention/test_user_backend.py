@@ -67,6 +67,7 @@ def test_the_example_equals_the_reference_forward_and_backward(module, monkeypat
             Visibility(True),
             Visibility(False),
             Visibility(True, text_queries=False),
+            Visibility(True, text_queries=False, both_ways=True),
             Visibility(True, window=0),
             Visibility(True, window=3),
         ):

@@ -88,10 +88,35 @@ def test_vica_with_and_without_dropping():
     assert round(found / 1e12, 2) == 0.31
     drop = replace(ROWS["vica"], visual_drop=((1, 0.25), (7, 0.25), (10, 0.25)))
     keys = 576 + 576 + 432 + 3 * 288 + 2 * 144  # of layers 0, 1, 7, 8 to 10, 11 and 14
-    scores = 576 + 432 + 3 * 288 + 3 * 144
-    ranking = 3 * 55 + 576 + 432 + 288
-    expected = keys * 4 * 4096**2 + (4 * 20 * scores + 2 * ranking) * 4096
+    values = scores = 576 + 432 + 3 * 288 + 3 * 144  # of those that stay
+    ranking = 3 * 55 + 576 + 432 + 288  # scores of three queries
+    expected = (keys + values + 3) * 2 * 4096**2 + (4 * 20 * scores + 2 * ranking) * 4096
     assert prefill_flops(drop, VICUNA_7B, 55, 576, prefix=35) - text_only == expected
+
+
+def test_pyramid_drop_as_printed():
+    """Of visual tokens alone, a multiply-add counted one, three matrices in the feed-forward network: 3.82 and 1.78 TFLOPs."""
+    dense, found = (prefill_flops(PRESETS[name], VICUNA_7B, 0, 576, False) / 2e12 for name in ("llava", "pyramid_drop"))
+    ranked, left = 576 + 288 + 144, 288 + 144 + 72  # in the three layers that rank, and what they leave
+    ranking = 3 * 4096**2 + ranked * 4096 + (ranked - left) * 4096**2  # queries, their scores, keys of those that leave
+    assert round(dense, 2) == 3.82
+    assert round(found - ranking / 1e12, 2) == 1.78
+    assert ranking / 1e12 / found < 0.005
+
+
+def test_fastv_as_printed():
+    """K = 3 and R = 50 % of 7B: 57 % printed, without the number of text tokens; it lies between that of none and of 64."""
+    fastv = build_mechanism("fastv", 32, {"options": {"after": 3}})
+    none, some = (
+        prefill_flops(fastv, VICUNA_7B, text, 576, False) / prefill_flops(PRESETS["llava"], VICUNA_7B, text, 576, False)
+        for text in (0, 64)
+    )
+    assert none == pytest.approx(0.54, abs=0.005) and some == pytest.approx(0.587, abs=0.001)
+
+
+def test_hidrop_leaves_a_tenth_of_the_tokens():
+    left = [row.tokens.count(1000) / 1000 for row in PRESETS["hidrop"].table(32)]
+    assert sum(left) / 32 == pytest.approx(0.1, abs=0.01)
 
 
 # --- the verb
@@ -122,7 +147,7 @@ def test_the_verb_needs_no_weights(written, capsys):
     found = json.loads(capsys.readouterr().out)
     assert list(found["mechanisms"]) == list(PRESETS) and found["configured"] == "ee_mllm"
     assert (found["visual"], found["targets"], found["documents"], found["accumulate"]) == (16, 10, 3, 4)
-    assert found["computes_llava"] == ["ee_mllm_f", "shortv"]
+    assert found["computes_llava"] == ["ee_mllm_f", "shortv", "operator_skipping"]
     config = load_config([written])
     parts = parts_of_config(config.model)
     for name, row in found["mechanisms"].items():

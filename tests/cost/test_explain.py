@@ -8,7 +8,8 @@ import tiny
 from PIL import Image
 
 from lit_eemllm import cli
-from lit_eemllm.core.table import ALL, NOTHING, Every, LayerPlan
+from lit_eemllm.core.select import ALL, NOTHING, Every
+from lit_eemllm.core.table import LayerPlan
 from lit_eemllm.cost.explain import cells, mask
 from lit_eemllm.cost.formulas import layer_flops, prefill_flops
 from lit_eemllm.mechanisms import PRESETS, build_mechanism

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from lit_eemllm.core.table import Every, LayerPlan
+from lit_eemllm.core.select import Every
+from lit_eemllm.core.table import LayerPlan
 from lit_eemllm.mechanisms import Mechanism, register_mechanism
 
 

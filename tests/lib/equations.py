@@ -38,6 +38,21 @@ MECHANISMS = {
     "blind at the end": Mechanism(rows=(("1-2", (("seen", "none"),)),)),
 }  # fmt: skip
 
+DEEP = 8
+DROPPING = {
+    **{name: PRESETS[name].stretched(DEEP) for name in ("fastv", "pyramid_drop", "hidrop", "visipruner")},
+    "of aligned states": Mechanism(visual_drop=((0, 0.25), (3, 0.5))),
+    "of windows": Mechanism(visual_window=3, visual_drop=((2, 0.5),)),
+    "of constant states, here and there": Mechanism(
+        cross_layers=(1, 4, 6), aligner=NO_ALIGNER, visual_drop=((4, 0.5),)
+    ),
+    "thrice": Mechanism(aligner=NO_ALIGNER, visual_drop=((0, 0.25), (1, 0.25), (2, 0.3))),
+    "both ways": replace(PRESETS["bidirectional"], visual_drop=((2, 0.5),)),
+    "of a layer's own": replace(PRESETS["saisa"], visual_drop=((3, 0.7),)),
+}
+"""Mechanisms of `DEEP` layers in which visual tokens are ranked."""
+RANKED = {name for name in PRESETS if name in DROPPING}
+
 
 def heads(x, n):
     return x.unflatten(-1, (n, -1)).transpose(-2, -3)
@@ -79,10 +94,34 @@ def plain_resampler(resampler, features_Ld):
     return resampler.norm(x)
 
 
-def overridden(mechanism, number):
-    """Columns of a layer by `Mechanism.rows`."""
+def drops(m):
+    """Layer, whether before or after it, share of the original tokens that is gone then, and whose attention ranks."""
+    found = [(n, "before", sum(s for k, s in m.visual_drop if k <= n), "question") for n, _ in m.visual_drop]
+    if m.name == "fastv":
+        found.append((m.after - 1, "after", m.drop, "question"))
+    if m.name == "hidrop":
+        found += [(n, "before", 1 - share, "text") for n, share in m.pyramid]
+    if m.name == "visipruner":
+        found.append((m.band, "before", m.drop, "question"))
+    return found
+
+
+def columns_of(m, number):
+    """Columns of a layer that its equations say and the options that all mechanisms share do not, and those of `Mechanism.rows`."""
     found = {}
-    for where, columns in mechanism.rows:
+    if (m.name == "withdrawal" and number >= m.after) or (m.name == "hidrop" and not m.begin <= number < m.end):
+        found["tokens"] = "none"
+    if m.name == "visipruner":
+        found = {"seen": "none"} if 0 < number < m.band else {"tokens": "none"} if number >= m.end else {}
+    if m.name == "sampled" and number >= m.first:
+        found["tokens"] = f"random {m.share} {m.seed}" if m.random else f"even {m.share}"
+    if m.name == "skip_vision" and number >= m.first:
+        found["ffn"] = f"even {m.fed}"
+    if m.name == "operator_skipping":
+        found["update"] = " ".join(["value output"] * m.is_dense(number) + ["ffn"] * (number in m.ffn_layers))
+    if m.name == "bidirectional":
+        found["attend"] = "image"
+    for where, columns in m.rows:
         first, _, last = where.partition("-")
         if int(first) <= number <= int(last or (99 if "-" in where else first)):
             found |= dict(columns)
@@ -91,21 +130,54 @@ def overridden(mechanism, number):
 
 def chosen(text, document):
     """Which rows of a document a selection holds, of the visual ones; in text form."""
-    each = {"all": 1, "none": 10**9}.get(text) or int(text.removeprefix("every "))
-    flags = [run.visual and i % each == 0 for run in document for i in range(run.length)]
-    return torch.tensor(flags) & (text != "none")
+    flags = []
+    for run in document:
+        word, *numbers = text.split()
+        n = run.length
+        left = n - int((1 - float(numbers[0])) * n + 1e-9) if word in ("even", "random") else 0
+        if word == "random":
+            of_run = torch.randperm(n, generator=torch.Generator().manual_seed(int(numbers[-1])))[:left].tolist()
+        elif word == "even":
+            of_run = [i * n // left for i in range(left)]
+        else:
+            of_run = range(0, n, {"all": 1, "none": n + 1}.get(word) or int(numbers[0])) if word != "none" else []
+        flags += [run.visual and i in of_run for i in range(n)]
+    return torch.tensor(flags)
+
+
+def ranking_rows(is_visual, by, prompt, answers):
+    """Rows of a document that rank, by what is known of it: the length of a prompt, or the text rows that are answers."""
+    text = [row for row, visual in enumerate(is_visual.tolist()) if not visual and row < (prompt or len(is_visual))]
+    if by == "text":
+        answered = {row for first, end in answers for row in range(first, end)}
+        return [row for i, row in enumerate(text) if i not in answered]
+    return [text[first - 1] for first, _ in answers if first] if answers else text[-1:]
+
+
+def gone_by_rank(scores_NLL, gone, rows, document, share):
+    """Rows of a document that are gone when a share of each image has left, those that `rows` attend to least."""
+    hidden = gone[None] | (torch.arange(len(gone)) > torch.tensor(rows)[:, None])
+    attention = torch.softmax(scores_NLL[:, rows].masked_fill(hidden, -torch.inf), -1).sum((0, 1))
+    found, start = gone.clone(), 0
+    for run in document:
+        mine = torch.arange(len(gone)).ge(start) & torch.arange(len(gone)).lt(start + run.length) & run.visual
+        ranked = attention.masked_fill(~mine | gone, torch.inf).argsort()
+        found[ranked[: int(share * mine.sum() + 1e-9) - int((gone & mine).sum())]] = True
+        start += run.length
+    return found
 
 
 def plain(model, batch, prompt=None):
     """Text logits of the pack from the equations: a document at a time, explicit masks, no shared products.
 
-    With `prompt`, the length of a prompt of one document, visual tokens are dropped by its last token's attention.
+    With `prompt`, the length of a prompt of one document, its rows alone rank visual tokens that are to be dropped.
     """
     m, decoder = model.mechanism, model.language_model.model
     gated = getattr(m, "gated", None)
     features_Vd = torch.zeros(0, 16) if batch.pixel_values is None else model.image_features(batch.pixel_values)
     logits, row, used = [], 0, 0
-    for document in batch.layout.documents:
+    answers_of = batch.layout.answers or [()] * len(batch.layout.documents)
+    for document, answers in zip(batch.layout.documents, answers_of, strict=True):
         visual = [run.visual for run in document for _ in range(run.length)]
         image = [i for i, run in enumerate(document) for _ in range(run.length)]
         is_visual, L = torch.tensor(visual), len(visual)
@@ -130,10 +202,12 @@ def plain(model, batch, prompt=None):
 
         i, j = torch.arange(L)[:, None], torch.arange(L)[None]
         gone = torch.zeros(L, dtype=torch.bool)
+        rows_of = {by: ranking_rows(is_visual, by, prompt, answers) for by in ("question", "text")}
         for number, layer in enumerate(decoder.layers):
-            columns = overridden(m, number)
+            columns = columns_of(m, number)
             norm1, post1, norm2, post2 = tiny.norms(layer)
-            attn, dense = layer.self_attn, columns.get("attend", "causal" if m.is_dense(number) else "none") == "causal"
+            attend = columns.get("attend", "causal" if m.is_dense(number) else "none")
+            attn, dense = layer.self_attn, attend in ("causal", "image")
             window = columns["attend"] if isinstance(columns.get("attend"), int) else m.visual_window
             here = chosen(columns.get("tokens", "all"), document)
             seen = chosen(columns.get("seen", "all" if m.sees_images(number) else "none"), document) & here
@@ -141,6 +215,7 @@ def plain(model, batch, prompt=None):
                 "update",
                 "value output ffn" if dense else [p for p in ("value", "output", "ffn") if getattr(m.aligner, p)],
             )
+            fed = chosen(columns.get("ffn", "all"), document) | ~is_visual
             if gated is not None and number % gated.every == 0:
                 x = plain_gated(model.gated[str(number)], x, document, media, gated.immediate)
             if m.visual_source == "layerwise":
@@ -150,32 +225,29 @@ def plain(model, batch, prompt=None):
             scores = qr @ kr.mT
             if m.visual_positions == "unrotated":
                 scores = torch.where(~is_visual[:, None] & is_visual[None], q @ k.mT, scores)
+            same_image = (torch.tensor(image)[:, None] == torch.tensor(image)[None]) & is_visual[:, None]
+
+            for layer_number, when, share, by in drops(m):
+                if (layer_number, when) == (number, "before"):
+                    gone = gone_by_rank(scores * attn.scaling, gone, rows_of[by], document, share)
+            here, seen = here & ~gone, seen & ~gone
             sees = (i >= j) & ~(is_visual & ~here)[None] | torch.eye(L, dtype=torch.bool)
             sees = sees & ~((is_visual & ~seen)[None] & ~is_visual[:, None])
+            if attend == "image":
+                sees = sees | same_image & (here[:, None] & here[None])
             if not dense:
-                same_image = torch.tensor(image)[:, None] == torch.tensor(image)[None]
                 place = (is_visual & here).cumsum(0)  # among the tokens that are here
                 near = (i >= j) & (place[:, None] - place[None] <= window) & same_image & here[None] | torch.eye(
                     L, dtype=torch.bool
                 )
                 sees = torch.where(is_visual[:, None], near, sees)
-            if prompt and number in dict(m.visual_drop):
-                attention = torch.softmax(
-                    (scores[:, prompt - 1] * attn.scaling).masked_fill(gone | (j[0] >= prompt), -torch.inf), -1
-                )
-                for run in range(len(document)):
-                    mine = is_visual & (torch.tensor(image) == run)
-                    total = sum(s for n, s in m.visual_drop if n <= number)
-                    ranked = attention.mean(0).masked_fill(~mine | gone, torch.inf).argsort()
-                    gone[ranked[: int(total * mine.sum() + 1e-9) - int((gone & mine).sum())]] = True
-            sees = sees & ~(gone[None] & ~is_visual[:, None])
             weights = torch.softmax((scores * attn.scaling).masked_fill(~sees, -torch.inf), -1)
             mixed = (weights @ v).transpose(0, 1).flatten(1)
             H = x + post1(attn.o_proj(mixed))
             if m.freeze_prefix and any(visual):
                 prefix = torch.arange(L) < visual.index(True)
                 H = torch.where(prefix[:, None], x, H)
-            new = H + post2(layer.mlp(norm2(H)))
+            new = torch.where(fed[:, None], H + post2(layer.mlp(norm2(H))), H)
             if not dense or "ffn" not in parts:
                 if "value" in parts and "output" in parts:
                     aligned = H  # a row that sees itself only, or its window
@@ -186,9 +258,12 @@ def plain(model, batch, prompt=None):
                 else:
                     aligned = x
                 if "ffn" in parts:
-                    aligned = aligned + post2(layer.mlp(norm2(aligned)))
+                    aligned = torch.where(fed[:, None], aligned + post2(layer.mlp(norm2(aligned))), aligned)
                 new = torch.where(is_visual[:, None], aligned, new)
             new = torch.where((is_visual & ~here)[:, None], x, new)
             x = new
+            for layer_number, when, share, by in drops(m):
+                if (layer_number, when) == (number, "after"):
+                    gone = gone_by_rank(scores * attn.scaling, gone, rows_of[by], document, share)
         logits.append(model.language_model.lm_head(decoder.norm(x))[~is_visual])
     return torch.cat(logits)

@@ -3,11 +3,10 @@
 import pytest
 import tiny
 import torch
-from lib.equations import FAMILIES, MECHANISMS, plain
+from lib.equations import DEEP, DROPPING, FAMILIES, MECHANISMS, RANKED, plain
 from lib.mechanisms import BOUND, PACK, check_generation, check_later_turns
 
 from lit_eemllm.compat.transformers import CACHE
-from lit_eemllm.core.ranking import most_attended
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.layout import Run, SequenceLayout
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Mechanism
@@ -16,13 +15,15 @@ from lit_eemllm.model.image_cache import ImageCache
 
 
 @pytest.mark.parametrize("decoder", FAMILIES)
-@pytest.mark.parametrize("name", [name for name in MECHANISMS if "flamingo" not in name and "prefix" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in MECHANISMS if "flamingo" not in name and "prefix" not in name and name not in RANKED]
+)
 def test_an_image_in_a_later_turn_is_as_in_one_prompt(name, decoder):
-    """Not so a frozen prefix, which looks ahead to the first image."""
+    """Not so a frozen prefix, which looks ahead to the first image, and ranks by what a turn asks."""
     check_later_turns(tiny.model(decoder, MECHANISMS[name]))
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("name", [name for name in MECHANISMS if name not in RANKED])
 def test_cached_generation_equals_recomputation_alone_and_in_a_batch(name):
     check_generation(tiny.model("llama-gqa", MECHANISMS[name]))
 
@@ -197,19 +198,12 @@ def test_what_cannot_be_generated_is_refused():
     assert model.mechanism is before and model.config.mechanism == before.to_dict()
 
 
-DROPPING = {
-    "vica": Mechanism(cross_layers=(0, 2), aligner=NO_ALIGNER, visual_drop=((2, 0.5),)),
-    "all layers": Mechanism(aligner=NO_ALIGNER, visual_drop=((0, 0.25), (1, 0.25), (2, 0.3))),
-    "saisa": Mechanism(visual_source="layerwise", aligner=NO_ALIGNER, visual_drop=((1, 0.25),)),
-}
-
-
 @pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("images_cached", [False, True], ids=["", "image cache"])
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cached, decoder):
     """Prefill and later steps against the plain implementation, in which dropped columns are masked."""
-    model = tiny.model(decoder, DROPPING[name])
+    model = tiny.model(decoder, DROPPING[name], layers=DEEP)
     documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3]]
     inputs = tiny.prompt(model, documents)
     with torch.no_grad():
@@ -225,9 +219,13 @@ def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cache
             true = plain(model, whole, prompt=length)[-5:-1]
             found = torch.stack([step[i, : tiny.VOCAB] for step in out.logits])
             assert tiny.max_error(found, true) <= BOUND
-        if name == "all layers":
+        if name in ("thrice", "pyramid_drop"):
             counts = [layer.keys.shape[2] for layer in out[CACHE].layers]
-            kept = [32 - 2 * int(16 * share) for share in (0.25, 0.5, 0.8)]
+            shares = {
+                "thrice": [0.25, 0.5] + 6 * [0.8],
+                "pyramid_drop": [s for s in (0, 0.5, 0.75, 0.875) for _ in (0, 1)],
+            }[name]
+            kept = [32 - 2 * int(16 * share) for share in shares]
             assert counts == [6 + n + 3 for n in kept]  # the longest row: 6 of text, its images, 3 generated
 
 
@@ -262,24 +260,6 @@ def test_an_image_of_a_later_turn_is_ranked_among_all_that_the_prompt_sees():
         assert tiny.max_error(cache.layers[0].keys[0], k[::2][:, found]) <= BOUND  # two heads share a key
         differs += found[-len(alone) :] != alone
     assert differs, "or what was there before the new columns did not matter"
-
-
-def test_images_of_many_lengths_are_ranked_each_by_itself():
-    """In a pack, with several images in a document, against one score after the other."""
-    layout = SequenceLayout.of(
-        [[Run(True, 3), Run(False, 1), Run(True, 5), Run(False, 2)], [Run(False, 1)], [Run(True, 4), Run(False, 1)], [Run(True, 2)]]
-    )  # fmt: skip
-    q, k = torch.randn(5, 4, 8), torch.randn(5 + 14, 2, 8)
-    found = most_attended(layout, q, k, [3, 5, 4, 2], [1, 3, 2, 2], 0.7)
-    expected = []
-    for last, text, images in ((2, [0, 1, 2], [(0, 3, 1), (3, 8, 3)]), (4, [4], [(8, 12, 2)])):
-        rows = text + [5 + i for first, end, _ in images for i in range(first, end)]
-        heads = [torch.stack([q[last, n] @ k[row, n // 2] for row in rows]).mul(0.7).softmax(0) for n in range(4)]
-        weight = dict(zip(rows, torch.stack(heads).mean(0).tolist(), strict=True))
-        for first, end, most in images:
-            ranked = sorted(range(first, end), key=lambda i, weight=weight: -weight[5 + i])
-            expected += sorted(ranked[:most])
-    assert found.tolist() == [*expected, 12, 13]
 
 
 def test_positions_go_on_where_a_column_is_an_image_for_some():

@@ -21,7 +21,8 @@ from lib.mechanisms import (
 )
 from torch.nn.functional import cross_entropy
 
-from lit_eemllm.core.table import IDLE, NOTHING, LayerPlan, executed, parse_select
+from lit_eemllm.core.select import NOTHING, parse_select
+from lit_eemllm.core.table import IDLE, LayerPlan, executed
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Mechanism, build_mechanism
 from lit_eemllm.model.image_cache import ImageCache
@@ -178,7 +179,7 @@ def test_contradictions_are_named_together():
             "needs aligner value",
         ),
         ("llava", {"visual_positions": "unrotated"}, "unrotated needs"),
-        ("ee_mllm", {"visual_drop": [[1, 0.5]]}, "needs constant"),
+        ("vica", {"cross_layers": [0], "visual_drop": [[1, 0.5]]}, "expected layers in which text sees the image"),
         ("vica", {"cross_layers": "all", "visual_drop": [[2, 0.5], [1, 0.7]]}, "must ascend"),
         ("vica", {"cross_layers": "all", "visual_drop": [[1, 0.5], [2, 0.5]]}, "shares must sum to less than 1"),
         (

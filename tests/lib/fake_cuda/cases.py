@@ -2,9 +2,10 @@
 
 MECHANISMS = (
     "llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo",
-    "unrotated", "shared", "window", "some", "apart",
+    "fastv", "hidrop", "skip_vision", "bidirectional",
+    "unrotated", "shared", "window", "some", "apart", "dropping",
 )  # fmt: skip
-"""All presets, and what no preset does; `steps.OTHERS` says what these are."""
+"""Presets that differ in what they compute, and what no preset does; `steps.OTHERS` says what these are."""
 BACKENDS = ("reference", "sdpa", "cudnn", "flash", "flash-attn", "xformers", "flex")
 EXACT = ("reference", "sdpa", "xformers", "flex")  # compute in float32 too
 TUNINGS = ("frozen", "lora", "full")

@@ -185,19 +185,19 @@ def backward(func: Any, *args: Any, **kwargs: Any) -> Any:
     return (*found, None) if len(func._schema.returns) == 4 else found
 
 
-def segments(starts_q: Tensor, starts_k: Tensor, window: Any) -> Tensor:
+def segments(starts_q: Tensor, starts_k: Tensor, window: Any, causal: bool) -> Tensor:
     """The bias of segments aligned at their ends."""
     left = -1 if window is None or window[0] is None else window[0]
     sees = torch.zeros(int(starts_q[-1]), int(starts_k[-1]), dtype=torch.bool)
     for (q0, q1), (k0, k1) in zip(pairwise(starts_q.tolist()), pairwise(starts_k.tolist()), strict=True):
         distance = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)
-        sees[q0:q1, k0:k1] = (distance >= 0) & (distance <= (left if left >= 0 else k1))
+        sees[q0:q1, k0:k1] = (distance >= (0 if causal else -k1)) & (distance <= (left if left >= 0 else k1))
     return _where(sees)
 
 
 def _segments(a: dict[str, Any]) -> tuple[Tensor, float | None]:
-    assert a.get("is_causal") or a["window_size"][1] == 0
-    return segments(a["cu_seq_q"], a["cu_seq_k"], a.get("window_size")), a.get("scale")
+    causal = a.get("is_causal") or a["window_size"][1] == 0
+    return segments(a["cu_seq_q"], a["cu_seq_k"], a.get("window_size"), causal), a.get("scale")
 
 
 def varlen(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -263,10 +263,10 @@ def flash_attn_2() -> Callable[..., Tensor]:
         causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
-        assert causal and all(x.is_cuda for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
+        assert all(x.is_cuda for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
         starts = cu_seqlens_q.held, cu_seqlens_k.held
         demand_segments(q, k, v, starts, (max_seqlen_q, max_seqlen_k))
-        bias = segments(*starts, window_size)
+        bias = segments(*starts, window_size, causal)
         out = Emulated.apply("flash-attn 2", bias, softmax_scale, *(_packed(x) for x in (q, k, v)))
         return out[0].transpose(0, 1)
 

@@ -180,7 +180,7 @@ def test_looking_for_what_was_meant_has_an_end(write, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.mechanism.preset=ee_mlm", "saisa or shortv or vica; did you mean ee_mllm?"),
+        ("model.mechanism.preset=ee_mlm", "vica or visipruner or withdrawal; did you mean ee_mllm?"),
         ("model.attention=spda", "did you mean sdpa?; one of your own needs --import FILE"),
         ("model.template=vicuna", "found 'vicuna', expected jinja or plain or vicuna_v1; did you mean vicuna_v1?"),
         ("model.dtype=bfloat", "found 'bfloat', expected float32 or bfloat16; did you mean bfloat16?"),
@@ -539,7 +539,7 @@ def test_checks_of_names(write):
         "model.vision.encoder",
         "trainer.device",
     ]
-    assert "ee_mllm or ee_mllm_f or flamingo" in lines[0] and "reference" in lines[1] and "vicuna_v1" in lines[2]
+    assert "ee_mllm or ee_mllm_f or fastv" in lines[0] and "reference" in lines[1] and "vicuna_v1" in lines[2]
     assert all("--import FILE" in line for line in (lines[1], lines[3]))
     assert "transformers" in lines[3] and "did you mean devices?" in lines[4]
     assert lines[-1] == "seed: found 0, and 0.001"

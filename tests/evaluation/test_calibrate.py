@@ -212,7 +212,9 @@ def test_a_target_of_ones_own_is_found_by_its_layers(monkeypatch):
     made = calibrate.converted(replace(DENSE, aligner=Aligner(True, True, False)), "mine", [2], 3)
     assert made == Mechanism(dense_layers=(0, 1), aligner=Aligner(False, False, False))
     for other in ("llava", "nonsense"):
-        with pytest.raises(UserError, match=f"--target {other}: .*ee_mllm_f, shortv, vica, mine, or --import"):
+        with pytest.raises(
+            UserError, match=f"--target {other}: .*ee_mllm_f, shortv, vica, operator_skipping, mine, or --import"
+        ):
             calibrate.kept(other)
 
 

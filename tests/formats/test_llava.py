@@ -284,6 +284,7 @@ def test_what_llava_is():
         "llava": [*range(2, 33)],
         "shortv": [2, 3, 4],
         "ee_mllm_f": [2, 3],
+        "operator_skipping": [2, 3],
     }
     batch = tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3]])
     for name, depths in (("shortv", (3, 4, 5)), ("ee_mllm_f", (3, 4))):

@@ -18,6 +18,19 @@ from lit_eemllm.training.tuning import cast
 BOUND = 1e-5  # relative to the largest value
 PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2], [4, 0, 0, 2]]
 TEXT, VISUAL = 9, tiny.TOKENS
+KINDS = (
+    "llava",
+    "ee_mllm",
+    "ee_mllm_f",
+    "naavit",
+    "saisa",
+    "vica",
+    "flamingo",
+    "fastv",
+    "skip_vision",
+    "bidirectional",
+)
+"""Presets of which each goes another way through a layer. The others are tables of the same columns: tests/mechanisms has all."""
 
 
 def text_logits(model: EEMLLM, batch: PackedBatch) -> torch.Tensor:

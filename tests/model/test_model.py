@@ -13,7 +13,8 @@ from lib.decoders import (
     hf_decoder,
     split_documents,
 )
-from lib.mechanisms import BOUND, text_logits
+from lib.equations import RANKED
+from lib.mechanisms import BOUND, KINDS, text_logits
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -145,7 +146,7 @@ def test_mixed_dense_layers_and_switching_touch_no_weight():
 
 
 @pytest.mark.parametrize("decoder", FAMILIES)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", KINDS)
 def test_without_image_every_mechanism_is_the_base_model(preset, decoder):
     """Also token for token."""
     model, batch = tiny.model(decoder, preset), tiny.pack([[5], [9]])
@@ -159,7 +160,7 @@ def test_without_image_every_mechanism_is_the_base_model(preset, decoder):
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("decoder", FAMILIES)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", KINDS)
 def test_packing_leaks_nothing(preset, decoder, backend):
     model, batch = tiny.model(decoder, preset), tiny.pack(PACK)
     model.set_attention(backend)
@@ -203,7 +204,7 @@ def test_packed_equals_one_document_at_a_time():
 )
 @pytest.mark.parametrize(
     "mechanism",
-    [*(name for name in PRESETS if name != "flamingo"), Mechanism(dense_layers=(1,), aligner=Aligner(ffn=False)),
+    [*(name for name in KINDS if name not in ("flamingo", *RANKED)), Mechanism(dense_layers=(1,), aligner=Aligner(ffn=False)),
      Mechanism(visual_positions="shared"), Mechanism(visual_positions="unrotated"), Mechanism(visual_window=3),
      Mechanism(dense_layers=(0,), cross_layers=(0, 2))], ids=str,
 )  # fmt: skip
@@ -228,7 +229,7 @@ def test_cached_steps_equal_one_pass(mechanism, decoder, backend):
 
 
 @pytest.mark.parametrize("decoder", FAMILIES)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name in KINDS if name not in RANKED])
 def test_greedy_generation_alone_equals_in_a_batch_and_without_cache(preset, decoder):
     model = tiny.model(decoder, preset)
     documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 2]]
@@ -289,7 +290,7 @@ def test_half_an_aligner_needs_heads_as_wide_as_the_model_wherever_it_is_execute
 
 
 @pytest.mark.parametrize("encoder", ["clip", "siglip"])
-@pytest.mark.parametrize("mechanism", [*PRESETS, Mechanism(dense_layers=(1,), aligner=Aligner(ffn=False))], ids=str)
+@pytest.mark.parametrize("mechanism", [*KINDS, Mechanism(dense_layers=(1,), aligner=Aligner(ffn=False))], ids=str)
 def test_round_trip_through_a_folder(tmp_path, mechanism, encoder):
     model, batch = tiny.model("llama-gqa", mechanism, encoder), tiny.pack(PACK)
     model.save_pretrained(tmp_path)
@@ -327,7 +328,7 @@ def test_joins_ordinary_checkpoints_unchanged(tmp_path):
 
 
 @pytest.mark.parametrize("decoder", FAMILIES)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", KINDS)
 def test_adapters_of_peft_act_and_merge(preset, decoder):
     """Submodules are called, so peft's LoRA works in the aligner too, and merging it changes nothing."""
     model, batch = tiny.model(decoder, preset), tiny.pack(PACK)
@@ -363,7 +364,7 @@ def test_a_fresh_projector_has_no_zero_bias():
         assert linear.bias.abs().max() > 0.5 * bound and linear.weight.abs().max() <= bound
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", KINDS)
 def test_every_parameter_that_is_added_gets_its_initial_value(preset):
     """Also where it was made without one, as transformers makes what a folder lacks: norms begin at one and zero."""
     model = tiny.model("llama-gqa", preset, "anyres")

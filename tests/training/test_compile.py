@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from lib.mechanisms import KINDS
 from lib.runs import Killed, assert_same, fit_until
 from torch._dynamo.utils import counters
 
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model import parts as model_parts
 from lit_eemllm.training.adapters import add_adapters
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
@@ -76,7 +76,7 @@ def test_few_graphs_serve_all_layouts(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", KINDS)
 def test_compiled_layers_compute_the_same(preset):
     model = tiny.model("llama-gqa", preset).train()
     model.set_attention("sdpa")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from lib.mechanisms import KINDS
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -22,7 +23,6 @@ from lit_eemllm.config.keys import LoraConfig
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.formats.merge import _has_own_base, merge
-from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build
 from lit_eemllm.training.adapters import add_adapters, merge_adapters
@@ -74,7 +74,7 @@ def test_defaults_are_llavas():
 
 
 @pytest.mark.parametrize("decoder", ["llama-gqa", "olmo2", "smollm3"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", KINDS)
 def test_adapters_begin_as_nothing_act_in_every_mechanism_and_merge(preset, decoder):
     model = tiny.model(decoder, preset)
     before = packed_logits(model)

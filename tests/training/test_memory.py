@@ -7,9 +7,9 @@ from types import ModuleType
 import pytest
 import tiny
 import torch
+from lib.mechanisms import KINDS
 
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.mechanisms import PRESETS
 
 PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2]]
 
@@ -33,7 +33,7 @@ def kept_bytes(model, batch):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, total
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", KINDS)
 def test_checkpointing_gives_the_same_gradients_bit_by_bit_with_less_memory(preset):
     model, batch = tiny.model("llama-gqa", preset), tiny.pack(PACK * 4)
     model.set_attention("sdpa")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from lib.mechanisms import KINDS
 from lib.vision import make_model, pack, picture
 
 from lit_eemllm import cli
@@ -17,7 +18,6 @@ from lit_eemllm.cost.estimate import estimate
 from lit_eemllm.data import shards
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.run import load
-from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.training.checkpoint import all_checkpoints, read_checkpoint
 from lit_eemllm.training.fit import fit
 from lit_eemllm.training.initial import initial_model
@@ -75,7 +75,7 @@ def config(parts, data, out, encoder, *overrides):
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", KINDS)
 @pytest.mark.parametrize("encoder", ["siglip2", "idefics2", "anyres"])
 def test_every_mechanism_trains_with_images_of_many_sizes(parts, data, tmp_path, encoder, preset):
     fit(config(parts, data, tmp_path, encoder, f"model.mechanism.preset={preset}"))

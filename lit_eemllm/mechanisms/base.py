@@ -199,11 +199,11 @@ class Mechanism:
     @property
     def modules(self) -> Hashable:
         """Equal for mechanisms that add the same modules: one can replace the other without touching a weight."""
-        makers = [getattr(type(self), name) is not getattr(Mechanism, name) for name in ("connector", "block", "enter")]
-        if not any(makers):  # a table and nothing else
-            return "", self.visual_source
+        kind = type(self)
+        if kind.block is Mechanism.block and kind.connector is Mechanism.connector:  # its options make a table alone
+            return kind.blocks_name, self.visual_source
         own = {f.name: getattr(self, f.name) for f in fields(self)[len(fields(Mechanism)) :]}
-        return type(self).__name__, self.visual_source, tuple(own.items())
+        return kind.__name__, self.visual_source, tuple(own.items())
 
     @property
     def weights(self) -> Hashable:

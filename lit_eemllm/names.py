@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
-from .config.keys import FOR_TRAINER, NOT_FOR_TRAINER, Config, Mistake
+from .config.keys import FOR_TRAINER, NOT_FOR_TRAINER, Config, Mistake, check
 from .errors import ConfigError, did_you_mean, not_one_of
 
 
@@ -59,11 +59,19 @@ def check_names(config: Config) -> Iterator[Mistake]:
 
 
 def check_options(config: Config) -> Iterator[Mistake]:
-    """Options of the mechanism; where the preset is not left to another place."""
+    """Options of the mechanism, and the schedule of mechanisms; where the preset is not left to another place."""
     from .mechanisms import PRESETS
     from .mechanisms.build import option_problems, without_nulls
+    from .mechanisms.schedule import KEY, sections
 
-    mechanism = config.model.mechanism
+    mechanism, wrong = config.model.mechanism, list[tuple[str, str]]()
     if mechanism.preset in PRESETS:
-        for name, text in option_problems(mechanism.preset, without_nulls(mechanism.options)):
-            yield (f"model.mechanism.{name}", "model.mechanism.preset"), text
+        wrong = option_problems(mechanism.preset, without_nulls(mechanism.options))
+    for name, text in wrong:
+        yield (f"model.mechanism.{name}", "model.mechanism.preset"), text
+    wrong_already = wrong or check(config) or any(check_names(config))  # which each entry would repeat
+    if config.optim.mechanisms and not wrong_already:
+        try:
+            sections(config, [check_names, check_options])
+        except ConfigError as error:
+            yield from (((KEY,), line.removeprefix(f"{KEY}: ")) for line in str(error).splitlines())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from lit_eemllm import limits
 from lit_eemllm.errors import not_one_of
 
 Bound = Callable[[Any], str]
@@ -50,6 +53,19 @@ def _is_drop(pair: Any) -> bool:
     return pair[0] >= 0 and 0 < pair[1] < 1
 
 
+def step_range(text: str | int) -> range | None:
+    """The optimiser steps that ``7``, ``1-1000`` or ``1001-`` names, counted from 1 as in the log; None if it names none."""
+    match = re.fullmatch(r"([1-9]\d{0,14})(?:(-)([1-9]\d{0,14})?)?", str(text))
+    if match is None:
+        return None
+    first, dash, last = match.groups()
+    return range(int(first), int(last) + 1 if last else sys.maxsize if dash else int(first) + 1) or None
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e9
+
+
 NON_NEGATIVE = _expect("0 or more", lambda value: 0 <= value < math.inf)
 SHARE = _expect("more than 0, to 1", lambda value: 0 < value <= 1)
 BELOW_1 = _expect("0 to below 1", lambda value: 0 <= value < 1)
@@ -57,3 +73,32 @@ TWO_BELOW_1 = _expect("two numbers from 0 to below 1", lambda value: len(value) 
 TEXT = _expect("text that is not empty", lambda value: bool(value.strip()))
 LAYERS = _expect("all, none, null or a list of distinct layer numbers such as [0, 1]", _are_layers)
 DROP = _expect("pairs of a layer number and a share between 0 and 1, such as [[7, 0.25]]", _is_drop)
+
+_POSITIVE = _expect("a number, more than 0 and less than 1e9", _is_positive)
+_SECTION = _expect("keys of model.mechanism, such as {preset: llava}", lambda value: isinstance(value, dict))
+_ENTRY: dict[str, Bound] = {
+    "steps": _expect("optimiser steps from 1, such as 7, 1-1000 or 1001-", lambda value: step_range(value) is not None),
+    "weight": _POSITIVE,
+    "mechanism": _SECTION,
+    "teacher": _SECTION,
+    "kl": _POSITIVE,
+    "temperature": _POSITIVE,
+}
+
+
+def SCHEDULE(entries: list[Any]) -> str:
+    """The entries of a schedule of mechanisms; what they override is read by `mechanisms.schedule`."""
+    if not 0 < len(entries) <= limits.SCHEDULE:
+        return f"found {len(entries)} entries, expected 1 to {limits.SCHEDULE}; null for no schedule"
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict):
+            return f"entry {number}: found {entry!r}, expected a section such as {{weight: 9, mechanism: {{preset: llava}}}}"
+        for name, value in entry.items():
+            if name not in _ENTRY:
+                return f"entry {number}: {not_one_of(name, _ENTRY)}"
+            if value is not None and (wrong := _ENTRY[name](value)):
+                return f"entry {number}: {name}: {wrong}"
+        for name in ("kl", "temperature"):
+            if entry.get(name) is not None and entry.get("teacher") is None:
+                return f"entry {number}: {name}: has no effect without a teacher"
+    return ""

@@ -14,6 +14,7 @@ from lit_eemllm.config.bounds import (
     DROP,
     LAYERS,
     NON_NEGATIVE,
+    SCHEDULE,
     SHARE,
     TEXT,
     TWO_BELOW_1,
@@ -178,6 +179,9 @@ class OptimConfig:
     """Share of all steps in which the learning rate rises linearly to its peak."""
     schedule: Annotated[str, one_of("cosine", "linear", "constant")] = "cosine"
     """Learning rate after the warm-up: "cosine" or "linear" to 0, or "constant"."""
+    mechanisms: Annotated[list[Any] | None, SCHEDULE] = None
+    """A schedule of mechanisms, which training uses in place of model.mechanism: entries {steps, weight, mechanism, teacher, kl,
+    temperature}, of which each optimiser step draws one (docs/mechanisms.md); null = model.mechanism in all steps."""
     max_steps: Annotated[int | None, at_least(1)] = None
     """Optimiser steps of the whole run; the schedule's length. Set this or epochs: the one set later (in a later file or on the
     command line) replaces the other."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ..model import EEMLLM
 
 LOSS_BYTES = 12  # a logit as the backward pass begins: its float32 log-probability, that one's gradient and its own
+KL_BYTES = 16
+"""More, where the KL of a teacher is computed: both logits, both log-probabilities and three on the way, in place of the gradients."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Step:
         vision_width: of the encoder's features.
         encoder_flops, connector_flops, decoder_flops, head_flops: of the forward pass. The connector stands between
             encoder and decoder; a projector that a layer calls counts with the decoder.
+        teacher_flops: of the forward pass of a teacher, which has no backward pass.
         backward_flops: of everything.
         weights, gradients, optimiser: bytes, of the optimiser AdamW's two moments.
         deferred: FSDP2 sums gradients over ranks once a step, and not after each pack.
@@ -79,6 +82,7 @@ class Step:
     connector_flops: int
     decoder_flops: int
     head_flops: int
+    teacher_flops: float
     backward_flops: float
     weights: int
     gradients: int
@@ -150,8 +154,10 @@ class Step:
         return low
 
 
-def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document) -> Step:
-    """Take a document through a step with the tuning, the types and the precision of `config`."""
+def trace(
+    config: Config, parts: Parts, mechanism: Mechanism, document: Document, teacher: Mechanism | None = None
+) -> Step:
+    """Take a document through a step with the tuning, the types and the precision of `config`, and perhaps with a teacher."""
     model, mode = build_weightless(config, parts, mechanism)
     transform, dtype = model.vision.transform, compute_dtype(config)
     images = document.visual / transform.num_tokens(*transform.largest)
@@ -185,6 +191,7 @@ def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document
         connector_flops=rest.flops - decoder_flops - head_flops,
         decoder_flops=decoder_flops,
         head_flops=head_flops,
+        teacher_flops=0.0 if teacher is None else trace(config, parts, teacher, document).forward_flops,
         backward_flops=images * encoder_backward + backward(logits),
         weights=weights,
         gradients=gradients,
@@ -199,7 +206,7 @@ def trace(config: Config, parts: Parts, mechanism: Mechanism, document: Document
         kept=images * encoder.activations() + rest.kept(),
         largest=max(nbytes(unit.saved) for unit in rest.units),
         below=images * encoder.activations() + rest.below(),
-        logits=LOSS_BYTES * logits.numel(),
+        logits=(LOSS_BYTES + KL_BYTES * (teacher is not None)) * logits.numel(),
         passing=passing(model, autocast, rest.units),
     )
 

@@ -15,6 +15,7 @@ from .weightless import Parts
 
 if TYPE_CHECKING:
     from ..config.keys import Config
+    from ..mechanisms.schedule import Entry
     from ..model import EEMLLM
 
 TEXTS = (64, 256)
@@ -22,21 +23,21 @@ TEXTS = (64, 256)
 
 
 class StepFlops:
-    """FLOPs of packs, forward and backward, as `estimate` counts them: attention full, nothing that is computed again.
+    """FLOPs of packs in steps of an entry of the schedule, forward and backward, as `estimate` counts them: attention full, nothing that is computed again.
 
     Those of the decoder's layers in the forward pass go by the table, document by document. All others are in part proportional to
-    them, as head and backward pass, and in part to the visual tokens, as encoder and connector: by what two documents need (our
+    them, as head, backward pass and teacher, and in part to the visual tokens, as encoder and connector: by what two documents need (our
     reading: exact enough for a gauge).
     """
 
-    def __init__(self, config: Config, model: EEMLLM) -> None:
-        self.mechanism, self.decoder, self.width = model.mechanism, model.config.text_config, model.vision.hidden_size
+    def __init__(self, config: Config, model: EEMLLM, entry: Entry) -> None:
+        self.mechanism, self.decoder, self.width = entry.mechanism, model.config.text_config, model.vision.hidden_size
         transform = model.vision.transform
         visual = transform.num_tokens(*transform.largest)
         parts = Parts(self.decoder, model.config.vision["encoder"], model.config.vision["config"])
         self.layers = cache(self._layers)
-        steps = [trace(config, parts, self.mechanism, Document(text, visual, text)) for text in TEXTS]
-        less, more = (step.forward_flops + step.backward_flops for step in steps)
+        steps = [trace(config, parts, self.mechanism, Document(text, visual, text), entry.teacher) for text in TEXTS]
+        less, more = (step.forward_flops + step.teacher_flops + step.backward_flops for step in steps)
         few, many = (self.layers(text, visual) for text in TEXTS)
         self.share = (more - less) / (many - few)
         self.image = (less - self.share * few) / visual

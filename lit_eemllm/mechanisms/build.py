@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,19 @@ def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] |
     Raises:
         ConfigError: naming every key that is wrong.
     """
-    mechanism = mechanism_named(preset).stretched(num_layers)
-    given = without_nulls(overrides or {})
+    mechanism = _overridden(mechanism_named(preset).stretched(num_layers), preset, overrides or {})
+    problems = mechanism.problems(num_layers)
+    blocks = type(mechanism).block is not Mechanism.block
+    if not problems and not blocks and all(row.blind for row in mechanism.table(num_layers)):
+        problems.append(("cross_layers", "text sees the image in no layer"))
+    if problems:
+        raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
+    return mechanism
+
+
+def _overridden(mechanism: Mechanism, preset: str, overrides: Mapping[str, Any]) -> Mechanism:
+    """The mechanism of a preset, with overrides as in `build_mechanism`."""
+    given = without_nulls(overrides)
     shared = {option.name for option in fields(Mechanism)}
     own = {name: given.pop(name) for name in [*given] if name not in shared and name != "options"} | given.pop(
         "options", {}
@@ -85,17 +96,17 @@ def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] |
         given["visual_drop"] = tuple((int(layer), float(share)) for layer, share in given["visual_drop"])
     if "rows" in given:
         given["rows"] = rows_of(given["rows"])
-    mechanism = replace(mechanism, **given)
-    problems = mechanism.problems(num_layers)
-    blocks = type(mechanism).block is not Mechanism.block
-    if not problems and not blocks and all(row.blind for row in mechanism.table(num_layers)):
-        problems.append(("cross_layers", "text sees the image in no layer"))
-    if problems:
-        raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
-    return mechanism
+    return replace(mechanism, **given)
 
 
 def configured_mechanism(section: MechanismConfig, num_layers: int) -> Mechanism:
     """The mechanism of a configuration's section ``model.mechanism``. Raises as `build_mechanism`."""
     overrides = asdict(section)
     return build_mechanism(overrides.pop("preset"), num_layers, overrides)
+
+
+def modules_of(section: MechanismConfig) -> Hashable:
+    """`Mechanism.modules` of such a section, which the number of layers does not change. Raises ConfigError."""
+    overrides = asdict(section)
+    preset = overrides.pop("preset")
+    return _overridden(mechanism_named(preset), preset, overrides).modules

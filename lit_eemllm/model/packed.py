@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import without_cudnn
@@ -148,18 +148,32 @@ class Packed(ModelParts):
             raise ValueError(text if rows == len(features) else f"{text}; image_sizes are of images of other shapes")
         return Features(features, None if order is None else upload(order[0], features.device))
 
-    def _packed_states(self, batch: PackedBatch) -> Tensor:
-        return self._text_states(batch.input_ids, batch.pixel_values, batch.layout, sizes=batch.image_sizes)
+    # FSDP2 wraps each of the three methods below (`fsdp2.shard`), so none calls another.
+    def _supervised_states(self, batch: PackedBatch) -> Tensor:
+        """The last hidden states at the supervised positions, [n, h]."""
+        text_Th = self._text_states(batch.input_ids, batch.pixel_values, batch.layout, sizes=batch.image_sizes)
+        return text_Th[batch.target_rows]
 
     def packed_logits(self, batch: PackedBatch) -> Tensor:
         """Logits at the supervised positions only, [n, vocabulary]."""
-        text_Th = self._packed_states(batch)
-        return self.language_model.lm_head(text_Th[batch.target_rows])
+        return self.language_model.lm_head(self._supervised_states(batch))
 
     def packed_loss(self, batch: PackedBatch) -> Tensor:
         """Cross-entropy summed over the supervised tokens of the pack, a float32 scalar."""
+        x_nh, head = self._supervised_states(batch), self.language_model.lm_head
         if self._fused_loss is not None and len(batch.targets):  # it divides by their number
-            text_Th = self._packed_states(batch)
-            head = self.language_model.lm_head
-            return self._fused_loss(head.weight, text_Th[batch.target_rows], batch.targets, head.bias)
-        return cross_entropy(self.packed_logits(batch).float(), batch.targets, reduction="sum")
+            return self._fused_loss(head.weight, x_nh, batch.targets, head.bias)
+        return cross_entropy(head(x_nh).float(), batch.targets, reduction="sum")
+
+    def packed_loss_and_kl(self, batch: PackedBatch, teacher_nv: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """As `packed_loss`, but never fused, and `divergence` from the logits of a teacher."""
+        logits_nv = self.language_model.lm_head(self._supervised_states(batch)).float()
+        kl = divergence(teacher_nv, logits_nv, temperature)  # first: it takes most, while the other is not there yet
+        return cross_entropy(logits_nv, batch.targets, reduction="sum"), kl
+
+
+def divergence(teacher_nv: Tensor, student_nv: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student), summed over n positions, in nats: with p = softmax(logits / t) the sum of p_teacher (log p_teacher -
+    log p_student), times t squared, so that its gradient is not the smaller for a larger t (Hinton et al., 1503.02531)."""
+    log_p_nv, log_q_nv = ((x.float() / temperature).log_softmax(-1) for x in (teacher_nv, student_nv))
+    return temperature**2 * kl_div(log_q_nv, log_p_nv, reduction="sum", log_target=True)

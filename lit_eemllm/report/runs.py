@@ -48,7 +48,8 @@ class Run:
         own = {**asdict(mechanism.aligner), **mechanism.options}
         changed = [f"{name}={value}" for name, value in own.items() if value is not None and type(value) is not dict]
         layers = [] if mechanism.dense_layers is None else [f"dense {mechanism.dense_layers}"]
-        return " ".join([mechanism.preset, *layers, *changed])
+        scheduled = ["scheduled"] * (self.config.optim.mechanisms is not None)
+        return " ".join([mechanism.preset, *layers, *changed, *scheduled])
 
     @property
     def types(self) -> dict[str, dict[str, Any]]:

@@ -79,7 +79,8 @@ def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None, offload:
     for part in shared_out(model):
         fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place)
     fully_shard(model, mesh=mesh, offload_policy=place)
-    register_fsdp_forward_method(model, "packed_loss")
+    for method in ("packed_logits", "packed_loss", "packed_loss_and_kl"):
+        register_fsdp_forward_method(model, method)
 
 
 class FSDP2(DataParallel):

@@ -26,6 +26,8 @@ from ..compat.torch import scale_
 from ..console import console
 from ..errors import CheckpointError
 from ..layout import PackedBatch, Run, SequenceLayout
+from ..mechanisms.base import Mechanism
+from ..mechanisms.schedule import Schedule
 from ..model.build import fingerprint
 from .adapters import MARK, WHOLE
 from .checkpoint import tensors, using
@@ -62,6 +64,8 @@ class LitEEMLLM(LightningModule):
         self.trained = apply_tuning(model, config.optim, config.model.dtype)
         model.activation_checkpointing = config.optim.activation_checkpointing
         self.model = model
+        self.mechanisms = Schedule.of(config, model.mechanism, model.config.text_config)
+        self.entry = self.mechanisms.entries[-1]  # of the last step
         self.strict_loading = False  # a checkpoint holds trained weights only; `on_load_checkpoint` is stricter
         self.val_loss = MeanMetric()
         self.step = Step()
@@ -77,7 +81,9 @@ class LitEEMLLM(LightningModule):
             shard(self.model, strategy.mesh, compute_dtype(self.config), strategy.offload)
 
     def on_fit_start(self) -> None:
+        self._use(max(self.mechanisms.all, key=lambda one: one.visual_positions == "unrotated"))  # the widest heads
         choice = self.model.set_attention(self.config.model.attention, compute_dtype(self.config))
+        self._use(self.mechanisms.own)
         if self.trainer.is_global_zero:
             console.print(f"attention: {choice}", markup=False, highlight=False)
         if self.config.model.compile:
@@ -89,16 +95,47 @@ class LitEEMLLM(LightningModule):
     # --- one optimiser step ---
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
-        self.step.add(batch, loss)
-        return loss
+        self.entry = entry = self.mechanisms.at(self.global_step + 1)
+        kl = None
+        if entry.teacher is None:
+            self._use(entry.mechanism)
+            loss = self._loss(batch)
+        else:
+            whole = self._complete(batch)
+            teacher_nv = self._logits_of_teacher(whole, entry.teacher)
+            self._use(entry.mechanism)
+            loss, kl = self.model.packed_loss_and_kl(whole, teacher_nv, entry.temperature)
+        self.step.add(batch, loss, kl)
+        return loss if kl is None else loss + entry.kl * kl
+
+    def on_after_backward(self) -> None:
+        self._use(self.mechanisms.own)  # not before: a layer that is computed again must do what it did
+
+    def _use(self, mechanism: Mechanism) -> None:
+        if mechanism != self.model.mechanism:
+            self.model.set_mechanism(mechanism)
+
+    def _logits_of_teacher(self, batch: PackedBatch, teacher: Mechanism) -> Tensor:
+        """The logits of the model as it is, by another mechanism, [n, vocabulary]; without gradient, and in evaluation mode: the
+        teacher's dropout is off, so it draws no random numbers, and its batch norms learn no statistics."""
+        self._use(teacher)
+        self.model.eval()
+        with torch.no_grad():
+            logits_nv = self.model.packed_logits(batch)
+        torch.clear_autocast_cache()  # before pytorch#165068 it holds copies of weights through which no gradient would flow
+        set_modes(self.model, self.trained)
+        return logits_nv
 
     def _loss(self, batch: PackedBatch) -> Tensor:
-        """Loss, summed over the pack. A trained encoder, and every module that FSDP2 shards, must run in every pass on every rank: a
-        pack without images gets a blank one, which no token sees."""
+        """Loss, summed over the pack."""
+        return self.model.packed_loss(self._complete(batch))
+
+    def _complete(self, batch: PackedBatch) -> PackedBatch:
+        """A trained encoder, and every module that FSDP2 shards, must run in every pass on every rank: a pack without images gets a
+        blank one, which no token sees."""
         if batch.pixel_values is None and ("vision" in self.trained or isinstance(self.trainer.strategy, FSDP2)):
             batch = with_blank_image(batch, self.model.vision.transform)
-        return self.model.packed_loss(batch)
+        return batch
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn what Lightning accumulated (sums, divided by micro-batches and averaged over ranks) into the token mean."""

@@ -65,6 +65,8 @@ def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size
     model, preset = module.model, config.model.mechanism.preset
     parts = {key: value for key, value in flat(model.config.mechanism).items() if value not in (None, [])}
     console.print(f"mechanism {preset}: {', '.join(f'{key} {value}'.lower() for key, value in parts.items())}")
+    for text in module.mechanisms.lines(config.optim.steps):
+        console.print(f"trained by a schedule, {text}", markup=False, highlight=False)
     if preset != "llava" and model.mechanism.is_llava(layers := len(model.language_model.model.layers)):
         console.print(f"warning: in a decoder of {layers} layers this computes what llava does, bit for bit")
     if unseen := unseen_positions(config, module.model.config.text_config):
@@ -100,7 +102,7 @@ class RunLog(Callback):
     def __init__(self, config: Config) -> None:
         self.config, self.logs = config, Logs(Path(config.out))
         self._bar = progress_bar()
-        self._flops_of, self._peak = (lambda layout: 0.0), 0.0
+        self._flops_of, self._peak = (lambda entry, layout: 0.0), 0.0
         self._start_window()
 
     def _start_window(self) -> None:
@@ -108,6 +110,7 @@ class RunLog(Callback):
         self._flops = 0.0
         self._waited, self._window_start = 0.0, time.perf_counter()
         self._losses: list[torch.Tensor] = []
+        self._kls: list[torch.Tensor] = []  # of steps with a teacher
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -139,7 +142,9 @@ class RunLog(Callback):
         from .module import compute_dtype
 
         config, model = module.config, module.model
-        self._flops_of = StepFlops(config, model).of
+        shares = zip(module.mechanisms.entries, module.mechanisms.shares(config.optim.steps), strict=True)
+        flops = {id(entry): StepFlops(config, model, entry) for entry, share in shares if share}
+        self._flops_of = lambda entry, layout: flops[id(entry)].of(layout)
         self._peak = peak_flops(module.device, compute_dtype(config) or model.language_model.dtype)
         self._print(f"a large matrix product runs at {self._peak / 1e12:,.0f} TFLOP/s here, of which MFU is a share")
 
@@ -157,11 +162,13 @@ class RunLog(Callback):
         self._tokens += batch.layout.num_tokens
         self._targets += batch.num_targets
         self._samples += len(batch.keys)
-        self._flops += self._flops_of(batch.layout)
+        self._flops += self._flops_of(pl_module.entry, batch.layout)
         self._crc = zlib.crc32("\n".join(batch.keys).encode(), self._crc)
         step = trainer.global_step
         if step > self._logged + len(self._losses):  # an optimiser step has ended with this batch
             self._losses.append(pl_module.step.mean_loss)
+            if pl_module.step.mean_kl is not None:
+                self._kls.append(pl_module.step.mean_kl)
             self._bar.update(self._task, completed=step)
             if step % self.every == 0 or step == self.steps:
                 self._log(trainer, pl_module, step)
@@ -213,6 +220,8 @@ class RunLog(Callback):
             "targets_per_step": world * self._targets / len(self._losses),
             "keys_crc": self._crc,
         }
+        if self._kls:
+            metrics["kl"] = torch.stack(self._kls).mean().item()
         if self._peak:
             metrics["mfu_percent"] = 100 * self._flops / seconds / self._peak
         skipped = sum(trainer.datamodule.skipped.values()) if trainer.datamodule is not None else 0  # type: ignore[attr-defined]
@@ -222,9 +231,10 @@ class RunLog(Callback):
         self.logs.log_metrics(metrics, step)
         others = [f"{word} {rate:.2e}" for word, rate in module.step.rates.items() if rate != module.step.lr]
         rates = f"{module.step.lr:.2e}" + (f" ({', '.join(others)})" if others else "")
+        kl = f"  KL {metrics['kl']:.4f}" if self._kls else ""
         if trainer.is_global_zero:
             self._print(
-                f"step {step:>6}  loss {metrics['loss']:.4f}  lr {rates}  grad {metrics['grad_norm']:.2f}  "
+                f"step {step:>6}  loss {metrics['loss']:.4f}{kl}  lr {rates}  grad {metrics['grad_norm']:.2f}  "
                 f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_percent']:.0f}%  "
                 f"memory {metrics['memory_gib']:.2f} GiB"
                 + (f"  MFU {metrics['mfu_percent']:.1f}%" if self._peak else "")

@@ -32,11 +32,13 @@ MOST_NAMED = 20
 
 
 class Pack(NamedTuple):
-    """The keys of a pack's samples, its number of supervised tokens, and its loss, summed over them."""
+    """The keys of a pack's samples, its number of supervised tokens, and its loss and KL from a teacher, summed over them; the KL is
+    None on all ranks where the step has no teacher."""
 
     keys: list[str]
     targets: int
     loss: Tensor
+    kl: Tensor | None
 
 
 @dataclass
@@ -45,7 +47,8 @@ class Step:
 
     Attributes:
         packs: packs of the current step so far.
-        mean_loss, grad_norm: of the last step: mean loss of a supervised token over all ranks, norm of its gradients.
+        mean_loss, mean_kl, grad_norm: of the last step: mean loss of a supervised token over all ranks, its mean KL from a teacher
+            (None without one), norm of its gradients.
         rates: of the last step: learning rates by trained component.
         stop_asked: this rank was asked, by a signal, to stop after a step.
         stop_agreed: all ranks stop after this step, since one was asked.
@@ -55,6 +58,7 @@ class Step:
 
     packs: list[Pack] = field(default_factory=list)
     mean_loss: Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
+    mean_kl: Tensor | None = None
     grad_norm: Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
     rates: dict[str, float] = field(default_factory=dict)
     stop_asked: bool = False
@@ -62,20 +66,24 @@ class Step:
     votes: Tensor = field(default_factory=lambda: torch.tensor(0.0))
     ended: float = 0.0
 
-    def add(self, batch: PackedBatch, loss: Tensor) -> None:
-        """Note a pack and its summed loss."""
-        self.packs.append(Pack(batch.keys, batch.num_targets, loss.detach()))
+    def add(self, batch: PackedBatch, loss: Tensor, kl: Tensor | None) -> None:
+        """Note a pack, its summed loss and its summed KL."""
+        self.packs.append(Pack(batch.keys, batch.num_targets, loss.detach(), None if kl is None else kl.detach()))
 
     def total(self, device: torch.device) -> Tensor:
-        """The number of supervised tokens on all ranks. A collective call, which also sets `mean_loss` and `votes`."""
-        loss = sum((pack.loss.float() for pack in self.packs), torch.zeros((), device=device))
+        """The number of supervised tokens on all ranks. A collective call, which also sets `mean_loss`, `mean_kl` and `votes`."""
+        kls = [pack.kl for pack in self.packs if pack.kl is not None]
+        loss, kl = (
+            sum((x.float() for x in sums), torch.zeros((), device=device))
+            for sums in ([pack.loss for pack in self.packs], kls)
+        )
         numbers = (sum(pack.targets for pack in self.packs), self.stop_asked)
         # torch.full runs on the device; copying the numbers to it would wait for it
-        totals = torch.stack([loss, *(torch.full((), float(number), device=device) for number in numbers)])
+        totals = torch.stack([loss, kl, *(torch.full((), float(number), device=device) for number in numbers)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
-        loss, tokens, self.votes = totals
-        self.mean_loss = loss / tokens
+        loss, kl, tokens, self.votes = totals
+        self.mean_loss, self.mean_kl = loss / tokens, kl / tokens if kls else None
         return tokens
 
     @property
@@ -119,7 +127,7 @@ def _not_finite(step: Step, model: EEMLLM, trainer: Trainer, folder: Path, loss:
     """Save the evidence and the last good state; return the error to raise. A collective call."""
     mine: list[Any] = [
         {"rank": trainer.global_rank, "loss": loss.item() / targets, "targets": targets, "keys": keys}
-        for keys, targets, loss in step.packs
+        for keys, targets, loss, _ in step.packs
     ]
     ranks = [mine]
     if dist.is_available() and dist.is_initialized():

@@ -10,7 +10,9 @@ from lib.fake_cuda.cases import TUNINGS
 LAYERS, TEXT, VISUAL = 4, 256, 576
 
 
-def measured_and_estimated(mechanism: str, tuning: str, checkpointing: bool, documents: int, kind: str) -> list[float]:
+def measured_and_estimated(
+    mechanism: str, tuning: str, checkpointing: bool, documents: int, kind: str, teacher: str | None = None
+) -> list[float]:
     """Peaks of a step in which the optimiser has its moments, beyond weights and moments, and those."""
     import torch
     from lib.fake_cuda import steps
@@ -24,7 +26,9 @@ def measured_and_estimated(mechanism: str, tuning: str, checkpointing: bool, doc
     from lit_eemllm.mechanisms import build_mechanism
     from lit_eemllm.model import EEMLLM, EEMLLMConfig
 
-    config, parts = steps.configuration(tuning, checkpointing, kind), parts_of_shape("vicuna-7b")
+    taught = [] if teacher is None else [f"optim.mechanisms=[{{teacher: {{preset: {teacher}}}}}]"]
+    config = steps.configuration(tuning, checkpointing, kind, f"model.mechanism.preset={mechanism}", *taught)
+    parts = parts_of_shape("vicuna-7b")
     parts.decoder.num_hidden_layers = LAYERS
     made = build_mechanism(mechanism, LAYERS)
     vision = {"encoder": parts.encoder, "config": parts.vision}
@@ -43,7 +47,8 @@ def measured_and_estimated(mechanism: str, tuning: str, checkpointing: bool, doc
         for _ in range(2):
             world.peak = world.now
             steps.optimiser_step(module, batch, optimizer)
-    step = trace(config, parts, made, Document(TEXT, VISUAL, TEXT))
+    source = None if teacher is None else build_mechanism(teacher, LAYERS)
+    step = trace(config, parts, made, Document(TEXT, VISUAL, TEXT), source)
     stays = step.weights + step.optimiser
     return [world.peak - stays, step.most_bytes(documents, checkpointing=checkpointing) - stays, stays]
 
@@ -61,6 +66,13 @@ def check(*case):
 @on_fake_cuda
 def test_peak(mechanism, tuning, checkpointing):
     check(mechanism, tuning, checkpointing, 6, "bfloat16")
+
+
+@pytest.mark.parametrize(("mechanism", "kind"), [("ee_mllm", "bfloat16"), ("vica", "exact")])
+@on_fake_cuda
+def test_peak_with_a_teacher(mechanism, kind):
+    """At the loss: of a mechanism that saves little, or with recomputing."""
+    check(mechanism, "frozen", mechanism == "ee_mllm", 12, kind, "llava")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def covering(mechanism: str) -> Iterator[Case]:
         yield cases[(5 * turn + i) % len(cases)]
 
 
-def check(mechanism: str, cases: list[Case]) -> None:
+def check(mechanism: str, cases: list[Case], *overrides: str) -> None:
     import tiny
     from lib.fake_cuda import steps
     from lib.fake_cuda.world import World
@@ -33,7 +33,7 @@ def check(mechanism: str, cases: list[Case]) -> None:
     steps.stand_in()
     true: dict[tuple[str, str], tuple[float, float]] = {}
     for name, tuning, checkpointing, kind in cases:
-        config = steps.configuration(tuning, checkpointing, kind)
+        config = steps.configuration(tuning, checkpointing, kind, *overrides)
         if (tuning, kind) not in true:
             module = steps.training_module(steps.model(mechanism), config, "cpu")
             true[tuning, kind] = steps.optimiser_step(module, tiny.pack(steps.PACK))
@@ -54,6 +54,15 @@ def check(mechanism: str, cases: list[Case]) -> None:
 @on_fake_cuda
 def test_a_step_neither_waits_nor_mixes_devices(mechanism):
     check(mechanism, list(covering(mechanism)))
+
+
+@on_fake_cuda
+def test_a_step_with_a_teacher_does_not_either():
+    """The loss is the sum of the cross-entropy and the KL."""
+    schedule = (
+        "[{mechanism: {rows: [{layers: 1-, tokens: every 2}]}, teacher: {preset: ee_mllm}, kl: 2, temperature: 2}]"
+    )
+    check("llava", list(covering("llava")), "model.mechanism.preset=llava", f"optim.mechanisms={schedule}")
 
 
 @pytest.mark.slow

@@ -31,6 +31,10 @@ from lit_eemllm.training.tuning import parameter_groups
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several processes, one after the other, on few cores
 
 LORA = ("optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=4", "optim.lora.dropout=0")
+SCHEDULE = (
+    "optim.mechanisms=[{steps: 1-2, mechanism: {rows: [{layers: 0-, tokens: every 2}]}, teacher: {}, kl: 2}, "
+    "{steps: 3, mechanism: {preset: naavit}}, {steps: 4-, teacher: {preset: ee_mllm}, temperature: 2}]"
+)
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configuration
     "ee_mllm": ("ee_mllm", ()),
     "llava": ("llava", ()),
@@ -41,6 +45,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "vision": ("ee_mllm", ("optim.tuning.vision=full",)),
     "lora": ("ee_mllm", (*LORA, "optim.tuning.vision=lora")),
     "recomputed lora": ("llava", (*LORA, "optim.activation_checkpointing=true")),
+    "taught": ("llava", ("model.mechanism.preset=llava", *LORA, "optim.activation_checkpointing=true", SCHEDULE)),
     "compiled": ("llava", (*LORA, "model.compile=true", "optim.activation_checkpointing=true")),
     "projector": ("llava", ("optim.tuning.llm=frozen",)),
     "many sizes": ("ee_mllm", ("optim.tuning.vision=full", "optim.vision_layer_decay=0.5")),
@@ -57,13 +62,14 @@ SHARED = (
     "flamingo",
     "vision",
     "recomputed lora",
+    "taught",
     "compiled",
     "many sizes",
     "tiles",
     "olmo2",
     "smollm3",
 )
-MIXED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "lora", "smollm3")
+MIXED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "taught", "lora", "smollm3")
 # Packs of every step, [micro-batch][rank], as documents of run lengths (0 an image). They are uneven, ranks lack images in
 # turn, and once all do.
 STEPS: list[list[list[list[list[int]]]]] = [
@@ -286,7 +292,7 @@ def test_fsdp2_in_16_bits_computes_as_autocast(trained: list[dict[str, Any]], al
     parts round the inputs of their norms too: they must not be further from autocast than autocast is from float32. Later,
     AdamW blows all this up."""
     auto = alone(case, sgd=False, mixed=True)
-    assert case == "recomputed lora" or auto["copies"] >= auto["narrow"], "the count sees autocast's"
+    assert case in ("recomputed lora", "taught") or auto["copies"] >= auto["narrow"], "the count sees autocast's"
 
     def apart(a: dict[str, Any], b: dict[str, Any]) -> torch.Tensor:
         x, y = (torch.cat([found["gradients"][name].flatten() for name in auto["gradients"]]) for found in (a, b))

@@ -310,7 +310,8 @@ def test_schedule_by_hand():
 
 
 def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
-    """Two steps of two packs: waits of 1 s, work of 3 s; validation (100 s) and a checkpoint (50 s) do not count."""
+    """Two steps of two packs: waits of 1 s, work of 3 s; validation (100 s) and a checkpoint (50 s) do not count. The second step has a
+    teacher."""
     now = [0.0]
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
     config = tiny.config(parts, "unused", tmp_path, "optim.log_every=2", "optim.max_steps=20")
@@ -322,7 +323,7 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
     )  # fmt: skip
     step = Step(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0))
     step.rates = {"llm": 0.5, "projector": 0.25, "vision": 0.5}
-    module = SimpleNamespace(step=step, config=config)
+    module = SimpleNamespace(step=step, config=config, entry=None)
     batch = tiny.pack([[3, 0, 4], [5]])  # 28 tokens, 2 + 3 + 4 = 9 targets
     log.on_train_start(trainer, module)
     for micro in range(4):
@@ -332,6 +333,7 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
         if micro % 2:
             trainer.global_step += 1
             module.step.mean_loss = torch.tensor(float(trainer.global_step))
+            module.step.mean_kl = torch.tensor(0.25) if trainer.global_step == 2 else None
         log.on_train_batch_end(trainer, module, None, batch, micro)
         now[0] += 50 if micro == 2 else 0  # writes a checkpoint
         module.step.ended = now[0]
@@ -342,10 +344,10 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
     assert step == 2 and values["loss"] == 1.5 and values["lr"] == 0.5 and values["grad_norm"] == 2.0
     assert values["tokens_per_second"] == 4 * 28 / 16 and values["samples_per_second"] == 8 / 16
     assert values["step_seconds"] == 8 and values["data_wait_percent"] == 25 and values["targets_per_step"] == 18
-    assert values["skipped"] == 2
+    assert values["skipped"] == 2 and values["kl"] == 0.25
     first, line = capsys.readouterr().out.splitlines()
     assert first == "step      1  loss 1.0000  after 8.0 s; then a line every 2 steps"
-    assert "  lr 5.00e-01 (projector 2.50e-01)  grad 2.00  7 tokens/s  " in line
+    assert "  loss 1.5000  KL 0.2500  lr 5.00e-01 (projector 2.50e-01)  grad 2.00  7 tokens/s  " in line
     assert line.endswith("  skipped 2  0:02:24 left"), "18 steps of 8 s, for whoever reads it in a file"
 
 

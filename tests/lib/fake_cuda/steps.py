@@ -81,13 +81,13 @@ def stand_in() -> None:
     flex._compiled = kernels.flex
 
 
-def configuration(tuning: str, checkpointing: bool = False, kind: str = "bfloat16") -> Config:
+def configuration(tuning: str, checkpointing: bool = False, kind: str = "bfloat16", *overrides: str) -> Config:
     """Kind: of frozen weights, under autocast to bfloat16; ``exact``: all is float32."""
     dtype, precision = ("float32", "32-true") if kind == "exact" else (kind, "bf16-mixed")
     return load_config([], [
         "model.decoder=x", "model.vision.path=x", "data.train=x", "optim.lr=1e-3", "optim.max_steps=2",
         f"optim.tuning.llm={tuning}", "optim.lora.dropout=0", f"model.dtype={dtype}", f"trainer.precision={precision}",
-        f"optim.activation_checkpointing={str(checkpointing).lower()}",
+        f"optim.activation_checkpointing={str(checkpointing).lower()}", *overrides,
     ])  # fmt: skip
 
 
@@ -120,6 +120,7 @@ def optimiser_step(module: LitEEMLLM, batch: PackedBatch, optimizer: Any = None)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         loss = module.training_step(batch, 0)
     loss.backward()
+    module.on_after_backward()
     optimizer = optimizer or module.configure_optimizers()["optimizer"]
     assert all(p.device == device and (p.grad is None or p.grad.device == device) for p in module.parameters())
     module.on_before_optimizer_step(optimizer)

@@ -5,6 +5,7 @@ FLOPs of a prompt and the cache are formulas (`formulas`); a training step is th
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from rich.table import Table
 from ..console import console, progress, quiet_libraries
 from ..errors import UserError
 from ..mechanisms import PRESETS, Mechanism, build_mechanism, configured_mechanism
+from ..mechanisms.schedule import Entry, Schedule
 from .formulas import cache_bytes, decode_flops, prefill_flops
 
 if TYPE_CHECKING:
@@ -75,12 +77,21 @@ def estimate(
         raise UserError(f"--targets {targets}: expected 1 to {text}, the text tokens of a document")
 
     layers = parts.decoder.num_hidden_layers
+    llava = build_mechanism("llava", layers)
     mechanisms, configured = mechanisms_of(config, layers, only)
+    schedule = Schedule.of(config, mechanisms[configured], parts.decoder)
     document, rows = Document(text, visual, targets), {}
+
+    def figures(entry: Entry) -> dict[str, Any]:
+        step = trace(config, parts, entry.mechanism, document, entry.teacher)
+        return _figures(config, parts.decoder, entry.mechanism, document, step, documents, gpus, memory)
+
     with progress("mechanisms", len(mechanisms)) as advance:
         for name, mechanism in mechanisms.items():
-            step = trace(config, parts, mechanism, document)
-            rows[name] = _figures(config, parts.decoder, mechanism, document, step, documents, gpus, memory)
+            rows[name] = figures(Entry(mechanism))
+            if name == configured and config.optim.mechanisms is not None:
+                shares = zip(schedule.entries, schedule.shares(config.optim.max_steps), strict=True)
+                rows[name] = _scheduled(rows[name], [(share, figures(entry)) for entry, share in shares if share])
             advance(1)
     found = {
         "decoder": shape or config.model.decoder,
@@ -94,10 +105,11 @@ def estimate(
         "gpus": gpus,
         "memory_gib": memory,
         "configured": configured,
+        "schedule": schedule.lines(config.optim.max_steps),
         "llava_prefill_published": prefill_flops(
             PRESETS["llava"], parts.decoder, text, visual, last_layer_saving=False
         ),
-        "computes_llava": [name for name, m in mechanisms.items() if name != "llava" and m.is_llava(layers)],
+        "computes_llava": [name for name, m in mechanisms.items() if m != llava and m.is_llava(layers)],
         "mechanisms": rows,
     }
     if as_json:
@@ -128,6 +140,7 @@ def mechanisms_of(config: Config, layers: int, only: bool) -> tuple[dict[str, Me
     preset = config.model.mechanism.preset
     own = configured_mechanism(config.model.mechanism, layers)
     name = preset if own == build_mechanism(preset, layers) else f"{preset}, changed"
+    name += "" if config.optim.mechanisms is None else ", scheduled"
     presets = {} if only else {each: build_mechanism(each, layers) for each in PRESETS}
     return {**presets, name: own}, name
 
@@ -181,7 +194,7 @@ def _figures(
             "encoder": step.encoder_flops,
             "connector": step.connector_flops,
             "head": step.head_flops,
-            "training_forward": documents * packs * step.forward_flops,
+            "training_forward": documents * packs * (step.forward_flops + step.teacher_flops),
             "training_backward": documents * packs * step.backward_flops,
             "training_recomputed": documents * packs * step.decoder_flops,
         },
@@ -199,6 +212,23 @@ def _figures(
     }
 
 
+def _scheduled(own: dict[str, Any], entries: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """The figures of a mechanism that is trained by a schedule, of which `entries` are shares and figures: FLOPs of a step as expected,
+    memory of the step that takes most."""
+    found = copy.deepcopy(own)
+    for name in (name for name in own["flops"] if name.startswith("training_")):
+        found["flops"][name] = sum(share * each["flops"][name] for share, each in entries)
+    for name in own["training_bytes"]:
+        found["training_bytes"][name] = max(each["training_bytes"][name] for _, each in entries)
+    for way in own["fits"]:
+        fits = [each["fits"][way] for _, each in entries]
+        found["fits"][way] = {
+            "bytes": max(each["bytes"] for each in fits),
+            "most_documents": min(each["most_documents"] for each in fits),
+        }
+    return found
+
+
 # --- for people
 def show(found: dict[str, Any]) -> None:
     """Three tables, each with what its columns mean below it."""
@@ -211,6 +241,10 @@ def show(found: dict[str, Any]) -> None:
         f"trained: {', '.join(trained)}; precision {found['precision']}, frozen weights {found['frozen_dtype']}, "
         f"{'' if found['activation_checkpointing'] else 'no '}activation checkpointing\n"
     )
+    if found["schedule"]:
+        text = "\n  ".join(["trained by a schedule:", *found["schedule"]])
+        text += "\nso FLOPs of a training step are what is expected of one, and memory is that of the step that takes most\n"
+        console.print(text, markup=False, highlight=False)
 
     table = _table("inference", "parameters, prefill FLOPs, published, of llava, decode FLOPs, outside FLOPs, KV cache")
     for name, row in rows.items():

@@ -18,6 +18,7 @@ from ..core.select import ALL, Select, Share, Top
 from ..core.table import PARTS, LayerPlan
 from ..layout import Run, SequenceLayout, Visibility
 from ..mechanisms import PRESETS, Mechanism, Sizes, configured_mechanism
+from ..mechanisms.schedule import Schedule
 from .estimate import prompt_of, si
 from .formulas import layer_flops, prefill_flops
 
@@ -59,20 +60,31 @@ def explain(config: Config, *, shape: str | None, text: int, visual: int | None,
     sizes = Sizes(parts.decoder.hidden_size, layers, parts.vision_width)
     with torch.device("meta"):
         modules = [mechanism.block(layer, sizes) is not None for layer in range(layers)]
-    flops = layer_flops(mechanism, parts.decoder, text, visual, parts.vision_width)
     dense = prefill_flops(PRESETS["llava"], parts.decoder, text, visual)
-    table = mechanism.table(layers)
+
+    def show(one: Mechanism) -> list[int]:
+        flops = layer_flops(one, parts.decoder, text, visual, parts.vision_width)
+        console.print(grid(one.table(layers), flops, modules))
+        total = sum(flops)
+        console.print(f"{si(total)} FLOPs in the decoder's layers, {total / dense:.1%} of llava's.{notes(one)}\n")
+        return flops
+
     what = f"{preset} in {layers} layers of {shape or config.model.decoder}"
     head = f"{what}: a document of {visual:,} visual and {text:,} text tokens"
     console.print(f"{head}\n")
-    console.print(grid(table, flops, modules))
-    total = sum(flops)
+    flops = show(mechanism)
+    schedule = Schedule.of(config, mechanism, parts.decoder)
+    for entry in schedule.entries[:-1]:
+        console.print(f"trained by a schedule: {entry.text}\n", markup=False, highlight=False)
+        show(entry.mechanism)
+        if entry.teacher is not None:
+            console.print("and its teacher\n")
+            show(entry.teacher)
     console.print(
-        f"{si(total)} FLOPs in the decoder's layers, {total / dense:.1%} of llava's.{notes(mechanism)} A layer updates visual "
-        "tokens only if a later one reads them: so does the program, and so FLOPs are counted."
+        "A layer updates visual tokens only if a later one reads them: so does the program, and so FLOPs are counted."
     )
     if out is not None:
-        draw(table, flops, head, out)
+        draw(mechanism.table(layers), flops, head, out)
         console.print(f"picture: {out}")
 
 

@@ -202,6 +202,50 @@ def test_a_changed_mechanism_stands_beside_the_presets(written, capsys):
     assert set(row["fits"]) == {"ddp", "ddp_recomputing"}
 
 
+def test_a_schedule_is_what_its_steps_cost(written, capsys):
+    """Four fifths of the steps by one mechanism, a fifth by another, with a teacher; after the tenth step half of each."""
+    text = "[{weight: 4, steps: 1-10, mechanism: {preset: vica}}, {weight: 1, teacher: {preset: naavit}}, {steps: 11-, mechanism: {preset: vica}}]"
+    line = ["estimate", written, "--text", "10", "--batch", "3", "--gpus", "2", "--only", "optim.max_steps=10"]
+
+    def estimated(*more):
+        assert cli.main([*line, "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    one, other, teacher = (
+        estimated(f"model.mechanism.preset={name}")["mechanisms"][name] for name in ("vica", "llava", "naavit")
+    )
+    both = estimated("model.mechanism.preset=llava", f"optim.mechanisms={text}")
+    row = both["mechanisms"]["llava, scheduled"]
+    assert row["flops"]["prefill"] == other["flops"]["prefill"] and row["mechanism"] == other["mechanism"]
+    found = {name: row["flops"][f"training_{name}"] for name in ("forward", "backward", "recomputed")}
+    a, b, t = ({name: each["flops"][f"training_{name}"] for name in found} for each in (one, other, teacher))
+    assert found["forward"] == pytest.approx(0.8 * a["forward"] + 0.2 * (b["forward"] + t["forward"]))
+    assert found["backward"] == pytest.approx(0.8 * a["backward"] + 0.2 * b["backward"])
+    bytes_of = row["training_bytes"]
+    assert bytes_of["activations"] == other["training_bytes"]["activations"] > one["training_bytes"]["activations"]
+    assert bytes_of["logits"] == pytest.approx(28 / 12 * other["training_bytes"]["logits"])
+    assert row["fits"]["ddp"]["bytes"] > other["fits"]["ddp"]["bytes"] and both["schedule"][0].startswith(
+        "about 80.0% of 10 steps: {weight: 4"
+    )
+    assert (
+        cli.main(
+            [
+                *line,
+                "model.mechanism.preset=llava",
+                f"optim.mechanisms={text}",
+                "optim.max_steps=null",
+                "optim.epochs=1",
+            ]
+        )
+        == 0
+    )
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "trained by a schedule: about 50.0% of a long run: {weight: 1, teacher: {preset: naavit}}" in shown
+    assert (
+        "FLOPs of a training step are what is expected of one, and memory is that of the step that takes most" in shown
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -94,6 +94,19 @@ def test_the_verb_prints_and_draws(tmp_path, monkeypatch, capsys):
         assert told in capsys.readouterr().err
 
 
+def test_the_tables_of_a_schedule(capsys):
+    schedule = (
+        "optim.mechanisms=[{weight: 3, mechanism: {preset: vica}, teacher: {rows: [{layers: 8-, seen: every 2}]}}, {}]"
+    )
+    assert cli.main(["explain", "--shape", "vicuna-7b", "model.mechanism.preset=llava", schedule]) == 0
+    said = capsys.readouterr().out
+    own, first, second = said.split("trained by a schedule: ")
+    assert first.startswith("{weight: 3, mechanism: {preset: vica}") and second.startswith("{}")
+    table, teacher = first.partition("\n")[2].split("and its teacher")
+    assert "7–11" in table and "every 2" in teacher and "every 2" not in table
+    assert own.count("% of llava's") == 1 and "100.0% of llava's" in own and "100.0% of llava's" in second
+
+
 def test_a_mechanism_of_ones_own(tmp_path, capsys):
     example = Path(__file__).parents[2] / "docs" / "my_mechanism.py"
     with tiny.forgotten_imports():

@@ -225,7 +225,7 @@ def test_evaluation(read: Callable[[str], Reader]) -> None:
         ("docs/data.md", 4),
         ("docs/sweeps.md", 3),
         ("docs/vision.md", 1),
-        ("docs/mechanisms.md", 6),
+        ("docs/mechanisms.md", 8),
         ("docs/decoders.md", 2),
     ],
 )

@@ -114,17 +114,25 @@ def test_the_commands_of_a_comment(preset: Path, miniature: Miniature) -> None:
 def test_the_commands_leave_results_of_their_own(miniature: Miniature) -> None:
     """EE-MLLM-F is the trained LLaVA with other layers; ViCA with PDrop is ViCA with fewer tokens, and ViCA keeps its results."""
     of_name = {preset.stem: preset for preset in WITH_COMMANDS}
-    assert set(of_name) == {"saisa_7b_pretrain", "ee_mllm_f_7b", *(f"{name}_finetune" for name in DROPS)}
+    free = ("ee_mllm_f", "fastv", "withdrawal", "visipruner", "operator_skipping")
+    assert set(of_name) == {
+        "saisa_7b_pretrain",
+        *(f"{name}_7b" for name in free),
+        *(f"{name}_finetune" for name in DROPS),
+    }
     for name, layers in DROPS.items():
         miniature.call(of_name[f"{name}_finetune"])
         results = json.loads(Path(f"runs/{name}/pdrop/eval/results.json").read_text())
         assert results["mechanism"]["visual_drop"] == [[layer, 0.25] for layer in layers]
         assert results["checkpoint"] == f"runs/{name}/finetune/checkpoints/step-2.ckpt"
         assert not Path(f"runs/{name}/finetune/eval").exists()
-    miniature.call(of_name["ee_mllm_f_7b"])
-    results = json.loads(Path("runs/ee_mllm_f_7b/eval/results.json").read_text())
-    assert (results["preset"], results["mechanism"]["dense_layers"]) == ("ee_mllm_f", list(range(16)))
-    assert results["checkpoint"] == "runs/llava_1.5_7b/finetune/checkpoints/step-2.ckpt"
+    for name in free:
+        miniature.call(of_name[f"{name}_7b"])
+        results = json.loads(Path(f"runs/{name}_7b/eval/results.json").read_text())
+        assert results["preset"] == name
+        assert results["checkpoint"] == "runs/llava_1.5_7b/finetune/checkpoints/step-2.ckpt"
+        if name == "ee_mllm_f":
+            assert results["mechanism"]["dense_layers"] == list(range(16))
     assert all(ASKED[preset].optim.max_steps == 5197 for preset in WITH_COMMANDS if "step-5197" in preset.read_text())
 
 

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from lib.equations import DEEP, DROPPING, FAMILIES, plain
+from lib.mechanisms import text_logits
 from torch.nn.functional import cross_entropy
 
 from lit_eemllm.core.ranking import Ranking
@@ -32,8 +33,7 @@ def made(name, decoder="llama-gqa"):
 @pytest.mark.parametrize("name", DROPPING)
 def test_logits_and_gradients_in_training(name, decoder):
     model, pack = made(name, decoder), batch()
-    text = model._packed_states(pack)
-    logits = model.language_model.lm_head(text)
+    logits = text_logits(model, pack)
     true = plain(model, pack)
     assert tiny.max_error(logits, true) <= 1e-5
     weights = torch.linspace(-1, 1, true.numel()).view_as(true)
@@ -51,7 +51,7 @@ def test_logits_and_gradients_in_training(name, decoder):
 @pytest.mark.parametrize("name", DROPPING)
 def test_a_document_in_a_pack_is_the_document_alone(name):
     model, pack = made(name), batch()
-    whole, row, image = model._packed_states(pack), 0, 0
+    whole, row, image = text_logits(model, pack), 0, 0
     for number, document in enumerate(DOCUMENTS):
         images = document.count(0)
         alone = tiny.pack([document])
@@ -63,7 +63,7 @@ def test_a_document_in_a_pack_is_the_document_alone(name):
             pixel_values=pack.pixel_values[image : image + images] if images else None,
             layout=replace(alone.layout, answers=ANSWERS[number : number + 1]),
         )
-        states = model._packed_states(alone)
+        states = text_logits(model, alone)
         assert tiny.max_error(whole[row : row + len(states)], states) <= 1e-5
         row, image = row + len(states), image + images
 

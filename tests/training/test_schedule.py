@@ -14,7 +14,7 @@ from lightning import Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from lit_eemllm.config import load_config
-from lit_eemllm.core.table import Every
+from lit_eemllm.core.select import Every
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.mechanisms import PRESETS, build_mechanism

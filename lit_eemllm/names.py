@@ -17,7 +17,7 @@ def check_names(config: Config) -> Iterator[Mistake]:
     from .attention import registered_backends
     from .evaluation.metrics import METRICS
     from .inputs.chat import TEMPLATES
-    from .mechanisms import PRESETS
+    from .mechanisms import CONNECTORS, PRESETS
     from .mechanisms.base import rows_of
     from .model.vision import get_vision_encoder
     from .plugins import made_with
@@ -28,6 +28,7 @@ def check_names(config: Config) -> Iterator[Mistake]:
         yield ("model.mechanism.rows",), str(error).removeprefix("model.mechanism.rows: ")
     for key, found, known in (
         ("model.mechanism.preset", config.model.mechanism.preset, PRESETS),
+        ("model.connector.name", config.model.connector.name, CONNECTORS),
         ("model.attention", config.model.attention, ["auto", *registered_backends()]),
         ("model.template", config.model.template, TEMPLATES),
         ("eval.metric", config.eval.metric, [None, *METRICS]),
@@ -35,7 +36,9 @@ def check_names(config: Config) -> Iterator[Mistake]:
         if found not in known:
             wrong, hint = not_one_of(found, sorted(filter(None, known))), made_with(Path(config.out))
             own = key in ("model.attention", "eval.metric")
-            own |= key == "model.mechanism.preset" and ("did you mean" not in wrong or bool(hint))
+            own |= key in ("model.mechanism.preset", "model.connector.name") and (
+                "did you mean" not in wrong or bool(hint)
+            )
             yield (key,), wrong + (f"; one of your own needs --import FILE{hint}" if own else "")
     preset = PRESETS.get(config.model.mechanism.preset)
     key = f"optim.tuning.{preset.component}" if preset is not None else ""
@@ -59,16 +62,19 @@ def check_names(config: Config) -> Iterator[Mistake]:
 
 
 def check_options(config: Config) -> Iterator[Mistake]:
-    """Options of the mechanism, and the schedule of mechanisms; where the preset is not left to another place."""
-    from .mechanisms import PRESETS
+    """Options of mechanism and connector, and the schedule of mechanisms; where their names are not left to another place."""
+    from .mechanisms import CONNECTORS, PRESETS
     from .mechanisms.build import option_problems, without_nulls
     from .mechanisms.schedule import KEY, sections
 
-    mechanism, wrong = config.model.mechanism, list[tuple[str, str]]()
+    mechanism, connector, wrong = config.model.mechanism, config.model.connector, list[Mistake]()
     if mechanism.preset in PRESETS:
-        wrong = option_problems(mechanism.preset, without_nulls(mechanism.options))
-    for name, text in wrong:
-        yield (f"model.mechanism.{name}", "model.mechanism.preset"), text
+        for key, text in option_problems("preset", PRESETS, mechanism.preset, without_nulls(mechanism.options)):
+            wrong.append(((f"model.mechanism.{key}", "model.mechanism.preset"), text))
+    if connector.name in CONNECTORS:
+        for key, text in option_problems("connector", CONNECTORS, connector.name, without_nulls(connector.options)):
+            wrong.append(((f"model.connector.{key}", "model.connector.name"), text))
+    yield from wrong
     wrong_already = wrong or check(config) or any(check_names(config))  # which each entry would repeat
     if config.optim.mechanisms and not wrong_already:
         try:

@@ -224,7 +224,7 @@ def test_evaluation(read: Callable[[str], Reader]) -> None:
         ("docs/backends.md", 8),
         ("docs/data.md", 4),
         ("docs/sweeps.md", 3),
-        ("docs/vision.md", 1),
+        ("docs/vision.md", 5),
         ("docs/mechanisms.md", 8),
         ("docs/decoders.md", 2),
     ],

@@ -45,7 +45,8 @@ from lit_eemllm.evaluation.metrics import METRICS
 from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.inputs.resolutions import AnyresTransform, NativeTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
-from lit_eemllm.mechanisms import PRESETS, Mechanism
+from lit_eemllm.mechanisms import CONNECTORS, PRESETS, Connector, Mechanism
+from lit_eemllm.mechanisms.connectors import DEFAULT
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
 from lit_eemllm.model.vision import _ENCODERS, TransformersVision, VisionEncoder
 
@@ -156,6 +157,7 @@ def model(
     encoder: str = "clip",
     seed: int = 0,
     layers: int | None = None,
+    connector: Connector = DEFAULT,
 ) -> EEMLLM:
     """A random EEMLLM in float32 on the CPU, attention through the reference; by default of `layers_of`."""
     torch.manual_seed(seed)
@@ -173,6 +175,7 @@ def model(
         vision={"encoder": "transformers", "config": tower.to_config()},
         mechanism=mechanism.to_dict(),
         image_token_id=VOCAB,
+        connector=connector.to_dict(),
     )
     result = EEMLLM(config, vision=tower).eval()
     with torch.no_grad():  # random norms and biases: nothing may hide behind ones and zeros
@@ -298,7 +301,7 @@ def write_shards(folder: Path, train: int = 160, val: int = 60) -> Path:
 @contextlib.contextmanager
 def forgotten_imports() -> Iterator[None]:
     """Whatever is registered and imported within, as by --import, is gone after it, as it is in another process."""
-    registries = (_BACKENDS, _ENCODERS, FAMILIES, METRICS, PRESETS, REGISTERED, plugins.imported)
+    registries = (_BACKENDS, _ENCODERS, CONNECTORS, FAMILIES, METRICS, PRESETS, REGISTERED, plugins.imported)
     before, modules = [dict(registry) for registry in registries], set(sys.modules)
     try:
         yield

@@ -33,7 +33,7 @@ def verb(verbs: Any, name: str, run: Callable[[Namespace], int | None], text: st
 
 def takes_imports(made: ArgumentParser) -> ArgumentParser:
     """Add ``--import``."""
-    text = "a Python file of your own that registers mechanisms, backends, encoders, decoders, metrics or sources; repeatable"
+    text = "a Python file of your own that registers mechanisms, connectors, backends, encoders, decoders, metrics or sources; repeatable"
     made.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE", help=text)
     return made
 

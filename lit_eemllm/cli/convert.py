@@ -1,4 +1,4 @@
-"""`convert`: a trained model under another mechanism, or in LLaVA's format."""
+"""`convert`: a trained model under another mechanism or behind another connector, or in LLaVA's format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add(verbs: Any) -> None:
     made = takes_imports(verb(verbs, "convert", _convert, text, *examples))
     text = "a run directory (its newest checkpoint), a folder of an EEMLLM (save_pretrained) or of a LLaVA-1.5, 1.6 in "
     text += "transformers' format; then overrides: model.mechanism.*, which without a preset change the source's own "
-    text += "mechanism, and seed, of modules that are fresh"
+    text += "mechanism, model.connector.* likewise, and seed, of modules that are fresh"
     made.add_argument("inputs", nargs="*", metavar="SOURCE|key=value", help=text)
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     made.add_argument("--mechanism", metavar="PRESET", help="such as ee_mllm or saisa; default: the source's own")

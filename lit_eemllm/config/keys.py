@@ -39,7 +39,18 @@ class VisionConfig:
     policy: Annotated[str, one_of("pad", "resize", "crop", "anyres", "native")] = "pad"
     """Image to pixels: "pad" to a square, "resize" (new aspect), "crop", "anyres" (tiles) or, for encoders of any size, "native"."""
     max_tokens: Annotated[int | None, at_least(1)] = None
-    """With policy native, the most visual tokens of an image; null = as the encoder's preprocessor_config.json says."""
+    """With policy native, the most features of an image, which the connector may make fewer; null = as the encoder's
+    preprocessor_config.json says."""
+
+
+@dataclass
+class ConnectorConfig:
+    name: str = "mlp"
+    """What makes visual tokens of the encoder's features: "mlp" or "linear", a token of each; "pixel_shuffle" or "average", one of each
+    square of them; "attention", a number of learned queries; or one of your own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options that only this connector has, by name: factor, the side of a square (2), of pixel_shuffle and average; tokens (64) of an
+    image or tile and heads (8), of attention."""
 
 
 @dataclass
@@ -86,6 +97,7 @@ class ModelConfig:
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; null = the decoder's own."""
     vision: VisionConfig = field(default_factory=VisionConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     mechanism: MechanismConfig = field(default_factory=MechanismConfig)
     attention: str = "auto"
     """Attention backend, or "auto": the fastest one that a trial on the device proves to work."""
@@ -134,7 +146,7 @@ class TuningConfig:
     vision: Annotated[str, one_of("frozen", "full", "lora")] = "frozen"
     """Vision encoder: "frozen", "full" or "lora"."""
     projector: Annotated[str, one_of("frozen", "full", "lora")] = "full"
-    """Projector, and modules that a mechanism adds: "frozen", "full" or "lora"."""
+    """Projector (the connector), and modules that a mechanism adds: "frozen", "full" or "lora"."""
     llm: Annotated[str, one_of("frozen", "full", "lora")] = "frozen"
     """Decoder: "frozen", "full" or "lora"."""
 

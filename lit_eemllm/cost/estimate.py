@@ -15,7 +15,8 @@ from rich.table import Table
 
 from ..console import console, progress, quiet_libraries
 from ..errors import UserError
-from ..mechanisms import PRESETS, Mechanism, build_mechanism, configured_mechanism
+from ..mechanisms import PRESETS, Connector, Mechanism, build_mechanism, configured_mechanism
+from ..mechanisms.connectors import DEFAULT
 from ..mechanisms.schedule import Entry, Schedule
 from .formulas import cache_bytes, decode_flops, prefill_flops
 
@@ -60,10 +61,10 @@ def estimate(
         UserError: an option or a part cannot be used.
     """
     from .trace import Document, trace
-    from .weightless import parts_of_config, parts_of_shape
+    from .weightless import parts_of
 
     quiet_libraries()
-    parts = parts_of_config(config.model) if shape is None else parts_of_shape(shape)
+    parts = parts_of(config, shape)
     visual = prompt_of(parts, text, visual)
     if documents is None:
         documents = min(
@@ -77,14 +78,13 @@ def estimate(
         raise UserError(f"--targets {targets}: expected 1 to {text}, the text tokens of a document")
 
     layers = parts.decoder.num_hidden_layers
-    llava = build_mechanism("llava", layers)
-    mechanisms, configured = mechanisms_of(config, layers, only)
+    mechanisms, configured = mechanisms_of(config, layers, only, parts.connector)
     schedule = Schedule.of(config, mechanisms[configured], parts.decoder)
     document, rows = Document(text, visual, targets), {}
 
     def figures(entry: Entry) -> dict[str, Any]:
         step = trace(config, parts, entry.mechanism, document, entry.teacher)
-        return _figures(config, parts.decoder, entry.mechanism, document, step, documents, gpus, memory)
+        return _figures(config, parts, entry.mechanism, document, step, documents, gpus, memory)
 
     with progress("mechanisms", len(mechanisms)) as advance:
         for name, mechanism in mechanisms.items():
@@ -95,6 +95,7 @@ def estimate(
             advance(1)
     found = {
         "decoder": shape or config.model.decoder,
+        "connector": parts.connector.to_dict(),
         "tuning": asdict(config.optim.tuning),
         "precision": str(config.trainer.get("precision") or "32-true"),
         "frozen_dtype": config.model.quantization or config.model.dtype,
@@ -121,10 +122,7 @@ def estimate(
 def prompt_of(parts: Parts, text: int, visual: int | None) -> int:
     """Visual tokens of a document: as many as asked for, or as the encoder makes of an image, at most. Raises UserError."""
     if visual is None:
-        from ..inputs.resolutions import transform_from_dict
-
-        transform = transform_from_dict(parts.vision["transform"])
-        visual = transform.num_tokens(*transform.largest)
+        visual = parts.transform.num_tokens(*parts.transform.largest)
     _one_or_more("text", text)
     _one_or_more("visual", visual)
     return visual
@@ -135,14 +133,16 @@ def _one_or_more(name: str, value: float) -> None:
         raise UserError(f"--{name} {value:g}: expected 1 or more")
 
 
-def mechanisms_of(config: Config, layers: int, only: bool) -> tuple[dict[str, Mechanism], str]:
-    """By name, and the name of the configured one: its preset's, if nothing of it is changed."""
+def mechanisms_of(
+    config: Config, layers: int, only: bool, connector: Connector = DEFAULT
+) -> tuple[dict[str, Mechanism], str]:
+    """By name, and the name of the configured one: its preset's, if nothing of it is changed. Without presets that refuse the connector."""
     preset = config.model.mechanism.preset
     own = configured_mechanism(config.model.mechanism, layers)
     name = preset if own == build_mechanism(preset, layers) else f"{preset}, changed"
     name += "" if config.optim.mechanisms is None else ", scheduled"
     presets = {} if only else {each: build_mechanism(each, layers) for each in PRESETS}
-    return {**presets, name: own}, name
+    return {**{each: made for each, made in presets.items() if not made.refuses(connector)}, name: own}, name
 
 
 def _accumulate(config: Config) -> int:
@@ -159,7 +159,7 @@ def _itemsize(config: Config) -> int:
 
 def _figures(
     config: Config,
-    decoder: Any,
+    parts: Parts,
     mechanism: Mechanism,
     document: Document,
     step: Step,
@@ -168,7 +168,8 @@ def _figures(
     memory: float,
 ) -> dict[str, Any]:
     """A mechanism's part of what was found."""
-    prompt = (mechanism, decoder, document.text, document.visual)
+    prompt = (mechanism, parts.decoder, document.text, document.visual)
+    connected: dict[str, Any] = {"vision_width": step.vision_width, "connector": parts.connector, "view": parts.view}
     packs, itemsize = _accumulate(config), _itemsize(config)
     fits: dict[str, Any] = {}
     for way in ("ddp", "fsdp")[: 2 if gpus > 1 else 1]:
@@ -188,8 +189,8 @@ def _figures(
         "parameters": step.parameters,
         "trained": step.trained,
         "flops": {
-            "prefill": prefill_flops(*prompt, vision_width=step.vision_width),
-            "prefill_published": prefill_flops(*prompt, last_layer_saving=False, vision_width=step.vision_width),
+            "prefill": prefill_flops(*prompt, **connected),
+            "prefill_published": prefill_flops(*prompt, last_layer_saving=False, **connected),
             "decode": decode_flops(*prompt),
             "encoder": step.encoder_flops,
             "connector": step.connector_flops,
@@ -235,7 +236,7 @@ def show(found: dict[str, Any]) -> None:
     rows, documents, packs = found["mechanisms"], found["documents"], found["accumulate"]
     trained = [f"{part} ({choice})" for part, choice in found["tuning"].items() if choice != "frozen"]
     console.print(
-        f"{found['decoder']}, configured mechanism {found['configured']}\n"
+        f"{found['decoder']}, configured mechanism {found['configured']}, connector {found['connector']['name']}\n"
         f"a document: {found['visual']:,} visual and {found['text']:,} text tokens, {found['targets']:,} of them supervised\n"
         f"a pack: {documents:,} documents; a step: {packs:,} packs on each of {found['gpus']:,} GPUs\n"
         f"trained: {', '.join(trained)}; precision {found['precision']}, frozen weights {found['frozen_dtype']}, "
@@ -262,7 +263,7 @@ def show(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         "Prefill and decode: the decoder's layers, for a document and for a new token after it. Published: as papers count, "
-        "who update visual tokens in the last layer too, where nothing reads them; of llava: of its published. Outside: encoder, and projector or "
+        "who update visual tokens in the last layer too, where nothing reads them; of llava: of its published. Outside: encoder, and connector or "
         f"resampler. KV cache: of {documents:,} such prompts."
     )
     if found["computes_llava"]:

@@ -18,6 +18,7 @@ from ..core.select import ALL, Select, Share, Top
 from ..core.table import PARTS, LayerPlan
 from ..layout import Run, SequenceLayout, Visibility
 from ..mechanisms import PRESETS, Mechanism, Sizes, configured_mechanism
+from ..mechanisms.connectors import DEFAULT
 from ..mechanisms.schedule import Schedule
 from .estimate import prompt_of, si
 from .formulas import layer_flops, prefill_flops
@@ -50,26 +51,28 @@ def explain(config: Config, *, shape: str | None, text: int, visual: int | None,
         visual: its visual tokens; None = as many as the encoder makes of an image, at most.
         out: a picture (.png, .svg or .pdf); None = none.
     """
-    from .weightless import parts_of_config, parts_of_shape
+    from .weightless import parts_of
 
     quiet_libraries()
-    parts = parts_of_config(config.model) if shape is None else parts_of_shape(shape)
+    parts = parts_of(config, shape)
     preset, layers = config.model.mechanism.preset, parts.decoder.num_hidden_layers
     mechanism = configured_mechanism(config.model.mechanism, layers)
     visual = prompt_of(parts, text, visual)
     sizes = Sizes(parts.decoder.hidden_size, layers, parts.vision_width)
     with torch.device("meta"):
         modules = [mechanism.block(layer, sizes) is not None for layer in range(layers)]
+    connected: dict[str, Any] = {"connector": parts.connector, "view": parts.view}
     dense = prefill_flops(PRESETS["llava"], parts.decoder, text, visual)
 
     def show(one: Mechanism) -> list[int]:
-        flops = layer_flops(one, parts.decoder, text, visual, parts.vision_width)
+        flops = layer_flops(one, parts.decoder, text, visual, parts.vision_width, **connected)
         console.print(grid(one.table(layers), flops, modules))
         total = sum(flops)
         console.print(f"{si(total)} FLOPs in the decoder's layers, {total / dense:.1%} of llava's.{notes(one)}\n")
         return flops
 
     what = f"{preset} in {layers} layers of {shape or config.model.decoder}"
+    what += f", connector {parts.connector}" if parts.connector != DEFAULT else ""
     head = f"{what}: a document of {visual:,} visual and {text:,} text tokens"
     console.print(f"{head}\n")
     flops = show(mechanism)

@@ -1,18 +1,24 @@
 """FLOPs, cache and their parts as formulas of the table, from shapes alone.
 
-One multiply-add counts 2; attention is counted full, as the papers do. Language-model head, vision encoder, projector or
-resampler, and embeddings are left out; projectors of single layers (SAISA) are counted, since they replace what the decoder
+One multiply-add counts 2; attention is counted full, as the papers do. Language-model head, vision encoder, connector or
+resampler, and embeddings are left out; connectors of single layers (SAISA) are counted, since they replace what the decoder
 would do.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from math import prod
 from typing import Any
 
+import torch
+
+from ..compat.torch import FakeTensorMode, flop_counter
 from ..core.families import FAMILIES
 from ..core.select import Top
 from ..core.table import LayerPlan, executed, ranked_in
-from ..mechanisms import Mechanism, Sizes
+from ..mechanisms import Connector, Mechanism, Sizes
+from ..mechanisms.connectors import DEFAULT
 
 
 def prefill_flops(
@@ -23,6 +29,8 @@ def prefill_flops(
     last_layer_saving: bool = True,
     vision_width: int = 0,
     prefix: int = 0,
+    connector: Connector = DEFAULT,
+    view: tuple[int, int] = (1, 1),
 ) -> int:
     """FLOPs of the decoder layers for one prompt.
 
@@ -33,10 +41,13 @@ def prefill_flops(
         visual: visual tokens V, of one image.
         last_layer_saving: count only keys and values of visual tokens in the last layer, as this program computes;
             False for comparison with the papers' tables.
-        vision_width: of the encoder's features; needed for layerwise projectors and modules that the mechanism adds.
+        vision_width: of the encoder's features; needed for connectors of single layers and modules that the mechanism adds.
         prefix: text tokens whose scores over the image are not counted, since they stand before it (ViCA's accounts).
+        connector: of each layer, where each has its own.
+        view: rows and columns of the features of a view, by which its FLOPs for a token are found.
     """
-    return sum(layer_flops(mechanism, decoder, text, visual, vision_width, prefix, last_layer_saving))
+    of_layers = layer_flops(mechanism, decoder, text, visual, vision_width, prefix, last_layer_saving, connector, view)
+    return sum(of_layers)
 
 
 def layer_flops(
@@ -47,19 +58,33 @@ def layer_flops(
     vision_width: int = 0,
     prefix: int = 0,
     last_layer_saving: bool = True,
+    connector: Connector = DEFAULT,
+    view: tuple[int, int] = (1, 1),
 ) -> list[int]:
     """Of each layer, with the module before it; arguments as in `prefill_flops`."""
     layers = decoder.num_hidden_layers
-    sizes, table = Sizes(decoder.hidden_size, layers, vision_width), mechanism.table(layers)
+    sizes = Sizes(decoder.hidden_size, layers, vision_width, connector=connector)
+    table = mechanism.table(layers)
     table = executed(table) if last_layer_saving else table
     unrotated = mechanism.visual_positions == "unrotated"
-    own = 2 * (vision_width * sizes.hidden + sizes.hidden**2) * visual
+    own = round(visual * token_flops(sizes, view)) if visual and any(row.source == "own" for row in table) else 0
     return [
         row_flops(row, ranked_in(table, layer), decoder, text, visual, prefix, unrotated)
         + own * (row.source == "own")
         + mechanism.block_cost(layer, sizes, text, visual).prefill
         for layer, row in enumerate(table)
     ]
+
+
+@cache
+def token_flops(sizes: Sizes, view: tuple[int, int]) -> float:
+    """FLOPs of the connector for one of the tokens that it makes of a view with so many rows and columns of features: those of the
+    module itself, on tensors without data."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+        module, features = sizes.connector.module(sizes), torch.empty(prod(view), sizes.vision)
+        with flop_counter() as counted:
+            made = module(features, None, (view,))
+    return counted.get_total_flops() / len(made)
 
 
 def row_flops(

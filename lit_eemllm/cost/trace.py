@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..compat.torch import LiveBytes, flop_counter, storage_id
 from ..core.decoder import DecoderLayer
+from ..inputs.images import Transform
+from ..inputs.reduction import EACH, Grids, Reduction
 from ..layout import PackedBatch, Run, SequenceLayout
 from ..mechanisms import Features, Mechanism
 from ..training.adapters import MARK
@@ -162,15 +164,17 @@ def trace(
     transform, dtype = model.vision.transform, compute_dtype(config)
     images = document.visual / transform.num_tokens(*transform.largest)
     shape = transform(Image.new("RGB", transform.largest)).shape
+    grids = grids_of(transform, document.visual)
     with mode:
         pixels = torch.empty(1, *shape)
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
     with autocast, recording(model) as encoder:
         features = model.image_features(pixels)
     encoder_backward = backward(features) if features.requires_grad else 0
-    # As many as the document has, whatever the encoder gives.
-    features = features.new_empty(document.visual, features.shape[-1], requires_grad=features.requires_grad)
-    model._features = lambda pixels, sizes, layout: Features(features, None)  # type: ignore[method-assign]
+    # As many as make the document's tokens, whatever the encoder gives.
+    features = features.new_empty(EACH.count(grids), features.shape[-1], requires_grad=features.requires_grad)
+    cut = None if transform.reduction.count(grids) == document.visual else torch.arange(document.visual)
+    model._features = lambda pixels, sizes, layout: Features(features, cut, grids)  # type: ignore[method-assign]
     with autocast, recording(model) as rest:
         logits = model.packed_logits(pack(document, pixels))
     if any(row.source == "own" for row in model.table):  # layers take it from where it is, not from their input
@@ -209,6 +213,14 @@ def trace(
         logits=(LOSS_BYTES + KL_BYTES * (teacher is not None)) * logits.numel(),
         passing=passing(model, autocast, rest.units),
     )
+
+
+def grids_of(transform: Transform, visual: int) -> Grids:
+    """Grids of features that become so many visual tokens: a line of squares, or as many views of the largest image as give enough."""
+    side, view = transform.reduction.side, transform.largest_view
+    if type(transform.reduction).grid is Reduction.grid:
+        return ((side, side * visual),)
+    return (view,) * -(-visual // transform.reduction.count((view,)))
 
 
 def passing(model: EEMLLM, autocast: torch.autocast, units: list[Part]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,10 +31,13 @@ class StepFlops:
     """
 
     def __init__(self, config: Config, model: EEMLLM, entry: Entry) -> None:
-        self.mechanism, self.decoder, self.width = entry.mechanism, model.config.text_config, model.vision.hidden_size
+        self.mechanism, self.decoder = entry.mechanism, model.config.text_config
         transform = model.vision.transform
         visual = transform.num_tokens(*transform.largest)
-        parts = Parts(self.decoder, model.config.vision["encoder"], model.config.vision["config"])
+        vision = model.config.vision
+        parts = Parts(self.decoder, vision["encoder"], vision["config"], model.connector)
+        width = model.vision.hidden_size
+        self.connected: dict[str, Any] = {"vision_width": width, "connector": model.connector, "view": parts.view}
         self.layers = cache(self._layers)
         steps = [trace(config, parts, self.mechanism, Document(text, visual, text), entry.teacher) for text in TEXTS]
         less, more = (step.forward_flops + step.teacher_flops + step.backward_flops for step in steps)
@@ -43,7 +46,7 @@ class StepFlops:
         self.image = (less - self.share * few) / visual
 
     def _layers(self, text: int, visual: int) -> int:
-        return prefill_flops(self.mechanism, self.decoder, text, visual, vision_width=self.width)
+        return prefill_flops(self.mechanism, self.decoder, text, visual, **self.connected)
 
     def of(self, layout: SequenceLayout) -> float:
         """Of a pack."""

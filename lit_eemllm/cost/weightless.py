@@ -13,9 +13,10 @@ from ..attention import AttentionBackend
 from ..compat.torch import FakeTensorMode
 from ..errors import ConfigError
 from ..inputs.images import ImageTransform, Transform
-from ..inputs.resolutions import NativeTransform, with_policy
+from ..inputs.resolutions import NativeTransform, transform_from_dict, with_policy
 from ..layout import SequenceLayout, Visibility
-from ..mechanisms import Mechanism
+from ..mechanisms import Connector, Mechanism, configured_connector
+from ..mechanisms.connectors import DEFAULT
 from ..model import EEMLLM, EEMLLMConfig
 from ..model.configuration import load_decoder_config
 from ..model.vision import TransformersVision, get_vision_encoder
@@ -48,11 +49,21 @@ trainer: {precision: bf16-mixed}
 
 @dataclass(frozen=True)
 class Parts:
-    """The decoder's transformers config; the encoder's registered name and what its `to_config` gives."""
+    """The decoder's transformers config; the encoder's registered name and what its `to_config` gives; the connector."""
 
     decoder: Any
     encoder: str
     vision: dict[str, Any]
+    connector: Connector = DEFAULT
+
+    @property
+    def transform(self) -> Transform:
+        return transform_from_dict(self.vision["transform"]).with_reduction(self.connector)
+
+    @property
+    def view(self) -> tuple[int, int]:
+        """`Transform.largest_view`, for an encoder of one's own too, whose transform need not be known."""
+        return self.transform.largest_view if self.connector.by_place else (1, 1)
 
     @property
     def vision_width(self) -> int:
@@ -61,12 +72,12 @@ class Parts:
             return get_vision_encoder(self.encoder).from_config(self.vision).hidden_size
 
 
-def parts_of_shape(name: str) -> Parts:
+def parts_of_shape(name: str, connector: Connector = DEFAULT) -> Parts:
     """Raises ConfigError naming the shapes."""
     if name not in SHAPES:
         raise ConfigError(f"--shape: unknown shape {name!r}; choose one of {sorted(SHAPES)}")
     decoder = LlamaConfig(**SHAPES[name], vocab_size=32000)
-    return Parts(decoder, "transformers", _vision(CLIPVisionConfig(**CLIP_L), select_layer=-2))
+    return Parts(decoder, "transformers", _vision(CLIPVisionConfig(**CLIP_L), select_layer=-2), connector)
 
 
 def parts_of_config(config: ModelConfig) -> Parts:
@@ -76,12 +87,21 @@ def parts_of_config(config: ModelConfig) -> Parts:
         ConfigError: a part is not there or not supported.
     """
     decoder, _ = load_decoder_config(config.decoder)
+    connector = configured_connector(config.connector)
     given, encoder = config.vision, get_vision_encoder(config.vision.encoder)
     if encoder is not TransformersVision:
         made = encoder.from_path(given.path or "", select_layer=given.select_layer, policy=given.policy)
-        return Parts(decoder, given.encoder, made.to_config())
+        return Parts(decoder, given.encoder, made.to_config(), connector)
     vision, _ = TransformersVision.read_config(given.path or "")
-    return Parts(decoder, given.encoder, _vision(vision, given.select_layer, given.policy, given.max_tokens))
+    vision = _vision(vision, given.select_layer, given.policy, given.max_tokens)
+    return Parts(decoder, given.encoder, vision, connector)
+
+
+def parts_of(config: Config, shape: str | None) -> Parts:
+    """Of a shape with the configuration's connector or, without one, of the configuration."""
+    if shape is None:
+        return parts_of_config(config.model)
+    return parts_of_shape(shape, configured_connector(config.model.connector))
 
 
 def _vision(
@@ -115,6 +135,7 @@ def build_weightless(config: Config, parts: Parts, mechanism: Mechanism) -> tupl
                 vision={"encoder": parts.encoder, "config": parts.vision},
                 mechanism=mechanism.to_dict(),
                 image_token_id=parts.decoder.vocab_size,
+                connector=parts.connector.to_dict(),
             )
         )
         set_modes(model, apply_tuning(model, config.optim, config.model.dtype))

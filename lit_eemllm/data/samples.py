@@ -99,7 +99,7 @@ class SampleEncoder:
         """What of it a run must keep when it goes on, by the words in which a difference is told."""
         return {
             "model.template with its tokenizer": self.template.fingerprint(),
-            "images": self.transform.to_dict(),
+            "images": self.transform.identity(),
             **{f"data.{key}": getattr(self, key) for key in ("max_length", "truncation", "max_image_pixels")},
         }
 

@@ -89,7 +89,7 @@ def identity(
         "mechanism": model.config.mechanism,
         "tokenizer": processor.fingerprint(),
         "model.template": processor.template.fingerprint(),
-        "images": processor.transform.to_dict(),
+        "images": processor.transform.identity(),
         "attention": [model.backend.name, config.trainer.get("precision")],
         "eval.batch_size": config.eval.batch_size,
         "eval.max_new_tokens": {name: tokens for name, (tokens, _) in questions.items()},

@@ -34,7 +34,11 @@ def costs(model: EEMLLM, processor: Processor, questions: Sequence[Question], co
         ids = processor.template.encode(question.conversation, generation=True).ids
         visual = sum(transform.num_tokens(*picture.size) for picture in question.pictures)
         lengths.append((len(ids) - len(question.pictures), visual))
-    flops = [prefill_flops(model.mechanism, decoder, *each, vision_width=model.vision.hidden_size) for each in lengths]
+    width, view = model.vision.hidden_size, transform.largest_view
+    flops = [
+        prefill_flops(model.mechanism, decoder, *each, vision_width=width, connector=model.connector, view=view)
+        for each in lengths
+    ]
 
     some = questions[:PROMPTS]
     opened = [[open_image(x, q.conversation.key, most) for x in q.images] for q in some]

@@ -98,6 +98,7 @@ def validate(config: Config, checkpoint: str | None) -> None:
         "data": on,
         "seed": config.seed,
         "mechanism": model.config.mechanism,
+        "connector": model.connector.to_dict(),
         "preset": config.model.mechanism.preset,
         "parameters": sum(p.numel() for p in model.parameters()),
         "skipped": dict(broken),

@@ -1,4 +1,5 @@
-"""`lit-eemllm convert`: a run, an EEMLLM folder or a LLaVA checkpoint under another mechanism, or as a LLaVA again."""
+"""`lit-eemllm convert`: a run, an EEMLLM folder or a LLaVA checkpoint under another mechanism or behind another connector, or as a LLaVA
+again."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from ..config import load_config, strict_yaml
 from ..console import console, progress, quiet_libraries
 from ..errors import CheckpointError, ConfigError, UserError
 from ..mechanisms.build import without_nulls
+from ..mechanisms.connectors import DEFAULT
 from ..model import EEMLLM, Processor
 from ..model.folders import finder, read_config, refuse_adapter
 from ..names import check_names
@@ -22,12 +24,12 @@ from ..plugins import warn_if_changed
 from ..training.adapters import merge_adapters
 from ..training.checkpoint import new_folder, newest_checkpoint
 from .llava import SOURCE, check_llava, load_llava, load_tokenizer, load_whole, save_llava
-from .mechanism import Fate, change_mechanism, choose_mechanism, mechanism_settings
+from .mechanism import Fate, change_mechanism, choose_connector, choose_mechanism, mechanism_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MECHANISM = "model.mechanism."
+MECHANISM, CONNECTOR = "model.mechanism.", "model.connector."
 _REQUIRED = ("model.decoder=x", "model.vision.path=x", "data.train=x", "optim.lr=1", "optim.max_steps=1")  # not read
 
 
@@ -57,24 +59,26 @@ class Source:
 
 
 def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -> None:
-    """Write the source's model under another mechanism.
+    """Write the source's model under another mechanism, behind another connector, or both.
 
     Args:
         source: folder of a LLaVA-1.5, 1.6 (transformers' format) or of an EEMLLM (`save_pretrained`), or a run directory, of
             which the newest checkpoint is taken.
         out: folder to create; appears only when it is complete.
-        overrides: ``model.mechanism.*`` and ``seed``; without a preset they change the source's own mechanism.
+        overrides: ``model.mechanism.*``, ``model.connector.*`` and ``seed``; without a preset or a name they change the source's own
+            mechanism or connector.
         to_llava: write transformers' LlavaForConditionalGeneration, or LlavaNext..., instead of an EEMLLM.
 
     Raises:
-        UserError: the source, the mechanism or `out` cannot be used; nothing has been written.
+        UserError: the source, the mechanism, the connector or `out` cannot be used; nothing has been written.
     """
     quiet_libraries()
-    wanted, seed = _wanted(overrides)
+    wanted, other, seed = _wanted(overrides)
     with new_folder(out) as folder, progress("converting", 3) as advance:
         found = open_source(source)
         layers = _num_layers(found.model)
         mechanism = choose_mechanism(found.model.mechanism, layers, wanted)
+        connector = choose_connector(found.model.connector, other)
         named = json.dumps(mechanism_settings(mechanism, layers))
         if to_llava and not mechanism.is_llava(layers):
             raise ConfigError(
@@ -84,7 +88,7 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
         if to_llava and found.tokenizer is None:
             raise ConfigError(f"--to-llava: {source} holds no tokenizer; convert the run it was made from")
         advance(1)
-        model, fates = change_mechanism(found.model, mechanism, seed)
+        model, fates = change_mechanism(found.model, mechanism, seed, connector)
         advance(1)
         checked = ""
         if to_llava:
@@ -97,7 +101,8 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
                 found.tokenizer.save_pretrained(folder)
             (folder / "config.yaml").write_text(_configuration(found.config, model, source, out))
         advance(1)
-    console.print(_table(fates, f"{found.name} -> {out}, mechanism {named}"))
+    behind = f", connector {connector}" if connector != DEFAULT else ""
+    console.print(_table(fates, f"{found.name} -> {out}, mechanism {named}{behind}"))
     fresh = {fate.name.partition(".")[0] for fate in fates if fate.fate == "fresh"}
     if fresh:
         begins = f"; {mechanism.blocks_begin}" if mechanism.blocks_name in fresh and mechanism.blocks_begin else ""
@@ -105,16 +110,17 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
     console.print(checked or f"to train it further: lit-eemllm fit {out} out=runs/NAME")
 
 
-def _wanted(overrides: Sequence[str]) -> tuple[dict[str, Any], int]:
-    """Keys of ``model.mechanism`` that were given, and the seed. Raises ConfigError naming every mistake."""
-    strays = [text for text in overrides if not text.startswith((MECHANISM, "seed="))]
+def _wanted(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Keys of ``model.mechanism`` and of ``model.connector`` that were given, and the seed. Raises ConfigError naming every mistake."""
+    strays = [text for text in overrides if not text.startswith((MECHANISM, CONNECTOR, "seed="))]
     if strays:
-        raise ConfigError(f"convert takes {MECHANISM}* and seed, found {' '.join(strays)}")
+        raise ConfigError(f"convert takes {MECHANISM}*, {CONNECTOR}* and seed, found {' '.join(strays)}")
     config = load_config([], [*_REQUIRED, *overrides], checks=[check_names])
-    given = without_nulls(asdict(config.model.mechanism))
-    if not any(text.startswith(f"{MECHANISM}preset=") for text in overrides):
-        del given["preset"]
-    return given, config.seed
+    mechanism, connector = (without_nulls(asdict(part)) for part in (config.model.mechanism, config.model.connector))
+    for given, name in ((mechanism, f"{MECHANISM}preset"), (connector, f"{CONNECTOR}name")):
+        if not any(text.startswith(f"{name}=") for text in overrides):
+            del given[name.rpartition(".")[2]]
+    return mechanism, connector, config.seed
 
 
 # --- sources
@@ -195,6 +201,7 @@ def _configuration(config: dict[str, Any], model: EEMLLM, source: Path, out: Pat
     """The source's configuration for the new folder: its mechanism, its weights, its parts if it holds them."""
     section = config["model"]
     section |= {"mechanism": mechanism_settings(model.mechanism, _num_layers(model)), "quantization": None}
+    section["connector"] = model.connector.to_dict()
     for part, key in ((section, "decoder"), (section, "tokenizer"), (section["vision"], "path")):
         if part.get(key) and Path(part[key]).resolve() == source.resolve():
             part[key] = str(out)

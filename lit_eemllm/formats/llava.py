@@ -37,6 +37,7 @@ from ..inputs.images import RESAMPLING, ImageTransform, Transform
 from ..inputs.processor import Processor
 from ..inputs.resolutions import AnyresTransform
 from ..mechanisms import PRESETS
+from ..mechanisms.connectors import DEFAULT
 from ..model.configuration import EEMLLMConfig
 from ..model.folders import naming, read_config
 from ..model.modeling import EEMLLM
@@ -231,6 +232,11 @@ def save_llava(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path, 
     family = vision.model.config.model_type if isinstance(vision, TransformersVision) else type(vision).__name__
     if not isinstance(vision, TransformersVision) or family not in STRATEGIES:
         raise ConfigError(f"the vision encoder is a {family}; LLaVA's format holds CLIP and SigLIP only")
+    if model.connector != DEFAULT:
+        raise ConfigError(
+            f"model.connector.name: found {model.connector.name}, LLaVA's format holds {DEFAULT.name} only; with "
+            f"model.connector.name={DEFAULT.name} convert begins a fresh one, to be trained"
+        )
     if vision.select_layer is None:
         raise ConfigError(
             "model.vision.select_layer: found null, LLaVA's format needs a layer: hidden states before the last norm"

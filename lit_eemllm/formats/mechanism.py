@@ -1,7 +1,7 @@
-"""A trained model under another mechanism: which modules stay, are copied, begin fresh or go.
+"""A trained model under another mechanism or behind another connector: which modules stay, are copied, begin fresh or go.
 
 Mechanisms that need the same modules share every weight. Where they differ it is in what connects encoder and decoder: one
-projector, one for each layer, or modules of the mechanism's own.
+connector, one for each layer, or modules of the mechanism's own. Another connector begins fresh.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from ..config import flat
 from ..config.keys import MechanismConfig
 from ..errors import ConfigError
-from ..mechanisms import PRESETS, Mechanism, Projector, build_mechanism
+from ..mechanisms import PRESETS, Connector, ConnectorModule, Mechanism, build_connector, build_mechanism
 from ..mechanisms.connectors import LayerwiseProjector
 from ..model.modeling import EEMLLM
 
@@ -59,6 +59,11 @@ def choose_mechanism(current: Mechanism, num_layers: int, wanted: Mapping[str, A
     return build_mechanism(preset, num_layers, settings)
 
 
+def choose_connector(current: Connector, wanted: Mapping[str, Any]) -> Connector:
+    """A registered one with changes or, if `wanted` has no name, the current one with changes: keys of ``model.connector``."""
+    return build_connector(_merged({} if "name" in wanted else current.to_dict(), wanted))
+
+
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Section by section, the new over the old."""
     both = {
@@ -67,7 +72,9 @@ def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {**old, **both}
 
 
-def change_mechanism(model: EEMLLM, mechanism: Mechanism, seed: int) -> tuple[EEMLLM, list[Fate]]:
+def change_mechanism(
+    model: EEMLLM, mechanism: Mechanism, seed: int, connector: Connector | None = None
+) -> tuple[EEMLLM, list[Fate]]:
     """The same encoder and decoder under another mechanism; of what connects them, whatever can be taken over.
 
     One projector becomes those of all layers by copying, as SAISA's second stage begins; layerwise projectors become one
@@ -77,17 +84,19 @@ def change_mechanism(model: EEMLLM, mechanism: Mechanism, seed: int) -> tuple[EE
         model: is used up.
         mechanism: contradicts neither itself nor the decoder.
         seed: of what is fresh.
+        connector: None = the model's.
 
     Raises:
         ConfigError: several projectors would have to become one.
     """
     before = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    if mechanism.modules == model.mechanism.modules:
+    connector = model.connector if connector is None else connector
+    if mechanism.modules == model.mechanism.modules and connector == model.connector:
         model.set_mechanism(mechanism)
         return model, [Fate(name, numel, "kept") for name, numel in before.items()]
 
     config = deepcopy(model.config)
-    config.mechanism = mechanism.to_dict()
+    config.mechanism, config.connector = mechanism.to_dict(), connector.to_dict()
     for part in (model.language_model, model.vision):
         for module in part.modules():  # transformers begins anew what it has not loaded itself, such as merged layers
             module._is_hf_initialized = True
@@ -110,15 +119,16 @@ def change_mechanism(model: EEMLLM, mechanism: Mechanism, seed: int) -> tuple[EE
 def _take_projector(model: EEMLLM, new: EEMLLM) -> dict[str, str]:
     """Fill what connects to the encoder from the model's, if that is possible; the fate of each of its tensors."""
     old, projector = model.projector, new.projector
-    if isinstance(old, Projector) and isinstance(projector, LayerwiseProjector):
+    same = model.connector == new.connector
+    if same and isinstance(old, ConnectorModule) and isinstance(projector, LayerwiseProjector):
         for one in projector.layers:
             one.load_state_dict(old.state_dict())
         return _named(projector, "projector", "copied")
-    if isinstance(old, LayerwiseProjector) and isinstance(projector, Projector):
+    if same and isinstance(old, LayerwiseProjector) and isinstance(projector, ConnectorModule):
         projector.load_state_dict(_the_one(old).state_dict())
         return _named(projector, "projector", "copied")
-    same = isinstance(old, Projector) and isinstance(projector, Projector)
-    same |= type(old) is type(projector) and model.mechanism.weights == new.mechanism.weights
+    both = isinstance(old, ConnectorModule) and isinstance(projector, ConnectorModule)
+    same &= both or (type(old) is type(projector) and model.mechanism.weights == new.mechanism.weights)
     if same:
         projector.load_state_dict(old.state_dict())
     return _named(projector, "projector", "kept" if same else "fresh")

@@ -16,7 +16,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,7 @@ from torch.nn.functional import interpolate
 
 from lit_eemllm import limits
 from lit_eemllm.errors import ConfigError, SampleError
+from lit_eemllm.inputs.reduction import EACH, Grids, Reduction
 from lit_eemllm.layout import Pixels, map_images, upload
 
 if TYPE_CHECKING:
@@ -264,9 +265,11 @@ class Transform(ABC):
         fixed: every picture becomes pixels of one shape [3, height, width].
         policy: its word in ``model.vision.policy``.
         mean, std: of the values 0..1 of each channel.
+        reduction: what the connector behind the encoder makes of its features; not stored with the transform.
     """
 
     fixed: ClassVar[bool] = False
+    reduction: Reduction = EACH
     policy: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -289,6 +292,11 @@ class Transform(ABC):
     def largest(self) -> tuple[int, int]:
         """Width and height of a picture that becomes as many tokens as any."""
 
+    @property
+    def largest_view(self) -> tuple[int, int]:
+        """Rows and columns of features in a view of that picture; of one token, where each feature is one."""
+        return self.view_grids([self.largest])[0] if self.reduction.by_place else (1, 1)
+
     def picture(self, pixels: torch.Tensor) -> Image.Image:
         """What the model sees, from the pixels of a picture."""
         return image_of(pixels)
@@ -300,17 +308,36 @@ class Transform(ABC):
         mean, std = (upload(torch.tensor(values).view(3, 1, 1), pixels[0].device) for values in (self.mean, self.std))
         return map_images(pixels, lambda x: (x / 255 - mean) / std)
 
+    def view_grids(self, sizes: Sequence[tuple[int, int]]) -> Grids:
+        """Of the features of pictures of these sizes (width, height), one after the other. Raises ConfigError if they are not known."""
+        raise ConfigError(
+            f"model.connector.name: needs to know the rows and columns of features, which {type(self).__name__}, the transform of "
+            "this encoder, does not tell (Transform.view_grids); set one that makes a token of each feature, such as mlp"
+        )
+
+    def with_reduction(self, reduction: Reduction) -> Self:
+        """The same before a connector that reduces features so. Raises ConfigError if `view_grids` does not tell what it needs."""
+        reduction = reduction if reduction.by_place else EACH
+        if reduction == self.reduction:
+            return self
+        self.view_grids([])
+        return replace(self, reduction=reduction)  # type: ignore[type-var]
+
     def order(self, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int] | None:
-        """Which row of the encoder's features each visual token is, of pictures of these sizes (width, height) one after the
+        """Which row of what the connector makes each visual token is, of pictures of these sizes (width, height) one after the
         other, and how many rows there are; the row after the last stands for a newline. None = each row is a token."""
         return None
 
+    def identity(self) -> dict[str, Any]:
+        """All that decides what becomes of a picture: pixels, and tokens."""
+        return self.to_dict() | ({"reduction": str(self.reduction)} if self.reduction.by_place else {})
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values from which `from_dict` makes the same transform."""
+        """Plain JSON values from which `from_dict` makes the same transform, without a reduction."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
-                return {key: plain(item) for key, item in value.items()}
+                return {key: plain(item) for key, item in value.items() if key != "reduction"}
             return [plain(item) for item in value] if isinstance(value, tuple) else value
 
         return plain(asdict(self))  # type: ignore[call-overload]
@@ -318,7 +345,7 @@ class Transform(ABC):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Raises ConfigError on unknown or missing keys."""
-        if wrong := set(values) ^ {field.name for field in fields(cls)}:  # type: ignore[arg-type]
+        if wrong := set(values) ^ {field.name for field in fields(cls)} - {"reduction"}:  # type: ignore[arg-type]
             raise ConfigError(f"image transform: unknown or missing keys {', '.join(sorted(wrong))}")
         return cls(**values)
 
@@ -351,12 +378,13 @@ class ImageTransform(Transform):
 
     height: int  # pixels of the result
     width: int
-    patch: int  # side in pixels of the square that becomes a visual token; a remainder at the border is dropped
+    patch: int  # side in pixels of the square that becomes a feature; a remainder at the border is dropped
     mean: tuple[float, float, float]  # of the values 0..1 of each channel
     std: tuple[float, float, float]
     policy: str = "resize"
     resample: str = "bicubic"
     shortest: int | None = None  # pixels, used by "crop" alone; default: the larger of height and width
+    reduction: Reduction = field(default=EACH, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))
@@ -387,9 +415,12 @@ class ImageTransform(Transform):
             size = (width * shortest // before, height * shortest // before)
         return _centre(resized(picture, *size, self.resample), self.width, self.height).contiguous()
 
+    def view_grids(self, sizes: Sequence[tuple[int, int]]) -> Grids:
+        return ((self.height // self.patch, self.width // self.patch),) * len(sizes)
+
     def num_tokens(self, width: int, height: int) -> int:
         """Visual tokens of a picture of width x height pixels: the same for all, as the result has a fixed size."""
-        return (self.height // self.patch) * (self.width // self.patch)
+        return self.reduction.count(self.view_grids([(width, height)]))
 
     @property
     def largest(self) -> tuple[int, int]:

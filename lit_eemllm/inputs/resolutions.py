@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lit_eemllm.inputs.images import (
     resized,
     within_max_side,
 )
+from lit_eemllm.inputs.reduction import EACH, Grids, Reduction
 from lit_eemllm.layout import Pixels
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -31,21 +32,23 @@ GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 @dataclass(frozen=True)
 class NativeTransform(Transform):
-    """A picture in its own aspect ratio, in whole patches; a remainder at the right and the bottom is dropped.
+    """A picture in its own aspect ratio, in whole squares of patches (`Reduction.side`; without a reduction, in whole patches); a
+    remainder at the right and the bottom is dropped.
 
     Its size is found in one of two ways, as in the image processors of transformers:
 
-    - `most`: as large as so many patches allow, small pictures too; sides are rounded up to whole patches (SigLIP 2 NaFlex).
+    - `most`: as large as so many patches allow, small pictures too; sides are rounded up to whole squares (SigLIP 2 NaFlex).
     - `edges`: reduced until its longer side is at most the second, then both sides at least the first (Idefics2).
     """
 
-    patch: int  # side in pixels of the square that becomes a visual token
+    patch: int  # side in pixels of the square that becomes a feature
     mean: tuple[float, float, float]  # of the values 0..1 of each channel
     std: tuple[float, float, float]
     most: int | None = None  # patches
     edges: tuple[int, int] | None = None  # pixels
     resample: str = "bilinear"
     policy: str = "native"
+    reduction: Reduction = field(default=EACH, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "edges"):
@@ -61,13 +64,27 @@ class NativeTransform(Transform):
             raise ConfigError(
                 f"image edges are the shortest, of a patch ({self.patch}) at least, and the longest; found {self.edges}"
             )
+        side, room = (
+            self.reduction.side,
+            math.isqrt(self.most or 0) if self.edges is None else self.edges[0] // self.patch,
+        )
+        if room < side:
+            raise ConfigError(
+                f"model.connector.options: found squares of {side} x {side} patches, but images are as small as {room} x {room}: make "
+                "the squares smaller, or raise model.vision.max_tokens"
+            )
+
+    @property
+    def unit(self) -> int:
+        """Side in pixels of a square of patches."""
+        return self.patch * self.reduction.side
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that a picture is resized to."""
         if self.most is not None:
             from lit_eemllm.compat.transformers import naflex_size
 
-            height, width = naflex_size(height, width, self.patch, self.most)
+            height, width = naflex_size(height, width, self.unit, self.most // self.reduction.side**2)
             return width, height
         assert self.edges is not None
         (shortest, longest), aspect = self.edges, width / height
@@ -75,18 +92,23 @@ class NativeTransform(Transform):
             width, height = (longest, int(longest / aspect)) if width >= height else (int(longest * aspect), longest)
         return max(width, shortest), max(height, shortest)
 
+    def view_grids(self, sizes: Sequence[tuple[int, int]]) -> Grids:
+        side, fitted = self.reduction.side, [self.resized(*size) for size in sizes]
+        return tuple((height // self.unit * side, width // self.unit * side) for width, height in fitted)
+
     def num_tokens(self, width: int, height: int) -> int:
-        width, height = self.resized(width, height)
-        return (width // self.patch) * (height // self.patch)
+        return self.reduction.count(self.view_grids([(width, height)]))
 
     @property
     def largest(self) -> tuple[int, int]:
-        return (self.edges[1],) * 2 if self.edges is not None else (self.patch, self.patch * (self.most or 1))
+        if self.edges is not None:
+            return (self.edges[1],) * 2
+        return self.unit, self.unit * ((self.most or 1) // self.reduction.side**2)
 
     def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
         _, height, width = picture.shape
         size = self.resized(width, height)
-        width, height = (side // self.patch * self.patch for side in size)
+        width, height = (length // self.unit * self.unit for length in size)
         return resized(within_max_side(picture), *size, self.resample)[:, :height, :width].contiguous()
 
     def within(self, most: int) -> NativeTransform:
@@ -122,11 +144,15 @@ class AnyresTransform(Transform):
     LLaVA-1.6: of `grids` that one is chosen which keeps most of the picture's pixels and then wastes least; the picture is
     fitted into it, in its aspect ratio, on black. Its tokens are those of the view, then the rows of patches of all tiles
     together, without those that are padding, and after each row the learned newline (``spatial_unpad``).
+
+    A connector that makes fewer tokens does so in each view; of tokens that stand for a whole tile none is dropped, and the newline
+    comes after each row of tiles.
     """
 
     view: ImageTransform  # of the whole picture, and of each tile: square
     grids: tuple[tuple[int, int], ...] = GRIDS  # rows and columns of tiles
     policy: str = "anyres"
+    reduction: Reduction = field(default=EACH, kw_only=True)
 
     def __post_init__(self) -> None:
         view = self.view if isinstance(self.view, ImageTransform) else ImageTransform.from_dict(self.view)
@@ -160,12 +186,19 @@ class AnyresTransform(Transform):
         best = best_grid((height, width), [(rows * pixels, columns * pixels) for rows, columns in self.grids])
         return best[0] // pixels, best[1] // pixels
 
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Rows and columns of the tokens of a view."""
+        return self.reduction.grid(self.side, self.side)
+
     def kept(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Of the patches of all tiles, those of the picture, not of the padding: left, top, right, bottom.
+        """Of the tokens of all tiles, those of the picture, not of the padding: left, top, right, bottom.
 
         As LLaVA's ``unpad_image``: what lies on one side of the picture is dropped on the other side as well.
         """
-        rows, columns = (self.side * count for count in self.grid(width, height))
+        rows, columns = (tiles * tokens for tiles, tokens in zip(self.grid(width, height), self.tokens, strict=True))
+        if not self.reduction.spatial:
+            return 0, 0, columns, rows
         if width / height > columns / rows:
             top = (rows - int(round(height * (columns / width), 7))) // 2
             return 0, top, columns, rows - top
@@ -174,7 +207,10 @@ class AnyresTransform(Transform):
 
     def num_tokens(self, width: int, height: int) -> int:
         left, top, right, bottom = self.kept(width, height)
-        return self.side**2 + (bottom - top) * (right - left + 1)
+        return math.prod(self.tokens) + (bottom - top) * (right - left + 1)
+
+    def view_grids(self, sizes: Sequence[tuple[int, int]]) -> Grids:
+        return ((self.side, self.side),) * sum(1 + math.prod(self.grid(*size)) for size in sizes)
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -202,16 +238,16 @@ class AnyresTransform(Transform):
         return super().views(torch.cat(list(pixels)))
 
     def order(self, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int]:
-        side, start = self.side, 0
+        (high, wide), start = self.tokens, 0
         parts = [torch.zeros(0, dtype=torch.long)]
         for width, height in sizes:
             left, top, right, bottom = self.kept(width, height)
             rows, columns = self.grid(width, height)
-            tile = torch.arange(rows * columns * side**2).view(rows, columns, side, side)
-            patches = tile.transpose(1, 2).reshape(rows * side, columns * side)[top:bottom, left:right]
-            lines = torch.cat([patches + start + side**2, torch.full((bottom - top, 1), -1)], dim=1)
-            parts += [start + torch.arange(side**2), lines.flatten()]
-            start += (1 + rows * columns) * side**2
+            tiles = torch.arange(rows * columns * high * wide).view(rows, columns, high, wide)
+            tokens = tiles.transpose(1, 2).reshape(rows * high, columns * wide)[top:bottom, left:right]
+            lines = torch.cat([tokens + start + high * wide, torch.full((bottom - top, 1), -1)], dim=1)
+            parts += [start + torch.arange(high * wide), lines.flatten()]
+            start += (1 + rows * columns) * high * wide
         order = torch.cat(parts)
         return order.masked_fill(order < 0, start), start
 

@@ -2,37 +2,35 @@
 
 from importlib import import_module
 
-from .base import (
-    NO_ALIGNER,
-    PRESETS,
-    Aligner,
-    BlockCost,
-    Features,
-    Mechanism,
-    Sizes,
-    register_mechanism,
-)
-from .build import build_mechanism, configured_mechanism
-from .connectors import Added, Projector
+from .base import NO_ALIGNER, PRESETS, Aligner, BlockCost, Features, Mechanism, register_mechanism
+from .build import build_connector, build_mechanism, configured_connector, configured_mechanism
+from .connectors import CONNECTORS, Added, Connector, ConnectorModule, Projector, Sizes, register_connector
 
-_PAPERS = (
+_FILES = (
+    "pooling",
     "llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo",
     "fastv", "pyramid_drop", "hidrop", "withdrawal", "visipruner", "sampled", "skip_vision", "operator_skipping", "bidirectional",
 )  # fmt: skip
-for _name in _PAPERS:
+for _name in _FILES:
     import_module(f"{__name__}.{_name}")  # each registers itself; tables list them in this order
 
 __all__ = [
+    "CONNECTORS",
     "NO_ALIGNER",
     "PRESETS",
     "Added",
     "Aligner",
     "BlockCost",
+    "Connector",
+    "ConnectorModule",
     "Features",
     "Mechanism",
     "Projector",
     "Sizes",
+    "build_connector",
     "build_mechanism",
+    "configured_connector",
     "configured_mechanism",
+    "register_connector",
     "register_mechanism",
 ]

@@ -16,7 +16,8 @@ from ..core.select import ALL, NOTHING, Top
 from ..core.stream import Stream
 from ..core.table import PARTS, LayerPlan, Table, executed, ranking_problems
 from ..errors import ConfigError, did_you_mean, not_one_of
-from .connectors import LayerwiseProjector, Projector
+from ..inputs.reduction import Grids
+from .connectors import Connector, LayerwiseProjector, Sizes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,23 +72,6 @@ class Aligner:
 NO_ALIGNER = Aligner(False, False, False)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the decoder and the encoder that a mechanism connects.
-
-    Attributes:
-        hidden: the decoder's hidden size.
-        layers: number of decoder layers.
-        vision: width of the encoder's features.
-        newline: whether a learned visual token ends each row of patches of an image cut into tiles (LLaVA-1.6).
-    """
-
-    hidden: int
-    layers: int
-    vision: int
-    newline: bool = False
-
-
 class BlockCost(NamedTuple):
     """Cost of the module before a layer, for one document. Only matrix products count; m x n by n x k is 2 m n k FLOPs.
 
@@ -103,10 +87,12 @@ class BlockCost(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The encoder's features of all images, concatenated, [rows, d], and the row of each visual token; None = every row is one."""
+    """What a connector takes: the encoder's features of all images, concatenated, [rows, d]; which row that it makes of them each visual
+    token is, None = every row is one; and the grids of the features' views, if it makes fewer rows."""
 
     rows: Tensor
     order_V: Tensor | None
+    grids: Grids = ()
 
 
 @dataclass(frozen=True)
@@ -213,8 +199,12 @@ class Mechanism:
     def connector(self, sizes: Sizes) -> nn.Module:
         """The module that makes visual tokens of the encoder's features."""
         if self.visual_source == "layerwise":
-            return LayerwiseProjector(sizes.vision, sizes.hidden, sizes.layers, sizes.newline)
-        return Projector(sizes.vision, sizes.hidden, sizes.newline)
+            return LayerwiseProjector(sizes.connector.module(sizes) for _ in range(sizes.layers))
+        return sizes.connector.module(sizes)
+
+    def refuses(self, connector: Connector) -> str:
+        """Why a connector cannot make the visual tokens of this mechanism; empty = it can."""
+        return ""
 
     def block(self, layer: int, sizes: Sizes) -> nn.Module | None:
         """The module before a layer, or None. It takes text rows, visual rows and the `Stream`, and returns both kinds of rows.
@@ -225,7 +215,7 @@ class Mechanism:
     def enter(self, connector: nn.Module, features: Features, x_Th: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
         """The visual rows that enter the first layer, and the stream with whatever else the layers and blocks read."""
         if self.visual_source == "layerwise":
-            states = lambda layer: connector(features.rows, layer, features.order_V).to(x_Th.dtype)  # noqa: E731
+            states = lambda layer: connector(features.rows, layer, *features[1:]).to(x_Th.dtype)  # noqa: E731
             return x_Th[:0], replace(stream, states=states)
         return connector(*features).to(x_Th.dtype), stream
 

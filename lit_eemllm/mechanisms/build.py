@@ -1,4 +1,4 @@
-"""Build a mechanism from the keys of a configuration: a preset, and the keys that override it."""
+"""Build a mechanism or a connector from the keys of a configuration: a registered one, and the keys that override it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, not_one_of
 from .base import PRESETS, Mechanism, hashable, mechanism_named, rows_of
+from .connectors import CONNECTORS, DEFAULT, Connector, connector_named
 
 if TYPE_CHECKING:
-    from ..config.keys import MechanismConfig
+    from ..config.keys import ConnectorConfig, MechanismConfig
 
 _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
@@ -26,29 +27,68 @@ def without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if value is not None and value != {}}
 
 
-def option_problems(preset: str, given: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Keys of ``model.mechanism.options``, nulls removed, that a preset does not take: (key below model.mechanism, what is wrong)."""
-    mechanism, wrong = mechanism_named(preset), list[tuple[str, str]]()
+def option_problems(
+    word: str, registered: Mapping[str, Any], name: str, given: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Keys of a section ``options``, nulls removed, that a registered mechanism or connector does not take.
+
+    Args:
+        word: the key that names it, ``preset`` or ``connector``.
+        registered: the registry.
+        name: a name in it.
+        given: the options.
+
+    Returns:
+        (key from `options` on, what is wrong).
+    """
+    chosen, wrong = registered[name], list[tuple[str, str]]()
+    shared = len(fields(Mechanism)) if isinstance(chosen, Mechanism) else 0
 
     def check(part: Any, known: list[str], values: Mapping[str, Any], section: str) -> None:
         hints = {option.name: option.type for option in fields(part)}
-        for name, value in values.items():
-            types, expected = _TYPES.get(getattr(hints.get(name), "__name__", hints.get(name)), ((), ""))
-            inner = getattr(part, name, None) if name in known else None
-            if name not in known:
-                others = [other for other, each in PRESETS.items() if part is mechanism and hasattr(each, name)]
-                hint = not_one_of(name, known) if known else "it has no options of its own"
-                hint = f"use preset={' or '.join(others)}" if others else hint
-                wrong.append((f"{section}.{name}", f"the preset {preset} has no such option; {hint}"))
+        for key, value in values.items():
+            types, expected = _TYPES.get(getattr(hints.get(key), "__name__", hints.get(key)), ((), ""))
+            inner = getattr(part, key, None) if key in known else None
+            if key not in known:
+                own = {other: [option.name for option in fields(each)[shared:]] for other, each in registered.items()}
+                others = [other for other, names in own.items() if part is chosen and key in names]
+                hint = not_one_of(key, known) if known else "it has no options of its own"
+                hint = f"use {word}={' or '.join(others)}" if others else hint
+                wrong.append((f"{section}.{key}", f"the {word} {name} has no such option; {hint}"))
             elif is_dataclass(inner) and isinstance(value, Mapping):
-                check(inner, [option.name for option in fields(inner)], value, f"{section}.{name}")
+                check(inner, [option.name for option in fields(inner)], value, f"{section}.{key}")
             elif is_dataclass(inner):
-                wrong.append((f"{section}.{name}", f"found {value!r}, expected a section"))
+                wrong.append((f"{section}.{key}", f"found {value!r}, expected a section"))
             elif types and type(value) not in types:
-                wrong.append((f"{section}.{name}", f"found {value!r}, expected {expected}"))
+                wrong.append((f"{section}.{key}", f"found {value!r}, expected {expected}"))
 
-    check(mechanism, [option.name for option in fields(mechanism)[len(fields(Mechanism)) :]], given, "options")
+    check(chosen, [option.name for option in fields(chosen)[shared:]], given, "options")
     return wrong
+
+
+def build_connector(section: Mapping[str, Any]) -> Connector:
+    """From the keys of ``model.connector``, or what `Connector.to_dict` gave; without a name it is the default.
+
+    Raises:
+        ConfigError: naming every key that is wrong.
+    """
+    known = section if isinstance(section, Mapping) else {"name": None}  # of a model's folder
+    name, given = known.get("name", DEFAULT.name), known.get("options", {})
+    if not isinstance(name, str) or not isinstance(given, Mapping):
+        raise ConfigError(f"model.connector: found {section!r:.99}, expected a name and options")
+    connector, options = connector_named(name), without_nulls(given)
+    problems = option_problems("connector", CONNECTORS, name, options)
+    if not problems:
+        connector = replace(connector, **options)
+        problems = [(f"options.{key}", text) for key, text in connector.problems()]
+    if problems:
+        raise ConfigError("\n".join(f"model.connector.{key}: {text}" for key, text in problems))
+    return connector
+
+
+def configured_connector(section: ConnectorConfig) -> Connector:
+    """The connector of a configuration's section ``model.connector``. Raises as `build_connector`."""
+    return build_connector(asdict(section))
 
 
 def build_mechanism(preset: str, num_layers: int, overrides: Mapping[str, Any] | None = None) -> Mechanism:
@@ -80,7 +120,7 @@ def _overridden(mechanism: Mechanism, preset: str, overrides: Mapping[str, Any])
     own = {name: given.pop(name) for name in [*given] if name not in shared and name != "options"} | given.pop(
         "options", {}
     )
-    if problems := option_problems(preset, own):
+    if problems := option_problems("preset", PRESETS, preset, own):
         raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
     given |= {name: hashable(value) for name, value in own.items()}
     for name, value in given.items():

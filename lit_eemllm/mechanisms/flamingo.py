@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..attention import fused_attention
 from ..core.stream import Stream
 from ..layout import SequenceLayout, upload
-from .base import NO_ALIGNER, Aligner, BlockCost, Features, Layers, Mechanism, Sizes, register_mechanism
-from .connectors import Added
+from .base import NO_ALIGNER, Aligner, BlockCost, Features, Layers, Mechanism, register_mechanism
+from .connectors import DEFAULT, Added, Connector, CrossAttention, Sizes, lengths_mask, padded
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,14 @@ class Flamingo(Mechanism):
     @property
     def weights(self) -> Hashable:
         return type(self), replace(self.gated, every=0, immediate=True)
+
+    def refuses(self, connector: Connector) -> str:
+        if connector == DEFAULT or not self.gated.latents:
+            return ""
+        return (
+            f"found {connector.name}, but flamingo's resampler reads the encoder's features itself: set {DEFAULT.name}, or "
+            "model.mechanism.options.gated.latents=0"
+        )
 
     def connector(self, sizes: Sizes) -> nn.Module:
         return Resampler(sizes.vision, self.gated) if self.gated.latents else super().connector(sizes)
@@ -114,26 +122,6 @@ def feed_forward(width: int) -> nn.Sequential:
     )
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention without biases or positions from rows of one width over media of another."""
-
-    def __init__(self, width: int, media_width: int, heads: int, head_size: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.q_proj = nn.Linear(width, heads * head_size, bias=False)
-        self.k_proj = nn.Linear(media_width, heads * head_size, bias=False)
-        self.v_proj = nn.Linear(media_width, heads * head_size, bias=False)
-        self.o_proj = nn.Linear(heads * head_size, width, bias=False)
-
-    def queries(self, x: Tensor) -> Tensor:
-        return self.q_proj(self.norm(x)).unflatten(-1, (self.heads, -1))
-
-    def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (project(media).unflatten(-1, (self.heads, -1)) for project in (self.k_proj, self.v_proj))
-        return k, v
-
-
 class ResamplerLayer(nn.Module):
     """Latents read the media and themselves, then pass a feed-forward network."""
 
@@ -173,19 +161,13 @@ class Resampler(Added):
     def forward(self, features_Vd: Tensor, lengths: Sequence[int]) -> Tensor:
         """Features of all images, concatenated, with the length of each, to latents, [images x latents, d]."""
         images, latents = len(lengths), len(self.latents)
-        features_Vd = features_Vd.to(self.latents.dtype)
-        each = list(torch.split(features_Vd, list(lengths))) or [features_Vd]
-        features_ILd = pad_sequence(each, batch_first=True)[:images]
+        features_ILd = padded(features_Vd.to(self.latents.dtype), lengths)
         x_IRd = self.latents.expand(images, -1, -1)
-        real_IL = _lengths_mask(lengths, features_ILd.shape[1], features_Vd.device)
+        real_IL = lengths_mask(lengths, features_ILd.shape[1], features_Vd.device)
         sees_IL = torch.cat([real_IL, real_IL.new_ones(images, latents)], dim=1)
         for layer in self.layers:
             x_IRd = layer(x_IRd, features_ILd, sees_IL[:, None])
         return self.norm(x_IRd).flatten(0, 1)
-
-
-def _lengths_mask(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
-    return torch.arange(longest, device=device) < upload(torch.tensor(lengths, dtype=torch.long), device)[:, None]
 
 
 @dataclass(frozen=True)
@@ -248,7 +230,7 @@ class Media:
                 for each in images
             ]
             index = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.long)
-            return upload(index, device), _lengths_mask([len(r) for r in rows], index.shape[1], device)
+            return upload(index, device), lengths_mask([len(r) for r in rows], index.shape[1], device)
 
         longest = max((len(rows) for rows, _ in groups), default=1)
         slots = [g * longest + i for g, (rows, _) in enumerate(groups) for i in range(len(rows))]

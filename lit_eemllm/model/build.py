@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from ..errors import ConfigError
 from ..inputs.chat import IMAGE
 from ..inputs.processor import Processor
-from ..mechanisms import configured_mechanism
+from ..mechanisms import configured_connector, configured_mechanism
 from .configuration import load_decoder_config
 from .folders import naming
 from .modeling import EEMLLM
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 
 def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
-    """The processor (tokenizer, template, image transform) and the vision encoder, whose transform it is; no decoder is loaded."""
+    """The processor (tokenizer, template, image transform) and the vision encoder, whose transform it is, before the connector of the
+    configuration; no decoder is loaded."""
     vision = get_vision_encoder(config.vision.encoder).from_path(
         config.vision.path or "",  # an encoder of one's own may need none
         select_layer=config.vision.select_layer,
         policy=config.vision.policy,
         **({} if config.vision.max_tokens is None else {"max_tokens": config.vision.max_tokens}),
     )
+    vision.transform = vision.transform.with_reduction(configured_connector(config.connector))
     path = config.tokenizer or config.decoder
     tokenizer = load_pretrained(AutoTokenizer, path, "model.tokenizer")
     with naming("model.tokenizer", "Processor", path):
@@ -54,7 +56,7 @@ def build(config: ModelConfig, decoder: Mapping[str, Tensor] | None = None) -> t
     processor, vision = build_processor(config)
     how = quantized(config.quantization, getattr(torch, config.dtype)) if config.quantization else None
     parts = config.decoder, config.vision.encoder, vision, mechanism, processor.image_token_id
-    model = EEMLLM.from_parts(*parts, how, decoder)
+    model = EEMLLM.from_parts(*parts, how, decoder, configured_connector(config.connector))
     if config.quantization is not None:
         from ..compat.peft import keep_packing
 

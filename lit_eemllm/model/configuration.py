@@ -21,6 +21,7 @@ class EEMLLMConfig(PretrainedConfig):
         mechanism: `Mechanism.to_dict`.
         image_token_id: the id of one visual token in the ids of `generate`; it is never embedded, so it may lie past the
             decoder's vocabulary.
+        connector: `Connector.to_dict`; None = the default, as in folders of versions that knew no other.
     """
 
     model_type = "eemllm"
@@ -32,12 +33,13 @@ class EEMLLMConfig(PretrainedConfig):
         vision: dict[str, Any] | None = None,
         mechanism: dict[str, Any] | None = None,
         image_token_id: int = -1,
+        connector: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
-        self.vision, self.mechanism = vision or {}, mechanism or {}
+        self.vision, self.mechanism, self.connector = vision or {}, mechanism or {}, connector or {}
         self.image_token_id = image_token_id
         if text_config is not None:
             kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)

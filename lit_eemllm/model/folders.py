@@ -40,9 +40,9 @@ CONFIG = {
     "layer_norm_eps", "initializer_range", "initializer_factor", "rope_theta", "rope_parameters", "rope_scaling",
     "partial_rotary_factor", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers",
     "vision_use_head", "projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer",
-    "vision_feature_select_strategy", "image_grid_pinpoints", "vision", "mechanism",
+    "vision_feature_select_strategy", "image_grid_pinpoints", "vision", "mechanism", "connector",
 }  # fmt: skip
-"""Keys of config.json. Those that an EEMLLM adds, ``vision`` and ``mechanism``, we read ourselves, but see `_config`."""
+"""Keys of config.json. Those that an EEMLLM adds, the last three, we read ourselves, but see `_config`."""
 ROPE = {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
     "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",

@@ -23,7 +23,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..compat.transformers import CACHE, Generating
 from ..core.select import Top
 from ..layout import Pixels, take_images
-from ..mechanisms import Mechanism
+from ..mechanisms import Connector, Mechanism
+from ..mechanisms.connectors import DEFAULT
 from .cache import CachedPass, StreamCache, layout_of_padded, one_token_each
 from .configuration import EEMLLMConfig, load_decoder_config
 from .folders import HUB, MODEL_FILES, opened
@@ -63,6 +64,7 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
         image_token_id: int,
         quantization: Any = None,
         weights: Mapping[str, Tensor] | None = None,
+        connector: Connector = DEFAULT,
     ) -> EEMLLM:
         """Join pretrained parts with a randomly initialised projector (seed torch before).
 
@@ -74,6 +76,7 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
             image_token_id: see `EEMLLMConfig`.
             quantization: of the decoder's linear layers, as transformers takes it.
             weights: the decoder's, if not those in its folder.
+            connector: what makes visual tokens of the encoder's features.
         """
         text_config, options = load_decoder_config(decoder)
         how = {} if quantization is None else {"quantization_config": quantization}
@@ -86,6 +89,7 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
             vision={"encoder": encoder, "config": vision.to_config()},
             mechanism=mechanism.to_dict(),
             image_token_id=image_token_id,
+            connector=connector.to_dict(),
         )
         return cls(config, language_model, vision)
 

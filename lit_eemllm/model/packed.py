@@ -17,6 +17,7 @@ from ..attention import without_cudnn
 from ..compat.torch import changes
 from ..core.select import Top
 from ..core.stream import Stream, Tokens, VisualKeys
+from ..inputs.reduction import EACH, Grids
 from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, upload
 from ..mechanisms import Features
 from .cache import CachedPass, continue_positions
@@ -28,7 +29,7 @@ class Packed(ModelParts):
     """Reads packs, which have no padding."""
 
     def image_features(self, pixels: Pixels) -> Tensor:
-        """The encoder's features of all images, concatenated, [V, d]; of an image cut into tiles, those of all its tiles."""
+        """The encoder's features of all images, concatenated, [features, d]; of an image cut into tiles, those of all its tiles."""
         dtype = next(self.vision.parameters()).dtype
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(grad), without_cudnn():
@@ -132,21 +133,27 @@ class Packed(ModelParts):
         return images
 
     def _features(self, pixels: Pixels | None, sizes: Sequence[tuple[int, int]], layout: SequenceLayout) -> Features:
-        """The input of the projector: features of the images, and which of them are visual tokens.
+        """The input of the connector: features of the images, in which grids they lie, and which tokens that it makes of them go on.
 
-        A pack without images gives no rows, but they go through the projector: every weight must get a gradient.
+        A pack without images gives no rows, but they go through the connector: every weight must get a gradient.
         """
-        order = self.vision.transform.order(sizes)
+        transform, images = self.vision.transform, 0 if pixels is None else len(pixels)
+        order = transform.order(sizes)
+        grids: Grids = ()
         if pixels is None:
             features = next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
         else:
             features = self.image_features(map_images(pixels, lambda x: upload(x, layout.positions.device)))
-        tokens, rows = (len(features), len(features)) if order is None else (len(order[0]), order[1])
-        if tokens != layout.num_visual or rows != len(features):
-            images = 0 if pixels is None else len(pixels)
+        read = made = len(features)
+        if transform.reduction.by_place:
+            grids = transform.view_grids([(1, 1)] * images if transform.fixed else sizes)
+            read, made = EACH.count(grids), transform.reduction.count(grids)
+        tokens, rows = (made, made) if order is None else (len(order[0]), order[1])
+        fit = (read, rows) == (len(features), made)
+        if tokens != layout.num_visual or not fit:
             text = f"{images} images give {tokens} visual tokens, but the layout holds {layout.num_visual}"
-            raise ValueError(text if rows == len(features) else f"{text}; image_sizes are of images of other shapes")
-        return Features(features, None if order is None else upload(order[0], features.device))
+            raise ValueError(text if fit else f"{text}; image_sizes are of images of other shapes")
+        return Features(features, None if order is None else upload(order[0], features.device), grids)
 
     # FSDP2 wraps each of the three methods below (`fsdp2.shard`), so none calls another.
     def _supervised_states(self, batch: PackedBatch) -> Tensor:

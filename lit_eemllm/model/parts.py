@@ -24,7 +24,7 @@ from ..core.families import check_decoder, table_problems
 from ..core.stream import rotate
 from ..core.table import Table, executed, ranked_in
 from ..errors import ConfigError
-from ..mechanisms import Added, Mechanism, Sizes
+from ..mechanisms import Added, Mechanism, Sizes, build_connector
 from .configuration import EEMLLMConfig
 from .image_cache import ImageCache
 from .pretrained import adopt
@@ -54,8 +54,11 @@ class ModelParts(PreTrainedModel):
         encoder = get_vision_encoder(config.vision["encoder"])
         self.vision = vision or encoder.from_config(config.vision["config"])
         self.language_model = decoder or AutoModelForCausalLM.from_config(config.text_config)
-        self.mechanism = Mechanism.from_dict(config.mechanism)
+        self.mechanism, self.connector = Mechanism.from_dict(config.mechanism), build_connector(config.connector)
         self._refuse(self._problems(self.mechanism))
+        if reason := self.mechanism.refuses(self.connector):
+            raise ConfigError(f"model.connector.name: {reason}")
+        self.vision.transform = self.vision.transform.with_reduction(self.connector)
         adopt(self.language_model)
         self._connect()
         self._take(self.mechanism)
@@ -77,7 +80,7 @@ class ModelParts(PreTrainedModel):
     @property
     def sizes(self) -> Sizes:
         decoder, newline = self.config.text_config, self.vision.transform.order([]) is not None
-        return Sizes(decoder.hidden_size, decoder.num_hidden_layers, self.vision.hidden_size, newline)
+        return Sizes(decoder.hidden_size, decoder.num_hidden_layers, self.vision.hidden_size, newline, self.connector)
 
     @property
     def blocks(self) -> nn.ModuleDict:

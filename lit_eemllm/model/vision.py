@@ -31,11 +31,11 @@ from .pretrained import load_pretrained, load_weighted
 
 
 class VisionEncoder(nn.Module, ABC):
-    """From pixels to features, one for each visual token.
+    """From pixels to features, of which the connector makes visual tokens.
 
     Attributes:
         hidden_size: their width d.
-        transform: how an image becomes pixels, and how many visual tokens it has.
+        transform: how an image becomes pixels, and how many visual tokens it has behind the model's connector.
     """
 
     hidden_size: int
@@ -57,8 +57,8 @@ class VisionEncoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, pixels: Any) -> Tensor:
-        """[I, 3, height, width] to [I, tokens, d]; if images differ in shape, a list of [3, height, width] to [V, d], the
-        tokens of all images in order."""
+        """[I, 3, height, width] to [I, features, d]; if images differ in shape, a list of [3, height, width] to [features, d], those
+        of all images in order. Features of an image are in the order of its rows of patches."""
 
     def blocks(self) -> list[nn.Module]:
         """Its layers from input to output, for learning rates by depth; empty if they have no order."""

@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 from ..config import config_hash, flat, load_config
-from ..config.keys import Config
+from ..config.keys import Config, ConnectorConfig
 from ..console import metrics_files, progress, read_object
 from ..errors import ConfigError, UserError
 from ..shipped import nowhere
@@ -49,7 +49,10 @@ class Run:
         changed = [f"{name}={value}" for name, value in own.items() if value is not None and type(value) is not dict]
         layers = [] if mechanism.dense_layers is None else [f"dense {mechanism.dense_layers}"]
         scheduled = ["scheduled"] * (self.config.optim.mechanisms is not None)
-        return " ".join([mechanism.preset, *layers, *changed, *scheduled])
+        connector = self.config.model.connector
+        behind = [connector.name, *(f"{name}={value}" for name, value in connector.options.items())]
+        behind = behind if connector != ConnectorConfig() else []
+        return " ".join([mechanism.preset, *layers, *changed, *behind, *scheduled])
 
     @property
     def types(self) -> dict[str, dict[str, Any]]:

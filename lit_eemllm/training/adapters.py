@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 MARK = "lora_"
 """In the name of every tensor that belongs to an adapter."""
-WHOLE = ".newline"
-"""Suffix of the names of tensors that cannot have an adapter and are trained in full beside adapters."""
+WHOLE = (".newline", ".queries")
+"""Suffixes of the names of tensors of a connector that cannot have an adapter and are trained in full beside adapters."""
 
 
 def linear_layers(part: nn.Module) -> list[str]:
@@ -35,7 +35,7 @@ def linear_layers(part: nn.Module) -> list[str]:
 
 def add_adapters(part: nn.Module, section: LoraSection, key: str) -> None:
     """Put adapters beside the linear layers of a component, in place. They are float32, and change no output
-    until they are trained. A newline is trained in full.
+    until they are trained. What is in `WHOLE` is trained in full.
 
     Raises:
         ConfigError: a target that the component does not have.
@@ -50,8 +50,9 @@ def add_adapters(part: nn.Module, section: LoraSection, key: str) -> None:
             f"optim.lora.targets: {key} has no linear layer {sorted(targets - known)}; it has {sorted(known)}"
         )
     inject_adapter_in_model(_peft_config(section, [name for name in layers if _last(name) in targets]), part)
+    whole = WHOLE if key == "projector" else ()
     for name, parameter in part.named_parameters():
-        if MARK in name or f".{name}".endswith(WHOLE):
+        if MARK in name or f".{name}".endswith(whole):
             parameter.data = parameter.data.float()
             parameter.requires_grad_()
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..compat.lightning import saved_packs
 from ..config import current_key, flat
+from ..config.keys import ModelConfig, OptimConfig
 from ..console import unfinished, writing
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, UserError, WriteError
@@ -334,8 +335,11 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
     if packs[0][0] * packs[0][1] != packs[1][0] * packs[1][1]:
         pairs["trainer.accumulate_grad_batches x ranks"] = [f"{count} x {many}" for count, many in packs]
         hint = _other_ranks(*packs[0], was["data"]["workers"], ranks)
-    for section in ("model", "optim"):
-        before = {current_key(f"{section}.{key}"): value for key, value in flat(was[section]).items()}
+    for section, kind in (("model", ModelConfig), ("optim", OptimConfig)):
+        before = {
+            f"{section}.{key}": value for key, value in flat(asdict(kind())).items()
+        }  # of keys that its version had not
+        before |= {current_key(f"{section}.{key}"): value for key, value in flat(was[section]).items()}
         after = {f"{section}.{key}": value for key, value in flat(now[section]).items()}
         keys = [key for key in before | after if key.partition(".")[2] not in free]
         pairs |= {key: (before.get(key), after.get(key)) for key in keys}

@@ -201,7 +201,7 @@ class LitEEMLLM(LightningModule):
             )
             for how in ("full", "lora")
         )
-        ends = (WHOLE,) if choices["projector"] == "lora" else ()
+        ends = WHOLE if choices["projector"] == "lora" else ()
         buffers = {name for name, _ in self.named_buffers() if name.startswith(adapted)}
         return {n: x for n, x in state.items() if n.startswith(whole) or MARK in n or n.endswith(ends) or n in buffers}
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from ..config import flat, to_yaml
 from ..console import console, progress_bar, write_atomically
 from ..layout import PackedBatch
+from ..mechanisms.connectors import DEFAULT
 from ..plugins import record
 from .logs import Logs, quiet_threads
 from .tuning import COMPONENTS, component
@@ -65,6 +66,8 @@ def print_summary(module: LitEEMLLM, config: Config, accumulate: int, world_size
     model, preset = module.model, config.model.mechanism.preset
     parts = {key: value for key, value in flat(model.config.mechanism).items() if value not in (None, [])}
     console.print(f"mechanism {preset}: {', '.join(f'{key} {value}'.lower() for key, value in parts.items())}")
+    if model.connector != DEFAULT:
+        console.print(f"connector {model.connector}")
     for text in module.mechanisms.lines(config.optim.steps):
         console.print(f"trained by a schedule, {text}", markup=False, highlight=False)
     if preset != "llava" and model.mechanism.is_llava(layers := len(model.language_model.model.layers)):

@@ -244,7 +244,10 @@ def test_an_export_keeps_a_chat_template_that_nothing_contradicts(tmp_path, toke
         ("convert gone --out x", "gone: no such folder"),
         ("convert empty --out x", "neither config.json nor a checkpoint of a run"),
         ("convert empty --out empty", "empty exists already"),
-        ("convert empty --out x optim.lr=1", "convert takes model.mechanism.* and seed, found optim.lr=1"),
+        (
+            "convert empty --out x optim.lr=1",
+            "convert takes model.mechanism.*, model.connector.* and seed, found optim.lr=1",
+        ),
         ("convert empty --out x --mechanism sasia", "model.mechanism.preset: found 'sasia'"),
         ("convert empty --out x model.mechanism.dense_layer=all", "did you mean model.mechanism.dense_layers?"),
         ("convert LLAVA --out x --mechanism saisa model.mechanism.aligner.ffn=true", "layerwise projectors make"),

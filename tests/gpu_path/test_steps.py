@@ -1,10 +1,12 @@
 """An optimiser step on a GPU, of every mechanism through every backend: no mix of devices, no waiting, no copy that waits, and the
 loss and gradients that the reference has on a CPU."""
 
+import copy
 from collections.abc import Iterator
 from itertools import product
 
 import pytest
+from lib.connectors import CASES as CONNECTORS
 from lib.fake_cuda import on_fake_cuda
 from lib.fake_cuda.cases import BACKENDS, EXACT, KINDS, MECHANISMS, TUNINGS
 
@@ -48,6 +50,33 @@ def check(mechanism: str, cases: list[Case], *overrides: str) -> None:
         bounds = (1e-5, 1e-4) if kind == "exact" else (0.01, 0.08)  # of loss, and of gradients: in bfloat16 roundings
         for value, expected, bound in zip(found, true[tuning, kind], bounds, strict=True):
             assert abs(value - expected) <= bound * expected, (case, found, true[tuning, kind])
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+@on_fake_cuda
+def test_a_step_behind_any_connector_neither_waits_nor_mixes_devices(name):
+    """Images of one size, of many and in tiles, and a pack without any."""
+    import tiny
+    from lib import connectors, vision
+    from lib.fake_cuda import steps
+    from lib.fake_cuda.world import World
+
+    steps.stand_in()
+    for encoder, mechanism in (("clip", "ee_mllm"), ("siglip2", "llava"), ("anyres", "saisa")):
+        model = tiny.model("llama-gqa", mechanism, encoder, connector=connectors.case(name))
+        config = steps.configuration("frozen", kind="float32")
+        for documents in ([[3, (40, 20), 4, (9, 30), 2], [5], [(64, 17), 3]], [[5], [4]]):
+            batch = vision.pack(model, documents)
+            true = steps.optimiser_step(steps.training_module(copy.deepcopy(model), config, "cpu"), batch)
+            with World() as world:
+                module = steps.training_module(copy.deepcopy(model), config, "cuda")
+                module.model._backend = steps.backend("sdpa", "float32")
+                world.forget()
+                found = steps.optimiser_step(module, batch)
+            of_encoder = {"lit_eemllm/model/vision.py": "SigLIP 2's positions and masks, whatever is behind it"}
+            assert steps.unexpected(world, {**steps.ALLOWED, **of_encoder}) == [], encoder
+            for value, expected, bound in zip(found, true, (0.01, 0.08), strict=True):
+                assert abs(value - expected) <= bound * expected, (encoder, found, true)
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)

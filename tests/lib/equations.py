@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from lib.connectors import plain_tokens
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism
 from lit_eemllm.mechanisms.flamingo import Gated
 
@@ -92,6 +93,13 @@ def plain_resampler(resampler, features_Ld):
         x = x + a.o_proj((torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v).transpose(0, 1).flatten(1))
         x = x + layer.ffn(x)
     return resampler.norm(x)
+
+
+def connected(model, Z, layer=None):
+    """Visual tokens of features of whole images, each a grid of 4 x 4."""
+    module = model.projector if layer is None else model.projector.layers[layer]
+    images = Z.view(-1, 4, 4, Z.shape[-1])
+    return torch.cat([plain_tokens(model.connector, module, image) for image in images] or [module(Z)])
 
 
 def drops(m):
@@ -181,11 +189,13 @@ def plain(model, batch, prompt=None):
         visual = [run.visual for run in document for _ in range(run.length)]
         image = [i for i, run in enumerate(document) for _ in range(run.length)]
         is_visual, L = torch.tensor(visual), len(visual)
-        Z = features_Vd[used : used + sum(visual)]
+        of_images = sum(run.visual for run in document) * tiny.TOKENS
+        Z = features_Vd[used : used + of_images]
         x = decoder.embed_tokens(batch.input_ids[row : row + L])
-        row, used = row + L, used + sum(visual)
+        row, used = row + L, used + of_images
+        layerwise = m.visual_source == "layerwise"
         if gated is None:
-            E = model.projector(Z, 0) if m.visual_source == "layerwise" else model.projector(Z)
+            E = connected(model, Z, 0 if layerwise else None)
             x = x.masked_scatter(is_visual[:, None], E)
         position, positions = 0, []
         for run in document:
@@ -197,8 +207,8 @@ def plain(model, batch, prompt=None):
         if gated is not None:
             for run in document:
                 if run.visual:
-                    part, Z = Z[: run.length], Z[run.length :]
-                    media.append(plain_resampler(model.projector, part) if gated.latents else model.projector(part))
+                    part, Z = Z[: tiny.TOKENS], Z[tiny.TOKENS :]
+                    media.append(plain_resampler(model.projector, part) if gated.latents else connected(model, part))
 
         i, j = torch.arange(L)[:, None], torch.arange(L)[None]
         gone = torch.zeros(L, dtype=torch.bool)
@@ -218,8 +228,8 @@ def plain(model, batch, prompt=None):
             fed = chosen(columns.get("ffn", "all"), document) | ~is_visual
             if gated is not None and number % gated.every == 0:
                 x = plain_gated(model.gated[str(number)], x, document, media, gated.immediate)
-            if m.visual_source == "layerwise":
-                x = x.masked_scatter(is_visual[:, None], model.projector(Z, number))
+            if layerwise:
+                x = x.masked_scatter(is_visual[:, None], connected(model, Z, number))
             u = norm1(x)
             q, k, qr, kr, v = tiny.projections(layer, u, cos, sin)
             scores = qr @ kr.mT

@@ -33,7 +33,7 @@ from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.core.families import check_decoder
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
-from lit_eemllm.mechanisms.connectors import Projector
+from lit_eemllm.mechanisms.connectors import Projector, Sizes
 from lit_eemllm.model import EEMLLM, register_vision_encoder
 from lit_eemllm.model.vision import TransformersVision
 
@@ -383,7 +383,7 @@ def test_every_parameter_that_is_added_gets_its_initial_value(preset):
 def test_a_fresh_newline_is_as_long_as_that_of_llava():
     """Which divides normal numbers by the root of the width."""
     torch.manual_seed(0)
-    assert Projector(8, 4096, newline=True).newline.norm().item() == pytest.approx(1, rel=0.05)
+    assert Projector(Sizes(4096, 1, vision=8, newline=True)).newline.norm().item() == pytest.approx(1, rel=0.05)
 
 
 def test_unsupported_decoders_are_refused_with_what_to_do():

@@ -10,7 +10,7 @@ import tiny
 import torch
 from lib.equations import RANKED
 from lib.mechanisms import KINDS
-from lib.vision import PICTURES, make_model, pack, picture
+from lib.vision import PICTURES, alone, make_model, pack, picture, prompts
 from PIL import Image
 from transformers import (
     Idefics2Config,
@@ -23,7 +23,6 @@ from transformers import (
 
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.loss import with_moved_images
-from lit_eemllm.layout import PackedBatch, SequenceLayout, join_images
 from lit_eemllm.mechanisms import PRESETS, Mechanism
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.image_cache import ImageCache
@@ -31,29 +30,6 @@ from lit_eemllm.model.vision import TransformersVision, alike_lengths
 from lit_eemllm.training.module import with_blank_image
 
 MANY = ["siglip2", "idefics2", "anyres"]
-
-
-def alone(batch: PackedBatch) -> list[PackedBatch]:
-    """Each document as a pack of its own."""
-    packs, row, text, image = [], 0, 0, 0
-    for document in batch.layout.documents:
-        layout = SequenceLayout.of([document])
-        images = slice(image, image + len(layout.image_lengths))
-        mine = (batch.target_rows >= text) & (batch.target_rows < text + layout.num_text)
-        pixels = list(batch.pixel_values[images]) if batch.pixel_values is not None else []
-        packs.append(
-            replace(
-                batch,
-                input_ids=batch.input_ids[row : row + layout.num_tokens],
-                target_rows=batch.target_rows[mine] - text,
-                targets=batch.targets[mine],
-                pixel_values=join_images(pixels) if pixels else None,
-                layout=layout,
-                image_sizes=batch.image_sizes[images],
-            )
-        )
-        row, text, image = row + layout.num_tokens, text + layout.num_text, images.stop
-    return packs
 
 
 # --- encoders alone
@@ -221,19 +197,6 @@ def test_a_pack_of_many_sizes_is_one_image_at_a_time(encoder, preset):
         other = model.get_parameter(name).grad
         rounding = 4e-6  # all there is of the gradient of a key's bias, which has no effect
         torch.testing.assert_close(gradient, other, rtol=2e-3, atol=2e-5 * gradient.abs().max().item() + rounding)
-
-
-def prompts(model, documents, seed=0):
-    """Left-padded ids of documents, with their images."""
-    packs = [pack(model, [document], seed + 10 * i) for i, document in enumerate(documents)]
-    ids = [b.input_ids.index_fill(0, b.layout.visual_index, tiny.VOCAB) for b in packs]
-    longest = max(map(len, ids))
-    return {
-        "input_ids": torch.stack([torch.nn.functional.pad(x, (longest - len(x), 0)) for x in ids]),
-        "attention_mask": torch.stack([(torch.arange(longest) >= longest - len(x)).long() for x in ids]),
-        "pixel_values": [image for b in packs if b.pixel_values is not None for image in b.pixel_values],
-        "image_sizes": [size for b in packs for size in b.image_sizes],
-    }
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,7 @@ def read_config(run: Path, overrides: Sequence[str]) -> Config:
         "model.vision.path": str(run),
         "model.vision.select_layer": encoder.get("select_layer", -2),
         "model.vision.policy": encoder.get("transform", {}).get("policy"),
+        "model.connector": saved.get("connector") or {},
         "model.mechanism": mechanism_settings(mechanism, saved["text_config"]["num_hidden_layers"]),
         "init_from": str(run),
         "data.train": "none",  # this and what follows is required, and not read here

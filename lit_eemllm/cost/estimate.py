@@ -78,6 +78,7 @@ def estimate(
         raise UserError(f"--targets {targets}: expected 1 to {text}, the text tokens of a document")
 
     layers = parts.decoder.num_hidden_layers
+    llava = build_mechanism("llava", layers)
     mechanisms, configured = mechanisms_of(config, layers, only, parts.connector)
     schedule = Schedule.of(config, mechanisms[configured], parts.decoder)
     document, rows = Document(text, visual, targets), {}

@@ -7,6 +7,8 @@ linears and hooks keep working. Where a family differs from Llama, `Family` says
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -18,6 +20,24 @@ from .families import FAMILIES, Family, check_decoder
 from .select import ALL, Top
 from .stream import Stream, Tokens, View
 from .table import LayerPlan
+
+COPIES = ("norms", "qkv", "output", "ffn")
+"""Parts of a layer of which visual rows can have copies of their own. Norms of queries and keys belong to `qkv`."""
+
+
+class Inner(nn.ModuleDict):
+    """Modules that a decoder layer calls itself, by name; as the block before the layer, which they are to the model, they do nothing.
+
+    Args:
+        copies: parts of the layer, of `COPIES`, which it calls for text rows, and copies of them for visual rows (`DecoderLayer.adopt`).
+    """
+
+    def __init__(self, copies: Collection[str] = ()) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def forward(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        return x_Th, x_Vh
 
 
 class DecoderLayer(nn.Module):
@@ -33,6 +53,8 @@ class DecoderLayer(nn.Module):
     self_attn: Any
     mlp: Any
     row: LayerPlan
+    inner: Inner
+    """Belongs to the model, not to the decoder."""
     ranks: Top | None
     """The selection that is ranked here, for this layer and later ones or for later ones only; see `Top`."""
 
@@ -43,6 +65,34 @@ class DecoderLayer(nn.Module):
         self.index, self.family, self.rotates = index, family, rotates
         self.row, self.ranks = LayerPlan(), None
         self.unrotated, self.freeze_prefix = False, False
+        self.adopt(Inner())
+
+    def adopt(self, inner: Inner) -> None:
+        """Call the modules of `inner`, and make the copies in it that visual rows need here."""
+        self.__dict__["inner"] = inner  # no part of the layer's state_dict
+        row, norms, fed = self.row, self.family.norms, "ffn" in self.row.update
+        needed: dict[str, Mapping[Any, bool]] = {
+            "norms": {norms.before_attention: row.keys or row.moves, norms.after_attention: row.moves}
+            | {norms.before_ffn: fed, norms.after_ffn: fed},
+            "qkv": {"q_proj": row.queries, "k_proj": row.keys, "v_proj": row.values}
+            | {"q_norm": row.queries, "k_norm": row.keys},
+            "output": {"o_proj": "output" in row.update},
+            "ffn": {"mlp": fed},
+        }
+        for part in inner.copies:
+            for name, wanted in needed[part].items():
+                if wanted and name is not None and (module := self._own(name, None)) is not None:
+                    inner[name] = deepcopy(module)
+
+    def fill_copies(self) -> None:
+        """Give the copies the values of the layer's weights."""
+        for name, copy in self.inner.items():
+            if (module := self._own(name, None)) is not None:
+                copy.load_state_dict(module.state_dict())
+
+    def _own(self, name: str, *default: None) -> Any:
+        """A module of the layer or of its attention."""
+        return getattr(self.self_attn if hasattr(self.self_attn, name) else self, name, *default)
 
     def forward(
         self, x_Th: Tensor, x_Vh: Tensor, stream: Stream, kept: Tokens | None = None
@@ -75,7 +125,7 @@ class DecoderLayer(nn.Module):
             x_Vh = here.among(x_Vh) if here.alone else x_Vh
         runs = not row.idle and stream.keys is None
         x_Rh = torch.cat([x_Th, here.of(x_Vh)]) if runs else x_Th
-        u_Rh, k_RKH = self._norm("before_attention", x_Rh), None
+        u_Rh, k_RKH = self._norm("before_attention", x_Rh, text), None
         if self.ranks is not None and stream.layout.num_visual:
             k_RKH = self._project("k", u_Rh, row.keys, stream, here)
             stay_v, kept = self._rank(self.ranks, u_Rh, k_RKH, stream, here)
@@ -85,10 +135,10 @@ class DecoderLayer(nn.Module):
                     x_Rh, u_Rh = (torch.cat([x[:text], x[text:].index_select(0, stay_v)]) for x in (x_Rh, u_Rh))
                     x_Vh = x_Rh[text:]
                 stay_v = None
-        whole = stream.view(here, row.tokens) if row.whole else None
+        whole = stream.view(here, row.tokens) if row.whole and not self.inner.copies else None
         if whole is not None:  # every row queries, and all see the same: stream order up to W_o
             u_Rh, k_RKH = whole.of(u_Rh), None if k_RKH is None else whole.of(k_RKH)
-        q_RNH = self._heads("q", u_Rh if row.queries else u_Rh[:text])
+        q_RNH = self._heads("q", u_Rh if row.queries else u_Rh[:text], text)
         if k_RKH is None:
             k_RKH = self._project("k", u_Rh, row.keys, stream, here)
         v_RKH = self._project("v", u_Rh, row.values, stream, here)
@@ -100,11 +150,11 @@ class DecoderLayer(nn.Module):
             mixed_SNH = stream.attend(self.index, q_RNH, k_RKH, v_RKH, whole, Visibility(True), attn.scaling)
             out_Sh = attn.o_proj(mixed_SNH.flatten(-2))
             out_Rh = out_Sh if whole.order is None else out_Sh.index_select(0, whole.text_first)
-        out_Rh = self._norm("after_attention", out_Rh)
+        out_Rh = self._norm("after_attention", out_Rh, text)
         if self.freeze_prefix:
             out_Rh = torch.cat([out_Rh[:text].masked_fill(stream.prefix_T1, 0.0), out_Rh[text:]])
         if not runs or not row.update:
-            x_Th = self._feed_forward(x_Th + out_Rh)
+            x_Th = self._feed_forward(x_Th + out_Rh, text)
         else:
             h_Rh = x_Rh + out_Rh if row.moves else torch.cat([x_Th + out_Rh, x_Rh[text:]])
             x_Th, x_vh = self._fed(h_Rh, text, stream, here)
@@ -120,17 +170,17 @@ class DecoderLayer(nn.Module):
         if row.idle:
             return x_Vh, None
         x_vh = here.of(x_Vh)
-        u_vh = self._norm("before_attention", x_vh)
+        u_vh = self._norm("before_attention", x_vh, 0)
         q_vNH, k_vKH, v_vKH = (
-            self._heads(kind, u_vh) if wanted else u_vh.new_zeros(0, 1, 1)
+            self._heads(kind, u_vh, 0) if wanted else u_vh.new_zeros(0, 1, 1)
             for kind, wanted in (("q", row.queries), ("k", row.keys), ("v", row.values))
         )
         if row.moves:
             rotates = row.queries and self.rotates
             rotated_q, rotated_k = (stream.rotated(x, here) if rotates else x for x in (q_vNH, k_vKH))
             path_vw = self._path(rotated_q, rotated_k, v_vKH, u_vh, stream, here)
-            out_vh = self.self_attn.o_proj(path_vw) if "output" in row.update else path_vw
-            x_vh = x_vh + self._norm("after_attention", out_vh)
+            out_vh = self._run("o_proj", path_vw, 0) if "output" in row.update else path_vw
+            x_vh = x_vh + self._norm("after_attention", out_vh, 0)
         if row.update:
             x_Vh = here.put(x_Vh, self._fed(x_vh, 0, stream, here)[1] if "ffn" in row.update else x_vh)
         return x_Vh, (k_vKH, v_vKH) if row.keys else None
@@ -146,7 +196,7 @@ class DecoderLayer(nn.Module):
         """Rank the visual tokens that are here; see `Stream.rank`. k_RKH: before rotation."""
         rows_n = stream.ranking(top, here).rows_n
         # With gradients, or autocast would keep a copy of the weight that has none, for what comes after.
-        q_nNH, k_RKH = self._heads("q", u_Rh.index_select(0, rows_n)).detach(), k_RKH.detach()
+        q_nNH, k_RKH = self._heads("q", u_Rh.index_select(0, rows_n), len(rows_n)).detach(), k_RKH.detach()
         if self.rotates:
             cos_R1H, sin_R1H = stream.angles(here)
             q_nNH = stream.rotate(q_nNH, (cos_R1H.index_select(0, rows_n), sin_R1H.index_select(0, rows_n)))
@@ -154,22 +204,37 @@ class DecoderLayer(nn.Module):
         view = str(self.row.tokens if self.row.dense else self.row.seen)
         return stream.rank(self.index, top, here, q_nNH, k_RKH, self.self_attn.scaling, view)
 
-    def _norm(self, place: str, x_Rh: Tensor) -> Tensor:
+    def _run(self, name: str, x_Rw: Tensor, text: int) -> Tensor:
+        """A module of the layer over rows of which the first `text` are text; over visual ones its copy, if they have one. Without
+        visual rows the copy runs too where gradients are needed: every weight must get one."""
+        module, inner = self._own(name), self.inner
+        if name not in inner or (len(x_Rw) == text and not torch.is_grad_enabled()):
+            y_Rw: Tensor = module(x_Rw)
+            return y_Rw
+        copy, y_Tw = inner[name], module(x_Rw[:text])
+        y_vw = copy(x_Rw[text:].to(next(copy.parameters()).dtype))  # the decoder may be frozen in 16 bits
+        return torch.cat([y_Tw, y_vw.to(y_Tw.dtype)])
+
+    def _norm(self, place: str, x_Rh: Tensor, text: int) -> Tensor:
         """Apply the family's norm at a place, a field of `Norms`; the identity if it has none."""
         name = getattr(self.family.norms, place)
-        return x_Rh if name is None else getattr(self, name)(x_Rh)
+        return x_Rh if name is None else self._run(name, x_Rh, text)
 
-    def _heads(self, kind: str, u_Rh: Tensor) -> Tensor:
+    def _heads(self, kind: str, u_Rh: Tensor, text: int) -> Tensor:
         """Queries, keys or values (q, k, v) by head, before rotation; q and k are normalised as `Family.qk_norm` says."""
-        attn, heads = self.self_attn, (-1, self.self_attn.head_dim)
-        x_Rw, norm = getattr(attn, f"{kind}_proj")(u_Rh), getattr(attn, f"{kind}_norm", lambda x: x)
-        wide = self.family.qk_norm == "width"
-        return torch.unflatten(norm(x_Rw), -1, heads) if wide else norm(torch.unflatten(x_Rw, -1, heads))
+        heads, name = (-1, self.self_attn.head_dim), f"{kind}_norm"
+        x_Rw = self._run(f"{kind}_proj", u_Rh, text)
+        if not hasattr(self.self_attn, name):
+            return torch.unflatten(x_Rw, -1, heads)
+        if self.family.qk_norm == "width":
+            return torch.unflatten(self._run(name, x_Rw, text), -1, heads)
+        return self._run(name, torch.unflatten(x_Rw, -1, heads), text)
 
     def _project(self, kind: str, u_Rh: Tensor, visual: bool, stream: Stream, here: Tokens) -> Tensor:
         """Keys or values (k, v), before rotation: of all rows if visual ones are wanted, else of the text. Those of visual tokens may be
         precomputed."""
-        x_RKH = self._heads(kind, u_Rh if visual else u_Rh[: stream.layout.num_text])
+        text = stream.layout.num_text
+        x_RKH = self._heads(kind, u_Rh if visual else u_Rh[:text], text)
         if stream.keys is None or not self.row.keys:
             return x_RKH
         pair = stream.keys[self.index]
@@ -190,40 +255,47 @@ class DecoderLayer(nn.Module):
         both = torch.cat([none, k_RKH], -1), torch.cat([rotated_k, none], -1)
         return torch.cat([rotated_q, q_RNH], -1), torch.where(images_R[:, None, None], *both)
 
-    def _feed_forward(self, h_Rh: Tensor) -> Tensor:
-        return h_Rh + self._norm("after_ffn", self.mlp(self._norm("before_ffn", h_Rh)))
+    def _feed_forward(self, h_Rh: Tensor, text: int) -> Tensor:
+        out_Rh = self._run("mlp", self._norm("before_ffn", h_Rh, text), text)
+        return h_Rh + self._norm("after_ffn", out_Rh, text)
 
     def _fed(self, h_Rh: Tensor, text: int, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
         """Text after the feed-forward network, and visual rows, of which it updates those that the row of the table says."""
         row = self.row
         if "ffn" not in row.update:
-            return self._feed_forward(h_Rh[:text]), h_Rh[text:]
+            return self._feed_forward(h_Rh[:text], text), h_Rh[text:]
         if row.ffn == ALL:
-            x_Rh = self._feed_forward(h_Rh)
+            x_Rh = self._feed_forward(h_Rh, text)
         else:
             rows_R = stream.rows(here, row.ffn)
-            x_Rh = h_Rh.index_copy(0, rows_R, self._feed_forward(h_Rh.index_select(0, rows_R)))
+            x_Rh = h_Rh.index_copy(0, rows_R, self._feed_forward(h_Rh.index_select(0, rows_R), text))
         return x_Rh[:text], x_Rh[text:]
 
     def _attend(
         self, q_RNH: Tensor, k_RKH: Tensor, v_RKH: Tensor, u_Rh: Tensor | None, stream: Stream, here: Tokens
     ) -> Tensor:
         """Attention and W_o: [T, h] for the text alone, or [R, h] for all rows where `LayerPlan.moves`."""
-        row, attn, text = self.row, self.self_attn, stream.layout.num_text
-        if row.dense:
+        row, scale, text = self.row, self.self_attn.scaling, stream.layout.num_text
+        if row.whole:  # as in `forward`, but of queries, keys and values that are in the order of the rows
+            view = stream.view(here, row.tokens)
+            q_SNH, k_SKH, v_SKH = view.of(q_RNH), view.of(k_RKH), view.of(v_RKH)
+            mixed_RNH = stream.attend(self.index, q_SNH, k_SKH, v_SKH, view, Visibility(True), scale)
+            mixed_RNH = mixed_RNH if view.order is None else mixed_RNH.index_select(0, view.text_first)
+        elif row.dense:
             both_ways = row.attend == "image"
-            mixed_RNH = stream.attend_apart(self.index, q_RNH, k_RKH, v_RKH, here, row.seen, both_ways, attn.scaling)
-            return attn.o_proj(mixed_RNH.flatten(-2))
+            mixed_RNH = stream.attend_apart(self.index, q_RNH, k_RKH, v_RKH, here, row.seen, both_ways, scale)
+        if row.dense:
+            return self._run("o_proj", mixed_RNH.flatten(-2), text)
         view = stream.view(here, row.seen)
         k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)
-        mixed_TNH = stream.attend(self.index, q_RNH[:text], k_SKH, v_SKH, view, Visibility(False), attn.scaling)
+        mixed_TNH = stream.attend(self.index, q_RNH[:text], k_SKH, v_SKH, view, Visibility(False), scale)
         mixed_Tw = mixed_TNH.flatten(-2)
         if u_Rh is None or not row.moves:
-            return attn.o_proj(mixed_Tw)
+            return self._run("o_proj", mixed_Tw, text)
         path_vw = self._path(q_RNH[text:], k_RKH[text:], v_RKH[text:], u_Rh[text:], stream, here).to(mixed_Tw.dtype)
         if "output" in row.update:
-            return attn.o_proj(torch.cat([mixed_Tw, path_vw]))
-        return torch.cat([attn.o_proj(mixed_Tw), path_vw])
+            return self._run("o_proj", torch.cat([mixed_Tw, path_vw]), text)
+        return torch.cat([self._run("o_proj", mixed_Tw, text), path_vw])
 
     def _path(self, q_vNH: Tensor, k_vKH: Tensor, v_vKH: Tensor, u_vh: Tensor, stream: Stream, here: Tokens) -> Tensor:
         """What W_o takes of visual tokens that see no text, [v, w]: attention in a window of their image, or the aligner's u W_v or u."""

@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from torch import Tensor
 
 from ..console import console, quiet_libraries, writing
+from ..core.decoder import Inner
 from ..core.select import ALL, Select, Share, Top
 from ..core.table import PARTS, LayerPlan
 from ..layout import Run, SequenceLayout, Visibility
@@ -60,7 +61,8 @@ def explain(config: Config, *, shape: str | None, text: int, visual: int | None,
     visual = prompt_of(parts, text, visual)
     sizes = Sizes(parts.decoder.hidden_size, layers, parts.vision_width)
     with torch.device("meta"):
-        modules = [mechanism.block(layer, sizes) is not None for layer in range(layers)]
+        blocks = [mechanism.block(layer, sizes) for layer in range(layers)]
+    modules = ["–" if block is None else "inside it" if isinstance(block, Inner) else "before it" for block in blocks]
     connected: dict[str, Any] = {"connector": parts.connector, "view": parts.view}
     dense = prefill_flops(PRESETS["llava"], parts.decoder, text, visual)
 
@@ -99,7 +101,7 @@ def notes(mechanism: Mechanism) -> str:
     if mechanism.freeze_prefix:
         found.append("Text before the first image takes no attention.")
     if type(mechanism).block is not Mechanism.block:
-        found.append("FLOPs of modules before layers are counted.")
+        found.append("FLOPs of modules that it adds are counted.")
     return "".join(f" {text}" for text in found)
 
 
@@ -134,22 +136,21 @@ def ranges(table: Sequence[Row]) -> list[tuple[int, int, Row]]:
     return found
 
 
-def grid(table: tuple[LayerPlan, ...], flops: list[int], modules: list[bool]) -> Grid:
-    """A line for each stretch of equal rows, with modules before all of its layers or before none."""
+def grid(table: tuple[LayerPlan, ...], flops: list[int], modules: list[str]) -> Grid:
+    """A line for each stretch of equal rows, where modules added to its layers are."""
     drawn, total = Grid(box=box.SIMPLE_HEAD, pad_edge=False), sum(flops)
-    before = ["before it"] * any(modules)
+    added = {*modules} != {"–"}
     shown = {
         name: text for name, text in COLUMNS.items() if name != "source" or any(row.source == "own" for row in table)
     }
-    for heading in ("layers", *shown.values(), *before, "FLOPs a layer", "share"):
+    for heading in ("layers", *shown.values(), *["module"] * added, "FLOPs a layer", "share"):
         drawn.add_column(heading, no_wrap=True, justify="right" if heading in ("FLOPs a layer", "share") else "left")
-    for first, last, (row, has) in ranges(list(zip(table, modules, strict=True))):
+    for first, last, (row, module) in ranges(list(zip(table, modules, strict=True))):
         part = flops[first : last + 1]
         each = si(min(part)) if min(part) == max(part) else f"{si(min(part))} – {si(max(part))}"
         where = str(first) if first == last else f"{first}–{last}"
-        own = ["a module" if has else "–"] * any(modules)
         told = cells(row)
-        drawn.add_row(where, *(told[name] for name in shown), *own, each, f"{sum(part) / total:.1%}")
+        drawn.add_row(where, *(told[name] for name in shown), *[module] * added, each, f"{sum(part) / total:.1%}")
     return drawn
 
 

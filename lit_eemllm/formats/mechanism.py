@@ -16,6 +16,7 @@ from torch import nn
 
 from ..config import flat
 from ..config.keys import MechanismConfig
+from ..core.decoder import Inner
 from ..errors import ConfigError
 from ..mechanisms import PRESETS, Connector, ConnectorModule, Mechanism, build_connector, build_mechanism
 from ..mechanisms.connectors import LayerwiseProjector
@@ -111,7 +112,9 @@ def change_mechanism(
     fates |= _take_projector(model, new) | _take_blocks(model, new)
     ledger = [Fate(name, tensor.numel(), fates[name]) for name, tensor in new.state_dict().items()]
     gone = {name: numel for name, numel in before.items() if name not in fates}
-    if any(fate == "copied" for fate in fates.values()):  # it lives on under other names
+    if any(
+        fate == "copied" and name.startswith("projector.") for name, fate in fates.items()
+    ):  # it lives on under other names
         gone = {name: numel for name, numel in gone.items() if not name.startswith("projector.")}
     return new.eval(), ledger + [Fate(name, numel, "dropped") for name, numel in gone.items()]
 
@@ -135,14 +138,15 @@ def _take_projector(model: EEMLLM, new: EEMLLM) -> dict[str, str]:
 
 
 def _take_blocks(model: EEMLLM, new: EEMLLM) -> dict[str, str]:
-    """Likewise the modules before layers, of those that have one in both."""
+    """Likewise the modules before and inside layers, as far as both have them."""
     fates: dict[str, str] = {}
     alike = model.mechanism.weights == new.mechanism.weights
     for layer, block in new.blocks.items():
-        kept = alike and layer in model.blocks
-        if kept:
-            block.load_state_dict(model.blocks[layer].state_dict())
-        fates |= _named(block, f"{new.mechanism.blocks_name}.{layer}", "kept" if kept else "fresh")
+        kept = model.blocks[layer].state_dict() if alike and layer in model.blocks else {}
+        block.load_state_dict(kept, strict=False)
+        begins = "copied" if isinstance(block, Inner) and block.copies else "fresh"
+        prefix = f"{new.mechanism.blocks_name}.{layer}"
+        fates |= {f"{prefix}.{name}": "kept" if name in kept else begins for name in block.state_dict()}
     return fates
 
 

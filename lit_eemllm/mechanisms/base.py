@@ -207,7 +207,8 @@ class Mechanism:
         return ""
 
     def block(self, layer: int, sizes: Sizes) -> nn.Module | None:
-        """The module before a layer, or None. It takes text rows, visual rows and the `Stream`, and returns both kinds of rows.
+        """The module before a layer, or None. It takes text rows, visual rows and the `Stream`, and returns both kinds of rows. Or
+        an `Inner`: modules that the layer calls itself, such as copies of its own for visual rows.
 
         A visual row it returns may depend only on visual rows of the same image. `reset_parameters`, if present, initialises it."""
         return None

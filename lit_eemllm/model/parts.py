@@ -19,7 +19,7 @@ from transformers import (
 
 from ..attention import AttentionBackend, Choice, resolve_backend
 from ..compat.torch import allow_recompiles, cpp_compiler
-from ..core.decoder import DecoderLayer
+from ..core.decoder import DecoderLayer, Inner
 from ..core.families import check_decoder, table_problems
 from ..core.stream import rotate
 from ..core.table import Table, executed, ranked_in
@@ -60,8 +60,8 @@ class ModelParts(PreTrainedModel):
             raise ConfigError(f"model.connector.name: {reason}")
         self.vision.transform = self.vision.transform.with_reduction(self.connector)
         adopt(self.language_model)
-        self._connect()
         self._take(self.mechanism)
+        self._connect()
         self._backend: AttentionBackend | None = None
         self.image_cache: ImageCache | None = None
         self.activation_checkpointing = False
@@ -73,9 +73,17 @@ class ModelParts(PreTrainedModel):
         """Build the modules that the mechanism adds: projector and blocks."""
         sizes = self.sizes
         self.projector = self.mechanism.connector(sizes)
-        blocks = {str(layer): self.mechanism.block(layer, sizes) for layer in range(sizes.layers)}
-        modules = nn.ModuleDict({layer: block for layer, block in blocks.items() if block is not None})
-        self.add_module(self.mechanism.blocks_name, modules)
+        blocks = nn.ModuleDict()
+        for layer in self.language_model.model.layers:
+            block = self.mechanism.block(layer.index, sizes)
+            if block is not None:
+                blocks[str(layer.index)] = block
+            if isinstance(block, Inner):
+                if block.copies and getattr(self.language_model, "is_quantized", False):
+                    text = "visual rows get copies of the decoder's weights, which are trained: set null"
+                    raise ConfigError(f"model.quantization: {text}")
+                layer.adopt(block)
+        self.add_module(self.mechanism.blocks_name, blocks)
 
     @property
     def sizes(self) -> Sizes:
@@ -94,9 +102,12 @@ class ModelParts(PreTrainedModel):
         return tuple(layer.row for layer in self.language_model.model.layers)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise added modules only. Parts from transformers initialise themselves; other encoders come with weights."""
+        """Initialise added modules and copies only. Parts from transformers initialise themselves; other encoders come with weights."""
         if isinstance(module, Added):
             module.reset_parameters()
+        for layer in self.language_model.model.layers if isinstance(module, Inner) else ():
+            if layer.inner is module:
+                layer.fill_copies()
 
     # --- switches
     def _problems(self, mechanism: Mechanism) -> list[tuple[str, str]]:
@@ -187,7 +198,8 @@ class ModelParts(PreTrainedModel):
 
     def compile_layers(self) -> None:
         """Let torch.compile fuse what decoder layers compute before and after attention, where gradients are needed. Without
-        gradients, as when generating, they run as before. Raises ConfigError without a C++ compiler."""
+        gradients, as when generating, they run as before; so do layers in which visual rows have weights of their own. Raises
+        ConfigError without a C++ compiler."""
         if cpp_compiler() is None:
             raise ConfigError(
                 "model.compile: torch.compile calls a C++ compiler, and found none; install one (apt-get install g++), name yours "
@@ -195,6 +207,8 @@ class ModelParts(PreTrainedModel):
             )
         allow_recompiles(64)  # past its limit dynamo raises an error
         for layer in self.language_model.model.layers:
+            if layer.inner.copies:  # FSDP2 shares these out, and gathers them when they are called
+                continue
             for method in (DecoderLayer._norm, DecoderLayer._heads, DecoderLayer._feed_forward):
                 setattr(layer, method.__name__, MethodType(_compiled(method), layer))
         self._rotate = _compiled(rotate)

@@ -32,6 +32,7 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 
 from ..compat.lightning import DataParallel
+from ..core.decoder import Inner
 from ..errors import CheckpointError, ConfigError, WriteError
 from ..mechanisms.connectors import LayerwiseProjector
 from .checkpoint import read_checkpoint
@@ -53,9 +54,12 @@ def sums_late(config: Config) -> bool:
 
 def shared_out(model: EEMLLM) -> list[nn.Module]:
     """The modules that are sharded each by itself, and gathered only while they run: decoder layers, projectors, the mechanism's
-    blocks."""
+    blocks, or what these hold where a layer calls it."""
     projectors = model.projector.layers if isinstance(model.projector, LayerwiseProjector) else [model.projector]
-    return [*model.language_model.model.layers, *projectors, *model.blocks.values()]
+    blocks = [
+        each for block in model.blocks.values() for each in (block.values() if isinstance(block, Inner) else [block])
+    ]
+    return [*model.language_model.model.layers, *projectors, *blocks]
 
 
 def shard(model: EEMLLM, mesh: DeviceMesh, compute: torch.dtype | None, offload: bool = False) -> None:

@@ -113,5 +113,5 @@ def test_a_mechanism_of_ones_own(tmp_path, capsys):
         line = ["explain", "--import", str(example), "--shape", "vicuna-7b", "model.mechanism.preset=thinning"]
         assert cli.main([*line, "--out", str(tmp_path / "x.svg")]) == 0
     said = capsys.readouterr().out
-    assert "16–23" in said and "FLOPs of modules before layers are counted" in said and "a module" in said
+    assert "16–23" in said and "FLOPs of modules that it adds are counted" in said and "before it" in said
     assert (tmp_path / "x.svg").read_text().startswith("<?xml")

@@ -44,6 +44,9 @@ def test_a_llava_becomes_any_mechanism_with_its_weights_untouched(llava_folder, 
                 assert after[f"projector.layers.{layer}.{part}"].equal(before[f"projector.{part}"])
     elif preset == "flamingo":
         assert fates(ledger) == stays | {("projector", "fresh"), ("projector", "dropped"), ("gated", "fresh")}
+    elif new.blocks:
+        begins = "copied" if preset == "visual_experts" else "fresh"
+        assert fates(ledger) == stays | {("projector", "kept"), (mechanism.blocks_name, begins)}
     else:
         assert fates(ledger) == stays | {("projector", "kept")} and new is model
     fresh = EEMLLM(new.config)  # what a model of this mechanism holds

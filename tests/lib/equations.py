@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -37,6 +38,11 @@ MECHANISMS = {
     "blind, but updated": Mechanism(rows=(("0", (("seen", "none"),)), ("1", (("tokens", "every 2"), ("seen", "every 3"))))),
     "a window in some": Mechanism(rows=(("1", (("attend", 4), ("tokens", "every 2"))), ("0", (("update", "ffn"),)))),
     "blind at the end": Mechanism(rows=(("1-2", (("seen", "none"),)),)),
+    "experts of all parts": replace(PRESETS["visual_experts"], parts="norms qkv output ffn"),
+    "experts, aligned, from 1 on": replace(PRESETS["visual_experts"], dense_layers="none", parts="norms qkv output ffn", first=1),
+    "experts, here and there": replace(
+        PRESETS["visual_experts"], dense_layers=(1,), parts="output norms", rows=(("0", (("update", "ffn"), ("ffn", "every 2"))),)
+    ),
 }  # fmt: skip
 
 DEEP = 8
@@ -49,6 +55,7 @@ DROPPING = {
     ),
     "thrice": Mechanism(aligner=NO_ALIGNER, visual_drop=((0, 0.25), (1, 0.25), (2, 0.3))),
     "both ways": replace(PRESETS["bidirectional"], visual_drop=((2, 0.5),)),
+    "of experts": replace(PRESETS["visual_experts"], parts="qkv norms", visual_drop=((2, 0.5), (4, 0.25))),
     "of a layer's own": replace(PRESETS["saisa"], visual_drop=((3, 0.7),)),
 }
 """Mechanisms of `DEEP` layers in which visual tokens are ranked."""
@@ -175,6 +182,29 @@ def gone_by_rank(scores_NLL, gone, rows, document, share):
     return found
 
 
+class ByRow:
+    """A module for text rows, its copy for visual rows."""
+
+    def __init__(self, shared, own, is_visual):
+        self.shared, self.own, self.is_visual, self.weight = shared, own, is_visual, getattr(shared, "weight", None)
+
+    def __call__(self, x_L):
+        visual = self.is_visual.view(-1, *[1] * (x_L.ndim - 1))
+        return torch.where(visual, self.own(x_L), self.shared(x_L))
+
+
+def with_experts(layer, experts, is_visual):
+    """A layer in whose modules visual rows take their own weights."""
+
+    def seen(owner, *more):
+        names = [name for name, _ in owner.named_children()]
+        own = {name: ByRow(getattr(owner, name), experts[name], is_visual) for name in names if name in experts}
+        return {name: getattr(owner, name) for name in [*names, *more] if hasattr(owner, name)} | own
+
+    attn = SimpleNamespace(**seen(layer.self_attn, "head_dim", "scaling", "use_rope"))
+    return SimpleNamespace(**{**seen(layer), "self_attn": attn})
+
+
 def plain(model, batch, prompt=None):
     """Text logits of the pack from the equations: a document at a time, explicit masks, no shared products.
 
@@ -215,6 +245,7 @@ def plain(model, batch, prompt=None):
         rows_of = {by: ranking_rows(is_visual, by, prompt, answers) for by in ("question", "text")}
         for number, layer in enumerate(decoder.layers):
             columns = columns_of(m, number)
+            layer = with_experts(layer, dict(getattr(model, "experts", {})).get(str(number), {}), is_visual)
             norm1, post1, norm2, post2 = tiny.norms(layer)
             attend = columns.get("attend", "causal" if m.is_dense(number) else "none")
             attn, dense = layer.self_attn, attend in ("causal", "image")

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "saisa": ("saisa", ()),
     "vica": ("vica", ()),
     "flamingo": ("flamingo", ()),
+    "visual_experts": ("visual_experts", ()),
     "vision": ("ee_mllm", ("optim.tuning.vision=full",)),
     "lora": ("ee_mllm", (*LORA, "optim.tuning.vision=lora")),
     "recomputed lora": ("llava", (*LORA, "optim.activation_checkpointing=true")),
@@ -63,6 +64,7 @@ SHARED = (
     "ee_mllm",
     "saisa",
     "flamingo",
+    "visual_experts",
     "vision",
     "recomputed lora",
     "taught",
@@ -74,7 +76,9 @@ SHARED = (
     "olmo2",
     "smollm3",
 )
-MIXED = ("ee_mllm", "saisa", "flamingo", "vision", "recomputed lora", "taught", "lora", "pixel_shuffle", "smollm3")
+MIXED = (
+    "ee_mllm", "saisa", "flamingo", "visual_experts", "vision", "recomputed lora", "taught", "lora", "pixel_shuffle", "smollm3",
+)  # fmt: skip
 ROUNDED = {"flamingo": 0.05, "pixel_shuffle": 0.1}  # how far autocast may be from float32
 # Packs of every step, [micro-batch][rank], as documents of run lengths (0 an image). They are uneven, ranks lack images in
 # turn, and once all do.

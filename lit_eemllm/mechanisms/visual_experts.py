@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.decoder import COPIES, Inner
-from .base import Mechanism, Sizes, register_mechanism
+from .base import Mechanism, register_mechanism
+from .connectors import Sizes
 
 
 @dataclass(frozen=True)

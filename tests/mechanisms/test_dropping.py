@@ -14,6 +14,7 @@ from lit_eemllm.core.table import executed, ranked_in
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.layout import Run, SequenceLayout
 from lit_eemllm.mechanisms import PRESETS, build_mechanism
+from lit_eemllm.training.fit import fit
 
 DOCUMENTS = [[3, 0, 9], [5], [0, 2, 0, 7, 0, 4], [2, 0, 1]]
 ANSWERS = (((5, 8), (10, 12)), ((1, 5),), ((1, 2), (6, 9), (11, 13)), ())
@@ -228,3 +229,27 @@ def test_a_loss_of_answers_alone_is_that_of_the_plain_implementation():
     pack = replace(pack, target_rows=torch.tensor(rows), targets=torch.arange(len(rows)) % tiny.VOCAB)
     true = cross_entropy(plain(model, pack)[pack.target_rows], pack.targets, reduction="sum")
     assert abs(model.packed_loss(pack) - true) <= 1e-5 * true
+
+
+@pytest.mark.parametrize("preset", ["fastv", "pyramid_drop"])
+def test_a_run_that_drops_by_rank_resumes_to_the_bit(preset, parts, shapes, tmp_path):
+    """Through shards and the collator, which tells who ranks: the packs of the run have answers."""
+    states, seen = [], []
+
+    class Seeing(Ranking):
+        @classmethod
+        def of(cls, layout, by, lengths, stay):
+            seen.append(layout.answers)
+            return Ranking.of(layout, by, lengths, stay)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_eemllm.core.stream.Ranking", Seeing)
+        for out, stops in (("whole", (4,)), ("cut", (2, 4))):
+            for count in stops:
+                more = ("optim.schedule=constant", "optim.warmup_ratio=0", "data.val=null", "optim.tuning.llm=full")
+                fit(tiny.config(parts, shapes, tmp_path / out, f"model.mechanism.preset={preset}", "optim.save_every=2",
+                                f"optim.max_steps={count}", *more))  # fmt: skip
+            file = tmp_path / out / "checkpoints" / "step-4.ckpt"
+            states.append(torch.load(file, weights_only=True)["state_dict"])
+    assert states[0].keys() == states[1].keys() and all(states[0][n].equal(x) for n, x in states[1].items())
+    assert len(seen) >= 8 and all(any(answers) for answers in seen)

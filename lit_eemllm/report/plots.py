@@ -169,11 +169,14 @@ def draw_prices(axis: Any, styled: Sequence[Styled]) -> None:
     place_labels(axis, points)
 
 
-def place_labels(axis: Any, points: Sequence[tuple[float, float, float, str, Any]]) -> None:
+def place_labels(
+    axis: Any, points: Sequence[tuple[float, float, float, str, Any]], others: Sequence[tuple[float, float]] = ()
+) -> None:
     """Each label at the nearest place around its point that hides no point, no other label and no edge, or the least of them.
 
     Args:
         points: x, y and what its error bar reaches up and down, in data; label and colour.
+        others: x and y of points without a label.
     """
     from matplotlib.transforms import Bbox
 
@@ -181,7 +184,7 @@ def place_labels(axis: Any, points: Sequence[tuple[float, float, float, str, Any
     figure.draw_without_rendering()
     frame, unit = axis.get_window_extent(), figure.dpi / 72
     dots = [axis.transData.transform((x, y)) for x, y, *_ in points]
-    bars = [[(x, y - error), (x, y + error)] for x, y, error, *_ in points]
+    bars = [[(x, y - error), (x, y + error)] for x, y, error, *_ in points] + [[point, point] for point in others]
     taken = [Bbox(axis.transData.transform(bar)).padded(6) for bar in bars]
     places = [(d, dx, dy) for d in (7, 14, 24, 36, 50, 66, 84) for dx in (1, -1, 0) for dy in (0, 1, -1) if dx or dy]
     for (x, y, _, text, colour), dot in zip(points, dots, strict=True):

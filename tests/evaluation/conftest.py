@@ -20,6 +20,18 @@ def trained(tmp_path_factory):
     return config
 
 
+@pytest.fixture(scope="session")
+def dense_run(tmp_path_factory):
+    """Likewise, of a decoder in which visual tokens query in every layer."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny.write_parts(folder / "parts")
+    data = tiny.write_shards(folder / "shards", train=60, val=30)
+    options = ("model.mechanism.preset=llava", "optim.max_steps=2", "optim.val_every=2")
+    config = tiny.config(folder / "parts", data, folder / "run", *options)
+    fit(config)
+    return config
+
+
 @pytest.fixture
 def files(tmp_path):
     """Rows of many forms, with images beside them."""

@@ -1,8 +1,9 @@
-"""Layer calibration: its numbers against a plain computation, planted layers, samples, and the verb as a user calls it."""
+"""Calibration of layers: its numbers against a plain computation, planted layers, samples, and the verb as a user calls it."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,14 +17,20 @@ from transformers import LlamaConfig
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
+from lit_eemllm.cost.formulas import prefill_flops
 from lit_eemllm.errors import ConfigError, SampleError, UserError
 from lit_eemllm.evaluation import calibrate
+from lit_eemllm.evaluation.calibrate import bench, layers, measure
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
-from lit_eemllm.training.fit import fit
 
 DENSE = Mechanism(dense_layers="all")
 PACKS = [[[3, 0, 4], [2, 0, 1, 0, 3], [0, 2]], [[1, 0, 0, 6]]]
 TARGETS = ("ee_mllm_f", "shortv", "vica")
+
+
+def on(model, packs):
+    """A bench; FLOPs are those of 9 text and 16 visual tokens."""
+    return bench.Bench(model, packs, 9, 16)
 
 
 def plain(model, batch, kinds, blind=(), window=0):
@@ -106,7 +113,7 @@ def test_numbers_equal_a_plain_computation(target, decoder, backend, monkeypatch
     model, packs = tiny.model(decoder, DENSE), [tiny.pack(pack, seed) for seed, pack in enumerate(PACKS)]
     model.set_attention(backend)
     logits, steps = model.packed_logits(packs[0]), []
-    rows = calibrate.one_by_one(model, packs, target, steps.append)
+    rows = layers.one_by_one(on(model, packs), target, steps.append)
     for row in rows:
         assert close(row, divergence(model, packs, *one(target, row["layer"], 3)))
     moved = [row["kl"] for row in rows] if target == "vica" else [row["kl"] for row in rows[:-1]]
@@ -119,14 +126,16 @@ def test_numbers_equal_a_plain_computation(target, decoder, backend, monkeypatch
         assert all("cosine" not in row for row in rows)
 
     ranking = [1, 2, 0]
-    for row in calibrate.together(model, packs, target, ranking, steps.append):
+    for row in layers.together(on(model, packs), target, ranking, steps.append):
         chosen = set(ranking[: row["layers"]])
         kinds = [{"shortv": "frozen", "ee_mllm_f": "local"}[target] if n in chosen else "dense" for n in range(3)] if (
             target != "vica"
         ) else ["frozen"] * 3  # fmt: skip
         blind = set(range(3)) - chosen if target == "vica" else ()
         assert close(row, divergence(model, packs, kinds, blind))
-    assert len(steps) == 2 * (2 * 3 + 2)  # what the progress bar counts
+        expected = prefill_flops(layers.converted(DENSE, target, chosen, 3), model.config.text_config, 9, 16)
+        assert row["flops"] == expected
+    assert len(steps) == 2 * (2 * 3 + 1)  # what the progress bar counts
     assert model.mechanism == DENSE and model.config.mechanism == DENSE.to_dict()
     assert model.packed_logits(packs[0]).equal(logits)
 
@@ -136,20 +145,20 @@ def test_ee_mllm_f_takes_the_aligner_and_the_window_of_the_configuration():
     """With value and output off it is V-Skip; ShortV has an aligner of its own: none."""
     model, packs = tiny.model("llama-gqa", replace(DENSE, visual_window=3)), [tiny.pack(PACKS[0])]
     kinds, _ = one("ee_mllm_f", 1, 3)
-    row = calibrate.one_by_one(model, packs, "ee_mllm_f", lambda _: None)[1]
+    row = layers.one_by_one(on(model, packs), "ee_mllm_f", lambda _: None)[1]
     assert close(row, divergence(model, packs, kinds, window=3))
     assert not close(row, divergence(model, packs, kinds))
     skip = Aligner(value=False, output=False)
-    made = calibrate.converted(replace(DENSE, aligner=skip), "ee_mllm_f", [2], 3)
+    made = layers.converted(replace(DENSE, aligner=skip), "ee_mllm_f", [2], 3)
     assert made == Mechanism(dense_layers=(0, 1), aligner=skip)
-    assert calibrate.converted(DENSE, "shortv", [0, 1, 2], 3) == replace(PRESETS["shortv"], dense_layers="none")
-    assert calibrate.converted(DENSE, "vica", [0, 2], 3) == replace(PRESETS["vica"], cross_layers=(0, 2))
+    assert layers.converted(DENSE, "shortv", [0, 1, 2], 3) == replace(PRESETS["shortv"], dense_layers="none")
+    assert layers.converted(DENSE, "vica", [0, 2], 3) == replace(PRESETS["vica"], cross_layers=(0, 2))
 
 
 def test_a_failure_leaves_the_model_as_it_was():
     model = tiny.model("llama-gqa", DENSE)
     for target in TARGETS:
-        with pytest.raises(ZeroDivisionError), calibrate.switched(model, calibrate.changed(DENSE, target, 0, 3)):
+        with pytest.raises(ZeroDivisionError), on(model, []).under(layers.changed(DENSE, target, 0, 3)):
             raise ZeroDivisionError
     assert model.mechanism == DENSE
     assert not any(layer._forward_hooks for layer in model.language_model.model.layers)
@@ -168,28 +177,28 @@ def test_a_planted_layer_is_found(target, planted, monkeypatch):
         if layer.index not in writes:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    rows = calibrate.one_by_one(model, packs, target, lambda _: None)
+    rows = layers.one_by_one(on(model, packs), target, lambda _: None)
     assert [row["layer"] for row in rows if row["kl"] > 1e-12] == [planted]
-    ranking = calibrate.ranked(rows, target, "kl")
+    ranking = layers.ranked(rows, target, "kl")
     assert sorted(ranking) == [0, 1, 2, 3]
     assert ranking[0 if target == "vica" else -1] == planted
     if target == "vica":
         assert [row["layer"] for row in rows if row["cosine"] < 1 - 1e-12] == [planted]
-        assert calibrate.ranked(rows, target, "cosine")[0] == planted
+        assert layers.ranked(rows, target, "cosine")[0] == planted
 
 
 def test_ranking_by_hand():
     rows = [
         {"layer": n, "kl": kl, "cosine": c} for n, (kl, c) in enumerate([(0.2, 0.9), (0, 0.2), (0.1, 0.95), (0, 1)])
     ]
-    assert calibrate.ranked(rows, "shortv", "kl") == [3, 1, 2, 0]  # equal ones: the later first
-    assert calibrate.ranked(rows, "vica", "kl") == [0, 2, 1, 3]
-    assert calibrate.ranked(rows, "vica", "cosine") == [1, 0, 2, 3]
+    assert layers.ranked(rows, "shortv", "kl") == [3, 1, 2, 0]  # equal ones: the later first
+    assert layers.ranked(rows, "vica", "kl") == [0, 2, 1, 3]
+    assert layers.ranked(rows, "vica", "cosine") == [1, 0, 2, 3]
 
 
 def test_divergence_by_hand():
     p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
-    found = calibrate.Divergence()
+    found = measure.Divergence()
     found.update(p.log(), q.log() + 3)  # logits know no scale
     found.update(q.log().repeat(300, 1), q.log().repeat(300, 1))
     kl = 0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(0.5 / 0.75).log()
@@ -197,38 +206,50 @@ def test_divergence_by_hand():
 
 
 def test_how_many_layers():
-    defaults = [calibrate.how_many(target, 32, None, None) for target in TARGETS]
+    defaults = [layers.how_many(target, 32, None) for target in TARGETS]
     assert defaults == [16, 19, 8]  # what the presets have
-    assert calibrate.how_many("vica", 40, None, None) == 10 and calibrate.how_many("vica", 2, None, None) == 1
-    assert calibrate.how_many("shortv", 32, None, 0.5) == 16 and calibrate.how_many("shortv", 32, 3, None) == 3
-    for wrong in (0, 33):
-        with pytest.raises(UserError, match=f"--layers {wrong}: expected 1 to 32"):
-            calibrate.how_many("shortv", 32, wrong, None)
+    assert layers.how_many("vica", 40, None) == 10 and layers.how_many("vica", 2, None) == 1
+    assert layers.how_many("shortv", 32, 0.5) == 16 and layers.how_many("shortv", 32, 3.0) == 3
+    assert layers.how_many("shortv", 32, 0.01) == layers.how_many("shortv", 32, 1.0) == 1
+    for wrong in (0, 33, -1, 1.5, math.nan):
+        with pytest.raises(UserError, match=f"--layers {wrong:g}: expected 1 to 32, .*, or a share of them below 1"):
+            layers.how_many("shortv", 32, wrong)
 
 
 def test_a_target_of_ones_own_is_found_by_its_layers(monkeypatch):
     monkeypatch.setitem(PRESETS, "mine", Mechanism(dense_layers=tuple(range(8)), aligner=Aligner(False, False, True)))
-    assert not calibrate.kept("mine") and calibrate.kept("vica") and calibrate.how_many("mine", 8, None, None) == 6
-    made = calibrate.converted(replace(DENSE, aligner=Aligner(True, True, False)), "mine", [2], 3)
+    assert not layers.kept("mine") and layers.kept("vica") and layers.how_many("mine", 8, None) == 6
+    made = layers.converted(replace(DENSE, aligner=Aligner(True, True, False)), "mine", [2], 3)
     assert made == Mechanism(dense_layers=(0, 1), aligner=Aligner(False, False, False))
     for other in ("llava", "nonsense"):
         with pytest.raises(
             UserError, match=f"--target {other}: .*ee_mllm_f, shortv, vica, operator_skipping, mine, or --import"
         ):
-            calibrate.kept(other)
+            layers.kept(other)
 
 
 def test_the_base_must_be_dense():
-    for fits in (DENSE, Mechanism(dense_layers=(0, 1)), replace(DENSE, visual_positions="shared")):
-        calibrate.refuse_base(fits, 3)
+    by_rows = Mechanism(rows=(("0-", (("attend", "causal"),)),))
+    for fits in (DENSE, Mechanism(dense_layers=(0, 1)), replace(DENSE, visual_positions="shared"), by_rows):
+        bench.refuse_base(fits, 3)
     for base, text in (
         (PRESETS["ee_mllm"], r"layers \[0, 1\] of 3 are not dense"),
         (Mechanism(dense_layers=(0, 2)), r"layers \[1\] of 3 are not dense"),
-        (Mechanism(dense_layers=(0, 1), cross_layers=(0, 1)), "in layer 2 text sees no image"),
+        (replace(DENSE, rows=(("1", (("update", "value output"),)),)), r"layers \[1\] of 3 are not dense"),
+        (replace(DENSE, rows=(("2", (("seen", "every 2"),)),)), "in layer 2 text sees every 2 of an image"),
+        (Mechanism(dense_layers=(0, 1), cross_layers=(0, 1)), "in layer 2 text sees none of an image"),
         (PRESETS["flamingo"], r"layers \[0, 1\] of 3"),
     ):
         with pytest.raises(ConfigError, match=text):
-            calibrate.refuse_base(base, 3)
+            bench.refuse_base(base, 3)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_base_that_is_dense_by_its_rows_is_converted_like_any(target):
+    by_rows = Mechanism(rows=(("0-", (("attend", "causal"),)),))
+    for chosen in ([], [1], [0, 2], [0, 1, 2]):
+        assert layers.converted(by_rows, target, chosen, 3) == layers.converted(DENSE, target, chosen, 3)
+    assert layers.changed(by_rows, "vica", 1, 3).table(3) == layers.changed(DENSE, "vica", 1, 3).table(3)
 
 
 def test_samples_are_drawn_evenly_from_those_with_images(monkeypatch):
@@ -242,19 +263,17 @@ def test_samples_are_drawn_evenly_from_those_with_images(monkeypatch):
     def load_pixels(tokens):
         return SimpleNamespace(tokens=tokens, pixels=[] if tokens.key == "4" else [0])
 
-    def draw(samples, seed, budget=100):
-        packs, skipped = calibrate.draw_packs(recipe, encoder, samples, seed, budget, None)
-        return [[sample.tokens.key for sample in pack] for pack in packs], skipped
+    def draw(samples, seed):
+        drawn, skipped = bench.draw_samples(recipe, encoder, samples, seed)
+        return [sample.tokens.key for sample in drawn], skipped
 
     encoder = SimpleNamespace(tokenize=tokenize, load_pixels=load_pixels)
     source = SimpleNamespace(folder=Path(), shards=[("a", 11)])
     recipe = SimpleNamespace(sources=[source], num_samples=11, path="val.yaml")
-    monkeypatch.setattr(calibrate, "read_shard", lambda path: iter(members.items()))
-    monkeypatch.setattr(calibrate, "collate", list)
-    assert draw(99, 0) == ([["0", "1", "2", "5", "6", "7", "8", "9"]], {"bad_json": 1})
-    assert [len(pack) for pack in draw(99, 0, budget=30)[0]] == [3, 3, 2]
+    monkeypatch.setattr(bench, "read_shard", lambda path: iter(members.items()))
+    assert draw(99, 0) == (["0", "1", "2", "5", "6", "7", "8", "9"], {"bad_json": 1})
     assert draw(3, 5) == draw(3, 5)
-    times = Counter(key for seed in range(1000) for pack in draw(3, seed)[0] for key in pack)
+    times = Counter(key for seed in range(1000) for key in draw(3, seed)[0])
     assert set(times) == set("01256789") and all(250 < n < 350 for n in times.values())
     members = {"text": {"json": b""}, "3": {"json": b"", "jpg": b""}}
     with pytest.raises(UserError, match=r"val\.yaml: nothing to calibrate with: bad_json 1"):
@@ -264,21 +283,9 @@ def test_samples_are_drawn_evenly_from_those_with_images(monkeypatch):
         draw(3, 0)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A dense run of two steps on the embedded set, and its config."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny.write_parts(folder / "parts")
-    data = tiny.write_shards(folder / "shards", train=60, val=30)
-    options = ("model.mechanism.preset=llava", "optim.max_steps=2", "optim.val_every=2")
-    config = tiny.config(folder / "parts", data, folder / "run", *options)
-    fit(config)
-    return config
-
-
-def test_command_line_journey(trained, tmp_path, capsys):
+def test_command_line_journey(dense_run, tmp_path, capsys):
     """calibrate as a user calls it, and what it writes put to use as its header says."""
-    run, folder = Path(trained.out), Path(trained.out) / "calibrate-vica"
+    run, folder = Path(dense_run.out), Path(dense_run.out) / "calibrate-vica"
     assert cli.main(["calibrate", str(run), "--target", "vica", "--samples", "12", "--layers", "2"]) == 0
     said = capsys.readouterr().out
     assert "12 conversations with images" in said and "layers for vica" in said and "2 of 3" in said
@@ -286,10 +293,11 @@ def test_command_line_journey(trained, tmp_path, capsys):
     assert results["samples"] == 12 and [row["layer"] for row in results["layers"]] == [0, 1, 2]
     assert results["ranking"] == sorted(range(3), key=lambda n: -results["layers"][n]["kl"])
     assert results["chosen"] == sorted(results["ranking"][:2])
+    assert f"KL {results['together'][2]['kl']:.3g} a token" in said and results["together"][2]["layers"] == 2
     assert Image.open(folder / "layers.png").width > 800
 
     again = tmp_path / "again"
-    line = ["calibrate", str(run), "--target", "vica", "--samples", "12", "--budget", "0.7", "--out", str(again)]
+    line = ["calibrate", str(run), "--target", "vica", "--samples", "12", "--layers", "0.7", "--out", str(again)]
     assert cli.main(line) == 0
     assert json.loads((again / "layers.json").read_text()) == results
 
@@ -308,16 +316,16 @@ def test_command_line_journey(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_mechanism_file_goes_after_any_configuration(trained, target, tmp_path):
-    assert cli.main(["calibrate", trained.out, "--target", target, "--samples", "4", "--out", str(tmp_path)]) == 0
+def test_the_mechanism_file_goes_after_any_configuration(dense_run, target, tmp_path):
+    assert cli.main(["calibrate", dense_run.out, "--target", target, "--samples", "4", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "layers.json").read_text())
     expected = Mechanism.from_dict(results["mechanism"])
     (tmp_path / "before.yaml").write_text(
         "model: {mechanism: {preset: vica, dense_layers: [0], cross_layers: [1], aligner: {ffn: false}, visual_window: 3, "
-        "freeze_prefix: true, visual_positions: shared, visual_drop: [[1, 0.5]]}}"
+        "freeze_prefix: true, visual_positions: shared, visual_drop: [[1, 0.5]], rows: [{layers: 0, seen: none}]}}"
     )
     for before in ([], [tmp_path / "before.yaml"]):
-        config = load_config([Path(trained.out) / "config.yaml", *before, tmp_path / "mechanism.yaml"])
+        config = load_config([Path(dense_run.out) / "config.yaml", *before, tmp_path / "mechanism.yaml"])
         overrides = asdict(config.model.mechanism)
         assert overrides.pop("preset") == target
         assert build_mechanism(target, 3, overrides) == expected
@@ -326,23 +334,24 @@ def test_the_mechanism_file_goes_after_any_configuration(trained, target, tmp_pa
     assert list(sets) == kept
 
 
-def test_what_cannot_be_done_is_said(trained, capsys, monkeypatch):
+def test_what_cannot_be_done_is_said(dense_run, capsys, monkeypatch):
     for options, text in (
         (["model.mechanism.preset=ee_mllm"], "layers [0, 1] of 3 are not dense"),
         (["--layers", "4"], "--layers 4: expected 1 to 3"),
-        (["--budget", "1.5"], "--budget 1.5: expected a share"),
-        (["--budget", "nan"], "--budget nan: expected a share"),
+        (["--layers", "1.5"], "--layers 1.5: expected 1 to 3"),
+        (
+            ["--budget", "0.5"],
+            "--budget 0.5 is a share of FLOPs, for single operators, and --target shortv ranks whole layers",
+        ),
+        (["--operators", "ffn"], "--operators goes with --budget"),
         (["--samples", "0"], "--samples 0: expected 1 or more"),
         (["--by", "cosine"], "--by cosine is ViCA's criterion"),
         (["data.val=null"], "data.val is not set"),
         (["model.mechanism.visual_window=2"], "visual_window"),
     ):
-        assert cli.main(["calibrate", trained.out, "--target", "shortv", *options]) == 2
+        assert cli.main(["calibrate", dense_run.out, "--target", "shortv", *options]) == 2
         assert text in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["calibrate", trained.out, "--target", "shortv", "--layers", "1", "--budget", "0.5"])
-    assert "not allowed with" in capsys.readouterr().err
     calls = []
-    monkeypatch.setattr(calibrate, "calibrate", lambda config, *rest: calls.append(rest))
-    assert cli.main(["calibrate", trained.out, "--target", "vica", "--by", "cosine", "--out", "o"]) == 0
-    assert calls == [(None, "vica", None, None, "cosine", 40, Path("o"))]
+    monkeypatch.setattr(calibrate, "calibrate_layers", lambda config, *rest: calls.append(rest))
+    assert cli.main(["calibrate", dense_run.out, "--target", "vica", "--by", "cosine", "--out", "o"]) == 0
+    assert calls == [(None, "vica", None, "cosine", 40, Path("o"))]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..layout import Visibility
 from .families import FAMILIES, Family, check_decoder
-from .select import ALL, Top
+from .select import ALL, Routed, Top
 from .stream import Stream, Tokens, View
 from .table import LayerPlan
 
@@ -30,10 +30,11 @@ class Inner(nn.ModuleDict):
 
     Args:
         copies: parts of the layer, of `COPIES`, which it calls for text rows, and copies of them for visual rows (`DecoderLayer.adopt`).
+        modules: a ``router`` where the layer's tokens are `Routed`: from visual rows [V, h] to scores [V] and weights [V, 1].
     """
 
-    def __init__(self, copies: Collection[str] = ()) -> None:
-        super().__init__()
+    def __init__(self, copies: Collection[str] = (), **modules: nn.Module) -> None:
+        super().__init__(modules)
         self.copies = copies
 
     def forward(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,8 @@ class DecoderLayer(nn.Module):
 
         The path of I is its own attention, over [u_T; u_I] or a window of u_I, or else u_I W_v. Of W_v, W_o and FFN, I takes
         those that `LayerPlan.update` names, FFN for `LayerPlan.ffn` of them. `Norms` that a family lacks are the identity: in Llama post1 and post2, after the
-        blocks; in OLMo 2 norm1 and norm2, before them. Our reading: post1 normalises whatever is added to I, even if the path
+        blocks; in OLMo 2 norm1 and norm2, before them. With a router's weights w (p-MoD), I' = H_I + w post2(..), and visual
+        tokens that are not here become w times themselves. Our reading: post1 normalises whatever is added to I, even if the path
         leaves out W_v or W_o. Where text and images use the same weight, it is one product over the rows of both.
 
         Args:
@@ -119,12 +121,15 @@ class DecoderLayer(nn.Module):
             x_Th, x_Vh and kept for the next layer.
         """
         row, attn, text = self.row, self.self_attn, len(x_Th)
-        here, stay_v = self._here(stream, kept), None
+        here, stay_v, w_v1 = self._here(stream, kept), None, None
         if row.source == "own" and stream.states is not None:
             x_Vh = stream.states(self.index)
             x_Vh = here.among(x_Vh) if here.alone else x_Vh
         runs = not row.idle and stream.keys is None
-        x_Rh = torch.cat([x_Th, here.of(x_Vh)]) if runs else x_Th
+        if isinstance(row.tokens, Routed) and (len(x_Vh) or torch.is_grad_enabled()):  # every weight gets a gradient
+            here, x_Rh, x_Vh, w_v1 = self._route(row.tokens, x_Th, x_Vh, stream)
+        else:
+            x_Rh = torch.cat([x_Th, here.of(x_Vh)]) if runs else x_Th
         u_Rh, k_RKH = self._norm("before_attention", x_Rh, text), None
         if self.ranks is not None and stream.layout.num_visual:
             k_RKH = self._project("k", u_Rh, row.keys, stream, here)
@@ -157,7 +162,7 @@ class DecoderLayer(nn.Module):
             x_Th = self._feed_forward(x_Th + out_Rh, text)
         else:
             h_Rh = x_Rh + out_Rh if row.moves else torch.cat([x_Th + out_Rh, x_Rh[text:]])
-            x_Th, x_vh = self._fed(h_Rh, text, stream, here)
+            x_Th, x_vh = self._fed(h_Rh, text, stream, here, w_v1)
             x_Vh = here.put(x_Vh, x_vh)
         return x_Th, x_Vh if stay_v is None or not runs else x_Vh.index_select(0, stay_v), kept
 
@@ -191,6 +196,14 @@ class DecoderLayer(nn.Module):
         if not isinstance(tokens, Top) or not stream.layout.num_visual:
             return stream.tokens(tokens)
         return stream.tokens(ALL) if kept is None else kept
+
+    def _route(
+        self, routed: Routed, x_Th: Tensor, x_Vh: Tensor, stream: Stream
+    ) -> tuple[Tokens, Tensor, Tensor, Tensor]:
+        """The visual tokens that the router chooses, the layer's rows, all visual rows times their weights, and the weights of those chosen."""
+        scores_V, w_V1 = self.inner["router"](x_Vh)
+        here, w_V1 = stream.routed(routed, scores_V.detach()), w_V1.to(x_Vh.dtype)
+        return here, torch.cat([x_Th, here.of(x_Vh)]), x_Vh * w_V1, here.among(w_V1)
 
     def _rank(self, top: Top, u_Rh: Tensor, k_RKH: Tensor, stream: Stream, here: Tokens) -> tuple[Tensor, Tokens]:
         """Rank the visual tokens that are here; see `Stream.rank`. k_RKH: before rotation."""
@@ -255,17 +268,21 @@ class DecoderLayer(nn.Module):
         both = torch.cat([none, k_RKH], -1), torch.cat([rotated_k, none], -1)
         return torch.cat([rotated_q, q_RNH], -1), torch.where(images_R[:, None, None], *both)
 
-    def _feed_forward(self, h_Rh: Tensor, text: int) -> Tensor:
+    def _feed_forward(self, h_Rh: Tensor, text: int, w_R1: Tensor | None = None) -> Tensor:
         out_Rh = self._run("mlp", self._norm("before_ffn", h_Rh, text), text)
-        return h_Rh + self._norm("after_ffn", out_Rh, text)
+        out_Rh = self._norm("after_ffn", out_Rh, text)
+        return h_Rh + (out_Rh if w_R1 is None else w_R1 * out_Rh)
 
-    def _fed(self, h_Rh: Tensor, text: int, stream: Stream, here: Tokens) -> tuple[Tensor, Tensor]:
+    def _fed(
+        self, h_Rh: Tensor, text: int, stream: Stream, here: Tokens, w_v1: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Text after the feed-forward network, and visual rows, of which it updates those that the row of the table says."""
         row = self.row
         if "ffn" not in row.update:
             return self._feed_forward(h_Rh[:text], text), h_Rh[text:]
         if row.ffn == ALL:
-            x_Rh = self._feed_forward(h_Rh, text)
+            w_R1 = None if w_v1 is None else torch.cat([w_v1.new_ones(text, 1), w_v1])
+            x_Rh = self._feed_forward(h_Rh, text, w_R1)
         else:
             rows_R = stream.rows(here, row.ffn)
             x_Rh = h_Rh.index_copy(0, rows_R, self._feed_forward(h_Rh.index_select(0, rows_R), text))

@@ -1,4 +1,4 @@
-"""Ranking: which visual tokens stay when a layer drops some, by the attention that a few text rows pay them (FastV, PyramidDrop).
+"""Which visual tokens of each image score highest; and scores by the attention that a few text rows pay them (FastV, PyramidDrop).
 
 Importance of a visual token is the weight it gets in the layer's full attention, before anything is dropped there and with rotated
 keys, summed over all heads and over the rows that rank. Scores are those of these rows only; gradients do not pass through them.
@@ -33,6 +33,37 @@ def ranking_rows(layout: SequenceLayout, document: int, by: str) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Highest:
+    """How many tokens of each image are taken, made on the CPU from lengths alone.
+
+    Attributes:
+        places_IL: place of each image's tokens among the scores; behind the last of them, where there is none.
+        first_I1: index of each image's first token among all.
+        stay: places in [I x L], tokens of each image by score, of those that are taken.
+    """
+
+    places_IL: Tensor
+    first_I1: Tensor
+    stay: Tensor
+
+    @classmethod
+    def of(cls, places: list[Tensor], scores: int, counts: list[int]) -> Highest:
+        """Of images: the places of the tokens of each among so many scores, and how many are taken."""
+        deepest, lengths = max(map(len, places)), torch.tensor([len(x) for x in places])
+        stay = torch.cat([i * deepest + torch.arange(count) for i, count in enumerate(counts)])
+        return cls(_stacked(places, deepest, scores), lengths.cumsum(0)[:, None] - lengths[:, None], stay)
+
+    def to(self, device: torch.device) -> Highest:
+        return Highest(**{name: upload(tensor, device) for name, tensor in vars(self).items()})
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Indices of those that are taken, ascending, among the tokens of all images; of equal scores the first."""
+        scores = torch.cat([scores.flatten(), scores.new_full((1,), float("-inf"))])
+        order_IL = scores[self.places_IL].argsort(dim=1, descending=True, stable=True)
+        return (order_IL + self.first_I1).flatten()[self.stay].sort().values
+
+
+@dataclass(frozen=True)
 class Ranking:
     """Who ranks what in a pack: indices made on the CPU from lengths alone, so that no length is read from a device.
 
@@ -41,9 +72,7 @@ class Ranking:
         slots_DA, real_DA: place of each in n, and whether there is one.
         keys_DL: rows R of a layer that the document has, first its text.
         sees_DAL: whether a row that ranks sees a key.
-        images_IL: place in [D x L] of each image's tokens, then that of a token of no importance.
-        first_I1: index of each image's first token among all.
-        stay: places in [I x L], tokens of each image by importance, of those that stay.
+        highest: from importance [D x L] to the tokens that stay.
         documents: those with images, among all.
     """
 
@@ -52,9 +81,7 @@ class Ranking:
     real_DA: Tensor
     keys_DL: Tensor
     sees_DAL: Tensor
-    images_IL: Tensor
-    first_I1: Tensor
-    stay: Tensor
+    highest: Highest
     documents: Tensor
 
     @classmethod
@@ -87,22 +114,22 @@ class Ranking:
                 documents.append(number)
             text, image = text + length, image + len(own)
         most, longest = max(map(len, slots)), max(map(len, keys))
-        deepest = max(lengths)
         sees_DAL = torch.stack([pad(x, (0, longest - x.shape[1], 0, most - len(x))) for x in sees])
         sees_DAL[:, :, 0] |= ~sees_DAL.any(-1)  # a row that is none sees something, or its weights were no numbers
         device = layout.positions.device
-        found = cls(
-            rows_n=torch.cat(rows),
-            slots_DA=_stacked(slots, most, 0),
-            real_DA=torch.arange(most) < torch.tensor([[len(x)] for x in slots]),
-            keys_DL=_stacked(keys, longest, 0),
-            sees_DAL=sees_DAL,
-            images_IL=_stacked([d * longest + part for d, part in images], deepest, len(keys) * longest),
-            first_I1=torch.tensor(lengths).cumsum(0)[:, None] - torch.tensor(lengths)[:, None],
-            stay=torch.cat([i * deepest + torch.arange(count) for i, count in enumerate(stay)]),
-            documents=torch.tensor(documents),
+
+        def there(tensor: Tensor) -> Tensor:
+            return upload(tensor, device)
+
+        return cls(
+            rows_n=there(torch.cat(rows)),
+            slots_DA=there(_stacked(slots, most, 0)),
+            real_DA=there(torch.arange(most) < torch.tensor([[len(x)] for x in slots])),
+            keys_DL=there(_stacked(keys, longest, 0)),
+            sees_DAL=there(sees_DAL),
+            highest=Highest.of([d * longest + part for d, part in images], len(keys) * longest, stay).to(device),
+            documents=there(torch.tensor(documents)),
         )
-        return cls(**{name: upload(tensor, device) for name, tensor in vars(found).items()})
 
     def most_attended(
         self, q_nNH: Tensor, k_RKH: Tensor, scale: float, past: tuple[Tensor, Tensor] | None = None
@@ -116,10 +143,7 @@ class Ranking:
             past: cached rotated keys of earlier turns, a sequence a document, [B, K, L, H], and which of them are no padding, [B, L].
         """
         with torch.autocast(k_RKH.device.type, enabled=False):
-            importance_DL = self._importance(q_nNH.float(), k_RKH.float(), scale, past)
-        scores = torch.cat([importance_DL.flatten(), importance_DL.new_full((1,), -1.0)])
-        order_IL = scores[self.images_IL].argsort(dim=1, descending=True, stable=True)
-        return (order_IL + self.first_I1).flatten()[self.stay].sort().values
+            return self.highest(self._importance(q_nNH.float(), k_RKH.float(), scale, past))
 
     def _importance(self, q_nNH: Tensor, k_RKH: Tensor, scale: float, past: tuple[Tensor, Tensor] | None) -> Tensor:
         k_DKHL = k_RKH[self.keys_DL].permute(0, 2, 3, 1)

@@ -113,8 +113,35 @@ RANKED_BY = {"": "question", " by text": "text"}
 """Ending of a `Top`'s text form -> whose attention ranks."""
 
 
+class Scored(Select):
+    """Which they are, scores tell: by place it is all."""
+
+    def of_image(self, visual: int) -> Tensor:
+        return ALL.of_image(visual)
+
+
 @dataclass(frozen=True)
-class Top(Select):
+class Routed(Scored):
+    """A share of an image's tokens, those that a layer's own router scores highest; the others pass by this layer. It has no text form in a
+    configuration: only a mechanism that adds the router can say it.
+
+    Args:
+        share: at least one token.
+        layer: which has the router.
+    """
+
+    share: float
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.share:.4g} by the router of {self.layer}"
+
+    def count(self, visual: int) -> int:
+        return min(visual, max(1, int(self.share * visual + 1e-9)))
+
+
+@dataclass(frozen=True)
+class Top(Scored):
     """All but a share of an image's original tokens: those that text attends to least in a layer. They are gone for good.
 
     Args:
@@ -144,10 +171,6 @@ class Top(Select):
     def ranked(self, visual: int) -> int:
         """How many of an image's tokens are ranked."""
         return _left(visual, self.before)
-
-    def of_image(self, visual: int) -> Tensor:
-        """All: which they are, scores tell."""
-        return ALL.of_image(visual)
 
 
 def _left(visual: int, dropped: float) -> int:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..attention import AttentionBackend
 from ..layout import SequenceLayout, Visibility, upload
-from .ranking import Ranking
-from .select import ALL, Select, Top
+from .ranking import Highest, Ranking
+from .select import ALL, Routed, Scored, Select, Top
 
 if TYPE_CHECKING:
     from ..model.cache import CachedPass, Grid, StreamCache
@@ -140,11 +140,11 @@ class Stream:
 
     # --- which rows
     def tokens(self, select: Select) -> Tokens:
-        """The visual tokens of a selection; of `Top`, which needs scores to rank by, all."""
+        """The visual tokens of a selection; of those that scores tell, all."""
 
         def make() -> Tokens:
             lengths = self.layout.image_lengths
-            if select == ALL or isinstance(select, Top):
+            if select == ALL or isinstance(select, Scored):
                 return Tokens(select, None, lengths)
             rows_v = upload(select.flags(lengths).nonzero().flatten(), self.layout.positions.device)
             return Tokens(select, rows_v, [select.count(length) for length in lengths])
@@ -199,7 +199,20 @@ class Stream:
 
         return self._once(("images", here.select), make)
 
-    # --- dropping by rank
+    # --- choosing by score
+    def routed(self, select: Routed, scores_V: Tensor) -> Tokens:
+        """The tokens that a router scores highest."""
+        images = self.layout.image_lengths
+        if not images:
+            return self.tokens(select)
+        counts = [select.count(length) for length in images]
+
+        def make() -> Highest:
+            places = list(torch.split(torch.arange(len(scores_V)), images))
+            return Highest.of(places, len(scores_V), counts).to(scores_V.device)
+
+        return Tokens(select, self._once(("routed", select.share), make)(scores_V), counts)
+
     def ranking(self, top: Top, before: Tokens) -> Ranking:
         """Who ranks the visual tokens that are left."""
         stay = [top.count(length) for length in self.layout.image_lengths]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .select import ALL, NOTHING, Select, Top, parse_select
+from .select import ALL, NOTHING, Scored, Select, Top, parse_select
 
 PARTS = ("value", "output", "ffn")
 """Weights of a layer that can update visual rows, in the order in which they are used."""
@@ -105,9 +105,9 @@ class LayerPlan:
             wrong.append(("update", "visual tokens that query are updated by value and output"))
         if self.source not in ("stream", "own"):
             wrong.append(("source", f"found {self.source!r}, expected stream or own"))
-        if isinstance(self.seen, Top) and self.seen != self.tokens:
+        if isinstance(self.seen, Scored) and self.seen != self.tokens:
             wrong.append(("seen", "found a rank, expected tokens chosen by their place; ranks belong to tokens"))
-        if isinstance(self.ffn, Top) or (isinstance(self.tokens, Top) and self.ffn != ALL):
+        if isinstance(self.ffn, Scored) or (isinstance(self.tokens, Scored) and self.ffn != ALL):
             wrong.append(("ffn", "some tokens only can be updated where ffn and tokens are chosen by their place"))
         return wrong
 

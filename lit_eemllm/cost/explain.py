@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..console import console, quiet_libraries, writing
 from ..core.decoder import Inner
-from ..core.select import ALL, Select, Share, Top
+from ..core.select import ALL, Routed, Select, Share, Top
 from ..core.table import PARTS, LayerPlan
 from ..layout import Run, SequenceLayout, Visibility
 from ..mechanisms import PRESETS, Mechanism, Sizes, configured_mechanism
@@ -156,7 +156,9 @@ def grid(table: tuple[LayerPlan, ...], flops: list[int], modules: list[str]) -> 
 
 # --- the picture
 def drawn(select: Select) -> Select:
-    """In place of a rank, which only scores can tell, as many tokens evenly spaced."""
+    """In place of those that only scores can tell, as many tokens evenly spaced."""
+    if isinstance(select, Routed):
+        return Share(select.share)
     return Share(1 - select.dropped) if isinstance(select, Top) else select
 
 

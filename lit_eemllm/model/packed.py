@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention import without_cudnn
 from ..compat.torch import changes
-from ..core.select import Top
+from ..core.select import Routed, Top
 from ..core.stream import Stream, Tokens, VisualKeys
 from ..inputs.reduction import EACH, Grids
 from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, upload
@@ -92,7 +92,10 @@ class Packed(ModelParts):
         """Whether visual states do not depend on text, so that keys of images can be reused."""
         if self.mechanism.no_later_images or torch.is_grad_enabled():
             return False
-        return not any(row.dense or (row.queries and isinstance(row.tokens, Top)) for row in self.table)
+        return not any(
+            row.dense or isinstance(row.tokens, Routed) or (row.queries and isinstance(row.tokens, Top))
+            for row in self.table
+        )
 
     def _stamp(self) -> Hashable:
         """A value that changes with the weights, their dtype or device, and with autocast."""

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
+from lit_eemllm.core.select import Routed
 from lit_eemllm.cost.estimate import mechanisms_of
 from lit_eemllm.cost.formulas import cache_bytes, decode_flops, prefill_flops
 from lit_eemllm.cost.trace import Document, trace
@@ -102,6 +103,22 @@ def test_pyramid_drop_as_printed():
     assert round(dense, 2) == 3.82
     assert round(found - ranking / 1e12, 2) == 1.78
     assert ranking / 1e12 / found < 0.005
+
+
+def test_p_mod_as_printed():
+    """53.7 % of the cache is that of visual tokens alone. 55.6 % of the FLOPs are printed without the number of text tokens: it is
+    that of 29 beside the picture, and lies between those of none and of 64. Routers are a thousandth of a per cent."""
+    llava, found = PRESETS["llava"], PRESETS["p_mod"]
+    assert round(100 * cache_bytes(found, VICUNA_7B, 0, 576) / cache_bytes(llava, VICUNA_7B, 0, 576), 1) == 53.7
+    shares = {
+        text: 100
+        * prefill_flops(found, VICUNA_7B, text, 576, False)
+        / prefill_flops(llava, VICUNA_7B, text, 576, False)
+        for text in (0, 29, 64)
+    }
+    assert shares[0] < round(shares[29], 1) == 55.6 < shares[64]
+    routers = 2 * 4096 * 576 * sum(isinstance(row.tokens, Routed) for row in found.table(32))
+    assert 0 < routers < 3e-5 * prefill_flops(found, VICUNA_7B, 0, 576)
 
 
 def test_fastv_as_printed():

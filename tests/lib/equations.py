@@ -38,6 +38,9 @@ MECHANISMS = {
     "blind, but updated": Mechanism(rows=(("0", (("seen", "none"),)), ("1", (("tokens", "every 2"), ("seen", "every 3"))))),
     "a window in some": Mechanism(rows=(("1", (("attend", 4), ("tokens", "every 2"))), ("0", (("update", "ffn"),)))),
     "blind at the end": Mechanism(rows=(("1-2", (("seen", "none"),)),)),
+    "p_mod, all routed": replace(PRESETS["p_mod"], average=0.3),
+    "p_mod, aligned": replace(PRESETS["p_mod"], average=0.3, dense_layers="none"),
+    "p_mod, both ways": replace(PRESETS["p_mod"], rows=(("1", (("attend", "image"),)),)),
     "experts of all parts": replace(PRESETS["visual_experts"], parts="norms qkv output ffn"),
     "experts, aligned, from 1 on": replace(PRESETS["visual_experts"], dense_layers="none", parts="norms qkv output ffn", first=1),
     "experts, here and there": replace(
@@ -121,7 +124,7 @@ def drops(m):
     return found
 
 
-def columns_of(m, number):
+def columns_of(m, number, layers):
     """Columns of a layer that its equations say and the options that all mechanisms share do not, and those of `Mechanism.rows`."""
     found = {}
     if (m.name == "withdrawal" and number >= m.after) or (m.name == "hidrop" and not m.begin <= number < m.end):
@@ -134,6 +137,8 @@ def columns_of(m, number):
         found["ffn"] = f"even {m.fed}"
     if m.name == "operator_skipping":
         found["update"] = " ".join(["value output"] * m.is_dense(number) + ["ffn"] * (number in m.ffn_layers))
+    if m.name == "p_mod" and (share := m.share(number, layers)) <= m.most:
+        found["tokens"] = f"{'even' if number == layers - 1 else 'routed'} {max(share, m.least)}"
     if m.name == "bidirectional":
         found["attend"] = "image"
     for where, columns in m.rows:
@@ -158,6 +163,18 @@ def chosen(text, document):
             of_run = range(0, n, {"all": 1, "none": n + 1}.get(word) or int(numbers[0])) if word != "none" else []
         flags += [run.visual and i in of_run for i in range(n)]
     return torch.tensor(flags)
+
+
+def let_through(score_L, document, share):
+    """Which rows of a document a router lets through, of the visual ones: the highest scores of each image."""
+    flags, start = torch.zeros(len(score_L), dtype=torch.bool), 0
+    for run in document:
+        if run.visual:
+            scores = score_L[start : start + run.length].tolist()
+            best = sorted(range(run.length), key=lambda i, scores=scores: -scores[i])[: max(1, int(share * run.length))]
+            flags[[start + i for i in best]] = True
+        start += run.length
+    return flags
 
 
 def ranking_rows(is_visual, by, prompt, answers):
@@ -244,13 +261,19 @@ def plain(model, batch, prompt=None):
         gone = torch.zeros(L, dtype=torch.bool)
         rows_of = {by: ranking_rows(is_visual, by, prompt, answers) for by in ("question", "text")}
         for number, layer in enumerate(decoder.layers):
-            columns = columns_of(m, number)
+            columns = columns_of(m, number, len(decoder.layers))
             layer = with_experts(layer, dict(getattr(model, "experts", {})).get(str(number), {}), is_visual)
             norm1, post1, norm2, post2 = tiny.norms(layer)
             attend = columns.get("attend", "causal" if m.is_dense(number) else "none")
             attn, dense = layer.self_attn, attend in ("causal", "image")
             window = columns["attend"] if isinstance(columns.get("attend"), int) else m.visual_window
-            here = chosen(columns.get("tokens", "all"), document)
+            weight = torch.ones(L, 1)
+            if columns.get("tokens", "all").startswith("routed"):
+                score = model.routers[str(number)]["router"].score(x)
+                weight = torch.where(is_visual[:, None], 1 + 0.2 * torch.tanh(score), weight)
+                here = let_through(score[:, 0], document, float(columns["tokens"].split()[1]))
+            else:
+                here = chosen(columns.get("tokens", "all"), document)
             seen = chosen(columns.get("seen", "all" if m.sees_images(number) else "none"), document) & here
             parts = columns.get(
                 "update",
@@ -288,7 +311,7 @@ def plain(model, batch, prompt=None):
             if m.freeze_prefix and any(visual):
                 prefix = torch.arange(L) < visual.index(True)
                 H = torch.where(prefix[:, None], x, H)
-            new = torch.where(fed[:, None], H + post2(layer.mlp(norm2(H))), H)
+            new = torch.where(fed[:, None], H + weight * post2(layer.mlp(norm2(H))), H)
             if not dense or "ffn" not in parts:
                 if "value" in parts and "output" in parts:
                     aligned = H  # a row that sees itself only, or its window
@@ -299,9 +322,9 @@ def plain(model, batch, prompt=None):
                 else:
                     aligned = x
                 if "ffn" in parts:
-                    aligned = torch.where(fed[:, None], aligned + post2(layer.mlp(norm2(aligned))), aligned)
+                    aligned = torch.where(fed[:, None], aligned + weight * post2(layer.mlp(norm2(aligned))), aligned)
                 new = torch.where(is_visual[:, None], aligned, new)
-            new = torch.where((is_visual & ~here)[:, None], x, new)
+            new = torch.where((is_visual & ~here)[:, None], weight * x, new)
             x = new
             for layer_number, when, share, by in drops(m):
                 if (layer_number, when) == (number, "after"):

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config, to_yaml
-from lit_eemllm.core.decoder import COPIES
+from lit_eemllm.core.decoder import COPIES, Inner
 from lit_eemllm.cost.trace import Document, trace
 from lit_eemllm.cost.weightless import Parts
 from lit_eemllm.errors import ConfigError
@@ -142,6 +142,9 @@ def test_they_are_trained_with_the_projector_and_shared_out(tuning):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     apart = [id(p) for part in shared_out(model) for p in part.parameters()]
     assert len(apart) == len(set(apart)) and {id(p) for p in model.experts.parameters()} <= set(apart)
+    assert not any(isinstance(part, Inner) for part in shared_out(model)), (
+        "it is gathered when it is called, and layers call what it holds"
+    )
 
 
 def test_what_makes_no_sense_is_refused(monkeypatch):

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ..core.decoder import Inner
 from ..core.select import Routed, Share
 from ..core.table import LayerPlan, executed
-from .base import BlockCost, Mechanism, Sizes, register_mechanism
-from .connectors import Added
+from .base import BlockCost, Mechanism, register_mechanism
+from .connectors import Added, Sizes
 
 
 class Router(Added):

@@ -50,7 +50,8 @@ def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
         if a is None or a.abs().max() < 1e-6 * largest:
             assert b is None or b.abs().max() < 1e-5 * largest, parameter
             continue
-        assert tiny.max_error(b, a) <= 5 * BOUND, parameter
+        # Of what is small beside the largest, float32 leaves no more digits.
+        assert (b - a).abs().max() <= 5 * BOUND * max(a.abs().max(), 1e-5 * largest), parameter
         compared += 1
     assert compared > 0.8 * len([p for p in parameters if not p.startswith("vision")])
     without = text_logits(model, replace(batch, pixel_values=-2 * batch.pixel_values))

@@ -50,8 +50,14 @@ def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
         if a is None or a.abs().max() < 1e-6 * largest:
             assert b is None or b.abs().max() < 1e-5 * largest, parameter
             continue
-        # Of what is small beside the largest, float32 leaves no more digits.
-        assert (b - a).abs().max() <= 5 * BOUND * max(a.abs().max(), 1e-5 * largest), parameter
+        module = parameter.rpartition(".")[0]
+        # A single number, a router's bias, is a sum in which most cancels: beside it stand the weights that it was summed with.
+        beside = [
+            x.abs().max()
+            for n, x in zip(parameters, results[0], strict=True)
+            if x is not None and n.startswith(f"{module}.")
+        ]
+        assert (b - a).abs().max() <= 5 * BOUND * (max(beside) if a.numel() == 1 else a.abs().max()), parameter
         compared += 1
     assert compared > 0.8 * len([p for p in parameters if not p.startswith("vision")])
     without = text_logits(model, replace(batch, pixel_values=-2 * batch.pixel_values))

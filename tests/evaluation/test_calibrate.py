@@ -221,16 +221,20 @@ def test_a_target_of_ones_own_is_found_by_its_layers(monkeypatch):
     assert not layers.kept("mine") and layers.kept("vica") and layers.how_many("mine", 8, None) == 6
     made = layers.converted(replace(DENSE, aligner=Aligner(True, True, False)), "mine", [2], 3)
     assert made == Mechanism(dense_layers=(0, 1), aligner=Aligner(False, False, False))
-    for other in ("llava", "nonsense"):
-        with pytest.raises(
-            UserError, match=f"--target {other}: .*ee_mllm_f, shortv, vica, operator_skipping, mine, or --import"
-        ):
+    for other in ("llava", "operator_skipping", "nonsense"):  # the second has a plan of its own
+        with pytest.raises(UserError, match=f"--target {other}: .*ee_mllm_f, shortv, vica, mine, or --import"):
             layers.kept(other)
 
 
 def test_the_base_must_be_dense():
     by_rows = Mechanism(rows=(("0-", (("attend", "causal"),)),))
-    for fits in (DENSE, Mechanism(dense_layers=(0, 1)), replace(DENSE, visual_positions="shared"), by_rows):
+    for fits in (
+        DENSE,
+        Mechanism(dense_layers=(0, 1)),
+        replace(DENSE, visual_positions="shared"),
+        by_rows,
+        PRESETS["bidirectional"],
+    ):
         bench.refuse_base(fits, 3)
     for base, text in (
         (PRESETS["ee_mllm"], r"layers \[0, 1\] of 3 are not dense"),
@@ -239,6 +243,7 @@ def test_the_base_must_be_dense():
         (replace(DENSE, rows=(("2", (("seen", "every 2"),)),)), "in layer 2 text sees every 2 of an image"),
         (Mechanism(dense_layers=(0, 1), cross_layers=(0, 1)), "in layer 2 text sees none of an image"),
         (PRESETS["flamingo"], r"layers \[0, 1\] of 3"),
+        (PRESETS["visual_experts"], "other rows of visual_experts need other modules"),
     ):
         with pytest.raises(ConfigError, match=text):
             bench.refuse_base(base, 3)

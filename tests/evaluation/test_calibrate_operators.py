@@ -71,10 +71,14 @@ def bench_under(bench, mechanism):
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "olmo2", "smollm3"])
+@pytest.mark.parametrize(
+    ("decoder", "preset"),
+    [*((name, "llava") for name in ("llama-gqa", "qwen3", "olmo2", "smollm3")), ("llama-gqa", "bidirectional")],
+)
 @torch.no_grad()
-def test_numbers_equal_the_plain_implementation(decoder, backend):
-    bench = bench_of(decoder)
+def test_numbers_equal_the_plain_implementation(decoder, preset, backend):
+    dense = PRESETS[preset]
+    bench = bench_of(decoder, mechanism=dense)
     bench.model.set_attention(backend)
     logits, steps = bench.model.packed_logits(bench.packs[0]), []
     choice = Choice(bench, OPERATORS, 0)
@@ -83,12 +87,12 @@ def test_numbers_equal_the_plain_implementation(decoder, backend):
     sets += [{(0, "attention"), (0, "ffn"), (1, "seen")}, {(0, "ffn"), (0, "seen"), (1, "attention"), (2, "seen")}]
     rows = compared(bench, [choice.without(skipped) for skipped in sets], steps.append)
     for skipped, row in zip(sets, rows, strict=True):
-        true = divergence(bench, by_hand(skipped))
+        true = divergence(bench, by_hand(skipped, dense))
         assert row["kl"] == pytest.approx(true["kl"], rel=1e-4, abs=1e-9) and row["kl"] > 1e-3, skipped
         assert row["same_top"] == true["same_top"]
-        assert row["flops"] == prefill_flops(by_hand(skipped), bench.model.config.text_config, TEXT, VISUAL)
+        assert row["flops"] == prefill_flops(by_hand(skipped, dense), bench.model.config.text_config, TEXT, VISUAL)
     assert len(steps) == 2 * len(sets)
-    assert bench.model.mechanism == DENSE and bench.model.config.mechanism == DENSE.to_dict()
+    assert bench.model.mechanism == dense and bench.model.config.mechanism == dense.to_dict()
     assert bench.model.packed_logits(bench.packs[0]).equal(logits)
 
 
@@ -216,10 +220,12 @@ def test_an_impossible_budget_is_refused_with_the_least_that_is_possible():
 
 def test_presets_beside_the_curve():
     """Those that need no other modules, and differ from the dense model."""
-    others = {"llava", "saisa", "flamingo", "visual_experts"}
-    assert set(presets(bench_of(layers=5))) == set(PRESETS) - others
-    same = {"ee_mllm_f", "shortv", "operator_skipping"}  # in three layers
-    assert set(presets(bench_of(layers=3))) == set(PRESETS) - others - same
+    papers = {"ee_mllm", "naavit", "vica"}
+    deep, shallow = (set(presets(bench_of(layers=layers))) for layers in (5, 3))
+    assert deep >= papers | {"ee_mllm_f", "shortv"} and deep.isdisjoint(
+        {"llava", "saisa", "flamingo", "visual_experts"}
+    )
+    assert shallow >= papers and shallow.isdisjoint({"ee_mllm_f", "shortv"})  # which would be dense
     assert presets(bench_of(layers=5))["shortv"] == build_mechanism("shortv", 5)
     assert presets(bench_of(mechanism=replace(DENSE, visual_positions="shared"))) == {}
 

@@ -116,18 +116,21 @@ def prepare(config: Config, checkpoint: str | None, samples: int) -> Bench:
 
 
 def refuse_base(base: Mechanism, depth: int) -> None:
-    """Raises ConfigError unless visual tokens query in every layer. (In the last one it makes no difference.)"""
+    """Raises ConfigError unless visual tokens query in every layer (in the last one it makes no difference), and the same modules do
+    for other tables."""
     *rows, last = base.table(depth)
-    sparse = [layer for layer, row in enumerate(rows) if row != LayerPlan(attend="causal")]
-    if sparse or last.seen != ALL:
-        found = (
-            f"layers {sparse} of {depth} are not dense"
-            if sparse
-            else f"in layer {depth - 1} text sees {last.seen} of an image"
-        )
+    sparse = [layer for layer, row in enumerate(rows) if not row.dense or row != LayerPlan(attend=row.attend)]
+    found = ""
+    if sparse:
+        found = f"layers {sparse} of {depth} are not dense"
+    elif last.seen != ALL:
+        found = f"in layer {depth - 1} text sees {last.seen} of an image"
+    elif replace(base, rows=(*base.rows, ("0-", (("seen", "none"),)))).modules != base.modules:
+        found = f"other rows of {base.name} need other modules"
+    if found:
         raise ConfigError(
-            f"model.mechanism: {found}, but calibrate compares with a model in which visual tokens query in every layer. "
-            "Name a run of model.mechanism.preset=llava, or one whose weights were trained like that."
+            f"model.mechanism: {found}, but calibrate compares the weights of a model in which visual tokens query in every layer with "
+            "themselves under other tables. Name a run of model.mechanism.preset=llava, or one whose weights were trained like that."
         )
 
 

@@ -36,11 +36,13 @@ def kept(target: str) -> bool:
     targets = {
         name: type(m.cross_layers) is tuple
         for name, m in PRESETS.items()
-        if tuple in map(type, (m.cross_layers, m.dense_layers))
+        if tuple in map(type, (m.cross_layers, m.dense_layers)) and type(m).plan is Mechanism.plan
     }
     if target not in targets:
         expected = f"a preset that treats some layers in another way than the rest: {', '.join(targets)}"
-        raise UserError(f"--target {target}: expected {expected}, or --import FILE with one of your own")
+        raise UserError(
+            f"--target {target}: expected {expected}, or --import FILE with one of your own; --budget chooses operators"
+        )
     return targets[target]
 
 

@@ -180,7 +180,7 @@ def test_looking_for_what_was_meant_has_an_end(write, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.mechanism.preset=ee_mlm", "vica or visipruner or withdrawal; did you mean ee_mllm?"),
+        ("model.mechanism.preset=ee_mlm", "or withdrawal; did you mean ee_mllm?"),
         ("model.attention=spda", "did you mean sdpa?; one of your own needs --import FILE"),
         ("model.template=vicuna", "found 'vicuna', expected jinja or plain or vicuna_v1; did you mean vicuna_v1?"),
         ("model.dtype=bfloat", "found 'bfloat', expected float32 or bfloat16; did you mean bfloat16?"),

@@ -29,7 +29,7 @@ from .cache import CachedPass, StreamCache, layout_of_padded, one_token_each
 from .configuration import EEMLLMConfig, load_decoder_config
 from .folders import HUB, MODEL_FILES, opened
 from .packed import Packed
-from .pretrained import load_weighted, take_over
+from .pretrained import load_weighted, refuse_missing, take_over
 from .vision import VisionEncoder
 
 
@@ -49,10 +49,11 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
         """
         hub = {name: options.pop(name) for name in HUB & options.keys()}
         with opened(str(path), "EEMLLM.from_pretrained", cls.__name__, MODEL_FILES, weights=True, **hub) as folder:
-            made = super().from_pretrained(str(folder), *args, **{**options, "use_safetensors": True})
-        model = made[0] if options.get("output_loading_info") else made
+            told = {**options, "use_safetensors": True, "output_loading_info": True}
+            model, info = super().from_pretrained(str(folder), *args, **told)
+        refuse_missing(model, info, "EEMLLM.from_pretrained", str(path))
         model.name_or_path = model.config.name_or_path = str(path)  # not the folder that is gone
-        return made
+        return (model, info) if options.get("output_loading_info") else model
 
     @classmethod
     def from_parts(

@@ -105,13 +105,19 @@ def take_over(kind: Any, config: Any, weights: Mapping[str, Tensor], path: str, 
 def load_weighted(kind: Any, path: str, key: str, **options: Any) -> Any:
     """A model with its weights in float32, from safetensors. Raises CheckpointError if a tensor is missing or misshapen."""
     model, info = load_model(kind, path, key, torch.float32, **options)
+    refuse_missing(model, info, key, path)
+    return model
+
+
+def refuse_missing(model: Any, info: Mapping[str, Any], key: str, path: str) -> None:
+    """Raises CheckpointError if transformers reports tensors that the files lack, or have in other shapes. It only tells of them, and
+    leaves whatever the memory held in modules that are not its own."""
     missing = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if missing:
         raise CheckpointError(
             f"{key}: {path!r} lacks {len(missing)} tensors of a {type(model).__name__}, such as {sorted(missing)[0]}; "
             "they would be random. Copy the folder again."
         )
-    return model
 
 
 def adopt(decoder: PreTrainedModel) -> None:

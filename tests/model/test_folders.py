@@ -262,3 +262,14 @@ def test_a_clean_tokenizer_is_the_one_of_transformers(folder, shared):
         assert type(ours) is type(theirs) and ours.name_or_path == str(path)
         text = "What's  this? 1234 ~é\n</s>"
         assert ours(text).input_ids == theirs(text).input_ids
+
+
+def test_weights_that_a_folder_lacks_are_not_what_memory_held(tmp_path):
+    """transformers makes room for them and tells; what they hold is then anything, even no number."""
+    tiny.model("llama-gqa", "flamingo").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    for part in ("projector.", "gated.0."):
+        save_file({n: x for n, x in whole.items() if not n.startswith(part)}, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=rf"lacks \d+ tensors of a EEMLLM, such as {part}"):
+            EEMLLM.from_pretrained(tmp_path)

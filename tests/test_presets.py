@@ -114,7 +114,7 @@ def test_the_commands_of_a_comment(preset: Path, miniature: Miniature) -> None:
 def test_the_commands_leave_results_of_their_own(miniature: Miniature) -> None:
     """EE-MLLM-F is the trained LLaVA with other layers; ViCA with PDrop is ViCA with fewer tokens, and ViCA keeps its results."""
     of_name = {preset.stem: preset for preset in WITH_COMMANDS}
-    free = ("ee_mllm_f", "fastv", "withdrawal", "visipruner", "operator_skipping")
+    free = ("ee_mllm_f", "fastv", "visionzip", "withdrawal", "visipruner", "operator_skipping")
     assert set(of_name) == {
         "saisa_7b_pretrain",
         *(f"{name}_7b" for name in free),

@@ -132,10 +132,15 @@ class DecoderLayer(nn.Module):
             x_Rh = torch.cat([x_Th, here.of(x_Vh)]) if runs else x_Th
         u_Rh, k_RKH = self._norm("before_attention", x_Rh, text), None
         if self.ranks is not None and stream.layout.num_visual:
-            k_RKH = self._project("k", u_Rh, row.keys, stream, here)
-            stay_v, kept = self._rank(self.ranks, u_Rh, k_RKH, stream, here)
+            if self.ranks.by_encoder:
+                stay_v, kept = stream.rank_by_encoder(self.ranks, here)
+            else:
+                k_RKH = self._project("k", u_Rh, row.keys, stream, here)
+                stay_v, kept = self._rank(self.ranks, u_Rh, k_RKH, stream, here)
             if row.tokens == self.ranks:  # they leave now, else after this layer
-                here, k_RKH = kept, torch.cat([k_RKH[:text], k_RKH[text:].index_select(0, stay_v)])
+                here = kept
+                if k_RKH is not None:
+                    k_RKH = torch.cat([k_RKH[:text], k_RKH[text:].index_select(0, stay_v)])
                 if runs:
                     x_Rh, u_Rh = (torch.cat([x[:text], x[text:].index_select(0, stay_v)]) for x in (x_Rh, u_Rh))
                     x_Vh = x_Rh[text:]

@@ -109,7 +109,7 @@ class Share(Select):
         return flags
 
 
-RANKED_BY = {"": "question", " by text": "text"}
+RANKED_BY = {"": "question", " by text": "text", " by encoder": "encoder"}
 """Ending of a `Top`'s text form -> whose attention ranks."""
 
 
@@ -142,7 +142,7 @@ class Routed(Scored):
 
 @dataclass(frozen=True)
 class Top(Scored):
-    """All but a share of an image's original tokens: those that text attends to least in a layer. They are gone for good.
+    """All but a share of an image's original tokens: those that get least attention. They are gone for good.
 
     Args:
         dropped: the share, of the original tokens.
@@ -150,7 +150,7 @@ class Top(Scored):
             says so, or after the layer if the next row is the first to say so.
         before: the share that was dropped until then.
         by: whose attention counts: of the ``question``, the last token before each answer (when generating, the prompt's last); or of
-            all ``text`` that is not an answer.
+            all ``text`` that is not an answer; or that in the vision ``encoder``, which is known before the first layer.
     """
 
     dropped: float
@@ -168,6 +168,11 @@ class Top(Scored):
     def count(self, visual: int) -> int:
         return _left(visual, self.dropped)
 
+    @property
+    def by_encoder(self) -> bool:
+        """Importance comes with the tokens (`Stream.importance_V`), whatever the text is."""
+        return self.by == "encoder"
+
     def ranked(self, visual: int) -> int:
         """How many of an image's tokens are ranked."""
         return _left(visual, self.before)
@@ -180,12 +185,12 @@ def _left(visual: int, dropped: float) -> int:
 ALL, NOTHING = Every(1), Nothing()
 
 _SHARE = re.compile(r"even (0?\.\d+)|random (0?\.\d+)(?: seed (\d{1,9}))?")
-_TOP = re.compile(r"all but (0?\.\d+) ranked in (\d+)(?: after (0?\.\d+))?( by text)?")
+_TOP = re.compile(r"all but (0?\.\d+) ranked in (\d+)(?: after (0?\.\d+))?( by text| by encoder)?")
 
 
 def parse_select(text: str) -> Select:
     """``all``, ``none``, ``every 2``, ``even 0.25``, ``random 0.25``, perhaps with ``seed 3``, or ``all but 0.5 ranked in 7``, perhaps
-    ``after 0.25`` and ``by text``. Raises ValueError saying so."""
+    ``after 0.25`` and ``by text`` or ``by encoder``. Raises ValueError saying so."""
     if text in ("all", "none"):
         return ALL if text == "all" else NOTHING
     if match := re.fullmatch(r"every ([1-9]\d*)", text):

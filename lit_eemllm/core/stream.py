@@ -102,6 +102,7 @@ class Stream:
         backend: computes attention.
         states: layer -> the visual states that enter it, [V, h], where the source of its row is ``own``.
         keys: precomputed, of all images; then no visual rows run through the layers.
+        importance_V: float32, of each visual token to the encoder, where a layer ranks by it; see `Top`.
         cached: the pass over a padded cache, when generating.
         rotate: turns queries or keys by rotary angles.
         shared: what the mechanism's added modules share, such as the media of gated cross-attention.
@@ -112,6 +113,7 @@ class Stream:
     backend: AttentionBackend
     states: Callable[[int], Tensor] | None = None
     keys: VisualKeys | None = None
+    importance_V: Tensor | None = None
     cached: CachedPass | None = None
     rotate: Callable[[Tensor, Angles], Tensor] = rotate
     shared: Any = None
@@ -206,12 +208,16 @@ class Stream:
         if not images:
             return self.tokens(select)
         counts = [select.count(length) for length in images]
+        return Tokens(select, self._highest(images, counts)(scores_V), counts)
+
+    def _highest(self, lengths: list[int], counts: list[int]) -> Highest:
+        """Which of so many tokens of each image score highest, so many of them."""
 
         def make() -> Highest:
-            places = list(torch.split(torch.arange(len(scores_V)), images))
-            return Highest.of(places, len(scores_V), counts).to(scores_V.device)
+            places = torch.split(torch.arange(sum(lengths)), lengths)
+            return Highest.of(list(places), sum(lengths), counts).to(self.layout.positions.device)
 
-        return Tokens(select, self._once(("routed", select.share), make)(scores_V), counts)
+        return self._once(("highest", *lengths, *counts), make)
 
     def ranking(self, top: Top, before: Tokens) -> Ranking:
         """Who ranks the visual tokens that are left."""
@@ -236,7 +242,15 @@ class Stream:
             indices of those that stay, among `before`, and these.
         """
         past = self.cached.earlier_keys(layer, view) if self.cached is not None else None
-        stay_v = self.ranking(top, before).most_attended(q_nNH, k_RKH, scale, past)
+        return self._left(top, before, self.ranking(top, before).most_attended(q_nNH, k_RKH, scale, past))
+
+    def rank_by_encoder(self, top: Top, before: Tokens) -> tuple[Tensor, Tokens]:
+        """As `rank`, but by the importance that the encoder gave."""
+        assert self.importance_V is not None
+        stay = [top.count(length) for length in self.layout.image_lengths]
+        return self._left(top, before, self._highest(before.lengths, stay)(before.among(self.importance_V)))
+
+    def _left(self, top: Top, before: Tokens, stay_v: Tensor) -> tuple[Tensor, Tokens]:
         lengths = [top.count(length) for length in self.layout.image_lengths]
         rows_v = stay_v if before.rows_v is None else before.rows_v[stay_v]
         return stay_v, Tokens(top, rows_v, lengths, alone=True)

@@ -158,6 +158,11 @@ def ranked_in(table: Table, layer: int) -> Top | None:
     return None
 
 
+def by_encoder(table: Table) -> bool:
+    """Whether the encoder ranks visual tokens, and so must say how important each is."""
+    return any(isinstance(row.tokens, Top) and row.tokens.by_encoder for row in table)
+
+
 def ranking_problems(table: Table) -> list[tuple[int, str]]:
     """Selections by rank that contradict each other: (layer, what is wrong). What has left does not come back, so that it need not be
     carried on."""

@@ -14,9 +14,9 @@ from rich import box
 from rich.table import Table
 
 from ..console import console, progress, quiet_libraries
+from ..core.table import by_encoder
 from ..errors import UserError
-from ..mechanisms import PRESETS, Connector, Mechanism, build_mechanism, configured_mechanism
-from ..mechanisms.connectors import DEFAULT
+from ..mechanisms import PRESETS, Mechanism, build_mechanism, configured_mechanism
 from ..mechanisms.schedule import Entry, Schedule
 from .formulas import cache_bytes, decode_flops, prefill_flops
 
@@ -79,7 +79,7 @@ def estimate(
 
     layers = parts.decoder.num_hidden_layers
     llava = build_mechanism("llava", layers)
-    mechanisms, configured = mechanisms_of(config, layers, only, parts.connector)
+    mechanisms, configured = mechanisms_of(config, layers, only, parts)
     schedule = Schedule.of(config, mechanisms[configured], parts.decoder)
     document, rows = Document(text, visual, targets), {}
 
@@ -134,16 +134,20 @@ def _one_or_more(name: str, value: float) -> None:
         raise UserError(f"--{name} {value:g}: expected 1 or more")
 
 
-def mechanisms_of(
-    config: Config, layers: int, only: bool, connector: Connector = DEFAULT
-) -> tuple[dict[str, Mechanism], str]:
-    """By name, and the name of the configured one: its preset's, if nothing of it is changed. Without presets that refuse the connector."""
+def mechanisms_of(config: Config, layers: int, only: bool, parts: Parts) -> tuple[dict[str, Mechanism], str]:
+    """By name, and the name of the configured one: its preset's, if nothing of it is changed. Without presets that refuse the connector
+    or the encoder."""
     preset = config.model.mechanism.preset
     own = configured_mechanism(config.model.mechanism, layers)
     name = preset if own == build_mechanism(preset, layers) else f"{preset}, changed"
     name += "" if config.optim.mechanisms is None else ", scheduled"
     presets = {} if only else {each: build_mechanism(each, layers) for each in PRESETS}
-    return {**{each: made for each, made in presets.items() if not made.refuses(connector)}, name: own}, name
+    fits = {
+        each: made
+        for each, made in presets.items()
+        if not made.refuses(parts.connector) and not (by_encoder(made.table(layers)) and parts.ranking_problem)
+    }
+    return {**fits, name: own}, name
 
 
 def _accumulate(config: Config) -> int:

@@ -110,7 +110,9 @@ def cells(row: LayerPlan) -> dict[str, str]:
     columns = {name: str(value) for name, value in row.to_dict().items()}
     fed = columns.pop("ffn")
     if isinstance(row.tokens, Top):
-        columns["tokens"] = f"{1 - row.tokens.dropped:.4g} left by rank in {row.tokens.layer}"
+        columns["tokens"] = (
+            f"{1 - row.tokens.dropped:.4g} left by rank in {'the encoder' if row.tokens.by_encoder else row.tokens.layer}"
+        )
     if row.seen == row.tokens != ALL:
         columns["seen"] = "these"
     words = {"none": "–", "causal": "all before", "image": "all before, their image"}

@@ -97,7 +97,7 @@ def row_flops(
     total = text * text_row + 4 * (text * text + (text - prefix) * seen) * w
     if unrotated:
         total += 2 * text * (text + seen) * w  # queries and keys of twice the head size
-    if ranks is not None and visual:
+    if ranks is not None and not ranks.by_encoder and visual:
         ranked, rows = ranks.ranked(visual), 1 if ranks.by == "question" else text
         total += rows * (2 * h * w + 2 * (text + ranked) * w)  # queries that rank, and their scores
         total += (ranked - here) * 2 * h * w_kv  # keys of those that leave before the layer

@@ -174,7 +174,8 @@ def trace(
     # As many as make the document's tokens, whatever the encoder gives.
     features = features.new_empty(EACH.count(grids), features.shape[-1], requires_grad=features.requires_grad)
     cut = None if transform.reduction.count(grids) == document.visual else torch.arange(document.visual)
-    model._features = lambda pixels, sizes, layout: Features(features, cut, grids)  # type: ignore[method-assign]
+    given = Features(features, cut, grids, features.new_empty(document.visual))
+    model._features = lambda pixels, sizes, layout: given  # type: ignore[method-assign]
     with autocast, recording(model) as rest:
         logits = model.packed_logits(pack(document, pixels))
     if any(row.source == "own" for row in model.table):  # layers take it from where it is, not from their input

@@ -19,7 +19,7 @@ from ..mechanisms import Connector, Mechanism, configured_connector
 from ..mechanisms.connectors import DEFAULT
 from ..model import EEMLLM, EEMLLMConfig
 from ..model.configuration import load_decoder_config
-from ..model.vision import TransformersVision, get_vision_encoder
+from ..model.vision import TransformersVision, VisionEncoder, get_vision_encoder, ranking_problem
 from ..training.tuning import apply_tuning, set_modes
 
 if TYPE_CHECKING:
@@ -68,8 +68,17 @@ class Parts:
     @property
     def vision_width(self) -> int:
         """Of the encoder's features."""
+        return self._made.hidden_size
+
+    @property
+    def ranking_problem(self) -> str:
+        """See `lit_eemllm.model.vision.ranking_problem`."""
+        return ranking_problem(self._made, self.connector)
+
+    @property
+    def _made(self) -> VisionEncoder:
         with torch.device("meta"):
-            return get_vision_encoder(self.encoder).from_config(self.vision).hidden_size
+            return get_vision_encoder(self.encoder).from_config(self.vision)
 
 
 def parts_of_shape(name: str, connector: Connector = DEFAULT) -> Parts:

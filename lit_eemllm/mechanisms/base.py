@@ -88,11 +88,13 @@ class BlockCost(NamedTuple):
 
 class Features(NamedTuple):
     """What a connector takes: the encoder's features of all images, concatenated, [rows, d]; which row that it makes of them each visual
-    token is, None = every row is one; and the grids of the features' views, if it makes fewer rows."""
+    token is, None = every row is one; the grids of the features' views, if it makes fewer rows. And, for layers that rank by it, the
+    importance of each visual token to the encoder, [V]."""
 
     rows: Tensor
     order_V: Tensor | None
     grids: Grids = ()
+    importance_V: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -216,9 +218,9 @@ class Mechanism:
     def enter(self, connector: nn.Module, features: Features, x_Th: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
         """The visual rows that enter the first layer, and the stream with whatever else the layers and blocks read."""
         if self.visual_source == "layerwise":
-            states = lambda layer: connector(features.rows, layer, *features[1:]).to(x_Th.dtype)  # noqa: E731
+            states = lambda layer: connector(features.rows, layer, *features[1:3]).to(x_Th.dtype)  # noqa: E731
             return x_Th[:0], replace(stream, states=states)
-        return connector(*features).to(x_Th.dtype), stream
+        return connector(*features[:3]).to(x_Th.dtype), stream
 
     def block_cost(self, layer: int, sizes: Sizes, text: int, visual: int) -> BlockCost:
         """Cost of the module before a layer, for a document of so many text and visual tokens; zero without a module."""
@@ -273,7 +275,8 @@ class Mechanism:
                 wrong.append(
                     ("visual_drop", f"found {self.visual_drop}: layers must ascend, shares must sum to less than 1")
                 )
-        if self.visual_positions == "unrotated" and any(isinstance(row.tokens, Top) for row in table):
+        by_keys = any(isinstance(row.tokens, Top) and not row.tokens.by_encoder for row in table)
+        if self.visual_positions == "unrotated" and by_keys:
             name = "visual_drop" if self.visual_drop else "visual_positions"
             text = "dropping ranks visual tokens by their rotated keys, which text does not score if visual_positions is unrotated"
             wrong.append((name, text))

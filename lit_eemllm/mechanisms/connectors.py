@@ -40,6 +40,15 @@ class Connector(Reduction):
         """What computes the tokens. Raises ConfigError if the options do not fit the sizes."""
         return Projector(sizes)
 
+    def importance(self, importance_R: Tensor, grids: Grids) -> Tensor:
+        """Of each token, as many as `count` says, from that of the features: here each is one. A subclass that makes a token of
+        several has its own, or is refused where visual tokens are ranked by the encoder."""
+        return importance_R
+
+    @property
+    def says_importance(self) -> bool:
+        return not self.by_place or type(self).importance is not Connector.importance
+
     def problems(self) -> list[tuple[str, str]]:
         """Options out of their bounds: (name, what is wrong)."""
         return []

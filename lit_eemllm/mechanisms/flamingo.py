@@ -90,7 +90,7 @@ class Flamingo(Mechanism):
                 rows_Vd = pad(rows_Vd, (0, 0, 0, 1)).index_select(0, features.order_V)
             tokens_Md, lengths = connector(rows_Vd, lengths), [self.gated.latents] * len(lengths)
         else:
-            tokens_Md = connector(*features)
+            tokens_Md = connector(*features[:3])
         media = Media.of(stream.layout, tokens_Md, lengths, self.gated.immediate, stream.generating)
         return x_Th[:0], replace(stream, shared=media)
 

@@ -84,6 +84,11 @@ class Squares(Connector):
     def side(self) -> int:
         return self.factor
 
+    def importance(self, importance_R: Tensor, grids: Grids) -> Tensor:
+        """The mean of the features of a square that there are."""
+        squares_VP1, there_VP = in_squares(importance_R[:, None], grids, self.side)
+        return squares_VP1.sum((1, 2)) / there_VP.sum(1)
+
     def problems(self) -> list[tuple[str, str]]:
         return out_of_bounds(factor=self.factor)
 

@@ -132,7 +132,8 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
         past = cache.columns if cache is not None else 0
         if past and pixel_values is not None and self.mechanism.no_later_images:
             raise ValueError(self.mechanism.no_later_images)
-        if cache is None and pixel_values is not None and any(isinstance(row.tokens, Top) for row in self.table):
+        tops = [row.tokens for row in self.table if isinstance(row.tokens, Top)]
+        if cache is None and pixel_values is not None and not all(top.by_encoder for top in tops):
             raise ValueError(
                 "which visual tokens are dropped is decided once, for a prompt whose keys are kept: use_cache=True"
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..attention import without_cudnn
 from ..compat.torch import changes
 from ..core.select import Routed, Top
 from ..core.stream import Stream, Tokens, VisualKeys
+from ..core.table import by_encoder
 from ..inputs.reduction import EACH, Grids
 from ..layout import PackedBatch, Pixels, Run, SequenceLayout, map_images, upload
 from ..mechanisms import Features
@@ -30,11 +32,18 @@ class Packed(ModelParts):
 
     def image_features(self, pixels: Pixels) -> Tensor:
         """The encoder's features of all images, concatenated, [features, d]; of an image cut into tiles, those of all its tiles."""
+        return self._encoded(pixels).to(next(self.projector.parameters()).dtype).flatten(0, -2)
+
+    def _ranked_features(self, pixels: Pixels) -> tuple[Tensor, Tensor]:
+        """As `image_features`, and the importance of each feature to the encoder."""
+        features, importance = self._encoded(pixels, importance=True)
+        return features.to(next(self.projector.parameters()).dtype).flatten(0, -2), importance.float().flatten()
+
+    def _encoded(self, pixels: Pixels, **options: Any) -> Any:
         dtype = next(self.vision.parameters()).dtype
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(grad), without_cudnn():
-            features = self.vision(map_images(self.vision.transform.views(pixels), lambda x: x.to(dtype)))
-        return features.to(next(self.projector.parameters()).dtype).flatten(0, -2)
+            return self.vision(map_images(self.vision.transform.views(pixels), lambda x: x.to(dtype)), **options)
 
     def _text_states(
         self,
@@ -60,6 +69,7 @@ class Packed(ModelParts):
         if pixels is None and cached is not None and cached.past:  # the cache has what text sees of images
             return self._run_layers(x_Th, x_Th[:0], stream)
         features = self._features(pixels, sizes, layout)
+        stream = replace(stream, importance_V=features.importance_V)
         return self._run_layers(x_Th, *self.mechanism.enter(self.projector, features, x_Th, stream))
 
     def _stream(self, x_Th: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> Stream:
@@ -90,8 +100,8 @@ class Packed(ModelParts):
     @property
     def _images_are_independent(self) -> bool:
         """Whether visual states do not depend on text, so that keys of images can be reused."""
-        if self.mechanism.no_later_images or torch.is_grad_enabled():
-            return False
+        if self.mechanism.no_later_images or torch.is_grad_enabled() or by_encoder(self.table):
+            return False  # the keys of an image do not say how important its tokens are
         return not any(
             row.dense or isinstance(row.tokens, Routed) or (row.queries and isinstance(row.tokens, Top))
             for row in self.table
@@ -143,10 +153,15 @@ class Packed(ModelParts):
         transform, images = self.vision.transform, 0 if pixels is None else len(pixels)
         order = transform.order(sizes)
         grids: Grids = ()
+        importance: Tensor | None = None
         if pixels is None:
             features = next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
         else:
-            features = self.image_features(map_images(pixels, lambda x: upload(x, layout.positions.device)))
+            pixels = map_images(pixels, lambda x: upload(x, layout.positions.device))
+            if by_encoder(self.table):
+                features, importance = self._ranked_features(pixels)
+            else:
+                features = self.image_features(pixels)
         read = made = len(features)
         if transform.reduction.by_place:
             grids = transform.view_grids([(1, 1)] * images if transform.fixed else sizes)
@@ -156,7 +171,12 @@ class Packed(ModelParts):
         if tokens != layout.num_visual or not fit:
             text = f"{images} images give {tokens} visual tokens, but the layout holds {layout.num_visual}"
             raise ValueError(text if fit else f"{text}; image_sizes are of images of other shapes")
-        return Features(features, None if order is None else upload(order[0], features.device), grids)
+        order_V = None if order is None else upload(order[0], features.device)
+        if importance is not None:
+            importance = self.connector.importance(importance, grids)
+            if order_V is not None:  # a newline, which is no feature, leaves first
+                importance = torch.cat([importance, importance.new_full((1,), -1.0)]).index_select(0, order_V)
+        return Features(features, order_V, grids, importance)
 
     # FSDP2 wraps each of the three methods below (`fsdp2.shard`), so none calls another.
     def _supervised_states(self, batch: PackedBatch) -> Tensor:

@@ -22,13 +22,13 @@ from ..compat.torch import allow_recompiles, cpp_compiler
 from ..core.decoder import DecoderLayer, Inner
 from ..core.families import check_decoder, table_problems
 from ..core.stream import rotate
-from ..core.table import Table, executed, ranked_in
+from ..core.table import Table, by_encoder, executed, ranked_in
 from ..errors import ConfigError
 from ..mechanisms import Added, Mechanism, Sizes, build_connector
 from .configuration import EEMLLMConfig
 from .image_cache import ImageCache
 from .pretrained import adopt
-from .vision import VisionEncoder, get_vision_encoder
+from .vision import VisionEncoder, get_vision_encoder, ranking_problem
 
 
 class ModelParts(PreTrainedModel):
@@ -113,8 +113,10 @@ class ModelParts(PreTrainedModel):
     def _problems(self, mechanism: Mechanism) -> list[tuple[str, str]]:
         """What is wrong with a mechanism in this decoder: (field, what is wrong)."""
         decoder = self.config.text_config
-        problems = mechanism.problems(decoder.num_hidden_layers)
-        return problems + table_problems(decoder, mechanism.table(decoder.num_hidden_layers))
+        problems, table = mechanism.problems(decoder.num_hidden_layers), mechanism.table(decoder.num_hidden_layers)
+        if by_encoder(table) and (problem := ranking_problem(self.vision, self.connector)):
+            problems.append(("preset", problem))
+        return problems + table_problems(decoder, table)
 
     @staticmethod
     def _refuse(problems: list[tuple[str, str]]) -> None:

@@ -1,10 +1,15 @@
-"""Vision encoders: CLIP, SigLIP and relatives from transformers, and a registry for a user's own encoder."""
+"""Vision encoders: CLIP, SigLIP and relatives from transformers, and a registry for a user's own encoder.
+
+Legend of shapes in `lit_eemllm.layout`, and here:
+    P patches of an image, CLIP's class token among them    n those that query
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,10 +27,12 @@ from transformers import (
 )
 
 from ..compat.transformers import Idefics2VisionTransformer
+from ..core.ranking import ROWS
 from ..errors import ConfigError
 from ..inputs.images import ImageTransform, Transform
 from ..inputs.resolutions import NativeTransform, transform_from_dict, with_policy
 from ..layout import Pixels
+from ..mechanisms import Connector
 from .folders import naming, read_of
 from .pretrained import load_pretrained, load_weighted
 
@@ -56,9 +63,17 @@ class VisionEncoder(nn.Module, ABC):
         """Plain types that describe the architecture, stored in the model's config.json."""
 
     @abstractmethod
-    def forward(self, pixels: Any) -> Tensor:
+    def forward(self, pixels: Any) -> Any:
         """[I, 3, height, width] to [I, features, d]; if images differ in shape, a list of [3, height, width] to [features, d], those
-        of all images in order. Features of an image are in the order of its rows of patches."""
+        of all images in order. Features of an image are in the order of its rows of patches.
+
+        An encoder that `says_importance` is called with ``importance=True`` too. It then returns a pair: the features, and how
+        important each of them is, [I, features] or [features], 0 or more and without gradients. Mechanisms rank visual tokens by it."""
+
+    @property
+    def says_importance(self) -> bool:
+        """Whether `forward` takes ``importance=True``."""
+        return False
 
     def blocks(self) -> list[nn.Module]:
         """Its layers from input to output, for learning rates by depth; empty if they have no order."""
@@ -101,6 +116,9 @@ NATIVE = {"siglip2_vision_model", "idefics2_vision"}
 @register_vision_encoder("transformers")
 class TransformersVision(VisionEncoder):
     """Encoders of transformers: the hidden states of one layer without class token, as in LLaVA, or the encoder's output.
+
+    A feature is as important as the attention that it gets in the layer that is read, summed over its heads: CLIP's class token's
+    (VisionZip), or in encoders without one that of all patches.
 
     CLIP and SigLIP take images of one size. SigLIP 2 NaFlex, and Idefics2's SigLIP, whose position ids depend on the place in the
     image, take many sizes: images of similar size form a batch, whose padding is removed from the output.
@@ -195,28 +213,50 @@ class TransformersVision(VisionEncoder):
         rest = [m for name, m in self.model.named_modules() if name.rpartition(".")[2] in names]
         return [*self._layers()[len(self.blocks()) :], *rest]
 
-    def forward(self, pixels: Pixels) -> Tensor:
+    @property
+    def says_importance(self) -> bool:
+        return bool(self.blocks())  # else there is no layer before what is read
+
+    def forward(self, pixels: Pixels, importance: bool = False) -> Any:
         if isinstance(self.transform, NativeTransform):
-            return self._native(list(pixels), self.transform.patch)
-        assert isinstance(pixels, Tensor)
-        tokens = (pixels.shape[-2] // self.model.config.patch_size) * (pixels.shape[-1] // self.model.config.patch_size)
-        return self._states(pixels)[:, -tokens:]  # CLIP's class token is first
+            found = self._native(list(pixels), self.transform.patch, importance)
+        else:
+            assert isinstance(pixels, Tensor)
+            patch = self.model.config.patch_size
+            tokens = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+            found = tuple(x[:, -tokens:] for x in self._states(importance, pixels))  # CLIP's class token is first
+        return found if importance else found[0]
 
-    def _states(self, *args: Any, **options: Any) -> Tensor:
-        if self.select_layer is None:
-            return self.model(*args, **options).last_hidden_state
-        return self.model(*args, output_hidden_states=True, **options).hidden_states[self.select_layer]
+    def _states(self, importance: bool, *args: Any) -> tuple[Tensor, ...]:
+        """The states that are read, [I, P, d], and if asked for the importance of each, [I, P]. `args`: of the model, the second is a
+        mask of what is no padding."""
+        attention: Any = self.blocks()[-1].self_attn if importance else None
+        names = ("q_proj", "k_proj") if importance else ()
+        with outputs_of({name: getattr(attention, name) for name in names}) as kept:
+            if self.select_layer is None:
+                states = self.model(*args).last_hidden_state
+            else:
+                states = self.model(*args, output_hidden_states=True).hidden_states[self.select_layer]
+        if not importance:
+            return (states,)
+        q_IPd, k_IPd = (kept[name] for name in names)
+        if self.model.config.model_type == "clip_vision_model":
+            q_IPd = q_IPd[:, :1]
+        real_IP = args[1].bool() if len(args) > 1 and args[1] is not None else None
+        with torch.autocast(k_IPd.device.type, enabled=False):
+            return states, attention_received(q_IPd.float(), k_IPd.float(), attention.num_heads, real_IP)
 
-    def _native(self, images: list[Tensor], patch: int) -> Tensor:
-        """Images [3, height, width] of many sizes to the rows of all in order, [V, d]."""
+    def _native(self, images: list[Tensor], patch: int, importance: bool) -> tuple[Tensor, ...]:
+        """Images [3, height, width] of many sizes to the rows of all in order, [V, d], and if asked for their importance, [V]."""
         grids = [(image.shape[-2] // patch, image.shape[-1] // patch) for image in images]
-        rows: dict[int, Tensor] = {}
+        rows: dict[int, list[Tensor]] = {}
         if self.model.config.model_type == "idefics2_vision":  # it pads in two dimensions: batch only equal shapes
             shapes = defaultdict(list)
             for i, grid in enumerate(grids):
                 shapes[grid].append(i)
             for alike in shapes.values():
-                rows |= zip(alike, self._states(torch.stack([images[i] for i in alike])), strict=True)
+                found = self._states(importance, torch.stack([images[i] for i in alike]))
+                rows |= {i: [x[n] for x in found] for n, i in enumerate(alike)}
         else:
             for alike in alike_lengths([height * width for height, width in grids]):
                 patches = [patches_of(images[i], patch) for i in alike]
@@ -224,9 +264,61 @@ class TransformersVision(VisionEncoder):
                 real_IL = torch.arange(int(lengths.max())) < lengths[:, None]
                 mask = None if real_IL.all() else real_IL.long().to(images[0].device)
                 shapes_I2 = torch.tensor([grids[i] for i in alike])  # read on the CPU
-                states = self._states(pad_sequence(patches, batch_first=True), mask, shapes_I2)
-                rows |= {i: x[: len(own)] for i, x, own in zip(alike, states, patches, strict=True)}
-        return torch.cat([rows[i] for i in range(len(images))])
+                found = self._states(importance, pad_sequence(patches, batch_first=True), mask, shapes_I2)
+                rows |= {i: [x[n, : len(patches[n])] for x in found] for n, i in enumerate(alike)}
+        return tuple(torch.cat(parts) for parts in zip(*(rows[i] for i in range(len(images))), strict=True))
+
+
+@contextmanager
+def outputs_of(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """What modules return while the context lasts, by their names and without gradients."""
+    kept = dict[str, Tensor]()
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: kept.update({name: output.detach()})
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attention_received(q_Ind: Tensor, k_IPd: Tensor, heads: int, real_IP: Tensor | None = None) -> Tensor:
+    """The attention that each key gets, summed over heads and queries, [I, P]: a few queries at a time, so that not all weights are there
+    at once.
+
+    Args:
+        q_Ind: queries of n patches, by head side by side.
+        k_IPd: keys of all P.
+        heads: how many.
+        real_IP: False where a patch is padding, which neither gives attention nor gets any; then n is P.
+    """
+    k_INHP = k_IPd.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
+    received_IP = k_IPd.new_zeros(k_IPd.shape[:2])
+    for start in range(0, q_Ind.shape[1], ROWS):
+        some = slice(start, start + ROWS)
+        q_INnH = q_Ind[:, some].unflatten(-1, (heads, -1)).transpose(1, 2)
+        scores_INnP = q_INnH @ k_INHP * k_INHP.shape[2] ** -0.5
+        if real_IP is None:
+            received_IP += scores_INnP.softmax(-1).sum((1, 2))
+        else:
+            weights_INnP = scores_INnP.masked_fill(~real_IP[:, None, None], float("-inf")).softmax(-1)
+            received_IP += (weights_INnP * real_IP[:, None, some, None]).sum((1, 2))
+    return received_IP
+
+
+def ranking_problem(encoder: VisionEncoder, connector: Connector) -> str:
+    """Why visual tokens cannot be ranked by the encoder; empty = they can."""
+    what = "visual tokens are ranked by the encoder's attention"
+    if not encoder.says_importance:
+        return f"{what}, and {type(encoder).__name__} says none: it reads no layer, or its class lacks says_importance (docs/vision.md)"
+    if not connector.says_importance:
+        return (
+            f"{what}, and no token of the connector {connector.name} stands for a place in it: it has no `importance`"
+        )
+    return ""
 
 
 def patches_of(image: Tensor, patch: int) -> Tensor:

@@ -14,7 +14,7 @@ from lit_eemllm.core.select import Routed
 from lit_eemllm.cost.estimate import mechanisms_of
 from lit_eemllm.cost.formulas import cache_bytes, decode_flops, prefill_flops
 from lit_eemllm.cost.trace import Document, trace
-from lit_eemllm.cost.weightless import parts_of_config
+from lit_eemllm.cost.weightless import parts_of_config, parts_of_shape
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Mechanism, build_mechanism
 from lit_eemllm.model.vision import register_vision_encoder
 
@@ -131,6 +131,19 @@ def test_fastv_as_printed():
     assert none == pytest.approx(0.54, abs=0.005) and some == pytest.approx(0.587, abs=0.001)
 
 
+def test_ranks_of_the_encoder_cost_the_decoder_nothing():
+    """64 of 576 tokens, by which text reads in the last layer too: all FLOPs are those of LLaVA with an image of 64 tokens."""
+    left = [
+        build_mechanism("visionzip", 32, {"options": {"drop": drop}}).table(32)[0].tokens.count(576)
+        for drop in (0.6667, 0.7778)
+    ]
+    assert left == [192, 128]
+    for saving in (True, False):
+        found = prefill_flops(PRESETS["visionzip"], VICUNA_7B, 64, 576, saving)
+        assert found == prefill_flops(PRESETS["llava"], VICUNA_7B, 64, 64, saving)
+    assert cache_bytes(PRESETS["visionzip"], VICUNA_7B, 64, 576) == cache_bytes(PRESETS["llava"], VICUNA_7B, 64, 64)
+
+
 def test_hidrop_leaves_a_tenth_of_the_tokens():
     left = [row.tokens.count(1000) / 1000 for row in PRESETS["hidrop"].table(32)]
     assert sum(left) / 32 == pytest.approx(0.1, abs=0.01)
@@ -207,9 +220,9 @@ def test_a_pack_is_filled_as_the_data_section_says(written, capsys):
 
 
 def test_a_changed_mechanism_stands_beside_the_presets(written, capsys):
-    changed = "model.mechanism.aligner.ffn=false"
+    changed, parts = "model.mechanism.aligner.ffn=false", parts_of_shape("vicuna-7b")
     for overrides, own in ([], "ee_mllm"), ([changed], "ee_mllm, changed"):
-        mechanisms, name = mechanisms_of(load_config([written], overrides), 3, only=False)
+        mechanisms, name = mechanisms_of(load_config([written], overrides), 3, False, parts)
         assert name == own and list(mechanisms) == list(dict.fromkeys([*PRESETS, own]))
     assert cli.main(["estimate", written, "--json", changed, "--gpus", "1", "--only"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -286,11 +299,13 @@ def test_mistakes(written, parts, capsys, options, expected):
 
 
 def test_an_encoder_of_ones_own(written, capsys):
+    own = "model.vision.encoder=patches"
     with tiny.forgotten_imports():
         register_vision_encoder("patches")(tiny.Patches)
-        assert (
-            cli.main(["estimate", written, "model.vision.encoder=patches", "--only", "--json", "--visual", "40"]) == 0
-        )
+        assert cli.main(["estimate", written, own, "--only", "--json", "--visual", "40"]) == 0
+        config = load_config([written], [own])
+        beside, _ = mechanisms_of(config, 3, False, parts_of_config(config.model))
+    assert beside.keys() == PRESETS.keys() - {"visionzip"}, "it does not say what is important"
     flops = json.loads(capsys.readouterr().out)["mechanisms"]["ee_mllm"]["flops"]
     assert flops["encoder"] == 2 * 40 * 48 * 16  # 2.5 images
     assert flops["connector"] == 2 * 40 * (16 * 32 + 32 * 32)

@@ -1,5 +1,6 @@
 """Mechanisms, and a plain implementation of any, written from the equations: one document and one dense matrix at a time."""
 
+import copy
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
@@ -50,7 +51,7 @@ MECHANISMS = {
 
 DEEP = 8
 DROPPING = {
-    **{name: PRESETS[name].stretched(DEEP) for name in ("fastv", "pyramid_drop", "hidrop", "visipruner")},
+    **{name: PRESETS[name].stretched(DEEP) for name in ("fastv", "pyramid_drop", "hidrop", "visipruner", "visionzip")},
     "of aligned states": Mechanism(visual_drop=((0, 0.25), (3, 0.5))),
     "of windows": Mechanism(visual_window=3, visual_drop=((2, 0.5),)),
     "of constant states, here and there": Mechanism(
@@ -60,9 +61,15 @@ DROPPING = {
     "both ways": replace(PRESETS["bidirectional"], visual_drop=((2, 0.5),)),
     "of experts": replace(PRESETS["visual_experts"], parts="qkv norms", visual_drop=((2, 0.5), (4, 0.25))),
     "of a layer's own": replace(PRESETS["saisa"], visual_drop=((3, 0.7),)),
+    "by the encoder": replace(PRESETS["visionzip"], drop=0.5),
+    "by the encoder, of aligned states": replace(PRESETS["visionzip"], drop=0.5, dense_layers="none"),
+    "by the encoder, of a layer's own": replace(
+        PRESETS["visionzip"], drop=0.3, dense_layers="none", visual_source="layerwise", aligner=NO_ALIGNER
+    ),
 }
 """Mechanisms of `DEEP` layers in which visual tokens are ranked."""
-RANKED = {name for name in PRESETS if name in DROPPING}
+RANKED = {name for name in PRESETS if name in DROPPING and name != "visionzip"}
+"""Presets in which text ranks them, so that what is asked matters."""
 
 
 def heads(x, n):
@@ -121,6 +128,8 @@ def drops(m):
         found += [(n, "before", 1 - share, "text") for n, share in m.pyramid]
     if m.name == "visipruner":
         found.append((m.band, "before", m.drop, "question"))
+    if m.name == "visionzip":
+        found.append((0, "before", m.drop, "encoder"))
     return found
 
 
@@ -190,6 +199,10 @@ def gone_by_rank(scores_NLL, gone, rows, document, share):
     """Rows of a document that are gone when a share of each image has left, those that `rows` attend to least."""
     hidden = gone[None] | (torch.arange(len(gone)) > torch.tensor(rows)[:, None])
     attention = torch.softmax(scores_NLL[:, rows].masked_fill(hidden, -torch.inf), -1).sum((0, 1))
+    return least_gone(attention, gone, document, share)
+
+
+def least_gone(attention, gone, document, share):
     found, start = gone.clone(), 0
     for run in document:
         mine = torch.arange(len(gone)).ge(start) & torch.arange(len(gone)).lt(start + run.length) & run.visual
@@ -222,6 +235,17 @@ def with_experts(layer, experts, is_visual):
     return SimpleNamespace(**{**seen(layer), "self_attn": attn})
 
 
+def encoder_attention(encoder, *pixels):
+    """What each patch of images of one size gets in the layer that is read, [images, patches], as transformers itself gives weights.
+    `pixels`: what its model takes."""
+    twin = copy.deepcopy(encoder.model).eval()
+    twin.set_attn_implementation("eager")
+    depth = twin.config.num_hidden_layers
+    read = depth if encoder.select_layer is None else encoder.select_layer % (depth + 1)
+    weights = twin(*pixels, output_attentions=True).attentions[read - 1].sum(1)
+    return weights[:, 0, 1:] if twin.config.model_type == "clip_vision_model" else weights.sum(1)
+
+
 def plain(model, batch, prompt=None):
     """Text logits of the pack from the equations: a document at a time, explicit masks, no shared products.
 
@@ -238,6 +262,10 @@ def plain(model, batch, prompt=None):
         is_visual, L = torch.tensor(visual), len(visual)
         of_images = sum(run.visual for run in document) * tiny.TOKENS
         Z = features_Vd[used : used + of_images]
+        if of_images and any(by == "encoder" for *_, by in drops(m)):
+            first, last = used // tiny.TOKENS, (used + of_images) // tiny.TOKENS
+            patches = encoder_attention(model.vision, batch.pixel_values[first:last]).flatten()
+            from_encoder = torch.zeros(L).masked_scatter(is_visual, patches)
         x = decoder.embed_tokens(batch.input_ids[row : row + L])
         row, used = row + L, used + of_images
         layerwise = m.visual_source == "layerwise"
@@ -292,7 +320,9 @@ def plain(model, batch, prompt=None):
             same_image = (torch.tensor(image)[:, None] == torch.tensor(image)[None]) & is_visual[:, None]
 
             for layer_number, when, share, by in drops(m):
-                if (layer_number, when) == (number, "before"):
+                if (layer_number, when, by) == (number, "before", "encoder"):
+                    gone = least_gone(from_encoder, gone, document, share) if any(visual) else gone
+                elif (layer_number, when) == (number, "before"):
                     gone = gone_by_rank(scores * attn.scaling, gone, rows_of[by], document, share)
             here, seen = here & ~gone, seen & ~gone
             sees = (i >= j) & ~(is_visual & ~here)[None] | torch.eye(L, dtype=torch.bool)

@@ -27,6 +27,7 @@ KINDS = (
     "vica",
     "flamingo",
     "fastv",
+    "visionzip",
     "skip_vision",
     "bidirectional",
 )

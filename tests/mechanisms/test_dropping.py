@@ -177,6 +177,7 @@ def test_ranks_that_contradict_each_other(rows, told):
     [
         ("fastv", {"after": 0}, "options.after: found 0, expected 1 to 4"),
         ("fastv", {"drop": 1.0}, "options.drop: found 1, expected a share"),
+        ("visionzip", {"drop": 1.0}, "options.drop: found 1, expected a share"),
         ("withdrawal", {"after": 5}, "options.after: found 5, expected 1 to 4"),
         ("hidrop", {"begin": 3, "end": 2}, "options.begin: found 3 to 2"),
         ("hidrop", {"begin": 0, "end": 4, "pyramid": [[2, 0.5], [1, 0.25]]}, "options.pyramid: found layers [2, 1]"),

@@ -350,6 +350,8 @@ def test_an_encoder_of_ones_own_keeps_its_weights(tmp_path):
         model = EEMLLM.from_parts(str(tmp_path / "decoder"), "patches", vision, PRESETS["ee_mllm"], 400)
         assert all(model.vision.state_dict()[k].equal(v) for k, v in weights.items())
         model.save_pretrained(tmp_path / "both")
+        with pytest.raises(ConfigError, match=r"^model.mechanism.preset: .* and Patches says none"):
+            model.set_mechanism(PRESETS["visionzip"].stretched(3))
         again = EEMLLM.from_pretrained(tmp_path / "both")
         assert all(again.state_dict()[k].equal(v) for k, v in model.state_dict().items())
     with pytest.raises(ConfigError, match=r"unknown encoder 'patches'.*--import"):

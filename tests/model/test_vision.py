@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from lib.equations import RANKED
+from lib.connectors import case, squares_of
+from lib.equations import RANKED, encoder_attention
 from lib.mechanisms import KINDS
 from lib.vision import PICTURES, alone, make_model, pack, picture, prompts
 from PIL import Image
@@ -25,6 +26,7 @@ from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.loss import with_moved_images
 from lit_eemllm.mechanisms import PRESETS, Mechanism
 from lit_eemllm.model import EEMLLM
+from lit_eemllm.model import vision as encoders
 from lit_eemllm.model.image_cache import ImageCache
 from lit_eemllm.model.vision import TransformersVision, alike_lengths
 from lit_eemllm.training.module import with_blank_image
@@ -69,6 +71,88 @@ def test_idefics2_as_transformers_computes_it_with_padding(select_layer):
     torch.testing.assert_close(encoder(encoder.transform.views(pixels)), states[mask.flatten(1)], rtol=0, atol=1e-5)
     assert not output.last_hidden_state.allclose(output.hidden_states[-1], atol=0.1)
     assert len({x.shape for x in pixels}) > 2
+
+
+@pytest.mark.parametrize("select_layer", [None, -1, -2])
+@pytest.mark.parametrize("family", ["clip", "siglip", "siglip2", "idefics2"])
+def test_importance_is_the_attention_of_transformers(family, select_layer, monkeypatch):
+    """As its eager attention gives it, picture by picture; few queries at a time; the features stay what they are."""
+    torch.manual_seed(0)
+    encoder = tiny.vision(family).eval()
+    encoder.select_layer = select_layer
+    for block in encoder.blocks():  # attention that differs from patch to patch
+        block.self_attn.q_proj.weight.data.mul_(20)
+    if encoder.transform.fixed:
+        pixels = torch.stack([encoder.transform(picture(size, i)) for i, size in enumerate(PICTURES)])
+        expected = encoder_attention(encoder, encoder.transform.views(pixels))
+    else:
+        pixels = [encoder.transform(picture(size, i)) for i, size in enumerate(PICTURES)]
+        alone = [patches_and_shape(encoder, image) for image in encoder.transform.views(pixels)]
+        expected = torch.cat([encoder_attention(encoder, *arguments)[0] for arguments in alone])
+    monkeypatch.setattr(encoders, "ROWS", 3)
+    views = encoder.transform.views(pixels)
+    features, importance = encoder(views, importance=True)
+    assert features.equal(encoder(views)) and not importance.requires_grad
+    torch.testing.assert_close(importance, expected, rtol=1e-4, atol=2e-5)
+    assert importance.std() > 0.01 * importance.mean() and importance.shape == features.shape[:-1]
+    assert not any(block.self_attn.k_proj._forward_hooks for block in encoder.blocks())
+
+
+def patches_and_shape(encoder, image):
+    """What transformers' model takes of one image."""
+    if encoder.model.config.model_type == "idefics2_vision":
+        return (image[None],)
+    _, height, width = image.shape
+    mask = torch.ones(1, height * width // 16, dtype=torch.long)
+    return encoders.patches_of(image, 4)[None], mask, torch.tensor([[height // 4, width // 4]])
+
+
+@pytest.mark.parametrize("encoder", [*MANY, "clip"])
+@pytest.mark.parametrize("connector", ["mlp", "average", "pixel_shuffle, cut squares"])
+def test_tokens_that_the_encoder_attends_to_most_enter(encoder, connector):
+    """Of each picture, tiles and squares of patches included, one by one; newlines are the first to leave."""
+    if encoder == "idefics2" and "cut" in connector:
+        pytest.skip("its smallest images are 2 x 2 patches")
+    model = make_model(encoder, replace(PRESETS["visionzip"], drop=0.6), connector=case(connector))
+    for block in model.vision.blocks():
+        block.self_attn.q_proj.weight.data.mul_(20)
+    sizes = [(40, 20), (9, 30), (64, 17)]
+    batch = pack(model, [[3, sizes[0], 4], [2, sizes[1], sizes[2], 3]])
+    entered = []
+    model.language_model.model.layers[0].register_forward_hook(lambda module, args, out: entered.append(out[2].rows_v))
+    model.packed_loss(batch)
+    side, first, expected = case(connector).side, 0, []
+    for image, size, length in zip(batch.pixel_values, sizes, batch.layout.image_lengths, strict=True):
+        views = model.vision.transform.views([image] if not model.vision.transform.fixed else image[None])
+        importance = model.vision(views, importance=True)[1].flatten()
+        scores, grids = [], model.vision.transform.view_grids([size])
+        for rows, columns in grids or [(4, 4)]:
+            view, importance = importance[: rows * columns].view(rows, columns, 1), importance[rows * columns :]
+            for square in squares_of(view, side):
+                there = [z.item() for z in square if z is not None]
+                scores.append(sum(there) / len(there))
+        if encoder == "anyres":
+            scores = [[*scores, -1][i] for i in model.vision.transform.order([size])[0].tolist()]
+        assert len(scores) == length
+        stay = sorted(range(length), key=lambda i, scores=scores: -scores[i])[: length - int(0.6 * length)]
+        expected += sorted(first + i for i in stay)
+        first += length
+    assert entered[0].tolist() == expected
+
+
+def test_what_cannot_be_ranked_by_the_encoder_is_refused():
+    ranked = PRESETS["visionzip"]
+    with pytest.raises(ConfigError, match=r"^model.mechanism.preset: .* no token of the connector attention stands"):
+        make_model("clip", ranked, connector=case("attention"))
+    unread = tiny.model("llama-gqa", "llava")
+    unread.vision.select_layer = 0  # the embeddings
+    with pytest.raises(
+        ConfigError, match=r"^model.mechanism.preset: .* TransformersVision says none: it reads no layer"
+    ):
+        unread.set_mechanism(ranked)
+    rows = Mechanism(rows=(("1-", (("tokens", "all but 0.5 ranked in 1 by encoder"),)),))
+    with pytest.raises(ConfigError, match="no token of the connector attention"):
+        make_model("clip", rows, connector=case("attention"))
 
 
 @pytest.mark.parametrize("select_layer", [None, -1, -2])

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..compat.torch import LiveBytes, flop_counter, storage_id
 from ..core.decoder import DecoderLayer
-from ..core.table import by_encoder
 from ..inputs.images import Transform
 from ..inputs.reduction import EACH, Grids, Reduction
 from ..layout import PackedBatch, Run, SequenceLayout
@@ -170,8 +169,7 @@ def trace(
         pixels = torch.empty(1, *shape)
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
     with autocast, recording(model) as encoder:
-        ranked = by_encoder(model.table)
-        features = model._ranked_features(pixels)[0] if ranked else model.image_features(pixels)
+        features, _ = model.ranked_features(pixels)
     encoder_backward = backward(features) if features.requires_grad else 0
     # As many as make the document's tokens, whatever the encoder gives.
     features = features.new_empty(EACH.count(grids), features.shape[-1], requires_grad=features.requires_grad)

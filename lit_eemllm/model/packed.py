@@ -34,8 +34,10 @@ class Packed(ModelParts):
         """The encoder's features of all images, concatenated, [features, d]; of an image cut into tiles, those of all its tiles."""
         return self._encoded(pixels).to(next(self.projector.parameters()).dtype).flatten(0, -2)
 
-    def _ranked_features(self, pixels: Pixels) -> tuple[Tensor, Tensor]:
-        """As `image_features`, and the importance of each feature to the encoder."""
+    def ranked_features(self, pixels: Pixels) -> tuple[Tensor, Tensor | None]:
+        """As `image_features`, and if a layer ranks by it the importance of each feature to the encoder."""
+        if not by_encoder(self.table):
+            return self.image_features(pixels), None
         features, importance = self._encoded(pixels, importance=True)
         return features.to(next(self.projector.parameters()).dtype).flatten(0, -2), importance.float().flatten()
 
@@ -158,10 +160,7 @@ class Packed(ModelParts):
             features = next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
         else:
             pixels = map_images(pixels, lambda x: upload(x, layout.positions.device))
-            if by_encoder(self.table):
-                features, importance = self._ranked_features(pixels)
-            else:
-                features = self.image_features(pixels)
+            features, importance = self.ranked_features(pixels)
         read = made = len(features)
         if transform.reduction.by_place:
             grids = transform.view_grids([(1, 1)] * images if transform.fixed else sizes)

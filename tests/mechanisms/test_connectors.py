@@ -507,7 +507,7 @@ def test_one_of_ones_own():
                 assert tiny.max_error(model.packed_logits(batch), logits) < 2e-5
         model = make_model("clip", connector=strips)
         batch = pack(model, [[3, (16, 16), 4]])
-        rows, order, grids = model._features(batch.pixel_values, batch.image_sizes, batch.layout)
+        rows, order, grids, _ = model._features(batch.pixel_values, batch.image_sizes, batch.layout)
         halves = rows.view(2, 8, 16).mean(1)
         torch.testing.assert_close(
             model.projector(rows, order, grids),

@@ -104,7 +104,7 @@ def test_a_connector_equals_its_equations_with_gradients(encoder, name):
     """Several pictures of many sizes in a pack; of the features too."""
     model = model_of(encoder, name)
     batch = pack(model, [[3, size, 4] for size in PICTURES])
-    given_ = model._features(batch.pixel_values, batch.image_sizes, batch.layout)
+    given_ = model._features(batch.pixel_values, batch.image_sizes, batch.layout)[:3]
     rows = given_.rows.detach().requires_grad_()
     found, true = model.projector(rows, *given_[1:]), expected_tokens(model, rows, PICTURES)
     assert tiny.max_error(found, true) <= BOUND and len(found) == batch.layout.num_visual
@@ -182,7 +182,7 @@ def test_a_header_tells_how_many_tokens_the_model_makes(encoder, name, factor, s
     layout = SequenceLayout.of([[Run(True, count)] for count in counts])
     pixels = join_images([transform(picture(size)) for size in sizes])
     with torch.no_grad():
-        rows, order, grids = module._features(pixels, sizes, layout)
+        rows, order, grids, _ = module._features(pixels, sizes, layout)
         assert len(module.projector(rows, order, grids)) == sum(counts)
     if transform.policy == "native":  # whole squares
         assert all(side % connector.side == 0 for grid in grids for side in grid)

@@ -145,7 +145,9 @@ def mechanisms_of(config: Config, layers: int, only: bool, parts: Parts) -> tupl
     fits = {
         each: made
         for each, made in presets.items()
-        if not made.refuses(parts.connector) and not (by_encoder(made.table(layers)) and parts.ranking_problem)
+        if not made.refuses(parts.connector)
+        and not (by_encoder(made.table(layers)) and parts.ranking_problem)
+        and (not made.encoder_depths or parts.reads_depths)
     }
     return {**fits, name: own}, name
 

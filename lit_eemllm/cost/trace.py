@@ -178,7 +178,9 @@ def trace(
     model._features = lambda pixels, sizes, layout: given  # type: ignore[method-assign]
     with autocast, recording(model) as rest:
         logits = model.packed_logits(pack(document, pixels))
-    if any(row.source == "own" for row in model.table):  # layers take it from where it is, not from their input
+    if mechanism.encoder_depths or any(
+        row.source == "own" for row in model.table
+    ):  # layers take it from where it is, not from their input
         rest.outside.given[storage_id(features.untyped_storage())] = features.untyped_storage()
 
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)

@@ -76,6 +76,11 @@ class Parts:
         return ranking_problem(self._made, self.connector)
 
     @property
+    def reads_depths(self) -> bool:
+        """Of the encoder."""
+        return self._made.reads_depths
+
+    @property
     def _made(self) -> VisionEncoder:
         with torch.device("meta"):
             return get_vision_encoder(self.encoder).from_config(self.vision)

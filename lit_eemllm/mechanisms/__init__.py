@@ -10,7 +10,7 @@ _FILES = (
     "pooling",
     "llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo",
     "fastv", "pyramid_drop", "hidrop", "withdrawal", "visipruner", "visionzip",
-    "sampled", "skip_vision", "operator_skipping", "bidirectional", "visual_experts", "p_mod",
+    "sampled", "skip_vision", "operator_skipping", "bidirectional", "visual_experts", "p_mod", "deepstack",
 )  # fmt: skip
 for _name in _FILES:
     import_module(f"{__name__}.{_name}")  # each registers itself; tables list them in this order

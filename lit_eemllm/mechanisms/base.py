@@ -204,6 +204,12 @@ class Mechanism:
             return LayerwiseProjector(sizes.connector.module(sizes) for _ in range(sizes.layers))
         return sizes.connector.module(sizes)
 
+    @property
+    def encoder_depths(self) -> tuple[float, ...]:
+        """Shares of the encoder's layers that are read, from its input: the states after each are further features, to the right of
+        those that it gives (`Features.rows` is then so many times wider). Needs an encoder that `reads_depths`."""
+        return ()
+
     def refuses(self, connector: Connector) -> str:
         """Why a connector cannot make the visual tokens of this mechanism; empty = it can."""
         return ""

@@ -42,6 +42,8 @@ class Packed(ModelParts):
         return features.to(next(self.projector.parameters()).dtype).flatten(0, -2), importance.float().flatten()
 
     def _encoded(self, pixels: Pixels, **options: Any) -> Any:
+        if self.mechanism.encoder_depths:
+            options["depths"] = self.mechanism.encoder_depths
         dtype = next(self.vision.parameters()).dtype
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(grad), without_cudnn():
@@ -157,7 +159,9 @@ class Packed(ModelParts):
         grids: Grids = ()
         importance: Tensor | None = None
         if pixels is None:
-            features = next(self.projector.parameters()).new_zeros(0, self.vision.hidden_size)
+            features = next(self.projector.parameters()).new_zeros(
+                0, self.vision.hidden_size * (1 + len(self.mechanism.encoder_depths))
+            )
         else:
             pixels = map_images(pixels, lambda x: upload(x, layout.positions.device))
             features, importance = self.ranked_features(pixels)

@@ -116,6 +116,11 @@ class ModelParts(PreTrainedModel):
         problems, table = mechanism.problems(decoder.num_hidden_layers), mechanism.table(decoder.num_hidden_layers)
         if by_encoder(table) and (problem := ranking_problem(self.vision, self.connector)):
             problems.append(("preset", problem))
+        if mechanism.encoder_depths and not self.vision.reads_depths:
+            text = (
+                f"reads layers inside the encoder, and {type(self.vision).__name__} lacks reads_depths (docs/vision.md)"
+            )
+            problems.append(("preset", text))
         return problems + table_problems(decoder, table)
 
     @staticmethod

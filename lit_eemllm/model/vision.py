@@ -68,11 +68,21 @@ class VisionEncoder(nn.Module, ABC):
         of all images in order. Features of an image are in the order of its rows of patches.
 
         An encoder that `says_importance` is called with ``importance=True`` too. It then returns a pair: the features, and how
-        important each of them is, [I, features] or [features], 0 or more and without gradients. Mechanisms rank visual tokens by it."""
+        important each of them is, [I, features] or [features], 0 or more and without gradients. Mechanisms rank visual tokens by it.
+
+
+        One that `reads_depths` is called with ``depths`` too, `Mechanism.encoder_depths`, and puts the states after those layers to the
+        right of its features, [..., d x (1 + depths)].
+        """
 
     @property
     def says_importance(self) -> bool:
         """Whether `forward` takes ``importance=True``."""
+        return False
+
+    @property
+    def reads_depths(self) -> bool:
+        """Whether `forward` takes ``depths``."""
         return False
 
     def blocks(self) -> list[nn.Module]:
@@ -217,26 +227,35 @@ class TransformersVision(VisionEncoder):
     def says_importance(self) -> bool:
         return bool(self.blocks())  # else there is no layer before what is read
 
-    def forward(self, pixels: Pixels, importance: bool = False) -> Any:
+    @property
+    def reads_depths(self) -> bool:
+        return True
+
+    def forward(self, pixels: Pixels, importance: bool = False, depths: tuple[float, ...] = ()) -> Any:
         if isinstance(self.transform, NativeTransform):
-            found = self._native(list(pixels), self.transform.patch, importance)
+            found = self._native(list(pixels), self.transform.patch, importance, depths)
         else:
             assert isinstance(pixels, Tensor)
             patch = self.model.config.patch_size
             tokens = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-            found = tuple(x[:, -tokens:] for x in self._states(importance, pixels))  # CLIP's class token is first
+            found = tuple(
+                x[:, -tokens:] for x in self._states(importance, depths, pixels)
+            )  # CLIP's class token is first
         return found if importance else found[0]
 
-    def _states(self, importance: bool, *args: Any) -> tuple[Tensor, ...]:
-        """The states that are read, [I, P, d], and if asked for the importance of each, [I, P]. `args`: of the model, the second is a
+    def _states(self, importance: bool, depths: tuple[float, ...], *args: Any) -> tuple[Tensor, ...]:
+        """The states that are read, [I, P, d], with those of `depths` beside them, and if asked for the importance of each, [I, P]. `args`: of the model, the second is a
         mask of what is no padding."""
         attention: Any = self.blocks()[-1].self_attn if importance else None
         names = ("q_proj", "k_proj") if importance else ()
         with outputs_of({name: getattr(attention, name) for name in names}) as kept:
-            if self.select_layer is None:
+            if self.select_layer is None and not depths:
                 states = self.model(*args).last_hidden_state
             else:
-                states = self.model(*args, output_hidden_states=True).hidden_states[self.select_layer]
+                output = self.model(*args, output_hidden_states=True)
+                last, all_states = self.select_layer, output.hidden_states
+                states = output.last_hidden_state if last is None else all_states[last]
+                states = torch.cat([states, *(all_states[round(x * len(self.blocks()))] for x in depths)], -1)
         if not importance:
             return (states,)
         q_IPd, k_IPd = (kept[name] for name in names)
@@ -246,7 +265,9 @@ class TransformersVision(VisionEncoder):
         with torch.autocast(k_IPd.device.type, enabled=False):
             return states, attention_received(q_IPd.float(), k_IPd.float(), attention.num_heads, real_IP)
 
-    def _native(self, images: list[Tensor], patch: int, importance: bool) -> tuple[Tensor, ...]:
+    def _native(
+        self, images: list[Tensor], patch: int, importance: bool, depths: tuple[float, ...]
+    ) -> tuple[Tensor, ...]:
         """Images [3, height, width] of many sizes to the rows of all in order, [V, d], and if asked for their importance, [V]."""
         grids = [(image.shape[-2] // patch, image.shape[-1] // patch) for image in images]
         rows: dict[int, list[Tensor]] = {}
@@ -255,7 +276,7 @@ class TransformersVision(VisionEncoder):
             for i, grid in enumerate(grids):
                 shapes[grid].append(i)
             for alike in shapes.values():
-                found = self._states(importance, torch.stack([images[i] for i in alike]))
+                found = self._states(importance, depths, torch.stack([images[i] for i in alike]))
                 rows |= {i: [x[n] for x in found] for n, i in enumerate(alike)}
         else:
             for alike in alike_lengths([height * width for height, width in grids]):
@@ -264,7 +285,7 @@ class TransformersVision(VisionEncoder):
                 real_IL = torch.arange(int(lengths.max())) < lengths[:, None]
                 mask = None if real_IL.all() else real_IL.long().to(images[0].device)
                 shapes_I2 = torch.tensor([grids[i] for i in alike])  # read on the CPU
-                found = self._states(importance, pad_sequence(patches, batch_first=True), mask, shapes_I2)
+                found = self._states(importance, depths, pad_sequence(patches, batch_first=True), mask, shapes_I2)
                 rows |= {i: [x[n, : len(patches[n])] for x in found] for n, i in enumerate(alike)}
         return tuple(torch.cat(parts) for parts in zip(*(rows[i] for i in range(len(images))), strict=True))
 

@@ -305,7 +305,9 @@ def test_an_encoder_of_ones_own(written, capsys):
         assert cli.main(["estimate", written, own, "--only", "--json", "--visual", "40"]) == 0
         config = load_config([written], [own])
         beside, _ = mechanisms_of(config, 3, False, parts_of_config(config.model))
-    assert beside.keys() == PRESETS.keys() - {"visionzip"}, "it does not say what is important"
+    assert beside.keys() == PRESETS.keys() - {"visionzip", "deepstack"}, (
+        "it does not say what is important, nor what is below"
+    )
     flops = json.loads(capsys.readouterr().out)["mechanisms"]["ee_mllm"]["flops"]
     assert flops["encoder"] == 2 * 40 * 48 * 16  # 2.5 images
     assert flops["connector"] == 2 * 40 * (16 * 32 + 32 * 32)

@@ -38,6 +38,8 @@ MECHANISMS = {
     "every second token is there": Mechanism(dense_layers=(1,), rows=(("1-", (("tokens", "every 2"),)),)),
     "blind, but updated": Mechanism(rows=(("0", (("seen", "none"),)), ("1", (("tokens", "every 2"), ("seen", "every 3"))))),
     "a window in some": Mechanism(rows=(("1", (("attend", 4), ("tokens", "every 2"))), ("0", (("update", "ffn"),)))),
+    "deepstack, other layers": replace(PRESETS["deepstack"], layers=(0, 2), depths=(1.0, 0.0)),
+    "deepstack of aligned states": replace(PRESETS["deepstack"].stretched(3), dense_layers="none"),
     "blind at the end": Mechanism(rows=(("1-2", (("seen", "none"),)),)),
     "p_mod, all routed": replace(PRESETS["p_mod"], average=0.3),
     "p_mod, aligned": replace(PRESETS["p_mod"], average=0.3, dense_layers="none"),
@@ -114,7 +116,9 @@ def plain_resampler(resampler, features_Ld):
 
 def connected(model, Z, layer=None):
     """Visual tokens of features of whole images, each a grid of 4 x 4."""
-    module = model.projector if layer is None else model.projector.layers[layer]
+    module = model.projector if layer is None else layer
+    if isinstance(layer, int):
+        module = model.projector.layers[layer]
     images = Z.view(-1, 4, 4, Z.shape[-1])
     return torch.cat([plain_tokens(model.connector, module, image) for image in images] or [module(Z)])
 
@@ -253,7 +257,7 @@ def plain(model, batch, prompt=None):
     """
     m, decoder = model.mechanism, model.language_model.model
     gated = getattr(m, "gated", None)
-    features_Vd = torch.zeros(0, 16) if batch.pixel_values is None else model.image_features(batch.pixel_values)
+    features_Vd = torch.zeros(0, 16) if batch.pixel_values is None else model.image_features(batch.pixel_values)[:, :16]
     logits, row, used = [], 0, 0
     answers_of = batch.layout.answers or [()] * len(batch.layout.documents)
     for document, answers in zip(batch.layout.documents, answers_of, strict=True):
@@ -310,6 +314,16 @@ def plain(model, batch, prompt=None):
             fed = chosen(columns.get("ffn", "all"), document) | ~is_visual
             if gated is not None and number % gated.every == 0:
                 x = plain_gated(model.gated[str(number)], x, document, media, gated.immediate)
+            if m.name == "deepstack" and number in m.layers and of_images:
+                read = round(
+                    m.depths[m.layers.index(number)] * 2
+                )  # of the three layers of tiny encoders the second is read
+                images = batch.pixel_values[(used - of_images) // tiny.TOKENS : used // tiny.TOKENS]
+                states = model.vision.model(
+                    model.vision.transform.views(images), output_hidden_states=True
+                ).hidden_states[read][:, 1:]
+                added = connected(model, states.flatten(0, 1), model.blocks[str(number)].connector)
+                x = x.masked_scatter(is_visual[:, None], x[is_visual] + added)
             if layerwise:
                 x = x.masked_scatter(is_visual[:, None], connected(model, Z, number))
             u = norm1(x)

@@ -28,6 +28,7 @@ KINDS = (
     "flamingo",
     "fastv",
     "visionzip",
+    "deepstack",
     "skip_vision",
     "bidirectional",
 )

@@ -23,7 +23,7 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from lit_eemllm.config import load_config
 from lit_eemllm.config.keys import ConnectorConfig, LoraConfig, OptimConfig, TuningConfig
-from lit_eemllm.cost.formulas import prefill_flops
+from lit_eemllm.cost.formulas import prefill_flops, token_flops
 from lit_eemllm.cost.trace import Document, grids_of, trace
 from lit_eemllm.cost.weightless import Parts
 from lit_eemllm.errors import ConfigError
@@ -322,6 +322,18 @@ def test_one_for_each_layer():
         assert all(part in shared_out(model) for part in model.projector.layers)
         values = [part.state_dict() for part in model.projector.layers]
         assert values[0].keys() == one.state_dict().keys() and values[0].keys() == values[2].keys()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if case(name).spatial])
+def test_one_before_each_of_some_layers(name):
+    """DeepStack's modules are connectors of this kind, and cost what these do for each token."""
+    model = make_model("clip", "deepstack", connector=case(name))
+    batch = pack(model, [[3, (16, 16), 4], [(16, 16), 2], [5]])
+    assert tiny.max_error(text_logits(model, batch), plain(model, batch)) <= BOUND
+    tokens = batch.layout.image_lengths[0]
+    cost = model.mechanism.block_cost(1, model.sizes, 9, tokens)
+    assert cost.prefill == round(tokens * token_flops(model.sizes, (4, 4))) and not cost.decode and not cost.kept
+    assert model.mechanism.block_cost(0, model.sizes, 9, tokens).prefill == 0
 
 
 # --- mechanisms with a resampler of their own

@@ -178,6 +178,13 @@ def test_ranks_that_contradict_each_other(rows, told):
         ("fastv", {"after": 0}, "options.after: found 0, expected 1 to 4"),
         ("fastv", {"drop": 1.0}, "options.drop: found 1, expected a share"),
         ("visionzip", {"drop": 1.0}, "options.drop: found 1, expected a share"),
+        ("deepstack", {"layers": [1, 4, 3]}, "options.layers: found [1, 4, 3], expected layers from 0 to 3, in order"),
+        (
+            "deepstack",
+            {"depths": [0.5]},
+            "options.depths: found [0.5], expected a share from 0 to 1 for each of the layers [1, 2, 3]",
+        ),
+        ("deepstack", {"layers": "all"}, "options.layers: found 'all' with depths (0.333, 0.667, 1.0), expected lists"),
         ("withdrawal", {"after": 5}, "options.after: found 5, expected 1 to 4"),
         ("hidrop", {"begin": 3, "end": 2}, "options.begin: found 3 to 2"),
         ("hidrop", {"begin": 0, "end": 4, "pyramid": [[2, 0.5], [1, 0.25]]}, "options.pyramid: found layers [2, 1]"),
@@ -199,6 +206,13 @@ def test_options_that_make_no_sense(preset, options, told):
     with pytest.raises(ConfigError) as error:
         build_mechanism(preset, 4, {"options": options})
     assert told in str(error.value)
+
+
+def test_features_are_added_to_tokens_that_are_all_there():
+    """Blocks get the rows that are left, and do not know which these are."""
+    assert build_mechanism("deepstack", 4, {"visual_drop": [[3, 0.5]]}).layers == (1, 2, 3)
+    with pytest.raises(ConfigError, match=r"options.layers: found \[1, 2, 3\], but tokens that"):
+        build_mechanism("deepstack", 4, {"visual_drop": [[2, 0.5]]})
 
 
 @pytest.mark.parametrize("random", [False, True])

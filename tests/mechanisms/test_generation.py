@@ -55,6 +55,7 @@ def test_layers_cache_only_what_text_sees():
 INDEPENDENT = [
     n for n, m in MECHANISMS.items() if getattr(m, "name", "?") in ("", "visual_experts") and m.dense_layers == "none"
 ]
+INDEPENDENT.append("deepstack of aligned states")
 
 
 @pytest.mark.parametrize("decoder", FAMILIES)

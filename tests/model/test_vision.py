@@ -140,6 +140,38 @@ def test_tokens_that_the_encoder_attends_to_most_enter(encoder, connector):
     assert entered[0].tolist() == expected
 
 
+@pytest.mark.parametrize("select_layer", [None, -1, -2])
+@pytest.mark.parametrize("family", ["clip", "siglip", "siglip2", "idefics2"])
+def test_states_of_lower_layers_lie_beside_the_features(family, select_layer):
+    """As transformers itself gives them; what the encoder gives alone is unchanged, importance too."""
+    torch.manual_seed(0)
+    encoder = tiny.vision(family).eval()
+    encoder.select_layer = select_layer
+    pixels = [encoder.transform(picture(size, i)) for i, size in enumerate(PICTURES)]
+    views = encoder.transform.views(torch.stack(pixels) if encoder.transform.fixed else pixels)
+    arguments = [(views,)] if encoder.transform.fixed else [patches_and_shape(encoder, image) for image in views]
+    outputs = [encoder.model(*each, output_hidden_states=True).hidden_states for each in arguments]
+    below = 2 if select_layer == -2 else 3
+    class_token = family == "clip"
+    expected = [torch.cat([x[layer][:, class_token:].flatten(0, 1) for x in outputs]) for layer in (below, 0, 1)]
+    found, importance = encoder(views, importance=True, depths=(1.0, 0.0, 0.4))
+    own, *others = found.flatten(0, -2).chunk(4, -1)
+    assert own.equal(encoder(views).flatten(0, -2)) and importance.equal(encoder(views, importance=True)[1])
+    for one, other in zip(others, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_depths_need_an_encoder_that_reads_them_and_tokens_that_stand_for_places():
+    with pytest.raises(ConfigError, match=r"^model.connector.name: found attention, but deepstack"):
+        make_model("clip", "deepstack", connector=case("attention"))
+    model = tiny.model("llama-gqa", "deepstack")
+    model.vision = tiny.Patches()
+    with pytest.raises(
+        ConfigError, match=r"^model.mechanism.preset: reads layers inside the encoder, and Patches lacks"
+    ):
+        model.set_mechanism(model.mechanism)
+
+
 def test_what_cannot_be_ranked_by_the_encoder_is_refused():
     ranked = PRESETS["visionzip"]
     with pytest.raises(ConfigError, match=r"^model.mechanism.preset: .* no token of the connector attention stands"):

@@ -82,7 +82,7 @@ def test_every_mechanism_trains_with_images_of_many_sizes(parts, data, tmp_path,
     checkpoint = read_checkpoint(all_checkpoints(tmp_path)[-1])
     assert checkpoint["global_step"] == 2
     newlines = [name for name in checkpoint["state_dict"] if name.endswith("newline")]
-    assert len(newlines) == (encoder == "anyres") * {"saisa": 3, "flamingo": 0}.get(preset, 1)
+    assert len(newlines) == (encoder == "anyres") * {"saisa": 3, "deepstack": 3, "flamingo": 0}.get(preset, 1)
 
 
 @pytest.mark.parametrize("encoder", ["siglip2", "anyres"])

@@ -77,7 +77,7 @@ class DeepStack(Mechanism):
 
     def stretched(self, num_layers: int, of: int = 32) -> Self:
         """In a decoder of fewer layers, the first of them: they are layers from below."""
-        layers = tuple(layer for layer in self.layers if layer < num_layers)
+        layers = tuple(layer for layer in self.layers if layer < num_layers) or (0,)
         return replace(super().stretched(num_layers, of), layers=layers, depths=self.depths[: len(layers)])
 
     def problems(self, num_layers: int) -> list[tuple[str, str]]:

@@ -18,6 +18,8 @@ META_BYTES = 16 * 2**20
 """Of an index in JSON."""
 CONFIG_BYTES = 2**16
 """Of a configuration or a sweep, which name what is long, such as data; with a comment on every key one has 9 kB."""
+MECHANISM_ROWS = 1000
+"""Of a mechanism's table that override others, and of any of its lists."""
 SCHEDULE = 100
 """Entries of a schedule of mechanisms, each of which is read as a configuration is."""
 YAML_BYTES = 2**20

@@ -105,7 +105,7 @@ class DecoderLayer(nn.Module):
             H_T = T + post1(attention(u_T W_q, [u_T; u_J] W_k, [u_T; u_J] W_v) W_o)  T' = H_T + post2(FFN(norm2(H_T)))
             H_I = I + post1(path W_o)                                                I' = H_I + post2(FFN(norm2(H_I)))
 
-        The path of I is its own attention, over [u_T; u_I] or a window of u_I, or else u_I W_v. Of W_v, W_o and FFN, I takes
+        The path of I is its own attention, over [u_T; u_I], perhaps both ways in an image, or a window of u_I, or else u_I W_v. Of W_v, W_o and FFN, I takes
         those that `LayerPlan.update` names, FFN for `LayerPlan.ffn` of them. `Norms` that a family lacks are the identity: in Llama post1 and post2, after the
         blocks; in OLMo 2 norm1 and norm2, before them. With a router's weights w (p-MoD), I' = H_I + w post2(..), and visual
         tokens that are not here become w times themselves. Our reading: post1 normalises whatever is added to I, even if the path
@@ -285,7 +285,7 @@ class DecoderLayer(nn.Module):
         row = self.row
         if "ffn" not in row.update:
             return self._feed_forward(h_Rh[:text], text), h_Rh[text:]
-        if row.ffn == ALL:
+        if row.ffn == ALL or len(h_Rh) == text:
             w_R1 = None if w_v1 is None else torch.cat([w_v1.new_ones(text, 1), w_v1])
             x_Rh = self._feed_forward(h_Rh, text, w_R1)
         else:

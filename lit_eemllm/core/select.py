@@ -59,7 +59,7 @@ class Every(Select):
         return -(-visual // self.n)
 
     def of_image(self, visual: int) -> Tensor:
-        return torch.arange(visual) % self.n == 0
+        return torch.arange(visual) % min(self.n, visual + 1) == 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Share(Select):
     seed: int | None = None
 
     def __str__(self) -> str:
-        return f"even {self.share:g}" if self.seed is None else f"random {self.share:g} seed {self.seed}"
+        share = _written(self.share)
+        return f"even {share}" if self.seed is None else f"random {share} seed {self.seed}"
 
     def count(self, visual: int) -> int:
         return _left(visual, 1 - self.share)
@@ -159,9 +160,9 @@ class Top(Scored):
     by: str = "question"
 
     def __str__(self) -> str:
-        after = f" after {self.before:g}" if self.before else ""
+        after = f" after {_written(self.before)}" if self.before else ""
         return (
-            f"all but {self.dropped:g} ranked in {self.layer}{after}"
+            f"all but {_written(self.dropped)} ranked in {self.layer}{after}"
             + {by: end for end, by in RANKED_BY.items()}[self.by]
         )
 
@@ -179,7 +180,13 @@ class Top(Scored):
 
 
 def _left(visual: int, dropped: float) -> int:
-    return visual - int(dropped * visual + 1e-9)  # 0.7 of 10 is 7, whatever 0.7 is in binary
+    """At least one token of an image. 0.7 of 10 is 7, whatever 0.7 is in binary."""
+    return max(min(visual, 1), visual - int(dropped * visual + 1e-9))
+
+
+def _written(share: float) -> str:
+    """As `parse_select` reads it, and as exactly as a count can tell: a selection is known by its text."""
+    return f"{share:.12f}".rstrip("0")
 
 
 ALL, NOTHING = Every(1), Nothing()
@@ -193,7 +200,7 @@ def parse_select(text: str) -> Select:
     ``after 0.25`` and ``by text`` or ``by encoder``. Raises ValueError saying so."""
     if text in ("all", "none"):
         return ALL if text == "all" else NOTHING
-    if match := re.fullmatch(r"every ([1-9]\d*)", text):
+    if match := re.fullmatch(r"every ([1-9]\d{0,8})", text):
         return Every(int(match[1]))
     if (match := _SHARE.fullmatch(text)) and float(match[1] or match[2]):
         return Share(float(match[1])) if match[1] else Share(float(match[2]), int(match[3] or 0))

@@ -146,7 +146,7 @@ class Stream:
 
         def make() -> Tokens:
             lengths = self.layout.image_lengths
-            if select == ALL or isinstance(select, Scored):
+            if select == ALL or isinstance(select, Scored) or not lengths:
                 return Tokens(select, None, lengths)
             rows_v = upload(select.flags(lengths).nonzero().flatten(), self.layout.positions.device)
             return Tokens(select, rows_v, [select.count(length) for length in lengths])
@@ -242,15 +242,15 @@ class Stream:
             indices of those that stay, among `before`, and these.
         """
         past = self.cached.earlier_keys(layer, view) if self.cached is not None else None
-        return self._left(top, before, self.ranking(top, before).most_attended(q_nNH, k_RKH, scale, past))
+        return self._stay(top, before, self.ranking(top, before).most_attended(q_nNH, k_RKH, scale, past))
 
     def rank_by_encoder(self, top: Top, before: Tokens) -> tuple[Tensor, Tokens]:
         """As `rank`, but by the importance that the encoder gave."""
         assert self.importance_V is not None
         stay = [top.count(length) for length in self.layout.image_lengths]
-        return self._left(top, before, self._highest(before.lengths, stay)(before.among(self.importance_V)))
+        return self._stay(top, before, self._highest(before.lengths, stay)(before.among(self.importance_V)))
 
-    def _left(self, top: Top, before: Tokens, stay_v: Tensor) -> tuple[Tensor, Tokens]:
+    def _stay(self, top: Top, before: Tokens, stay_v: Tensor) -> tuple[Tensor, Tokens]:
         lengths = [top.count(length) for length in self.layout.image_lengths]
         rows_v = stay_v if before.rows_v is None else before.rows_v[stay_v]
         return stay_v, Tokens(top, rows_v, lengths, alone=True)

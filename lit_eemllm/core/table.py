@@ -176,7 +176,7 @@ def ranking_problems(table: Table) -> list[tuple[int, str]]:
         before = 0.0 if left is None else left.dropped
         if not 0 <= layer - top.layer <= 1:
             wrong.append((layer, f"ranked in {top.layer}, expected this layer or the one before"))
-        elif not table[top.layer].keys or (left is not None and top.layer <= left.layer):
+        elif table[top.layer].blind or (left is not None and top.layer <= left.layer):
             wrong.append(
                 (layer, f"ranked in {top.layer}, expected a layer in which text sees them, and a later one each time")
             )

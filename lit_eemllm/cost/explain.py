@@ -157,7 +157,7 @@ def grid(table: tuple[LayerPlan, ...], flops: list[int], modules: list[str]) -> 
 
 
 # --- the picture
-def drawn(select: Select) -> Select:
+def pictured(select: Select) -> Select:
     """In place of those that only scores can tell, as many tokens evenly spaced."""
     if isinstance(select, Routed):
         return Share(select.share)
@@ -170,8 +170,8 @@ def mask(row: LayerPlan) -> Tensor:
     lengths = layout.image_lengths
     visual, here, seen = (torch.zeros(size, dtype=torch.bool) for _ in range(3))
     visual[layout.visual_index] = True
-    here[layout.visual_index] = drawn(row.tokens).flags(lengths)
-    seen[layout.visual_index] = drawn(row.seen).flags(lengths)
+    here[layout.visual_index] = pictured(row.tokens).flags(lengths)
+    seen[layout.visual_index] = pictured(row.seen).flags(lengths)
     causal = layout.mask(Visibility(True))
     image_S = layout.image_of_row()
     if row.attend == "image":

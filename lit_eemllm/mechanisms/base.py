@@ -17,6 +17,7 @@ from ..core.stream import Stream
 from ..core.table import PARTS, LayerPlan, Table, executed, ranking_problems
 from ..errors import ConfigError, did_you_mean, not_one_of
 from ..inputs.reduction import Grids
+from ..limits import MECHANISM_ROWS
 from .connectors import Connector, LayerwiseProjector, Sizes
 
 if TYPE_CHECKING:
@@ -33,8 +34,10 @@ COLUMNS = tuple(LayerPlan().to_dict())
 
 def rows_of(given: Any) -> Rows:
     """Parse ``model.mechanism.rows``, such as ``[{layers: 4-7, seen: none}]``. Raises ConfigError."""
-    rows = []
-    for row in given if isinstance(given, list | tuple) else [given]:
+    rows, many = [], given if isinstance(given, list | tuple) else [given]
+    if len(many) > MECHANISM_ROWS:
+        raise ConfigError(f"model.mechanism.rows: found {len(many):,} rows, expected {MECHANISM_ROWS} at most")
+    for row in many:
         if not isinstance(row, Mapping) or "layers" not in row or len(row) < 2:
             raise ConfigError(f"model.mechanism.rows: found {row!r}, expected rows such as {{layers: 4-7, seen: none}}")
         for column in row:
@@ -281,6 +284,10 @@ class Mechanism:
                 wrong.append(
                     ("visual_drop", f"found {self.visual_drop}: layers must ascend, shares must sum to less than 1")
                 )
+        ranked = {row.tokens.layer for row in table if isinstance(row.tokens, Top)}
+        if not wrong and (unheard := [n for n, _ in self.visual_drop if n not in ranked]):
+            text = f"found layers {unheard}, but what this mechanism does with tokens goes before it: set []"
+            wrong.append(("visual_drop", text))
         by_keys = any(isinstance(row.tokens, Top) and not row.tokens.by_encoder for row in table)
         if self.visual_positions == "unrotated" and by_keys:
             name = "visual_drop" if self.visual_drop else "visual_positions"
@@ -321,12 +328,17 @@ class Mechanism:
             ConfigError: a mechanism that is not registered.
         """
         options = {name: hashable(value) for name, value in values.items()}
+        long = [name for name, value in options.items() if isinstance(value, tuple) and len(value) > MECHANISM_ROWS]
+        if long:
+            raise ConfigError(f"model.mechanism.{long[0]}: a longer list than any decoder has layers")
         if "rows" in options:
             options["rows"] = rows_of(values["rows"])
         if "gated" in options and not options["gated"]:
             del options["gated"]
         name = options.pop("preset", "flamingo" if "gated" in options else "")
         kind: type[Mechanism] = type(mechanism_named(name)) if name else Mechanism
+        if unknown := sorted(options.keys() - {option.name for option in fields(kind)}):
+            raise ConfigError(f"model.mechanism.{unknown[0]}: {name or 'a mechanism'} has no such option")
         for option in fields(kind):
             if isinstance(options.get(option.name), Mapping):
                 options[option.name] = _part(kind, option.name)(**options[option.name])
@@ -351,7 +363,7 @@ def stretch(layers: Layers, num_layers: int, of: int) -> Layers:
 def _layers_of(where: str, layers: int) -> range:
     """The layers that ``3``, ``4-7`` or ``8-`` names, in a decoder of so many. Raises ConfigError."""
     first, dash, last = where.strip().partition("-")
-    if first.isdecimal() and (not last or last.isdecimal()):
+    if len(where) < 20 and first.isdecimal() and (not last or last.isdecimal()):
         numbers = range(int(first), int(last) + 1 if last else layers if dash else int(first) + 1)
         if numbers and numbers[-1] < layers:
             return numbers

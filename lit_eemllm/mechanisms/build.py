@@ -59,6 +59,8 @@ def option_problems(
                 check(inner, [option.name for option in fields(inner)], value, f"{section}.{key}")
             elif is_dataclass(inner):
                 wrong.append((f"{section}.{key}", f"found {value!r}, expected a section"))
+            elif isinstance(value, Mapping):
+                wrong.append((f"{section}.{key}", f"found {value!r}, expected a value such as {inner!r}"))
             elif types and type(value) not in types:
                 wrong.append((f"{section}.{key}", f"found {value!r}, expected {expected}"))
 
@@ -137,6 +139,16 @@ def _overridden(mechanism: Mechanism, preset: str, overrides: Mapping[str, Any])
     if "rows" in given:
         given["rows"] = rows_of(given["rows"])
     return replace(mechanism, **given)
+
+
+def read_mechanism(values: Mapping[str, Any]) -> Mechanism:
+    """`Mechanism.from_dict` of a folder, in which anything may stand. Raises ConfigError."""
+    mechanism = Mechanism.from_dict(values)
+    shared = {option.name for option in fields(Mechanism)}
+    own = {name: value for name, value in values.items() if name not in shared and name != "preset"}
+    if problems := option_problems("preset", PRESETS, mechanism.name, own) if mechanism.name else []:
+        raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
+    return mechanism
 
 
 def configured_mechanism(section: MechanismConfig, num_layers: int) -> Mechanism:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.select import Top
 from ..core.stream import Stream
+from ..core.table import executed
 from .base import BlockCost, Features, Mechanism, register_mechanism
 from .connectors import Added, Connector, Sizes
 
@@ -97,10 +98,13 @@ class DeepStack(Mechanism):
                 ("visual_source", f"found {self.visual_source}, but deepstack adds to the states of the layer before")
             )
         found = wrong or super().problems(num_layers)
-        if not found and any(isinstance(row.tokens, Top) for row in self.table(num_layers)[: layers[-1]]):
+        table = self.table(num_layers)
+        if not found and any(isinstance(row.tokens, Top) and row.tokens.layer < layers[-1] for row in table):
             found = [
                 ("options.layers", f"found {layers}, but tokens that features are added to have left by rank before")
             ]
+        if not found and all(row.idle for row in executed(table)[layers[-1] :]):
+            found = [("options.layers", f"found {layers}, but no layer reads what is added before layer {layers[-1]}")]
         return found
 
 

@@ -34,7 +34,15 @@ class OperatorSkipping(Mechanism):
 
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
         layers = self.ffn_layers
-        if layers in ("all", "none") or (isinstance(layers, tuple) and {*layers} <= {*range(num_layers)}):
+        if self.aligner.ffn:
+            return [
+                (
+                    "aligner.ffn",
+                    "options.ffn_layers says where the feed-forward network updates visual tokens: set false",
+                )
+            ]
+        listed = isinstance(layers, tuple) and all(type(n) is int and 0 <= n < num_layers for n in layers)
+        if listed or layers in ("all", "none"):
             return super().problems(num_layers)
         expected = f'"all", "none" or a list of layers from 0 to {num_layers - 1}'
         return [("options.ffn_layers", f"found {layers!r}, expected {expected}")]

@@ -58,6 +58,10 @@ class PMoD(Mechanism):
     no_adapters = "a router starts from scratch and must be trained as a whole: set full"
 
     @property
+    def modules(self) -> Hashable:
+        return self  # its table, options and rows, decides which layers have a router
+
+    @property
     def weights(self) -> Hashable:
         return type(self).__name__
 
@@ -81,6 +85,8 @@ class PMoD(Mechanism):
         return isinstance(self.table(layers)[layer].tokens, Routed)
 
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
+        if not 0 <= self.average <= 1:
+            return [("options.average", f"found {self.average:g}, expected a share from 0 to 1")]
         if not 0 < self.least <= self.most < 1:
             found = f"found {self.least:g} to {self.most:g}, expected shares between 0 and 1, the smaller first"
             return [("options.least", found)]

@@ -25,6 +25,7 @@ from ..core.stream import rotate
 from ..core.table import Table, by_encoder, executed, ranked_in
 from ..errors import ConfigError
 from ..mechanisms import Added, Mechanism, Sizes, build_connector
+from ..mechanisms.build import read_mechanism
 from .configuration import EEMLLMConfig
 from .image_cache import ImageCache
 from .pretrained import adopt
@@ -54,8 +55,8 @@ class ModelParts(PreTrainedModel):
         encoder = get_vision_encoder(config.vision["encoder"])
         self.vision = vision or encoder.from_config(config.vision["config"])
         self.language_model = decoder or AutoModelForCausalLM.from_config(config.text_config)
-        self.mechanism, self.connector = Mechanism.from_dict(config.mechanism), build_connector(config.connector)
-        self._refuse(self._problems(self.mechanism))
+        self.mechanism, self.connector = read_mechanism(config.mechanism), build_connector(config.connector)
+        self.refuse(self.problems(self.mechanism))
         if reason := self.mechanism.refuses(self.connector):
             raise ConfigError(f"model.connector.name: {reason}")
         self.vision.transform = self.vision.transform.with_reduction(self.connector)
@@ -110,7 +111,7 @@ class ModelParts(PreTrainedModel):
                 layer.fill_copies()
 
     # --- switches
-    def _problems(self, mechanism: Mechanism) -> list[tuple[str, str]]:
+    def problems(self, mechanism: Mechanism) -> list[tuple[str, str]]:
         """What is wrong with a mechanism in this decoder: (field, what is wrong)."""
         decoder = self.config.text_config
         problems, table = mechanism.problems(decoder.num_hidden_layers), mechanism.table(decoder.num_hidden_layers)
@@ -124,16 +125,16 @@ class ModelParts(PreTrainedModel):
         return problems + table_problems(decoder, table)
 
     @staticmethod
-    def _refuse(problems: list[tuple[str, str]]) -> None:
+    def refuse(problems: list[tuple[str, str]]) -> None:
         if problems:
             raise ConfigError("\n".join(f"model.mechanism.{name}: {text}" for name, text in problems))
 
     def set_mechanism(self, mechanism: Mechanism) -> None:
         """Switch to another mechanism. Raises ConfigError if its options are wrong or it needs modules that this model lacks."""
-        problems = self._problems(mechanism)
+        problems = self.problems(mechanism)
         if mechanism.modules != self.mechanism.modules:
             problems.append(("preset", "needs other modules than the model has; make them with `lit-eemllm convert`"))
-        self._refuse(problems)
+        self.refuse(problems)
         self._forget_images()
         self._take(mechanism)
 

@@ -65,6 +65,8 @@ class LitEEMLLM(LightningModule):
         model.activation_checkpointing = config.optim.activation_checkpointing
         self.model = model
         self.mechanisms = Schedule.of(config, model.mechanism, model.config.text_config)
+        for mechanism in self.mechanisms.all:  # now, and not in the step that draws it
+            model.refuse(model.problems(mechanism))
         self.entry = self.mechanisms.entries[-1]  # of the last step
         self.strict_loading = False  # a checkpoint holds trained weights only; `on_load_checkpoint` is stricter
         self.val_loss = MeanMetric()
@@ -217,7 +219,7 @@ class LitEEMLLM(LightningModule):
         checkpoint["lit_eemllm"] = {
             "config": asdict(self.config),
             "frozen": self._frozen_fingerprint,
-            "mechanism": self.model.config.mechanism,
+            "mechanism": self.mechanisms.own.to_dict(),
             "tokenizer": self.tokenizer,
             "ranks": self.trainer.world_size,
             "begun_with": self.begun_with,

@@ -230,6 +230,16 @@ def test_presets_beside_the_curve():
     assert presets(bench_of(mechanism=replace(DENSE, visual_positions="shared"))) == {}
 
 
+def test_a_preset_that_this_encoder_cannot_have_is_left_out(monkeypatch):
+    """As visionzip, if the encoder does not say what is important: after all the measuring it would be refused."""
+    bench = bench_of()
+    right = type(bench.model).problems
+    told = lambda model, m: [("preset", "no")] if m.name == "visionzip" else right(model, m)  # noqa: E731
+    assert "visionzip" in presets(bench)
+    monkeypatch.setattr(type(bench.model), "problems", told)
+    assert "visionzip" not in presets(bench)
+
+
 def test_the_mean_prompt_ends_before_the_first_answer_after_the_last_image():
     def sample(entries, supervised, tokens):
         supervised = [i in supervised for i in range(len(entries))]

@@ -10,10 +10,12 @@ from lib.mechanisms import text_logits
 from torch.nn.functional import cross_entropy
 
 from lit_eemllm.core.ranking import Ranking
+from lit_eemllm.core.select import Every, Share, Top, parse_select
 from lit_eemllm.core.table import executed, ranked_in
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.layout import Run, SequenceLayout
 from lit_eemllm.mechanisms import PRESETS, build_mechanism
+from lit_eemllm.mechanisms.build import read_mechanism
 from lit_eemllm.training.fit import fit
 
 DOCUMENTS = [[3, 0, 9], [5], [0, 2, 0, 7, 0, 4], [2, 0, 1]]
@@ -200,6 +202,10 @@ def test_ranks_that_contradict_each_other(rows, told):
         ("skip_vision", {"fed": 2.0}, "options.fed: found 2, expected a share"),
         ("operator_skipping", {"ffn_layers": [9]}, "options.ffn_layers: found (9,), expected"),
         ("operator_skipping", {"ffn_layers": 3}, "options.ffn_layers: found 3, expected"),
+        ("operator_skipping", {"ffn_layers": [{"a": 1}]}, "options.ffn_layers: found ({'a': 1},), expected"),
+        ("operator_skipping", {"ffn_layers": [True]}, "options.ffn_layers: found (True,), expected"),
+        ("hidrop", {"pyramid": {"a": 1}}, "options.pyramid: found {'a': 1}, expected a value such as ("),
+        ("p_mod", {"average": float("nan")}, "options.average: found nan, expected a share from 0 to 1"),
     ],
 )
 def test_options_that_make_no_sense(preset, options, told):
@@ -213,6 +219,57 @@ def test_features_are_added_to_tokens_that_are_all_there():
     assert build_mechanism("deepstack", 4, {"visual_drop": [[3, 0.5]]}).layers == (1, 2, 3)
     with pytest.raises(ConfigError, match=r"options.layers: found \[1, 2, 3\], but tokens that"):
         build_mechanism("deepstack", 4, {"visual_drop": [[2, 0.5]]})
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "told"),
+    [
+        ("sampled", {"visual_drop": [[1, 0.5]]}, "visual_drop: found layers [1], but what this mechanism does with tokens"),
+        ("hidrop", {"visual_drop": [[5, 0.5]]}, "visual_drop: found layers [5], but what this mechanism does with tokens"),
+        ("operator_skipping", {"aligner": {"ffn": True}}, "aligner.ffn: options.ffn_layers says where"),
+        ("deepstack", {"rows": [{"layers": "3-", "tokens": "all but 0.5 ranked in 2"}]}, "have left by rank before"),
+        ("deepstack", {"rows": [{"layers": "3-", "tokens": "none"}]}, "no layer reads what is added before layer 3"),
+        ("llava", {"rows": [{"layers": "0", "seen": "all"}] * 1001}, "rows: found 1,001 rows, expected 1000 at most"),
+        ("llava", {"rows": [{"layers": "9" * 5000, "seen": "all"}]}, "expected layers from 0 to 7"),
+        ("llava", {"rows": [{"layers": 3, "seen": "none"}, {"layers": "4-", "tokens": "all but 0.5 ranked in 3"}]},
+         "expected a layer in which text sees them"),
+    ],
+)  # fmt: skip
+def test_keys_that_would_do_nothing_or_too_much(preset, overrides, told):
+    with pytest.raises(ConfigError) as error:
+        build_mechanism(preset, DEEP, overrides)
+    assert told in str(error.value)
+
+
+def test_a_folder_that_names_what_a_mechanism_has_not():
+    for saved, told in (
+        ({"preset": "fastv", "foo": 1}, "model.mechanism.foo: fastv has no such option"),
+        ({"preset": "sampled", "seed": 1.5}, "model.mechanism.options.seed: found 1.5, expected a whole number"),
+        ({"preset": "hidrop", "pyramid": [[1, 0.5]] * 1001}, "model.mechanism.pyramid: a longer list than any decoder"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            read_mechanism(saved)
+        assert told in str(error.value)
+
+
+def test_routers_are_where_rows_say():
+    """So mechanisms whose rows differ cannot take each other's place."""
+    usual, changed = (
+        build_mechanism("p_mod", DEEP, {"rows": rows}) for rows in (None, [{"layers": 5, "tokens": "all"}])
+    )
+    assert usual.modules != changed.modules
+
+
+def test_the_text_of_a_selection_is_the_selection():
+    """Caches know it by that, and configurations say it so."""
+    for text in ("even 0.3333331", "even 0.3333334", "random 0.1 seed 7", "all but 0.8889 ranked in 0 by encoder",
+                 "all but 0.123456789 ranked in 3 after 0.1 by text", "every 3", "all", "none"):  # fmt: skip
+        assert str(parse_select(text)) == text
+    with pytest.raises(ValueError, match="found 'every 99999999999'"):
+        parse_select("every 99999999999")
+    assert Share(1e-12).count(1) == Share(1e-12).count(9) == Top(1 - 1e-12, 0).count(5) == 1
+    assert Share(0.5).count(0) == Top(0.5, 0).count(0) == 0
+    assert Every(10**18).of_image(3).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("random", [False, True])

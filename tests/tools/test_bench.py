@@ -102,23 +102,23 @@ class Providers(SDPA):
 
 
 class Hungry(SDPA):
-    """Fits four tokens only."""
+    """Fits six tokens only."""
 
     name = "fake"
 
     def attend(self, q_QNH: torch.Tensor, k_SKH: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if len(k_SKH) > 4:
+        if len(k_SKH) > 6:
             raise torch.OutOfMemoryError
         return super().attend(q_QNH, k_SKH, *rest)
 
 
 class Wrong(SDPA):
-    """Doubles its output, but not for four tokens, which the probe tries."""
+    """Doubles its output, but not for six tokens, which the probe tries."""
 
     name = "fake"
 
     def attend(self, q_QNH: torch.Tensor, k_SKH: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return super().attend(q_QNH, k_SKH, *rest) * (2 if len(k_SKH) > 4 else 1)
+        return super().attend(q_QNH, k_SKH, *rest) * (2 if len(k_SKH) > 6 else 1)
 
 
 def test_every_provider_is_measured_or_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

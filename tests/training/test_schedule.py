@@ -490,3 +490,13 @@ def test_two_ranks_choose_the_same_and_train_as_one(tmp_path):
     alone, begun = _weights(module), _weights(_distributed(tmp_path, []))
     moved = max((alone[name] - begun[name]).abs().max() for name in alone)
     assert max((alone[name] - first["weights"][name]).abs().max() for name in alone) <= 0.02 * moved
+
+
+def test_a_mechanism_that_this_model_cannot_have_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    """As one for which the encoder must say what is important: names alone do not tell."""
+    right = model_parts.ModelParts.problems
+    told = lambda model, m: [("preset", "not with this encoder")] if m.name == "visionzip" else right(model, m)  # noqa: E731
+    monkeypatch.setattr(model_parts.ModelParts, "problems", told)
+    later = "optim.mechanisms=[{steps: 1-1000}, {steps: 1001-, mechanism: {preset: visionzip}}]"
+    with pytest.raises(ConfigError, match=r"model\.mechanism\.preset: not with this encoder"):
+        module_of(PRESETS["llava"], "model.mechanism.preset=llava", later, folder=tmp_path)

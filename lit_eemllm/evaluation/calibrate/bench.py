@@ -59,7 +59,9 @@ class Bench:
     def flops(self, mechanism: Mechanism, visual: int | None = None) -> int:
         """Of the decoder's layers, as the program computes, for the mean prompt or its text with so many visual tokens."""
         decoder, visual = self.model.config.text_config, self.visual if visual is None else visual
-        return prefill_flops(mechanism, decoder, self.text, visual, vision_width=self.model.vision.hidden_size)
+        vision, connector = self.model.vision, self.model.connector
+        connected: dict[str, Any] = {"connector": connector, "view": vision.transform.largest_view}
+        return prefill_flops(mechanism, decoder, self.text, visual, vision_width=vision.hidden_size, **connected)
 
     @contextmanager
     def under(self, mechanism: Mechanism) -> Iterator[None]:

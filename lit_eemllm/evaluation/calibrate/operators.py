@@ -139,4 +139,5 @@ def presets(bench: Bench) -> dict[str, Mechanism]:
         for name, mechanism in found.items()
         if (mechanism.modules, mechanism.visual_positions) == (modules, positions)
         and executed(mechanism.table(bench.depth)) != table
+        and not bench.model.problems(mechanism)
     }

@@ -22,7 +22,7 @@ from ...errors import SampleError, UserError
 from ...formats.mechanism import mechanism_settings
 from ...inputs.chat import IMAGE, Conversation, Turn
 from ...inputs.images import open_image, read_file
-from ...mechanisms import Mechanism
+from ...mechanisms.build import read_mechanism
 from ...names import check_names
 from ...plugins import import_user_code
 from ..run import answer, autocast, load
@@ -192,7 +192,7 @@ def read_config(run: Path, overrides: Sequence[str]) -> Config:
             f"{run} does not say with which chat template it was trained; add model.template=vicuna_v1 or jinja"
         )
     encoder = saved["vision"]["config"]
-    mechanism = Mechanism.from_dict(saved["mechanism"])
+    mechanism = read_mechanism(saved["mechanism"])
     values = {
         "model.decoder": str(run),
         "model.vision.encoder": saved["vision"]["encoder"],

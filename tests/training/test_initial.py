@@ -1,5 +1,6 @@
 """The weights that a run begins with: folded as peft folds, in the memory of one model, also quantised, of any model of ours."""
 
+import gc
 import json
 import shutil
 from dataclasses import replace
@@ -31,6 +32,7 @@ LORA = ["optim.tuning.llm=lora", "optim.lora.r=2", "optim.projector_lr=1e-3", "d
 def most_held(call, trace: Path):
     """What the call returns, and the most bytes of tensors that there were at once while it ran. A file of weights is mapped, and counts as
     long as one of its tensors is used as it is."""
+    gc.collect()  # what was there before would go meanwhile, and count as less
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     profiler.export_chrome_trace(str(trace))

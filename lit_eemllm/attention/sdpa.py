@@ -61,11 +61,8 @@ class Sdpa(AttentionBackend):
 
     def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
         device = layout.positions.device
-        keys, queries, order = (
-            [],
-            [],
-            [],
-        )  # per document: rows of the stream, rows among the queries, the last that these see
+        # per document: rows of the stream, rows among the queries, the last that these see
+        keys, queries, order = list[Tensor](), list[Tensor](), list[Tensor]()
         k_start, q_start, last_S = 0, 0, layout.last_seen(visibility)
         for document in layout.documents:
             visual = visual_flags(document)

@@ -149,7 +149,7 @@ class Stream:
             if select == ALL or isinstance(select, Scored) or not lengths:
                 return Tokens(select, None, lengths)
             rows_v = upload(select.flags(lengths).nonzero().flatten(), self.layout.positions.device)
-            return Tokens(select, rows_v, [select.count(length) for length in lengths])
+            return Tokens(select, rows_v, self._counts(select))
 
         return self._once(("tokens", select), make)
 
@@ -207,8 +207,12 @@ class Stream:
         images = self.layout.image_lengths
         if not images:
             return self.tokens(select)
-        counts = [select.count(length) for length in images]
+        counts = self._counts(select)
         return Tokens(select, self._highest(images, counts)(scores_V), counts)
+
+    def _counts(self, select: Select) -> list[int]:
+        """How many tokens of each image a selection holds."""
+        return [select.count(length) for length in self.layout.image_lengths]
 
     def _highest(self, lengths: list[int], counts: list[int]) -> Highest:
         """Which of so many tokens of each image score highest, so many of them."""
@@ -221,8 +225,11 @@ class Stream:
 
     def ranking(self, top: Top, before: Tokens) -> Ranking:
         """Who ranks the visual tokens that are left."""
-        stay = [top.count(length) for length in self.layout.image_lengths]
-        return self._once(("ranking", top), lambda: Ranking.of(self.layout, top.by, before.lengths, stay))
+
+        def make() -> Ranking:
+            return Ranking.of(self.layout, top.by, before.lengths, self._counts(top))
+
+        return self._once(("ranking", top), make)
 
     def rank(
         self, layer: int, top: Top, before: Tokens, q_nNH: Tensor, k_RKH: Tensor, scale: float, view: str
@@ -247,13 +254,12 @@ class Stream:
     def rank_by_encoder(self, top: Top, before: Tokens) -> tuple[Tensor, Tokens]:
         """As `rank`, but by the importance that the encoder gave."""
         assert self.importance_V is not None
-        stay = [top.count(length) for length in self.layout.image_lengths]
-        return self._stay(top, before, self._highest(before.lengths, stay)(before.among(self.importance_V)))
+        highest = self._highest(before.lengths, self._counts(top))
+        return self._stay(top, before, highest(before.among(self.importance_V)))
 
     def _stay(self, top: Top, before: Tokens, stay_v: Tensor) -> tuple[Tensor, Tokens]:
-        lengths = [top.count(length) for length in self.layout.image_lengths]
         rows_v = stay_v if before.rows_v is None else before.rows_v[stay_v]
-        return stay_v, Tokens(top, rows_v, lengths, alone=True)
+        return stay_v, Tokens(top, rows_v, self._counts(top), alone=True)
 
     # --- attention
     def attend(
@@ -304,8 +310,10 @@ class Stream:
             if self.cached.past:
                 parts = [(view.layout.text_index, q_RNH[:text], grid.mask_BQL & seen_BL[:, None])]
                 if self.layout.num_visual:
-                    own = self._once(("both ways", view.name), lambda: grid.same(view.layout.image_of_row()))
-                    mask_BQL = grid.mask_BQL | own if both_ways else grid.mask_BQL
+                    mask_BQL = grid.mask_BQL
+                    if both_ways:
+                        own = self._once(("both ways", view.name), lambda: grid.same(view.layout.image_of_row()))
+                        mask_BQL = mask_BQL | own
                     parts.append((view.layout.visual_index, q_RNH[text:], mask_BQL))
                 attend, pad = self.backend.attend_cached, grid.pad
                 return torch.cat(

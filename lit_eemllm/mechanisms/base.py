@@ -345,6 +345,16 @@ class Mechanism:
         return kind(**options)
 
 
+def share_problems(name: str, value: float) -> list[tuple[str, str]]:
+    """Whether an option is no share between 0 and 1, as `Mechanism.problems` tells it."""
+    return [] if 0 < value < 1 else [(f"options.{name}", f"found {value:g}, expected a share between 0 and 1")]
+
+
+def number_problems(name: str, value: int, least: int, most: int) -> list[tuple[str, str]]:
+    """Likewise a number, such as a layer's."""
+    return [] if least <= value <= most else [(f"options.{name}", f"found {value}, expected {least} to {most}")]
+
+
 def hashable(value: Any) -> Any:
     """Lists, at any depth, as tuples."""
     return tuple(hashable(item) for item in value) if isinstance(value, list | tuple) else value

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..core.select import Top
 from ..core.table import LayerPlan
-from .base import Mechanism, register_mechanism
+from .base import Mechanism, number_problems, register_mechanism, share_problems
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,11 +33,7 @@ class FastV(Mechanism):
         return replace(super().stretched(num_layers, of), after=max(1, self.after * num_layers // of))
 
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
-        wrong = []
-        if not 1 <= self.after <= num_layers:
-            wrong.append(("options.after", f"found {self.after}, expected 1 to {num_layers}"))
-        if not 0 < self.drop < 1:
-            wrong.append(("options.drop", f"found {self.drop:g}, expected a share between 0 and 1"))
+        wrong = number_problems("after", self.after, 1, num_layers) + share_problems("drop", self.drop)
         return wrong or super().problems(num_layers)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..core.select import Share
 from ..core.table import LayerPlan
-from .base import Mechanism, register_mechanism
+from .base import Mechanism, number_problems, register_mechanism, share_problems
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,8 @@ class Sampled(Mechanism):
         return replace(row, tokens=Share(self.share, self.seed if self.random else None))
 
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
-        wrong = []
-        if not 0 < self.share < 1:
-            wrong.append(("options.share", f"found {self.share:g}, expected a share between 0 and 1"))
-        if not 0 <= self.seed < 10**9:
-            wrong.append(("options.seed", f"found {self.seed}, expected 0 to 999999999"))
-        if not 0 <= self.first < num_layers:
-            wrong.append(("options.first", f"found {self.first}, expected 0 to {num_layers - 1}"))
+        wrong = share_problems("share", self.share) + number_problems("seed", self.seed, 0, 10**9 - 1)
+        wrong += number_problems("first", self.first, 0, num_layers - 1)
         return wrong or super().problems(num_layers)
 
 

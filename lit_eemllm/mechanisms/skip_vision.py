@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ..core.select import Share
 from ..core.table import LayerPlan
-from .base import Mechanism, register_mechanism
+from .base import Mechanism, number_problems, register_mechanism, share_problems
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,7 @@ class SkipVision(Mechanism):
         return replace(row, ffn=Share(self.fed)) if layer >= self.first else row
 
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
-        wrong = []
-        if not 0 < self.fed < 1:
-            wrong.append(("options.fed", f"found {self.fed:g}, expected a share between 0 and 1"))
-        if not 0 <= self.first < num_layers:
-            wrong.append(("options.first", f"found {self.first}, expected 0 to {num_layers - 1}"))
+        wrong = share_problems("fed", self.fed) + number_problems("first", self.first, 0, num_layers - 1)
         return wrong or super().problems(num_layers)
 
 

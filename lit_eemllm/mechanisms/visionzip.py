@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ..core.select import Top
 from ..core.table import LayerPlan
-from .base import Mechanism, register_mechanism
+from .base import Mechanism, register_mechanism, share_problems
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,7 @@ class VisionZip(Mechanism):
         return replace(super().plan(layer, layers), tokens=Top(self.drop, 0, by="encoder"))
 
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
-        if not 0 < self.drop < 1:
-            return [("options.drop", f"found {self.drop:g}, expected a share between 0 and 1")]
-        return super().problems(num_layers)
+        return share_problems("drop", self.drop) or super().problems(num_layers)
 
 
 register_mechanism("visionzip", VisionZip(dense_layers="all"))

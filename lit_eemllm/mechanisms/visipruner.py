@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..core.select import NOTHING, Top
 from ..core.table import LayerPlan
-from .base import Mechanism, register_mechanism
+from .base import Mechanism, register_mechanism, share_problems
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,14 +43,12 @@ class VisiPruner(Mechanism):
         return replace(super().stretched(num_layers, of), band=band, end=max(end, band + 1))
 
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
-        wrong = []
+        wrong = share_problems("drop", self.drop)
         if not 0 <= self.band < self.end <= num_layers:
             text = (
                 f"found {self.band} to {self.end}, expected layers from 0 to {num_layers}, the first before the other"
             )
             wrong.append(("options.band", text))
-        if not 0 < self.drop < 1:
-            wrong.append(("options.drop", f"found {self.drop:g}, expected a share between 0 and 1"))
         return wrong or super().problems(num_layers)
 
 

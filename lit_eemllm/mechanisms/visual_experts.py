@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.decoder import COPIES, Inner
-from .base import Mechanism, register_mechanism
+from .base import Mechanism, number_problems, register_mechanism
 from .connectors import Sizes
 
 
@@ -48,8 +48,7 @@ class VisualExperts(Mechanism):
         wrong, parts = [], self.parts.split()
         if not parts or not set(parts) <= set(COPIES):
             wrong.append(("options.parts", f"found {self.parts!r}, expected some of {' '.join(COPIES)}"))
-        if not 0 <= self.first < num_layers:
-            wrong.append(("options.first", f"found {self.first}, expected 0 to {num_layers - 1}"))
+        wrong += number_problems("first", self.first, 0, num_layers - 1)
         if all(row.blind for row in self.table(num_layers)):
             wrong.append(("cross_layers", "text sees the image in no layer"))
         return wrong or super().problems(num_layers)

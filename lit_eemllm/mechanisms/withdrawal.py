@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..core.select import NOTHING
 from ..core.table import LayerPlan
-from .base import Mechanism, register_mechanism
+from .base import Mechanism, number_problems, register_mechanism
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,9 +30,7 @@ class Withdrawal(Mechanism):
         return replace(super().stretched(num_layers, of), after=max(1, self.after * num_layers // of))
 
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
-        if 1 <= self.after <= num_layers:
-            return super().problems(num_layers)
-        return [("options.after", f"found {self.after}, expected 1 to {num_layers}")]
+        return number_problems("after", self.after, 1, num_layers) or super().problems(num_layers)
 
 
 register_mechanism("withdrawal", Withdrawal(dense_layers="all"))

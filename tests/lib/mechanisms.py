@@ -5,6 +5,7 @@ from dataclasses import replace
 import tiny
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_eemllm.compat.transformers import CACHE
@@ -48,6 +49,31 @@ def check_gradients(model: EEMLLM, pack: list[list[int]]) -> None:
     if any(0 in document for document in pack):
         zero = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.count_nonzero()]
         assert not zero
+
+
+def compared_gradients(model: EEMLLM, batch: PackedBatch, true: torch.Tensor, found: torch.Tensor) -> list[str]:
+    """Gradients of the loss of logits `found` against those of `true`; names of the parameters that have some."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    results = []
+    for logits in (true, found):
+        loss = cross_entropy(logits[batch.target_rows], batch.targets, reduction="sum")
+        results.append(torch.autograd.grad(loss, parameters.values(), allow_unused=True))
+    largest = max(g.abs().max() for g in results[0] if g is not None)
+    compared = []
+    for parameter, a, b in zip(parameters, *results, strict=True):
+        if a is None or a.abs().max() < 1e-6 * largest:
+            assert b is None or b.abs().max() < 1e-5 * largest, parameter
+            continue
+        module = parameter.rpartition(".")[0]
+        # A single number, a router's bias, is a sum in which most cancels: beside it stand the weights that it was summed with.
+        beside = [
+            x.abs().max()
+            for n, x in zip(parameters, results[0], strict=True)
+            if x is not None and n.startswith(f"{module}.")
+        ]
+        assert (b - a).abs().max() <= 5 * BOUND * (max(beside) if a.numel() == 1 else a.abs().max()), parameter
+        compared.append(parameter)
+    return compared
 
 
 def check_packing(model: EEMLLM) -> None:

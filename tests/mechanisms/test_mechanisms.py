@@ -17,9 +17,9 @@ from lib.mechanisms import (
     check_gradients,
     check_later_turns,
     check_packing,
+    compared_gradients,
     text_logits,
 )
-from torch.nn.functional import cross_entropy
 
 from lit_eemllm.core.select import NOTHING, parse_select
 from lit_eemllm.core.table import IDLE, LayerPlan, executed
@@ -39,27 +39,9 @@ def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
     model._backend = TRAINABLE[backend]() if backend in TRAINABLE else model.backend
     true, found = plain(model, batch), text_logits(model, batch)
     assert tiny.max_error(found, true) <= BOUND
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    results = []
-    for logits in (true, found):
-        loss = cross_entropy(logits[batch.target_rows], batch.targets, reduction="sum")
-        results.append(torch.autograd.grad(loss, parameters.values(), allow_unused=True))
-    largest = max(g.abs().max() for g in results[0] if g is not None)
-    compared = 0
-    for parameter, a, b in zip(parameters, *results, strict=True):
-        if a is None or a.abs().max() < 1e-6 * largest:
-            assert b is None or b.abs().max() < 1e-5 * largest, parameter
-            continue
-        module = parameter.rpartition(".")[0]
-        # A single number, a router's bias, is a sum in which most cancels: beside it stand the weights that it was summed with.
-        beside = [
-            x.abs().max()
-            for n, x in zip(parameters, results[0], strict=True)
-            if x is not None and n.startswith(f"{module}.")
-        ]
-        assert (b - a).abs().max() <= 5 * BOUND * (max(beside) if a.numel() == 1 else a.abs().max()), parameter
-        compared += 1
-    assert compared > 0.8 * len([p for p in parameters if not p.startswith("vision")])
+    compared = compared_gradients(model, batch, true, found)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("vision")]
+    assert len(compared) > 0.8 * len(trained)
     without = text_logits(model, replace(batch, pixel_values=-2 * batch.pixel_values))
     assert not torch.allclose(found, without, rtol=1e-3)  # the images matter
 

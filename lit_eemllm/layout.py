@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +51,8 @@ def take_images(pixels: Pixels, indices: Sequence[int]) -> Pixels:
 
 
 class Run(NamedTuple):
-    """A stretch of tokens of one kind; a visual run is exactly one image."""
+    """A stretch of tokens of one kind; a visual run is one image, or one tile of an image whose tiles have text between them, which is
+    an image of its own to all that follows."""
 
     visual: bool
     length: int
@@ -270,6 +272,7 @@ class PackedBatch:
         layout: documents, runs, positions.
         keys: keys of the samples, in pack order.
         image_sizes: original (width, height) of each image; not read where the encoder takes images of one size.
+        image_runs: of how many visual runs each image is; empty = one each.
     """
 
     input_ids: Tensor
@@ -279,16 +282,18 @@ class PackedBatch:
     layout: SequenceLayout
     keys: list[str]
     image_sizes: list[tuple[int, int]] = field(default_factory=list)
+    image_runs: list[int] = field(default_factory=list)
 
     @property
     def num_targets(self) -> int:
         return len(self.targets)
 
     def with_images_moved(self, origin: Sequence[int]) -> PackedBatch:
-        """The batch with image `origin[i]` in the place of image i, with as many tokens as that image has."""
+        """The batch with image `origin[i]`, which has as many runs, in the place of image i, with as many tokens as that image has."""
         assert self.pixel_values is not None
-        lengths = self.layout.image_lengths
-        moved = iter([lengths[i] for i in origin])
+        left = iter(self.layout.image_lengths)
+        images = [list(islice(left, runs)) for runs in self.image_runs or [1] * len(origin)]
+        moved = iter([length for i in origin for length in images[i]])
         documents = [
             [Run(True, next(moved)) if run.visual else run for run in document] for document in self.layout.documents
         ]

@@ -66,6 +66,9 @@ class CharTemplate:
             supervised.append(answer)
         return EncodedText(ids, supervised)
 
+    def text_ids(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
 
 def picture(number: int, form: str = "PNG", size: tuple[int, int] = (9, 7)) -> bytes:
     """An image file whose colours tell its number."""

@@ -43,7 +43,8 @@ from lit_eemllm.data import shards
 from lit_eemllm.data.sources import REGISTERED
 from lit_eemllm.evaluation.metrics import METRICS
 from lit_eemllm.inputs.images import ImageTransform
-from lit_eemllm.inputs.resolutions import AnyresTransform, NativeTransform
+from lit_eemllm.inputs.resolutions import NativeTransform
+from lit_eemllm.inputs.tiles import AnyresTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import CONNECTORS, PRESETS, Connector, Mechanism
 from lit_eemllm.mechanisms.connectors import DEFAULT

@@ -17,7 +17,16 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
-__all__ = ["CACHE", "Generating", "Idefics2VisionTransformer", "best_grid", "file_of", "naflex_size", "template_names"]
+__all__ = [
+    "CACHE",
+    "Generating",
+    "Idefics2VisionTransformer",
+    "best_grid",
+    "file_of",
+    "naflex_size",
+    "nearest_grid",
+    "template_names",
+]
 
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """The key/value cache, as an argument of models and as a key of their outputs: ``past_key_values`` before 5.24."""
@@ -94,3 +103,11 @@ def best_grid(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[
     from transformers.image_processing_utils import select_best_resolution
 
     return select_best_resolution(size, list(sizes))
+
+
+def nearest_grid(size: tuple[int, int], side: int, least: int, most: int) -> tuple[int, int]:
+    """Rows and columns of tiles of `side` pixels, `least` to `most` in all, that InternVL takes for a picture (height, width)."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    columns, rows = get_optimal_tiled_canvas(size, (side, side), least, most)
+    return rows, columns

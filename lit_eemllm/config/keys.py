@@ -36,8 +36,9 @@ class VisionConfig:
     select_layer: int | None = -2
     """Hidden states that the projector reads, without class token: 0 = the embeddings, -1 = the last layer, -2 = the one before, as
     LLaVA; null = the encoder's output, after its last norm if it has one, as Idefics2."""
-    policy: Annotated[str, one_of("pad", "resize", "crop", "anyres", "native")] = "pad"
-    """Image to pixels: "pad" to a square, "resize" (new aspect), "crop", "anyres" (tiles) or, for encoders of any size, "native"."""
+    policy: Annotated[str, one_of("pad", "resize", "crop", "anyres", "tiles", "split", "native")] = "pad"
+    """Image to pixels: "pad" to a square, "resize" (new aspect), "crop"; cut into tiles as LLaVA-1.6 ("anyres"), InternVL ("tiles") or SmolVLM
+    ("split") do; or, for encoders of any size, "native"."""
     max_tokens: Annotated[int | None, at_least(1)] = None
     """With policy native, the most features of an image, which the connector may make fewer; null = as the encoder's
     preprocessor_config.json says."""

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..compat.torch import LiveBytes, flop_counter, storage_id
 from ..core.decoder import DecoderLayer
 from ..inputs.images import Transform
-from ..inputs.reduction import EACH, Grids, Reduction
+from ..inputs.reduction import EACH, Grids, Order, Reduction
 from ..layout import PackedBatch, Run, SequenceLayout
 from ..mechanisms import Features, Mechanism
 from ..training.adapters import MARK
@@ -173,7 +173,8 @@ def trace(
     encoder_backward = backward(features) if features.requires_grad else 0
     # As many as make the document's tokens, whatever the encoder gives.
     features = features.new_empty(EACH.count(grids), features.shape[-1], requires_grad=features.requires_grad)
-    cut = None if transform.reduction.count(grids) == document.visual else torch.arange(document.visual)
+    made = transform.reduction.count(grids)
+    cut = None if made == document.visual else Order(torch.arange(document.visual), made)
     given = Features(features, cut, grids, features.new_empty(document.visual))
     model._features = lambda pixels, sizes, layout: given  # type: ignore[method-assign]
     with autocast, recording(model) as rest:

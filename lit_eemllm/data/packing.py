@@ -83,6 +83,9 @@ def collate(samples: Sequence[EncodedSample]) -> PackedBatch:
         layout=layout,
         keys=[sample.tokens.key for sample in samples],
         image_sizes=[size for sample in samples for size in sample.sizes],
+        image_runs=[
+            sample.tokens.ids[first:end].count(IMAGE_SLOT) for sample in samples for first, end in sample.tokens.entries
+        ],
     )
 
 
@@ -93,7 +96,7 @@ def stretches(rows: Sequence[int]) -> Stretches:
 
 
 def document_runs(sample: TokenSample) -> list[Run]:
-    """The runs of one conversation: neighbouring text entries are one run, every image is its own."""
+    """The runs of one conversation: neighbouring text entries are one run, every run of visual tokens is its own."""
     runs: list[Run] = []
     images = iter(sample.image_tokens)
     for visual, entries in groupby(sample.ids, key=lambda entry: entry == IMAGE_SLOT):

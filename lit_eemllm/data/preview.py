@@ -9,7 +9,7 @@ import base64
 import io
 from dataclasses import dataclass, replace
 from html import escape
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,9 @@ def read_pack(batch: PackedBatch, tokenizer: Any, transform: Transform) -> list[
     text_rows = batch.layout.text_index.tolist()
     targets = {text_rows[row + 1] for row in batch.target_rows.tolist()}
     ids = batch.input_ids.tolist()
-    pictures = iter(() if batch.pixel_values is None else batch.pixel_values)
+    images = [] if batch.pixel_values is None else list(batch.pixel_values)
+    parts = [image.split(1) if runs > 1 else [image] for image, runs in zip(images, batch.image_runs, strict=True)]
+    pictures = chain(*parts)  # where an image has several runs, each is a tile
     documents, row = [], 0
     for key, runs in zip(batch.keys, batch.layout.documents, strict=True):
         document = Document(key, [])

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -35,10 +36,11 @@ class TokenSample:
 
     Attributes:
         key: names the sample in messages and in `PackedBatch.keys`.
-        ids: token ids; `IMAGE_SLOT` stands for a whole image.
+        ids: token ids; `IMAGE_SLOT` stands for a run of visual tokens.
         supervised: per entry of `ids`, whether the model is to say it.
-        image_tokens: visual tokens of each image, in order of appearance.
+        image_tokens: visual tokens of each run, in order of appearance.
         images: the image files.
+        entries: of each image, its first entry of `ids` and the one after its last.
         truncated: whether text was cut off its end.
         source: name of the blend's source that it was drawn from.
     """
@@ -48,6 +50,7 @@ class TokenSample:
     supervised: list[bool]
     image_tokens: list[int]
     images: list[bytes]
+    entries: list[tuple[int, int]] = field(default_factory=list)
     truncated: bool = False
     source: str = ""
     __restore_key__: tuple = ()  # Energon's address of the sample: its buffers are saved as addresses
@@ -64,7 +67,7 @@ class TokenSample:
 
 @dataclass
 class EncodedSample:
-    """A `TokenSample` with decoded images: `pixels[i]` is what the transform makes of one, `sizes[i]` its width and height."""
+    """A `TokenSample` with decoded images: `pixels[i]` is what the transform makes of one, `sizes[i]` its width and height, or `WHOLE`."""
 
     tokens: TokenSample
     pixels: list[Tensor]
@@ -113,24 +116,26 @@ class SampleEncoder:
         conversation, images = read_members(key, members)
         encoded = self.template.encode(conversation)
         # by their headers: an unusable image need not wait for its pack to be refused
-        sizes = [image_size(data, f"{key}, image {i}", self.max_image_pixels) for i, data in enumerate(images)]
-        image_tokens = [self.transform.num_tokens(width, height) for width, height in sizes]
-        sample = TokenSample(key, encoded.ids, encoded.supervised, image_tokens, images)
+        found = [image_size(data, f"{key}, image {i}", self.max_image_pixels) for i, data in enumerate(images)]
+        sizes = [self.transform.size_among(size, len(found)) for size in found]
+        shown = encoded.with_pieces([self.transform.pieces(*size) for size in sizes], self.template.text_ids)
+        sample = TokenSample(key, shown.ids, shown.supervised, shown.runs, images, shown.images)
         if not sample.targets():
             raise SampleError("no_target", f"{key}: there is no answer to learn from")
         return sample if sample.length <= self.max_length else self._shorten(sample)
 
     def load_pixels(self, sample: TokenSample) -> EncodedSample:
         """Decode the images. Raises SampleError."""
-        encoded = EncodedSample(sample, [])
-        for i, (data, counted) in enumerate(zip(sample.images, sample.image_tokens, strict=True)):
+        encoded, left = EncodedSample(sample, []), iter(sample.image_tokens)
+        for i, (data, (first, end)) in enumerate(zip(sample.images, sample.entries, strict=True)):
+            counted = sum(next(left) for entry in sample.ids[first:end] if entry == IMAGE_SLOT)
             name = f"{sample.key}, image {i}"
             picture = read_picture(data, name, self.max_image_pixels)
-            size = (picture.shape[2], picture.shape[1])
+            size = self.transform.size_among((picture.shape[2], picture.shape[1]), len(sample.images))
             if (tokens := self.transform.num_tokens(*size)) != counted:  # the pack has no room for others
                 found = f"image {name!r}: its header promises {counted} visual tokens, its content gives {tokens}"
                 raise SampleError("bad_image", found)
-            encoded.pixels.append(self.transform(picture))
+            encoded.pixels.append(self.transform(picture, size))
             encoded.sizes.append(size)
         return encoded
 
@@ -138,8 +143,9 @@ class SampleEncoder:
     def _least_with_image(self) -> int:
         """Tokens of a conversation of one image, a word that asks and one that answers; where it may be cut, up to the first target."""
         encoded = self.template.encode(Conversation("image", (Turn("human", f"{IMAGE}\na"), Turn("gpt", "a")), 1))
-        entries = encoded.supervised.index(True) + 1 if self.truncation == "truncate" else len(encoded.ids)
-        return entries - 1 + self.transform.num_tokens(1, 1)
+        shown = encoded.with_pieces([self.transform.pieces(1, 1)], self.template.text_ids)
+        entries = shown.supervised.index(True) + 1 if self.truncation == "truncate" else len(shown.ids)
+        return entries - len(shown.runs) + sum(shown.runs)
 
     def _shorten(self, sample: TokenSample) -> TokenSample:
         found = f"{sample.key}: {sample.length} tokens with {len(sample.images)} images, at most {self.max_length} are allowed"
@@ -153,23 +159,22 @@ class SampleEncoder:
             raise UserError(f"{found}. Raise data.max_length, or set data.truncation to drop or truncate.")
         if self.truncation == "drop":
             raise SampleError("too_long", found)
-        length, entries, image = 0, 0, 0
-        for entry in sample.ids:
-            cost = sample.image_tokens[image] if entry == IMAGE_SLOT else 1
-            if length + cost > self.max_length:
-                break
-            length, entries, image = length + cost, entries + 1, image + (entry == IMAGE_SLOT)
+        left = iter(sample.image_tokens)
+        lengths = accumulate(next(left) if entry == IMAGE_SLOT else 1 for entry in sample.ids)
+        entries = next(i for i, length in enumerate(lengths) if length > self.max_length)
+        entries = next((first for first, end in sample.entries if first <= entries < end), entries)
         targets = [target for target in sample.targets() if target < entries]
         if not targets:
             raise SampleError("too_long", f"{found}, and the answer begins after that")
         end = targets[-1] + 1  # what follows the last target would be computed for nothing
-        num_images = sample.ids[:end].count(IMAGE_SLOT)
+        kept = [span for span in sample.entries if span[0] < end]
         return replace(
             sample,
             ids=sample.ids[:end],
             supervised=sample.supervised[:end],
-            image_tokens=sample.image_tokens[:num_images],
-            images=sample.images[:num_images],
+            image_tokens=sample.image_tokens[: sample.ids[:end].count(IMAGE_SLOT)],
+            images=sample.images[: len(kept)],
+            entries=kept,
             truncated=True,
         )
 

@@ -31,9 +31,10 @@ def costs(model: EEMLLM, processor: Processor, questions: Sequence[Question], co
     transform, decoder, most = model.vision.transform, model.config.text_config, config.data.max_image_pixels
     lengths = []
     for question in questions[:: max(1, len(questions) // 500)]:
-        ids = processor.template.encode(question.conversation, generation=True).ids
-        visual = sum(transform.num_tokens(*picture.size) for picture in question.pictures)
-        lengths.append((len(ids) - len(question.pictures), visual))
+        encoded = processor.template.encode(question.conversation, generation=True)
+        sizes = [transform.size_among(picture.size, len(question.pictures)) for picture in question.pictures]
+        shown = encoded.with_pieces([transform.pieces(*size) for size in sizes], processor.template.text_ids)
+        lengths.append((len(shown.ids) - len(shown.runs), sum(shown.runs)))
     width, view = model.vision.hidden_size, transform.largest_view
     flops = [
         prefill_flops(model.mechanism, decoder, *each, vision_width=width, connector=model.connector, view=view)

@@ -43,7 +43,7 @@ def losses(model: EEMLLM, packs: Iterable[PackedBatch], most: int) -> dict[str, 
 
 
 def with_moved_images(batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBatch, PackedBatch]]:
-    """Packs, each beside itself with all images moved on until every one stands in another document for another picture.
+    """Packs, each beside itself with all images moved on until every one stands in another document for another picture, of as many runs.
 
     Packs in which no such move exists are left out.
     """
@@ -51,10 +51,12 @@ def with_moved_images(batches: Iterable[PackedBatch]) -> Iterator[tuple[PackedBa
         if batch.pixel_values is None:
             continue
         pixels, images = batch.pixel_values, range(len(batch.pixel_values))
-        owners = [i for i, document in enumerate(batch.layout.documents) for run in document if run.visual]
+        runs = batch.image_runs or [1] * len(pixels)
+        left = iter([i for i, document in enumerate(batch.layout.documents) for run in document if run.visual])
+        owners = [min(islice(left, n)) for n in runs]
         for turn in images[1:]:
             origin = [(i - turn) % len(images) for i in images]
-            away = all(owners[i] != owners[origin[i]] for i in images)
+            away = all(owners[i] != owners[origin[i]] and runs[i] == runs[origin[i]] for i in images)
             if away and not any(pixels[i].equal(pixels[origin[i]]) for i in images):
                 yield batch, batch.with_images_moved(origin)
                 break

@@ -23,8 +23,8 @@ from ..names import check_names
 from ..plugins import warn_if_changed
 from ..training.adapters import merge_adapters
 from ..training.checkpoint import new_folder, newest_checkpoint
-from .llava import SOURCE, check_llava, load_llava, load_tokenizer, load_whole, save_llava
 from .mechanism import Fate, change_mechanism, choose_connector, choose_mechanism, mechanism_settings
+from .vlm import SOURCE, check_vlm, load_tokenizer, load_vlm, load_whole, read_format, save_vlm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,8 +93,8 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
         checked = ""
         if to_llava:
             assert found.tokenizer is not None
-            save_llava(model, found.tokenizer, folder, found.template)
-            checked = check_llava(model, folder, found.processor(model))
+            save_vlm(model, found.tokenizer, folder, found.template)
+            checked = check_vlm(model, folder, found.processor(model))
         else:
             model.save_pretrained(folder)
             if found.tokenizer is not None:
@@ -140,10 +140,10 @@ def open_source(path: Path) -> Source:
     elif read_config(path / "config.json", SOURCE).get("model_type") == "eemllm":
         found = _open_eemllm(path)
     else:
-        model, tokenizer = load_llava(path)
-        template = None if tokenizer.chat_template else "vicuna_v1"
-        config = {"model": {**_parts(model, path), "template": "vicuna_v1"}}
-        found = Source(f"LLaVA {path}", model, tokenizer, config, template)
+        (form, _), (model, tokenizer) = read_format(path), load_vlm(path)
+        template = None if tokenizer.chat_template else form.template
+        config = {"model": {**_parts(model, path), "template": form.template}}
+        found = Source(f"{type(form).__name__} {path}", model, tokenizer, config, template)
     return found
 
 

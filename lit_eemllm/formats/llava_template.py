@@ -56,4 +56,4 @@ def jinja_of(template: ChatTemplate) -> str:
     if not isinstance(template, JinjaTemplate):
         return _PARTS + _BODIES[template.name]
     day = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda m: repr(DAY.strftime(m[2])), template.source)
-    return _PARTS + day
+    return day if template.in_parts else _PARTS + day

@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import date
 from hashlib import sha256
 from itertools import accumulate
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 IMAGE = "<image>"  # placeholder of one image in the text of a human turn
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold and no tokenizer takes
-IMAGE_SLOT = -1  # the one entry that stands for a whole image in `EncodedText.ids`
+IMAGE_SLOT = -1  # the one entry that stands for a run of visual tokens in `EncodedText.ids`
+Pieces = tuple[str | int, ...]
+"""What stands for an image: how many visual tokens, or the runs of them that it has, with the text that the model's family writes around
+and between."""
 DAY = date(2024, 7, 26)
 """Today, for templates that ask for it: a run must not change at midnight. (Llama 3's own, without a clock.)"""
 
@@ -86,10 +89,34 @@ class Span:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids with `IMAGE_SLOT` for each image, and for each entry whether it is a target of the loss."""
+    """Token ids with `IMAGE_SLOT` for each image, or once it has its pieces for each run of visual tokens, and for each entry whether it is
+    a target of the loss.
+
+    Attributes:
+        images: of each image that has its pieces, its first entry and the one after its last.
+        runs: visual tokens of each of their slots.
+    """
 
     ids: list[int]
     supervised: list[bool]
+    images: list[tuple[int, int]] = field(default_factory=list)
+    runs: list[int] = field(default_factory=list)
+
+    def with_pieces(self, images: Sequence[Pieces], text_ids: Callable[[str], list[int]]) -> EncodedText:
+        """The same with each image's slot replaced by its pieces: a slot for each run of visual tokens, and the ids of the text around and
+        between them, which is never a target."""
+        ids, supervised, shown, left = list[int](), list[bool](), list[tuple[int, int]](), iter(images)
+        runs = [piece for pieces in images for piece in pieces if isinstance(piece, int)]
+        for entry, flag in zip(self.ids, self.supervised, strict=True):
+            first = len(ids)
+            if entry != IMAGE_SLOT:
+                ids.append(entry)
+            else:
+                for piece in next(left):
+                    ids += text_ids(piece) if isinstance(piece, str) else [IMAGE_SLOT]
+                shown.append((first, len(ids)))
+            supervised += [flag] * (len(ids) - first)
+        return EncodedText(ids, supervised, shown, runs)
 
 
 def leading_answer(turns: Sequence[Any]) -> bool:
@@ -223,6 +250,7 @@ class ChatTemplate(ABC):
     name: str
     end_of_turn: str
     lead: str = ""  # what the model says before its answer proper, without white space around it
+    slot: str = IMAGE  # what stands for an image in rendered text
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -230,6 +258,7 @@ class ChatTemplate(ABC):
             raise UserError(f"{found}; load one with AutoTokenizer from a folder that holds a tokenizer.json")
         self.tokenizer = tokenizer
         self.spans = SpanTokenizer(tokenizer)
+        self._known = dict[str, list[int]]()
         self.begin_ids: list[int] = []
         self.stop_ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -274,17 +303,26 @@ class ChatTemplate(ABC):
         """
         if generation and conversation.turns[-1].role == "gpt":
             conversation = replace(conversation, turns=conversation.turns[:-1])
-        rendered = ((text, s.supervised) for s in self.render(conversation) for text in re.split(f"({IMAGE})", s.text))
-        ids, supervised = self.spans([Span(text, flag) for text, flag in rendered if text])
+        slot = re.compile(f"({re.escape(self.slot)})")
+        rendered = ((text, s.supervised) for s in self.render(conversation) for text in slot.split(s.text))
+        ids, supervised = self.spans(
+            [Span(IMAGE if text == self.slot else text, flag) for text, flag in rendered if text]
+        )
         slots = [position for position, token in enumerate(ids) if token == IMAGE_SLOT]
         if len(slots) != conversation.num_images:
-            found = f"template {self.name!r} rendered {len(slots)} {IMAGE} for {conversation.num_images} images"
+            found = f"template {self.name!r} rendered {len(slots)} {self.slot} for {conversation.num_images} images"
             raise conversation.refusal("placeholder_mismatch", found)
         follows = [*supervised[1:], generation]  # whether a target, or the model's turn, comes next
         if any(follows[slot] for slot in slots):
             found = f"template {self.name!r} leaves no text token between an image and the answer, so nothing could"
             raise conversation.refusal("no_text_after_image", f"{found} predict it; put text after the placeholder")
         return EncodedText(self.begin_ids + ids, [False] * len(self.begin_ids) + supervised)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Of a text among the pieces of an image. There are few: those of a family of models."""
+        if text not in self._known:
+            self._known[text] = self.spans([Span(text, False)])[0]
+        return self._known[text]
 
 
 class StringTemplate(ChatTemplate):
@@ -354,6 +392,9 @@ class JinjaTemplate(ChatTemplate):
     an empty thinking block before the last answer of a conversation, which is trained with it, and taken off what is generated.
     A template that shows an answer, or what stands before its turn, differently when turns follow is refused, and one that ends
     a turn with what is no single token, at which generation could not stop.
+
+    A model of images and text has a template that takes a turn as a list of parts, ``{"type": "image"}`` among them, and writes the
+    tokenizer's ``image_token`` for an image. It gets them; a newline beside a placeholder, which LLaVA's rows have, is none of the text.
     """
 
     name = "jinja"
@@ -370,6 +411,11 @@ class JinjaTemplate(ChatTemplate):
                 "'default'; keep the one that is meant, as chat_template.jinja in a copy of its folder that model.tokenizer names"
             ) from None
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+        self.slot, self.in_parts = getattr(tokenizer, "image_token", None) or IMAGE, True
+        asked, shown = Conversation("probe", (Turn("human", f"{IMAGE}alpha"),), 1), ""
+        with suppress(SampleError):
+            shown = self._jinja(asked, asked.turns)[0]
+        self.in_parts = shown.count(self.slot) == shown.count("alpha") == 1
         # refuse an unsuitable template before any data is read, and learn what stands before an answer, and which token ends it
         turns = (Turn("human", "alpha"), Turn("gpt", "beta"), Turn("human", "gamma"), Turn("gpt", "delta"))
         probe = Conversation("probe", turns, 0)
@@ -485,12 +531,19 @@ class JinjaTemplate(ChatTemplate):
         from lit_eemllm.inputs.rendering import render
 
         roles = {"system": "system", "human": "user", "gpt": "assistant"}
-        messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
+        write: Callable[[str], Any] = parts_of if self.in_parts else str
+        messages = [{"role": roles[turn.role], "content": write(turn.text)} for turn in turns]
         try:
             special = cast(Any, self.tokenizer.special_tokens_map)
             return render(messages, self.source, generation, special, DAY)
         except (TemplateError, TypeError, ValueError) as error:  # the template may refuse a role or an order of turns
             raise conversation.refusal("bad_conversation", f"the chat template refuses it: {error}") from error
+
+
+def parts_of(text: str) -> list[dict[str, str]]:
+    """A turn's text as the parts that templates of models of images and text take."""
+    pieces = re.split(f"\n?({IMAGE})\n?", text)
+    return [{"type": "image"} if piece == IMAGE else {"type": "text", "text": piece} for piece in pieces if piece]
 
 
 TEMPLATES: dict[str, type[ChatTemplate]] = {t.name: t for t in (PlainTemplate, VicunaTemplate, JinjaTemplate)}

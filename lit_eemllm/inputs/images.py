@@ -29,7 +29,8 @@ from torch.nn.functional import interpolate
 
 from lit_eemllm import limits
 from lit_eemllm.errors import ConfigError, SampleError
-from lit_eemllm.inputs.reduction import EACH, Grids, Reduction
+from lit_eemllm.inputs.chat import Pieces
+from lit_eemllm.inputs.reduction import EACH, Grids, Order, Reduction
 from lit_eemllm.layout import Pixels, map_images, upload
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, SyntaxError, Ari
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 POLICIES = ("pad", "resize", "crop")
 RESAMPLING = {method.name.lower(): method for method in Image.Resampling}
+WHOLE = (0, 0)
 MAX_SIDE = 8192  # pixels; pictures with a longer side are first reduced by a whole factor, to bound memory
 LARGEST_SIZE = 2**14  # that an encoder may ask for, in pixels or patches
 MAX_ASPECT = 16  # of what "crop" resizes; longer ends are cut off before, not after, to bound memory
@@ -274,10 +276,20 @@ class Transform(ABC):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
+    def __call__(self, picture: Image.Image | torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Pixels of a picture (`read_picture`'s bytes, or Pillow's image), bytes: do not cast them, since floats are taken as
-        normalised."""
-        return self._pixels(picture if isinstance(picture, torch.Tensor) else picture_of(_to_rgb(picture)))
+        normalised. `size`: what `size_among` says, if that is not the picture's."""
+        made = picture if isinstance(picture, torch.Tensor) else picture_of(_to_rgb(picture))
+        return self._whole(made) if size == WHOLE else self._pixels(made)
+
+    def size_among(self, size: tuple[int, int], pictures: int) -> tuple[int, int]:
+        """Width and height of a picture, as all that follows is to take them where a conversation has so many pictures: `WHOLE` if only a
+        view of the whole is shown."""
+        return size
+
+    def _whole(self, picture: torch.Tensor) -> torch.Tensor:
+        """As `_pixels`, of a picture whose size is `WHOLE`."""
+        return self._pixels(picture)
 
     @abstractmethod
     def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
@@ -286,6 +298,14 @@ class Transform(ABC):
     @abstractmethod
     def num_tokens(self, width: int, height: int) -> int:
         """Visual tokens of a picture of width x height pixels."""
+
+    def pieces(self, width: int, height: int) -> Pieces:
+        """What stands in the ids for such a picture: its visual tokens, all in one run."""
+        return (self.num_tokens(width, height),)
+
+    def runs(self, width: int, height: int) -> list[int]:
+        """Visual tokens of each of the picture's runs, which text may lie between."""
+        return [piece for piece in self.pieces(width, height) if isinstance(piece, int)]
 
     @property
     @abstractmethod
@@ -323,9 +343,9 @@ class Transform(ABC):
         self.view_grids([])
         return replace(self, reduction=reduction)  # type: ignore[type-var]
 
-    def order(self, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int] | None:
+    def order(self, sizes: Sequence[tuple[int, int]]) -> Order | None:
         """Which row of what the connector makes each visual token is, of pictures of these sizes (width, height) one after the
-        other, and how many rows there are; the row after the last stands for a newline. None = each row is a token."""
+        other. None = each row is a token."""
         return None
 
     def identity(self) -> dict[str, Any]:

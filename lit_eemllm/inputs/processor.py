@@ -53,13 +53,17 @@ class Processor:
         """
         rows: list[list[int]] = []
         pixels: list[Tensor] = []
+        counted: list[tuple[int, int]] = []
         for conversation, pictures in zip(conversations, images, strict=True):
-            sizes = iter([self.transform.num_tokens(*picture.size) for picture in pictures])
-            ids: list[int] = []
-            for token in self.template.encode(conversation, generation=True).ids:
-                ids.extend([self.image_token_id] * next(sizes) if token == IMAGE_SLOT else [token])
+            sizes = [self.transform.size_among(picture.size, len(pictures)) for picture in pictures]
+            encoded = self.template.encode(conversation, generation=True)
+            shown = encoded.with_pieces([self.transform.pieces(*size) for size in sizes], self.template.text_ids)
+            runs, ids = iter(shown.runs), list[int]()
+            for token in shown.ids:
+                ids.extend([self.image_token_id] * next(runs) if token == IMAGE_SLOT else [token])
             rows.append(ids)
-            pixels.extend(self.transform(picture) for picture in pictures)
+            pixels.extend(map(self.transform, pictures, sizes))
+            counted += sizes
         longest = max(map(len, rows))
         inputs: dict[str, Any] = {
             name: upload(torch.tensor(values), torch.device(device))
@@ -71,7 +75,7 @@ class Processor:
         if pixels:
             inputs["pixel_values"] = join_images(pixels)
             if not self.transform.fixed:
-                inputs["image_sizes"] = [picture.size for pictures in images for picture in pictures]
+                inputs["image_sizes"] = counted
         return inputs
 
     def answers(self, ids_BL: Tensor, prompt_length: int) -> list[str]:

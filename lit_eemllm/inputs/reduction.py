@@ -1,10 +1,16 @@
-"""How a connector turns the grid of a view's features into visual tokens: all that counting them needs to know of it."""
+"""How a connector turns the grid of a view's features into rows: all that counting them needs to know of it; and which rows become
+visual tokens."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_eemllm.layout import upload
 
 Grids = tuple[tuple[int, int], ...]
 """Rows and columns of the encoder's features of several views, row by row one view after the other. A view is what the encoder sees
@@ -43,3 +49,28 @@ class Reduction:
 
 EACH = Reduction()
 """The reduction of a connector that makes a token of each feature."""
+
+
+class Order(NamedTuple):
+    """Which row of what the connector makes each visual token is.
+
+    Attributes:
+        index_V: [V]; or [V, 4], where pictures are made smaller (bilinear): the rows that a token is a mean of.
+        rows: how many there are. The row after the last stands for a newline.
+        weights_V4: of those rows.
+    """
+
+    index_V: Tensor
+    rows: int
+    weights_V4: Tensor | None = None
+
+    def of(self, x_R: Tensor) -> Tensor:
+        """The tokens' values, [V, ...], from those of the rows and the newline, [rows + 1, ...]."""
+        if self.weights_V4 is None:
+            return x_R.index_select(0, self.index_V)
+        weights_V4 = self.weights_V4.to(x_R.dtype).view(*self.index_V.shape, *[1] * (x_R.ndim - 1))
+        return (x_R.index_select(0, self.index_V.flatten()).unflatten(0, self.index_V.shape) * weights_V4).sum(1)
+
+    def to(self, device: torch.device) -> Order:
+        weights_V4 = None if self.weights_V4 is None else upload(self.weights_V4, device)
+        return Order(upload(self.index_V, device), self.rows, weights_V4)

@@ -54,12 +54,12 @@ _GROWING = frozenset(
 
 
 def render(
-    messages: Sequence[Mapping[str, str]], source: str, prompt: bool, special: Mapping[str, Any], today: date
+    messages: Sequence[Mapping[str, Any]], source: str, prompt: bool, special: Mapping[str, Any], today: date
 ) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as a template renders it, and (start, end) of what stands between its ``{% generation %}`` marks.
 
     Args:
-        messages: with role and content.
+        messages: with role and content, which is a text or a list of parts, mappings of texts.
         source: the template.
         prompt: end where the model speaks.
         special: names of special tokens and their texts.
@@ -68,7 +68,7 @@ def render(
     Raises:
         TemplateError, TypeError or ValueError, as the template likes, or for too much work.
     """
-    texts = [text for message in messages for text in message.values()]
+    texts = [text for message in messages for value in message.values() for text in _texts(value)]
     if any(sign in text for text in texts for sign in (OPEN, CLOSE)):
         raise TemplateError("a text has one of the last two characters of Unicode, which no text may have")
 
@@ -101,6 +101,10 @@ def render(
     if "".join(pieces[1::2]) != (OPEN + CLOSE) * (len(pieces) // 4):
         raise TemplateError("its generation marks are nested or torn apart")
     return "".join(pieces[::2]), list(zip(marks[0:-1:2], marks[1:-1:2], strict=True))
+
+
+def _texts(value: str | Sequence[Mapping[str, str]]) -> list[str]:
+    return [value] if isinstance(value, str) else [text for part in value for text in part.values()]
 
 
 @lru_cache(maxsize=8)

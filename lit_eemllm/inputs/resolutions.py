@@ -1,4 +1,4 @@
-"""Transforms whose number of visual tokens depends on the picture: its own aspect ratio (`native`), or tiles (`anyres`).
+"""Pictures in their own aspect ratio (`native`), and the choice of a transform by its word.
 
 Counts need the picture's width and height only, so a header tells them before any pixel is decoded.
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from PIL import Image
 
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.inputs.images import (
+    POLICIES,
     RESAMPLING,
     ImageTransform,
     Transform,
@@ -24,10 +24,7 @@ from lit_eemllm.inputs.images import (
     within_max_side,
 )
 from lit_eemllm.inputs.reduction import EACH, Grids, Reduction
-from lit_eemllm.layout import Pixels
-
-GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-"""Rows and columns of tiles that LLaVA-1.6 chooses from: 336 x 672, 672 x 336, 672 x 672, 1008 x 336 and 336 x 1008 pixels."""
+from lit_eemllm.inputs.tiles import TILED, Tiled
 
 
 @dataclass(frozen=True)
@@ -137,124 +134,9 @@ class NativeTransform(Transform):
         return cls(patch, mean, std, most, edges if most is None else None, resample)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class AnyresTransform(Transform):
-    """A view of the whole picture and, of the picture in more detail, tiles of the encoder's size, [1 + tiles, 3, side, side].
-
-    LLaVA-1.6: of `grids` that one is chosen which keeps most of the picture's pixels and then wastes least; the picture is
-    fitted into it, in its aspect ratio, on black. Its tokens are those of the view, then the rows of patches of all tiles
-    together, without those that are padding, and after each row the learned newline (``spatial_unpad``).
-
-    A connector that makes fewer tokens does so in each view; of tokens that stand for a whole tile none is dropped, and the newline
-    comes after each row of tiles.
-    """
-
-    view: ImageTransform  # of the whole picture, and of each tile: square
-    grids: tuple[tuple[int, int], ...] = GRIDS  # rows and columns of tiles
-    policy: str = "anyres"
-    reduction: Reduction = field(default=EACH, kw_only=True)
-
-    def __post_init__(self) -> None:
-        view = self.view if isinstance(self.view, ImageTransform) else ImageTransform.from_dict(self.view)
-        if view.height != view.width:
-            raise ConfigError(
-                f"image policy 'anyres' needs a square encoder, found {view.height} x {view.width} pixels"
-            )
-        object.__setattr__(self, "view", replace(view, policy="resize", shortest=None))
-        object.__setattr__(self, "grids", tuple((int(rows), int(columns)) for rows, columns in self.grids))
-        if not self.grids or any(min(grid) < 1 for grid in self.grids):
-            raise ConfigError(f"image policy 'anyres' needs grids of 1 x 1 tile at least, found {self.grids}")
-
-    @property
-    def mean(self) -> tuple[float, float, float]:  # type: ignore[override]
-        return self.view.mean
-
-    @property
-    def std(self) -> tuple[float, float, float]:  # type: ignore[override]
-        return self.view.std
-
-    @property
-    def side(self) -> int:
-        """Patches of a view in a row."""
-        return self.view.width // self.view.patch
-
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns of tiles for a picture."""
-        from lit_eemllm.compat.transformers import best_grid
-
-        pixels = self.view.height
-        best = best_grid((height, width), [(rows * pixels, columns * pixels) for rows, columns in self.grids])
-        return best[0] // pixels, best[1] // pixels
-
-    @property
-    def tokens(self) -> tuple[int, int]:
-        """Rows and columns of the tokens of a view."""
-        return self.reduction.grid(self.side, self.side)
-
-    def kept(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Of the tokens of all tiles, those of the picture, not of the padding: left, top, right, bottom.
-
-        As LLaVA's ``unpad_image``: what lies on one side of the picture is dropped on the other side as well.
-        """
-        rows, columns = (tiles * tokens for tiles, tokens in zip(self.grid(width, height), self.tokens, strict=True))
-        if not self.reduction.spatial:
-            return 0, 0, columns, rows
-        if width / height > columns / rows:
-            top = (rows - int(round(height * (columns / width), 7))) // 2
-            return 0, top, columns, rows - top
-        left = (columns - int(round(width * (rows / height), 7))) // 2
-        return left, 0, columns - left, rows
-
-    def num_tokens(self, width: int, height: int) -> int:
-        left, top, right, bottom = self.kept(width, height)
-        return math.prod(self.tokens) + (bottom - top) * (right - left + 1)
-
-    def view_grids(self, sizes: Sequence[tuple[int, int]]) -> Grids:
-        return ((self.side, self.side),) * sum(1 + math.prod(self.grid(*size)) for size in sizes)
-
-    @property
-    def largest(self) -> tuple[int, int]:
-        sizes = [(columns * self.view.width, rows * self.view.height) for rows, columns in self.grids]
-        return max(sizes, key=lambda size: self.num_tokens(*size))
-
-    def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
-        size, pixels = (picture.shape[2], picture.shape[1]), self.view.width
-        rows, columns = self.grid(*size)
-        picture = within_max_side(picture)
-        width, height = columns * pixels, rows * pixels
-        scale = min(width / size[0], height / size[1])
-        fitted = (min(math.ceil(size[0] * scale), width), min(math.ceil(size[1] * scale), height))
-        canvas = torch.zeros(3, height, width, dtype=torch.uint8)
-        left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
-        canvas[:, top : top + fitted[1], left : left + fitted[0]] = resized(picture, *fitted, self.view.resample)
-        tiles = canvas.unflatten(1, (rows, pixels)).unflatten(3, (columns, pixels)).permute(1, 3, 0, 2, 4).flatten(0, 1)
-        return torch.cat([self.view(picture)[None], tiles])
-
-    def picture(self, pixels: torch.Tensor) -> Image.Image:
-        """The view and the tiles side by side."""
-        return self.view.picture(torch.cat(list(pixels), dim=-1))
-
-    def views(self, pixels: Pixels) -> Pixels:
-        return super().views(torch.cat(list(pixels)))
-
-    def order(self, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int]:
-        (high, wide), start = self.tokens, 0
-        parts = [torch.zeros(0, dtype=torch.long)]
-        for width, height in sizes:
-            left, top, right, bottom = self.kept(width, height)
-            rows, columns = self.grid(width, height)
-            tiles = torch.arange(rows * columns * high * wide).view(rows, columns, high, wide)
-            tokens = tiles.transpose(1, 2).reshape(rows * high, columns * wide)[top:bottom, left:right]
-            lines = torch.cat([tokens + start + high * wide, torch.full((bottom - top, 1), -1)], dim=1)
-            parts += [start + torch.arange(high * wide), lines.flatten()]
-            start += (1 + rows * columns) * high * wide
-        order = torch.cat(parts)
-        return order.masked_fill(order < 0, start), start
-
-
 def transform_from_dict(values: Mapping[str, Any]) -> Transform:
     """Of any kind, from what its `to_dict` gave. Raises ConfigError."""
-    kinds: dict[Any, type[Transform]] = {"native": NativeTransform, "anyres": AnyresTransform}
+    kinds: dict[Any, type[Transform]] = {"native": NativeTransform, **TILED}
     return kinds.get(values.get("policy"), ImageTransform).from_dict(values)
 
 
@@ -263,13 +145,13 @@ def with_policy(transform: Transform, policy: str) -> Transform:
     if (policy == "native") != isinstance(transform, NativeTransform):
         if policy == "native":
             raise ConfigError(
-                "model.vision.policy: this encoder takes images of one size: set pad, resize, crop or anyres"
+                f"model.vision.policy: this encoder takes images of one size: set {', '.join([*POLICIES, *TILED])}"
             )
         raise ConfigError(
             f"model.vision.policy: this encoder takes images in their own aspect ratio: set native, not {policy}"
         )
     if policy == transform.policy:
         return transform
-    view = transform.view if isinstance(transform, AnyresTransform) else transform
+    view = transform.view if isinstance(transform, Tiled) else transform
     assert isinstance(view, ImageTransform)
-    return AnyresTransform(view) if policy == "anyres" else replace(view, policy=policy)
+    return TILED[policy](view) if policy in TILED else replace(view, policy=policy)

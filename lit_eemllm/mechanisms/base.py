@@ -16,7 +16,7 @@ from ..core.select import ALL, NOTHING, Top
 from ..core.stream import Stream
 from ..core.table import PARTS, LayerPlan, Table, executed, ranking_problems
 from ..errors import ConfigError, did_you_mean, not_one_of
-from ..inputs.reduction import Grids
+from ..inputs.reduction import Grids, Order
 from ..limits import MECHANISM_ROWS
 from .connectors import Connector, LayerwiseProjector, Sizes
 
@@ -95,7 +95,7 @@ class Features(NamedTuple):
     importance of each visual token to the encoder, [V]."""
 
     rows: Tensor
-    order_V: Tensor | None
+    order: Order | None
     grids: Grids = ()
     importance_V: Tensor | None = None
 

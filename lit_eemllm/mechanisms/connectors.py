@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import ConfigError, did_you_mean
-from ..inputs.reduction import Grids, Reduction
+from ..inputs.reduction import Grids, Order, Reduction
 from ..layout import upload
 
 
@@ -152,14 +152,14 @@ class ConnectorModule(Added, ABC):
         """[tokens, h], as many as `Connector.count` says, of the features of all views, row by row and one view after the other.
         A token depends on the features of its view alone. `grids` is empty where each feature becomes a token."""
 
-    def forward(self, features_Rd: Tensor, order_V: Tensor | None = None, grids: Grids = ()) -> Tensor:
+    def forward(self, features_Rd: Tensor, order: Order | None = None, grids: Grids = ()) -> Tensor:
         """The visual tokens [V, h], in the order of `Transform.order`."""
         rows = self.tokens(features_Rd, grids)
-        if order_V is None:
+        if order is None:
             return rows
         if self.newline is not None:
             rows = torch.cat([rows, self.newline[None].to(rows.dtype)])
-        return rows.index_select(0, order_V)
+        return order.of(rows)
 
 
 class Projector(ConnectorModule):
@@ -211,8 +211,8 @@ class LayerwiseProjector(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, features_Rd: Tensor, layer: int, order_V: Tensor | None = None, grids: Grids = ()) -> Tensor:
-        return self.layers[layer](features_Rd, order_V, grids)
+    def forward(self, features_Rd: Tensor, layer: int, order: Order | None = None, grids: Grids = ()) -> Tensor:
+        return self.layers[layer](features_Rd, order, grids)
 
 
 # --- of connectors and mechanisms that attend

@@ -86,8 +86,8 @@ class Flamingo(Mechanism):
         lengths = stream.layout.image_lengths
         if self.gated.latents:
             rows_Vd = features.rows
-            if features.order_V is not None:  # the resampler reads encoder features, which have no newline: zeros
-                rows_Vd = pad(rows_Vd, (0, 0, 0, 1)).index_select(0, features.order_V)
+            if features.order is not None:  # the resampler reads encoder features, which have no newline: zeros
+                rows_Vd = features.order.of(pad(rows_Vd, (0, 0, 0, 1)))
             tokens_Md, lengths = connector(rows_Vd, lengths), [self.gated.latents] * len(lengths)
         else:
             tokens_Md = connector(*features[:3])

@@ -117,6 +117,29 @@ class ShuffleModule(Projector):
         return self.norm(squares_VPd.flatten(1))
 
 
+@register_connector("linear_shuffle")
+@dataclass(frozen=True)
+class LinearShuffle(Squares):
+    """Idefics3's (2408.12637) and SmolVLM's: as `PixelShuffle`, through one matrix::
+
+    token = W [z_1; ...; z_P]
+    """
+
+    def module(self, sizes: Sizes) -> ConnectorModule:
+        return LinearShuffleModule(sizes, self.factor)
+
+
+class LinearShuffleModule(ConnectorModule):
+    def __init__(self, sizes: Sizes, factor: int) -> None:
+        super().__init__(sizes)
+        self.factor = factor
+        self.linear = nn.Linear(factor**2 * sizes.vision, sizes.hidden, bias=False)
+
+    def tokens(self, features_Rd: Tensor, grids: Grids) -> Tensor:
+        squares_VPd, _ = in_squares(self.own(features_Rd), grids, self.factor)
+        return self.linear(squares_VPd.flatten(1))
+
+
 @register_connector("average")
 @dataclass(frozen=True)
 class Average(Squares):

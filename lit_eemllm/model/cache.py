@@ -175,12 +175,12 @@ def one_token_each(sequences: int, device: torch.device) -> SequenceLayout:
 
 
 def layout_of_padded(visual_BL: Tensor, real_BL: Tensor, image_lengths: list[int]) -> SequenceLayout:
-    """The layout of left-padded ids, in which each image is a run of its token repeated; positions count from 0.
+    """The layout of left-padded ids, in which each image is one or more runs of its token repeated; positions count from 0.
 
     Args:
         visual_BL: on the CPU, bool: where an id is an image token.
         real_BL: likewise, where it is no padding.
-        image_lengths: tokens of each image, in order.
+        image_lengths: tokens of each run, in order.
 
     Raises:
         ValueError: the images have other lengths than the runs of image tokens.

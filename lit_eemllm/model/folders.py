@@ -30,17 +30,19 @@ SIZES = {
     "num_hidden_layers": 512, "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**14, "hidden_size": 2**20,
     "intermediate_size": 2**20, "projection_dim": 2**20, "vocab_size": 2**24, "num_channels": 2**8, "image_size": 2**14,
     "patch_size": 2**12, "num_patches": 2**20, "max_position_embeddings": 2**40, "image_seq_length": 2**24,
-    "no_rope_layer_interval": 512,
+    "no_rope_layer_interval": 512, "scale_factor": 64,
 }  # fmt: skip
 """Keys of config.json that are whole numbers, and their maxima: modules of these sizes are built before weights are read."""
-IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index"}
+IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index", "video_token_index"}
 CONFIG = {
     *SIZES, *IDS, "model_type", "text_config", "vision_config", "transformers_version", "tokenizer_class",
     "tie_word_embeddings", "use_cache", "hidden_act", "attention_bias", "mlp_bias", "attention_dropout", "rms_norm_eps",
     "layer_norm_eps", "initializer_range", "initializer_factor", "rope_theta", "rope_parameters", "rope_scaling",
     "partial_rotary_factor", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers",
     "vision_use_head", "projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer",
-    "vision_feature_select_strategy", "image_grid_pinpoints", "vision", "mechanism", "connector",
+    "vision_feature_select_strategy", "image_grid_pinpoints", "vision_aspect_ratio", "downsample_ratio", "use_mask_token",
+    "use_absolute_position_embeddings", "projection_dropout", "norm_type", "use_qk_norm", "use_mean_pooling", "hidden_dropout_prob",
+    "layer_scale_init_value", "vision", "mechanism", "connector",
 }  # fmt: skip
 """Keys of config.json. Those that an EEMLLM adds, the last three, we read ourselves, but see `_config`."""
 ROPE = {
@@ -58,7 +60,7 @@ TOKENIZER = {
     "tokenizer_class", "backend", "model_max_length", "padding_side", "truncation_side", "chat_template", "legacy",
     "add_prefix_space", "add_bos_token", "add_eos_token", "clean_up_tokenization_spaces", "split_special_tokens",
     "spaces_between_special_tokens", "additional_special_tokens", "extra_special_tokens", "added_tokens_decoder",
-    "use_default_system_prompt", "errors", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "trim_offsets",
+    "model_specific_special_tokens", "use_default_system_prompt", "errors", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "trim_offsets",
 }  # fmt: skip
 """Keys of tokenizer_config.json and special_tokens_map.json; keys that end with ``_token`` are read too."""
 TOKEN = {"content", "lstrip", "rstrip", "normalized", "single_word", "special", "__type"}

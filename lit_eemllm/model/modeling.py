@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from itertools import chain
 from os import PathLike
 from typing import Any
 
@@ -139,13 +140,13 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
             )
         new_BL = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask[:, past:]
         one_each = past > 0 and input_ids.shape[1] == 1 and pixel_values is None
-        lengths = [] if pixel_values is None else self._image_lengths(pixel_values, image_sizes)
+        runs = [] if pixel_values is None else self._image_runs(pixel_values, image_sizes)
         real_BL = None
         if one_each:
             layout = one_token_each(len(input_ids), input_ids.device)
         else:  # the one time that a prompt is read from the device: lengths are needed on the CPU
             visual_BL, real_BL = torch.stack([input_ids == self.config.image_token_id, new_BL.bool()]).cpu()
-            layout = layout_of_padded(visual_BL, real_BL, lengths).to(input_ids.device)
+            layout = layout_of_padded(visual_BL, real_BL, list(chain(*runs))).to(input_ids.device)
         cached = CachedPass(cache, new_BL, real_BL)
         grid = cached.grid("all", [])
         ids_S = input_ids.flatten() if grid.slots_R is None else input_ids.flatten()[grid.slots_R]
@@ -184,7 +185,7 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
         if pixels is None:
             return {}
         if times > 1:
-            lengths, chosen, image = self._image_lengths(pixels, sizes), [], 0
+            lengths, chosen, image = list(map(sum, self._image_runs(pixels, sizes))), [], 0
             for tokens in input_ids.eq(self.config.image_token_id).sum(-1).tolist():
                 first = image
                 while tokens > 0 and image < len(lengths):

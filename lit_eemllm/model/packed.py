@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -117,33 +118,34 @@ class Packed(ModelParts):
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return autocast, tuple((p.data_ptr(), changes(p), p.dtype, str(p.device)) for p in self.parameters())
 
-    def _image_lengths(self, pixels: Pixels, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Visual tokens of each image."""
+    def _image_runs(self, pixels: Pixels, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """Visual tokens of each run of each image."""
         transform = self.vision.transform
         if transform.fixed:
-            return [transform.num_tokens(pixels[0].shape[-1], pixels[0].shape[-2])] * len(pixels)
+            return [transform.runs(pixels[0].shape[-1], pixels[0].shape[-2])] * len(pixels)
         if len(sizes) != len(pixels):
             raise ValueError(
                 f"image_sizes: found {len(sizes)} for {len(pixels)} images, expected (width, height) of each"
             )
-        return [transform.num_tokens(*size) for size in sizes]
+        return [transform.runs(*size) for size in sizes]
 
     def image_keys(self, pixels: Pixels, sizes: Sequence[tuple[int, int]] = ()) -> list[VisualKeys]:
         """Keys, before rotation, and values of each image by itself in every layer in which text sees it.
 
         Only for mechanisms in which visual states do not depend on the text.
         """
-        lengths = self._image_lengths(pixels, sizes)
-        layout = SequenceLayout.of([[Run(True, tokens)] for tokens in lengths]).to(self.device)
+        runs = self._image_runs(pixels, sizes)
+        layout = SequenceLayout.of([[Run(True, tokens) for tokens in image] for image in runs]).to(self.device)
         none_0h = self.get_input_embeddings()(layout.text_index)
         stream = self._stream(none_0h, layout)
         x_Vh, stream = self.mechanism.enter(self.projector, self._features(pixels, sizes, layout), none_0h, stream)
-        images: list[VisualKeys] = [[] for _ in lengths]
+        images: list[VisualKeys] = [[] for _ in runs]
         for layer in self.language_model.model.layers:
             if str(layer.index) in self.blocks:
                 _, x_Vh = self.blocks[str(layer.index)](none_0h, x_Vh, stream)
             x_Vh, pair = layer.images_alone(x_Vh, stream)
-            of_each = stream.tokens(layer.row.tokens).lengths
+            left = iter(stream.tokens(layer.row.tokens).lengths)
+            of_each = [sum(islice(left, len(image))) for image in runs]
             parts = None if pair is None else zip(*(x.split(of_each) for x in pair), strict=True)
             for image in images:  # copies: a view would keep the others' alive
                 image.append(None if parts is None else tuple(x.clone() for x in next(parts)))
@@ -169,17 +171,17 @@ class Packed(ModelParts):
         if transform.reduction.by_place:
             grids = transform.view_grids([(1, 1)] * images if transform.fixed else sizes)
             read, made = EACH.count(grids), transform.reduction.count(grids)
-        tokens, rows = (made, made) if order is None else (len(order[0]), order[1])
+        tokens, rows = (made, made) if order is None else (len(order.index_V), order.rows)
         fit = (read, rows) == (len(features), made)
         if tokens != layout.num_visual or not fit:
             text = f"{images} images give {tokens} visual tokens, but the layout holds {layout.num_visual}"
             raise ValueError(text if fit else f"{text}; image_sizes are of images of other shapes")
-        order_V = None if order is None else upload(order[0], features.device)
+        order = None if order is None else order.to(features.device)
         if importance is not None:
             importance = self.connector.importance(importance, grids)
-            if order_V is not None:  # a newline, which is no feature, leaves first
-                importance = torch.cat([importance, importance.new_full((1,), -1.0)]).index_select(0, order_V)
-        return Features(features, order_V, grids, importance)
+            if order is not None:  # a newline, which is no feature, leaves first
+                importance = order.of(torch.cat([importance, importance.new_full((1,), -1.0)]))
+        return Features(features, order, grids, importance)
 
     # FSDP2 wraps each of the three methods below (`fsdp2.shard`), so none calls another.
     def _supervised_states(self, batch: PackedBatch) -> Tensor:

@@ -20,10 +20,16 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     Idefics2VisionConfig,
+    Idefics3VisionConfig,
+    Idefics3VisionTransformer,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SmolVLMVisionConfig,
+    SmolVLMVisionTransformer,
 )
 
 from ..compat.transformers import Idefics2VisionTransformer
@@ -119,6 +125,7 @@ def get_vision_encoder(name: str) -> type[VisionEncoder]:
     return _ENCODERS[name]
 
 
+WITH_CLASS_TOKEN = {"clip_vision_model", "internvl_vision"}
 NATIVE = {"siglip2_vision_model", "idefics2_vision"}
 """Families whose images keep their aspect ratio and differ in shape."""
 
@@ -127,7 +134,7 @@ NATIVE = {"siglip2_vision_model", "idefics2_vision"}
 class TransformersVision(VisionEncoder):
     """Encoders of transformers: the hidden states of one layer without class token, as in LLaVA, or the encoder's output.
 
-    A feature is as important as the attention that it gets in the layer that is read, summed over its heads: CLIP's class token's
+    A feature is as important as the attention that it gets in the layer that is read, summed over its heads: the class token's
     (VisionZip), or in encoders without one that of all patches.
 
     CLIP and SigLIP take images of one size. SigLIP 2 NaFlex, and Idefics2's SigLIP, whose position ids depend on the place in the
@@ -139,6 +146,9 @@ class TransformersVision(VisionEncoder):
         "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel),
         "siglip2_vision_model": (Siglip2VisionConfig, Siglip2VisionModel),
         "idefics2_vision": (Idefics2VisionConfig, Idefics2VisionTransformer),
+        "idefics3_vision": (Idefics3VisionConfig, Idefics3VisionTransformer),
+        "smolvlm_vision": (SmolVLMVisionConfig, SmolVLMVisionTransformer),
+        "internvl_vision": (InternVLVisionConfig, InternVLVisionModel),
     }
 
     def __init__(self, model: nn.Module, transform: Transform, select_layer: int | None) -> None:
@@ -147,15 +157,11 @@ class TransformersVision(VisionEncoder):
         self.hidden_size, depth = int(model.config.hidden_size), int(model.config.num_hidden_layers)
         if select_layer is not None and not -depth - 1 <= select_layer <= depth:
             raise ConfigError(f"model.vision.select_layer: found {select_layer}, this encoder has {depth} layers")
-        side, view = getattr(model.config, "image_size", None), getattr(transform, "view", transform)
-        if isinstance(view, ImageTransform) and (view.height, view.width, view.patch) != (
-            side,
-            side,
-            model.config.patch_size,
-        ):
+        view, (side, patch) = getattr(transform, "view", transform), sides(model.config)
+        if isinstance(view, ImageTransform) and (view.height, view.width, view.patch) != (side, side, patch):
             raise ConfigError(
                 f"preprocessor_config.json gives images of {view.height} x {view.width} pixels in patches of {view.patch}, but its "
-                f"encoder (config.json) reads {side} x {side} in patches of {model.config.patch_size}"
+                f"encoder (config.json) reads {side} x {side} in patches of {patch}"
             )
 
     @classmethod
@@ -219,7 +225,7 @@ class TransformersVision(VisionEncoder):
         normed = (
             self.select_layer is None and self.model.config.model_type != "clip_vision_model"
         )  # CLIP's post_layernorm norms only the pooled output
-        names = ("head",) if normed else ("post_layernorm", "head")
+        names = ("head",) if normed else ("post_layernorm", "layernorm", "head")
         rest = [m for name, m in self.model.named_modules() if name.rpartition(".")[2] in names]
         return [*self._layers()[len(self.blocks()) :], *rest]
 
@@ -236,30 +242,29 @@ class TransformersVision(VisionEncoder):
             found = self._native(list(pixels), self.transform.patch, importance, depths)
         else:
             assert isinstance(pixels, Tensor)
-            patch = self.model.config.patch_size
+            _, patch = sides(self.model.config)
             tokens = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-            found = tuple(
-                x[:, -tokens:] for x in self._states(importance, depths, pixels)
-            )  # CLIP's class token is first
+            found = tuple(x[:, -tokens:] for x in self._states(importance, depths, pixels))  # a class token is first
         return found if importance else found[0]
 
     def _states(self, importance: bool, depths: tuple[float, ...], *args: Any) -> tuple[Tensor, ...]:
         """The states that are read, [I, P, d], with those of `depths` beside them, and if asked for the importance of each, [I, P]. `args`: of the model, the second is a
         mask of what is no padding."""
-        attention: Any = self.blocks()[-1].self_attn if importance else None
+        last: Any = self.blocks()[-1] if importance else None
+        attention = getattr(last, "self_attn", None) or getattr(last, "attention", None)
         names = ("q_proj", "k_proj") if importance else ()
         with outputs_of({name: getattr(attention, name) for name in names}) as kept:
             if self.select_layer is None and not depths:
                 states = self.model(*args).last_hidden_state
             else:
                 output = self.model(*args, output_hidden_states=True)
-                last, all_states = self.select_layer, output.hidden_states
-                states = output.last_hidden_state if last is None else all_states[last]
+                chosen, all_states = self.select_layer, output.hidden_states
+                states = output.last_hidden_state if chosen is None else all_states[chosen]
                 states = torch.cat([states, *(all_states[round(x * len(self.blocks()))] for x in depths)], -1)
         if not importance:
             return (states,)
         q_IPd, k_IPd = (kept[name] for name in names)
-        if self.model.config.model_type == "clip_vision_model":
+        if self.model.config.model_type in WITH_CLASS_TOKEN:
             q_IPd = q_IPd[:, :1]
         real_IP = args[1].bool() if len(args) > 1 and args[1] is not None else None
         with torch.autocast(k_IPd.device.type, enabled=False):
@@ -288,6 +293,14 @@ class TransformersVision(VisionEncoder):
                 found = self._states(importance, depths, pad_sequence(patches, batch_first=True), mask, shapes_I2)
                 rows |= {i: [x[n, : len(patches[n])] for x in found] for n, i in enumerate(alike)}
         return tuple(torch.cat(parts) for parts in zip(*(rows[i] for i in range(len(images))), strict=True))
+
+
+def sides(config: Any) -> tuple[int | None, int]:
+    """Pixels of the side of an image and of a patch; None = images may have any size."""
+    side, patch = (
+        x[0] if isinstance(x, list | tuple) else x for x in (getattr(config, "image_size", None), config.patch_size)
+    )
+    return side, int(patch)
 
 
 @contextmanager

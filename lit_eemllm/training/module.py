@@ -306,7 +306,7 @@ class LitEEMLLM(LightningModule):
 def with_blank_image(batch: PackedBatch, transform: Transform) -> PackedBatch:
     """The pack with one more document: a text token, then a blank image, which no text sees."""
     picture = Image.new("RGB", (1, 1))
-    document = (Run(False, 1), Run(True, transform.num_tokens(*picture.size)))
+    document = (Run(False, 1), *(Run(True, tokens) for tokens in transform.runs(*picture.size)))
     answers = [*batch.layout.answers, ()] if batch.layout.answers else ()
     layout = SequenceLayout.of([*batch.layout.documents, document], answers).to(batch.input_ids.device)
     ids = torch.cat([batch.input_ids, batch.input_ids.new_zeros(layout.num_tokens - len(batch.input_ids))])

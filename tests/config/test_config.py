@@ -220,7 +220,7 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
             "a.yaml:8: model.mechanism.aligner.ffn: found 3 (a whole number), expected true or false or null",
             "a.yaml:8: model.mechanism.dense_layers: found 'some', expected all, none, null or a list of distinct "
             "layer numbers such as [0, 1]",
-            "a.yaml:9: model.vision.policy: found 'squash', expected pad or resize or crop or anyres or native",
+            "a.yaml:9: model.vision.policy: found 'squash', expected pad or resize or crop or anyres or tiles or split or native",
             "a.yaml:10: data.workers: found 'many' (text), expected a whole number",
             "a.yaml:10: data.truncation: found 'cut', expected drop or truncate or error",
             "a.yaml:10: data.pack_samples: found 0, expected 1 or more",

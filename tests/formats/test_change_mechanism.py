@@ -9,8 +9,8 @@ import yaml
 from lib.llava import BOUND, assert_same_tensors, shake, tensors
 
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.formats.llava import load_llava
 from lit_eemllm.formats.mechanism import change_mechanism, choose_mechanism, mechanism_settings
+from lit_eemllm.formats.vlm import load_vlm
 from lit_eemllm.mechanisms import PRESETS, Aligner, Mechanism, build_mechanism
 from lit_eemllm.mechanisms.flamingo import Gated
 from lit_eemllm.model import EEMLLM
@@ -27,7 +27,7 @@ def fates(ledger):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_llava_becomes_any_mechanism_with_its_weights_untouched(llava_folder, preset):
-    model, _ = load_llava(llava_folder)
+    model, _ = load_vlm(llava_folder)
     before, batch = tensors(model), tiny.pack([[3, 0, 4], [6]])
     mechanism = build_mechanism(preset, 3)
     new, ledger = change_mechanism(model, mechanism, seed=0)

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
 
 from lit_eemllm.errors import CheckpointError
-from lit_eemllm.formats.llava import check_llava, save_llava
+from lit_eemllm.formats.vlm import check_vlm, save_vlm
 from lit_eemllm.inputs.chat import Conversation, Turn
 from lit_eemllm.model.build import build
 
@@ -40,7 +40,7 @@ def export(request, tmp_path_factory, parts):
     config = tiny.config(folder / "parts", "x", folder, f"model.template={template}", "model.mechanism.preset=llava")
     model, processor = build(config.model)
     (folder / "llava").mkdir()
-    save_llava(model.eval(), processor.tokenizer, folder / "llava", template)
+    save_vlm(model.eval(), processor.tokenizer, folder / "llava", template)
     return folder / "llava", model, processor
 
 
@@ -118,9 +118,9 @@ def test_the_pipeline_answers(export):
 
 def test_other_prompts_are_seen_by_the_check(export, tmp_path):
     folder, model, processor = export
-    assert "logits differ" in check_llava(model, folder, processor)
+    assert "logits differ" in check_vlm(model, folder, processor)
     shutil.copytree(folder, tmp_path / "wrong")
     file = tmp_path / "wrong" / "chat_template.jinja"
     file.write_text(file.read_text() + "{{ ' ' }}")
     with pytest.raises(CheckpointError, match=r"wrong: transformers prompts otherwise than the model was trained: "):
-        check_llava(model, tmp_path / "wrong", processor)
+        check_vlm(model, tmp_path / "wrong", processor)

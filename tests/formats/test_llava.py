@@ -15,7 +15,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from lit_eemllm import cli
 from lit_eemllm.errors import CheckpointError, ConfigError
-from lit_eemllm.formats.llava import check_llava, load_llava, save_llava
+from lit_eemllm.formats.vlm import check_vlm, load_vlm, save_vlm
 from lit_eemllm.inputs.chat import Conversation, Turn
 from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.mechanisms import PRESETS, Mechanism
@@ -69,7 +69,7 @@ def since_452(name):
 def test_a_llava_is_read_as_it_is(tmp_path, tokenizer, encoder, decoder):
     llava = random_llava(tokenizer, encoder, decoder)
     llava.generation_config.eos_token_id = [2, 7]
-    model, found = load_llava(write_llava(llava, tokenizer, tmp_path))
+    model, found = load_vlm(write_llava(llava, tokenizer, tmp_path))
     assert model.mechanism.is_llava(3) and model.generation_config.eos_token_id == [2, 7]
     assert found.get_vocab() == tokenizer.get_vocab()
     assert model.projector.linear_1.weight.equal(llava.model.multi_modal_projector.linear_1.weight)
@@ -81,8 +81,8 @@ def test_a_llava_is_read_as_it_is(tmp_path, tokenizer, encoder, decoder):
     assert model.generate(**given, **options).equal(llava.generate(**given, **options))
     model.save_pretrained(tmp_path / "ours")
     assert_same_logits(EEMLLM.from_pretrained(tmp_path / "ours").eval(), llava)
-    save_llava(model, found, tmp_path)
-    assert check_llava(model, tmp_path)
+    save_vlm(model, found, tmp_path)
+    assert check_vlm(model, tmp_path)
 
 
 @pytest.mark.parametrize("layout", [before_452, since_452, "sharded"])
@@ -95,14 +95,14 @@ def test_every_layout_of_transformers_is_read(tmp_path, tokenizer, layout):
         rename(tmp_path, layout)
         names = set(load_file(tmp_path / "model.safetensors"))
         assert {layout("vision_tower.pre_layrnorm.weight"), layout("language_model.lm_head.weight")} <= names
-    assert_same_logits(load_llava(tmp_path)[0], llava)
+    assert_same_logits(load_vlm(tmp_path)[0], llava)
 
 
 def test_half_precision_stays_half_precision(tmp_path, tokenizer):
     llava = random_llava(tokenizer).half()
     llava.generation_config.eos_token_id = [2, 7]
     write_llava(llava, tokenizer, tmp_path / "a")
-    model, _ = load_llava(tmp_path / "a")
+    model, _ = load_vlm(tmp_path / "a")
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert model.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert cli.main(["convert", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--mechanism", "saisa"]) == 0
@@ -120,17 +120,17 @@ def test_preprocessors_of_llava(tmp_path, tokenizer):
     padded = {**CLIP, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
     for number, (values, policy) in enumerate([(CLIP, "crop"), (padded, "pad"), (SIGLIP, "resize")]):
         folder = write_llava(llava, tokenizer, tmp_path / str(number), values)
-        assert load_llava(folder)[0].vision.transform.policy == policy
+        assert load_vlm(folder)[0].vision.transform.policy == policy
     (folder / "preprocessor_config.json").unlink()  # transformers 5 writes one file for all
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": CLIP, "patch_size": 4}))
-    assert load_llava(folder)[0].vision.transform == replace(
+    assert load_vlm(folder)[0].vision.transform == replace(
         tiny.TRANSFORM, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), policy="crop", shortest=16
     )
     (folder / "processor_config.json").write_text(
         json.dumps({"image_processor": {**padded, "size": {"shortest_edge": 20}}})
     )
     with pytest.raises(ConfigError, match=r"processor_config\.json: do_pad with size"):
-        load_llava(folder)
+        load_vlm(folder)
 
 
 def alter(folder, file="config.json", **changes):
@@ -142,10 +142,9 @@ def alter(folder, file="config.json", **changes):
     ("changes", "message"),
     [
         ({"model_type": "llava_next_video"}, r"'llava_next_video' has tokens for videos"),
-        ({"model_type": "llava_onevision"}, r"anyres"),
         ({"model_type": "vipllava"}, r"several layers of the encoder"),
         ({"mm_vision_tower": "openai/clip"}, r"format of the authors' own code"),
-        ({"model_type": "llama"}, r"model_type is 'llama', expected 'llava'"),
+        ({"model_type": "llama"}, r"model_type is 'llama', expected one of llava, llava_next"),
         ({"vision_feature_select_strategy": "full"}, r"'full': the class token would be a visual token; expected 'default'"),
         ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer: a list, \[-2, -5\]; expected one layer"),
         ({"projector_hidden_act": "gelu_new"}, r"projector_hidden_act: 'gelu_new', expected 'gelu'"),
@@ -161,7 +160,7 @@ def test_what_cannot_be_represented_is_refused(tmp_path, llava_folder, changes, 
     folder = shutil.copytree(llava_folder, tmp_path / "llava")
     alter(folder, **changes)
     with pytest.raises(ConfigError, match=message):
-        load_llava(folder)
+        load_vlm(folder)
 
 
 def test_all_reasons_are_told_at_once(tmp_path, tokenizer):
@@ -172,7 +171,7 @@ def test_all_reasons_are_told_at_once(tmp_path, tokenizer):
     with pytest.raises(
         ConfigError, match=r"first patch would not be[^\n]*\n +projector_hidden_act[^\n]*\n +multimodal"
     ):
-        load_llava(folder)
+        load_vlm(folder)
 
 
 def test_broken_weights_are_refused(tmp_path, llava_folder):
@@ -183,7 +182,7 @@ def test_broken_weights_are_refused(tmp_path, llava_folder):
     def refused(state, message):
         save_file(state, file, metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=message):
-            load_llava(folder)
+            load_vlm(folder)
 
     refused({k: v for k, v in good.items() if "linear_2.bias" not in k}, r"1 missing, such as .*linear_2\.bias")
     refused({**good, "image_newline": torch.zeros(32)}, r"1 left over, such as .*image_newline")
@@ -192,15 +191,15 @@ def test_broken_weights_are_refused(tmp_path, llava_folder):
     refused({**good, name: good[name].to(torch.float8_e4m3fn)}, r"quantised weights \(F8_E4M3\)")
     file.write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: not readable"):
-        load_llava(folder)
+        load_vlm(folder)
     file.unlink()
     torch.save(good, folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"no model\*\.safetensors"):
-        load_llava(folder)
+        load_vlm(folder)
     alter(folder, model_type=None)
     (folder / "config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
-        load_llava(folder)
+        load_vlm(folder)
 
 
 @pytest.mark.parametrize("room", [0, 7], ids=["image past vocabulary", "image within"])
@@ -212,7 +211,7 @@ def test_transformers_reads_what_is_written(tmp_path, tokenizer, decoder, encode
     model = to_write(decoder, encoder, vocabulary=image + room)
     model.config.image_token_id = image
     model.generation_config.eos_token_id = 2
-    save_llava(model, tokenizer, tmp_path)
+    save_vlm(model, tokenizer, tmp_path)
     llava = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert llava.config.image_seq_length == tiny.TOKENS and llava.config.text_config.vocab_size == max(
         image + 1, image + room
@@ -226,10 +225,10 @@ def test_transformers_reads_what_is_written(tmp_path, tokenizer, decoder, encode
         llava.lm_head.weight.zero_()[image] = state
         assert llava(**given).logits[0, -1].argmax() == image
     assert (llava.generate(**given, **options)[:, given["input_ids"].shape[1] :] != image).all()
-    again, _ = load_llava(tmp_path)
+    again, _ = load_vlm(tmp_path)
     assert_same_logits(again, LlavaForConditionalGeneration.from_pretrained(tmp_path).eval())
     assert again.vision.transform == replace(model.vision.transform, shortest=again.vision.transform.shortest)
-    assert check_llava(model, tmp_path).startswith(f"{len(llava.state_dict())} tensors equal")
+    assert check_vlm(model, tmp_path).startswith(f"{len(llava.state_dict())} tensors equal")
 
 
 @pytest.mark.parametrize("policy", ["crop", "pad", "resize"])
@@ -237,7 +236,7 @@ def test_pixels_and_ids_are_those_of_transformers_processor(tmp_path, tokenizer,
     image = tokenizer.convert_tokens_to_ids("<image>")
     model = to_write(vocabulary=image, policy=policy, **({"shortest": 20} if policy == "crop" else {}))
     model.config.image_token_id = image
-    save_llava(model, tokenizer, tmp_path)
+    save_vlm(model, tokenizer, tmp_path)
     theirs = AutoProcessor.from_pretrained(tmp_path)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 42, 3), dtype=np.uint8))
     ours = Processor(tokenizer, "vicuna_v1", model.vision.transform, image)
@@ -253,12 +252,12 @@ def test_the_check_sees_what_was_written_wrongly(tmp_path, tokenizer, monkeypatc
     image = tokenizer.convert_tokens_to_ids("<image>")
     model = to_write(vocabulary=image)
     model.config.image_token_id = image
-    save_llava(model, tokenizer, tmp_path)
+    save_vlm(model, tokenizer, tmp_path)
     alter(tmp_path, vision_feature_layer=-1)
     with pytest.raises(CheckpointError, match=r"logits differ from ours by \d"):
-        check_llava(model, tmp_path)
-    monkeypatch.setattr("lit_eemllm.formats.llava.FORWARD_UP_TO", 100)
-    assert "too large to compare logits" in check_llava(model, tmp_path)
+        check_vlm(model, tmp_path)
+    monkeypatch.setattr("lit_eemllm.formats.vlm.FORWARD_UP_TO", 100)
+    assert "too large to compare logits" in check_vlm(model, tmp_path)
     file = tmp_path / "model.safetensors"
     state = load_file(file)
     state["multi_modal_projector.linear_1.bias"][3] += 1e-6
@@ -266,7 +265,7 @@ def test_the_check_sees_what_was_written_wrongly(tmp_path, tokenizer, monkeypatc
     with pytest.raises(
         CheckpointError, match=r"1 tensors differ .* such as model\.multi_modal_projector\.linear_1\.bias"
     ):
-        check_llava(model, tmp_path)
+        check_vlm(model, tmp_path)
 
 
 def test_what_llava_is():
@@ -296,10 +295,12 @@ def test_what_llava_is():
 def test_an_encoder_that_llava_has_no_word_for_is_refused(tmp_path, tokenizer):
     model = tiny.model("llama", "llava")
     with pytest.raises(ConfigError, match=r"the tokenizer has <image> as \d+, the model as 40"):
-        save_llava(model, tokenizer, tmp_path)
+        save_vlm(model, tokenizer, tmp_path)
     model.vision = torch.nn.Identity()
-    with pytest.raises(ConfigError, match=r"the vision encoder is a Identity; LLaVA's format holds CLIP and SigLIP"):
-        save_llava(model, tokenizer, tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"the vision encoder is a Identity; transformers' formats hold clip_vision_model, "
+    ):
+        save_vlm(model, tokenizer, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -22,8 +22,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from lit_eemllm import cli
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.formats.llava import check_llava, load_llava, save_llava
-from lit_eemllm.inputs.resolutions import AnyresTransform
+from lit_eemllm.formats.vlm import check_vlm, load_vlm, save_vlm
+from lit_eemllm.inputs.tiles import AnyresTransform
 
 GRIDS = [[16, 32], [32, 16], [32, 32], [48, 16]]
 TOWER = dict(
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore")
 def test_as_transformers_reads_prepares_and_computes_it(folder, tmp_path):
-    model, tokenizer = load_llava(folder)
+    model, tokenizer = load_vlm(folder)
     model.set_attention("reference")
     twin = LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
     assert model.projector.newline.equal(twin.model.image_newline)
@@ -87,11 +87,11 @@ def test_as_transformers_reads_prepares_and_computes_it(folder, tmp_path):
         known = [token for token in range(twin.config.text_config.vocab_size) if token != model.config.image_token_id]
         assert tiny.max_error(ours[:, known], twin(**theirs).logits[0, text][:, known]) < 1e-4, size
 
-    save_llava(model, tokenizer, tmp_path)
-    assert "logits differ" in check_llava(model, tmp_path)
+    save_vlm(model, tokenizer, tmp_path)
+    assert "logits differ" in check_vlm(model, tmp_path)
     again = LlavaNextForConditionalGeneration.from_pretrained(tmp_path)
     assert all(tensor.equal(twin.state_dict()[name]) for name, tensor in again.state_dict().items())
-    assert load_llava(tmp_path)[0].vision.transform == model.vision.transform
+    assert load_vlm(tmp_path)[0].vision.transform == model.vision.transform
     assert isinstance(model.vision.transform, AnyresTransform) and model.vision.transform.grids[-1] == (3, 1)
 
 
@@ -116,4 +116,4 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, file, changes, message):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / file).write_text(json.dumps({**json.loads((copy / file).read_text()), **changes}))
     with pytest.raises(ConfigError, match=message):
-        load_llava(copy)
+        load_vlm(copy)

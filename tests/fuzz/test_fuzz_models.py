@@ -22,7 +22,7 @@ from fuzz_util import CANARY, ODD_TEXT, SEED, TIMES, bounded, flip, nothing_is_e
 from PIL import Image
 
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.formats.llava import load_llava, save_llava
+from lit_eemllm.formats.vlm import load_vlm, save_vlm
 from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
 from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model import EEMLLM
@@ -118,7 +118,7 @@ def test_model_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = EEMLLM.from_parts(*parts).eval()
     whole.save_pretrained(tmp_path / "whole")
     (tmp_path / "llava").mkdir()
-    save_llava(whole, processor.tokenizer, tmp_path / "llava")
+    save_vlm(whole, processor.tokenizer, tmp_path / "llava")
     ids, picture = torch.tensor([[5, 6, 7]]), Image.new("RGB", (20, 30))
     conversation = Conversation("x", (Turn("human", f"{IMAGE}\nWhat?"), Turn("gpt", "Yes.")), 1)
 
@@ -142,7 +142,7 @@ def test_model_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         use(EEMLLM.from_pretrained(tmp_path / "whole"))
 
     def llava() -> None:
-        use(load_llava(tmp_path / "llava")[0])
+        use(load_vlm(tmp_path / "llava")[0])
 
     config.vision.path = str(tmp_path / "encoder")
     plan: list[tuple[str, int, Callable, Callable[[], None]]] = [

@@ -17,7 +17,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.inputs.images import MAX_SIDE, ImageTransform, image_size, open_image
-from lit_eemllm.inputs.resolutions import AnyresTransform, NativeTransform, transform_from_dict, with_policy
+from lit_eemllm.inputs.resolutions import NativeTransform, transform_from_dict, with_policy
+from lit_eemllm.inputs.tiles import AnyresTransform
 from lit_eemllm.model.vision import patches_of
 
 HALF = (0.5, 0.5, 0.5)
@@ -102,7 +103,7 @@ def test_anyres_as_llava_next(pinpoints):
         kept = unpad_image(whole, (size[1], size[0]))[0]
         newline = n * n * (1 + rows * columns)
         lines = torch.cat([kept, torch.full((len(kept), 1), newline)], dim=1)
-        order, features = transform.order([size])
+        order, features, _ = transform.order([size])
         assert features == newline and order.tolist() == [*range(n * n), *lines.flatten().tolist()]
         assert len(order) == transform.num_tokens(*size)
 
@@ -113,7 +114,7 @@ def test_a_count_is_what_the_pixels_give(transform, size):
     pixels, tokens = transform(Image.new("RGB", size)), transform.num_tokens(*size)
     assert tokens <= transform.num_tokens(*transform.largest)
     if isinstance(transform, AnyresTransform):
-        order, features = transform.order([size])
+        order, features, _ = transform.order([size])
         assert len(order) == tokens and features == 36 * len(pixels)
     else:
         assert pixels.shape[1] * pixels.shape[2] == tokens * transform.patch**2
@@ -122,7 +123,7 @@ def test_a_count_is_what_the_pixels_give(transform, size):
 
 def test_order_of_several_pictures():
     transform = tiled()
-    (first, features), (both, last) = transform.order([(40, 20)]), transform.order([(40, 20), (20, 70)])
+    (first, features, _), (both, last, _) = transform.order([(40, 20)]), transform.order([(40, 20), (20, 70)])
     assert (features, last - features) == tuple(36 * len(transform(picture(*size))) for size in ((40, 20), (20, 70)))
     assert both[: len(first)].masked_fill(both[: len(first)] == last, features).equal(first)
     patches = both[both < last].tolist()

@@ -214,7 +214,7 @@ def test_tokens_by_hand():
     pooled = tiny.TRANSFORMS["anyres"].with_reduction(build_connector({"name": "attention", "options": {"tokens": 3}}))
     assert pooled.num_tokens(32, 32) == 3 + 2 * (2 * 3 + 1)  # a newline after each row of tiles
     assert pooled.num_tokens(40, 3) == 3 + (3 * 3 + 1)  # of which none is dropped, though most of them is padding
-    order, made_ = pooled.order([(32, 32)])
+    order, made_, _ = pooled.order([(32, 32)])
     assert made_ == 15 and order.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 15, 9, 10, 11, 12, 13, 14, 15]
 
 

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_eemllm.core.families import FAMILIES
 from lit_eemllm.errors import CheckpointError, ConfigError
-from lit_eemllm.formats.llava import KINDS, load_llava, save_llava
+from lit_eemllm.formats.vlm import FORMATS, load_vlm, save_vlm
 from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build, build_processor
@@ -109,7 +109,7 @@ def test_the_keys_are_those_that_the_families_have():
         "logit_scale_init_value",
         "perceiver_config",
     }
-    for kind in (*FAMILIES, *TransformersVision.FAMILIES, *KINDS, "clip", "siglip", "siglip2", "idefics2"):
+    for kind in (*FAMILIES, *TransformersVision.FAMILIES, *FORMATS, "clip", "siglip", "siglip2", "idefics2"):
         made = TransformersVision.FAMILIES[kind][0] if kind in TransformersVision.FAMILIES else CONFIG_MAPPING[kind]
         assert {field.name for field in fields(made)} - left_out - CONFIG == set(), kind
 
@@ -120,7 +120,7 @@ def test_whole_models_are_read_likewise(folder):
     model.set_mechanism(PRESETS["llava"])
     model.save_pretrained("whole")
     (folder / "llava").mkdir()
-    save_llava(model, processor.tokenizer, folder / "llava")
+    save_vlm(model, processor.tokenizer, folder / "llava")
     for name in ("whole", "llava"):
         shutil.copy(f"{CANARY}.py", name)
         for file in (folder / name).glob("*.json"):
@@ -131,7 +131,7 @@ def test_whole_models_are_read_likewise(folder):
         for section in nested:
             section |= HOSTILE
         add(folder / name / "config.json", **raw)
-    for found in (EEMLLM.from_pretrained(folder / "whole"), load_llava(folder / "llava")[0]):
+    for found in (EEMLLM.from_pretrained(folder / "whole"), load_vlm(folder / "llava")[0]):
         state = found.state_dict()
         rows = (
             found.config.text_config.vocab_size - model.config.text_config.vocab_size

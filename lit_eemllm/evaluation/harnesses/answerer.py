@@ -120,12 +120,14 @@ class Answerer:
         """Question and answer as in training."""
         asked, images = self._converse(question)
         conversation = replace(asked, turns=(*asked.turns, Turn("gpt", text)))
-        encoded, transform = self.processor.template.encode(conversation), self.processor.transform
-        sizes = [transform.num_tokens(*image.size) for image in images]
-        tokens = TokenSample(question.key, encoded.ids, encoded.supervised, sizes, [])
+        template, transform = self.processor.template, self.processor.transform
+        sizes = [transform.size_among(image.size, len(images)) for image in images]
+        pieces = [transform.pieces(*size) for size in sizes]
+        shown = template.encode(conversation).with_pieces(pieces, template.text_ids)
+        tokens = TokenSample(question.key, shown.ids, shown.supervised, shown.runs, [], shown.images)
         if not tokens.targets():
             raise conversation.refusal("no_target", f"{text!r} is no answer that could be weighed")
-        return EncodedSample(tokens, [transform(image) for image in images])
+        return EncodedSample(tokens, [transform(image, size) for image, size in zip(images, sizes, strict=True)], sizes)
 
     def _converse(self, question: Question) -> tuple[Conversation, list[Image.Image]]:
         """The conversation and its images. Raises SampleError if an image cannot be read or the turns are none."""

@@ -1,0 +1,175 @@
+"""Models of images and text that people use: read from transformers' own format, equal to transformers' own model and processor."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from lib.vlms import KINDS, TALKS, conversation, messages, write
+
+from lit_eemllm.data.packing import collate
+from lit_eemllm.data.samples import EncodedSample, TokenSample
+from lit_eemllm.formats.vlm import check_vlm, format_of, load_vlm, save_vlm
+from lit_eemllm.inputs.chat import IMAGE_SLOT
+from lit_eemllm.inputs.processor import Processor
+from lit_eemllm.mechanisms import PRESETS
+from lit_eemllm.model import EEMLLM
+from lit_eemllm.model.image_cache import ImageCache
+
+BOUND = 1e-5
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name, tmp_path_factory):
+    return write(name, tmp_path_factory.mktemp(name), num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def both(name, folder):
+    """Our model and processor, and transformers'."""
+    model, tokenizer = load_vlm(folder)
+    model.set_attention("reference")
+    twin = KINDS[name].model.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = Processor(tokenizer, "jinja", model.vision.transform, model.config.image_token_id)
+    return model, processor, twin, KINDS[name].processor(tokenizer, KINDS[name].preprocessor)
+
+
+def inputs(both, talk):
+    """Of a conversation: ours, and theirs."""
+    _, processor, _, own = both
+    asked, pictures = conversation(talk)
+    text = own.apply_chat_template(messages(talk), add_generation_prompt=True)
+    theirs = own(text=text, images=[pictures] if pictures else None, return_tensors="pt")
+    return processor.prompts([asked], [pictures]), theirs
+
+
+def their_pixels(model: EEMLLM, ours, theirs):
+    """Our pixels in the shape of theirs."""
+    views = model.vision.transform.views(list(ours["pixel_values"]))
+    found = theirs["pixel_values"]
+    if found.ndim == 5 and len(found) > 1:  # images of many tiles, filled up
+        parts = views.split([len(image) for image in ours["pixel_values"]])
+        filled = torch.zeros_like(found)
+        for row, part in zip(filled, parts, strict=True):
+            row[: len(part)] = part
+        return filled
+    return views.view(found.shape)
+
+
+@pytest.mark.parametrize("talk", TALKS)
+def test_ids_pixels_and_logits_are_transformers_own(both, talk):
+    model, *_, twin, _ = both
+    ours, theirs = inputs(both, TALKS[talk])
+    assert ours["input_ids"].equal(theirs["input_ids"])
+    if "pixel_values" in ours:
+        pixels = their_pixels(model, ours, theirs)
+        tiny.assert_same_picture(pixels, theirs["pixel_values"], model.vision.transform.std)
+        theirs["pixel_values"] = pixels  # Pillow's are a level apart here and there
+    text = ours["input_ids"][0] != model.config.image_token_id
+    known = torch.arange(twin.config.text_config.vocab_size) != model.config.image_token_id
+    with torch.no_grad():
+        found, true = model(**ours).logits[0, text], twin(**theirs).logits[0, text]
+    assert tiny.max_error(found[:, known], true[:, known]) < BOUND
+
+
+def sample(both, talk) -> EncodedSample:
+    """A conversation with its answers, as in training."""
+    _, processor, _, _ = both
+    asked, pictures = conversation(talk)
+    transform = processor.transform
+    sizes = [transform.size_among(picture.size, len(pictures)) for picture in pictures]
+    pieces = [transform.pieces(*size) for size in sizes]
+    shown = processor.template.encode(asked).with_pieces(pieces, processor.template.text_ids)
+    tokens = TokenSample("k", shown.ids, shown.supervised, shown.runs, [], shown.images)
+    return EncodedSample(tokens, list(map(transform, pictures, sizes)), sizes)
+
+
+ANSWERED = [*TALKS["turns"], ["a red cube"]]
+
+
+def test_gradients_are_transformers_own(both, folder):
+    model, twin = load_vlm(folder)[0], both[2]
+    one = sample(both, ANSWERED)
+    batch = collate([one])
+    model.set_attention("reference")
+    model.train()
+    model.packed_loss(batch).backward()
+
+    runs = iter(one.tokens.image_tokens)
+    rows = [
+        (model.config.image_token_id if entry == IMAGE_SLOT else entry, said)
+        for entry, said in zip(one.tokens.ids, one.tokens.supervised, strict=True)
+        for _ in range(next(runs) if entry == IMAGE_SLOT else 1)
+    ]
+    ids, said = torch.tensor([[token for token, _ in rows]]), torch.tensor([flag for _, flag in rows])
+    _, theirs = inputs(both, TALKS["turns"])
+    pixels = their_pixels(model, {"pixel_values": one.pixels}, theirs)
+    given = {key: value for key, value in theirs.items() if key in ("image_sizes", "batch_num_images")}
+    twin.zero_grad()
+    logits = twin(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, **given).logits
+    torch.nn.functional.cross_entropy(logits[0, :-1][said[1:]], ids[0, 1:][said[1:]], reduction="sum").backward()
+    form, true = format_of(model), dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        other = true[form.theirs(name)].grad
+        if other is None:  # layers of the encoder above those that are read
+            assert parameter.grad is None or not parameter.grad.any(), name
+        elif other.abs().max() > 1e-4:
+            assert tiny.max_error(parameter.grad, other) < 10 * BOUND, name
+
+
+def test_prompts_of_a_batch_are_answered_token_for_token(both):
+    model, processor, twin, _ = both
+    talks = [talk for name, talk in TALKS.items() if name in ("one", "narrow", "image last", "text between")]
+    asked = [conversation(talk) for talk in talks]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    together = processor.prompts([one for one, _ in asked], [pictures for _, pictures in asked])
+    found = model.generate(**together, **options)[:, together["input_ids"].shape[1] :]
+    for row, talk in zip(found, talks, strict=True):
+        ours, theirs = inputs(both, talk)
+        theirs["pixel_values"] = their_pixels(model, ours, theirs)
+        banned = [model.config.image_token_id]
+        true = twin.generate(**theirs, **options, suppress_tokens=banned)[0, theirs["input_ids"].shape[1] :]
+        assert row.equal(true), talk
+
+
+def test_what_is_written_is_what_was_read(both, name, folder, tmp_path):
+    model, tokenizer = load_vlm(folder)
+    save_vlm(model, tokenizer, tmp_path)
+    assert "logits differ" in check_vlm(model, tmp_path)
+    again, true = KINDS[name].model.from_pretrained(tmp_path), both[2].state_dict()
+    assert all(tensor.equal(true[key]) for key, tensor in again.state_dict().items())
+    twice, same = load_vlm(tmp_path)
+    assert twice.vision.transform == both[0].vision.transform and twice.config.connector == both[0].config.connector
+    assert same.image_token == tokenizer.image_token and same.chat_template == tokenizer.chat_template
+
+
+PRUNED = ["ee_mllm", "vica", "ee_mllm_f", "pyramid_drop", "visionzip", "bidirectional"]
+
+
+@pytest.mark.parametrize("preset", PRUNED)
+def test_every_mechanism_works_on_the_same_weights(both, folder, preset):
+    """Packed, with images cached and token by token: as each conversation is by itself, in one pass."""
+    model = load_vlm(folder)[0]
+    model.set_mechanism(PRESETS[preset].stretched(4))
+    model.set_attention("reference")
+    samples = [sample(both, ANSWERED), sample(both, [[(40, 20), "What?"], ["red"]]), sample(both, [["no?"], ["yes"]])]
+    with torch.no_grad():
+        together = model.packed_logits(collate(samples))
+        assert tiny.max_error(together, torch.cat([model.packed_logits(collate([one])) for one in samples])) < BOUND
+        model.set_attention("sdpa")
+        assert tiny.max_error(model.packed_logits(collate(samples)), together) < BOUND
+    processor, (asked, pictures) = both[1], conversation(TALKS["text between"])
+    ours = processor.prompts([asked], [pictures])
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    first = model.generate(**ours, **options)
+    model.image_cache = ImageCache(2**20)
+    assert model.generate(**ours, **options).equal(first) and model.generate(**ours, **options).equal(first)
+    if preset == "pyramid_drop":  # which ranks by the last token of a prompt
+        return
+    once = model(**{**ours, "input_ids": first, "attention_mask": torch.ones_like(first)}, use_cache=True).logits
+    assert once[0, ours["input_ids"].shape[1] - 1 : -1].argmax(-1).equal(first[0, ours["input_ids"].shape[1] :])

@@ -45,13 +45,15 @@ class Chunked(AttentionBackend):
                     first += [start] * run.length
                 row += run.length
             start = row
-        if visibility.window is not None:
-            first = [max(begin, row - visibility.window) for begin, row in zip(first, last, strict=True)]
         # Both ascend, so a chunk looks at what lies between its first and its last row's limits.
         chunks = range(0, len(last), CHUNK)
         keys = [slice(first[c], last[min(c + CHUNK, len(last)) - 1] + 1) for c in chunks]
-        device = layout.positions.device
-        return Plan(torch.tensor(first, device=device), torch.tensor(last, device=device), keys)
+        device, rows = layout.positions.device, layout.query_rows(visibility)
+        first_Q = torch.tensor(first, device=device)
+        if visibility.window is not None:  # it counts positions, which lie on the device
+            first_Q = layout.first_seen(visibility)
+            first_Q = first_Q if rows is None else first_Q[rows]
+        return Plan(first_Q, torch.tensor(last, device=device), keys)
 
     def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan, scale: float) -> Tensor:
         results = []

@@ -75,7 +75,7 @@ class Visibility:
     Args:
         visual_queries: visual tokens query and see everything earlier in their document (a dense, LLaVA-like layer).
             Otherwise only text queries (composite attention, EE-MLLM Eq. 1).
-        window: a query sees itself and at most this many rows before it; None = no limit. Only where all rows query.
+        window: a query sees nothing that stands more positions than this before it; None = no limit.
         text_queries: whether text queries. False needs visual_queries, and visual tokens then see the text before them.
         both_ways: a visual token sees all of its image, too. Only where visual tokens query alone.
     """
@@ -86,8 +86,8 @@ class Visibility:
     both_ways: bool = False
 
     def __post_init__(self) -> None:
-        if self.window is not None and (self.window < 0 or not (self.visual_queries and self.text_queries)):
-            raise ValueError(f"a window is 0 or more and needs visual_queries and text_queries, found {self}")
+        if self.window is not None and self.window < 0:
+            raise ValueError(f"a window is 0 or more, found {self}")
         if not self.visual_queries and not self.text_queries:
             raise ValueError(f"some rows must query, found {self}")
         if self.both_ways and self.text_queries:
@@ -119,6 +119,7 @@ class SequenceLayout:
         positions: [S] rotary position; LLaVA's sequence positions, counted from 0 in each document.
         answers: for each document the text that is supervised, as pairs of first row and the one after the last, counted among its
             text rows; empty where that is not known, as of a prompt.
+        stepwise: positions of a document are known to rise by one with each row, so that a window of positions is one of rows.
     """
 
     documents: tuple[tuple[Run, ...], ...]
@@ -127,6 +128,7 @@ class SequenceLayout:
     merge_index: Tensor
     positions: Tensor
     answers: tuple[Stretches, ...] = ()
+    stepwise: bool = True
 
     @classmethod
     def of(cls, documents: Sequence[Sequence[Run]], answers: Sequence[Stretches] = ()) -> SequenceLayout:
@@ -170,13 +172,15 @@ class SequenceLayout:
         """The text rows by themselves, at the positions they have here. Documents without text vanish."""
         rows = torch.arange(self.num_text, device=self.positions.device)
         documents = tuple((Run(False, length),) for length in self.text_lengths if length)
-        return SequenceLayout(documents, rows, rows[:0], rows, self.positions[self.text_index])
+        stepwise = self.stepwise and not self.num_visual
+        return SequenceLayout(documents, rows, rows[:0], rows, self.positions[self.text_index], stepwise=stepwise)
 
     def images_only(self) -> SequenceLayout:
-        """The visual rows by themselves, every image a document, at the positions they have here."""
+        """The visual rows by themselves, every image a document, at positions that count its rows from 0."""
         rows = torch.arange(self.num_visual, device=self.positions.device)
         documents = tuple((Run(True, length),) for length in self.image_lengths)
-        return SequenceLayout(documents, rows[:0], rows, rows, self.positions[self.visual_index])
+        places = torch.cat([torch.arange(0), *map(torch.arange, self.image_lengths)])
+        return SequenceLayout(documents, rows[:0], rows, rows, upload(places, rows.device))
 
     def with_image_positions(self, taken: int) -> SequenceLayout:
         """The layout where each image takes `taken` positions in all (0 or 1), not one for each token: its tokens share one."""
@@ -186,7 +190,8 @@ class SequenceLayout:
             for run in document:
                 positions.append(torch.full((run.length,), start) if run.visual else start + torch.arange(run.length))
                 start += taken if run.visual else run.length
-        return replace(self, positions=upload(torch.cat(positions), self.positions.device))
+        positions_S = upload(torch.cat(positions), self.positions.device)
+        return replace(self, positions=positions_S, stepwise=self.stepwise and not self.num_visual)
 
     def prefix(self) -> Tensor:
         """[T] bool, True for text before the first image of its document."""
@@ -203,6 +208,15 @@ class SequenceLayout:
         visual_r = torch.tensor(visual)
         numbers = torch.repeat_interleave(visual_r.cumsum(0) * visual_r, torch.tensor(lengths))
         return upload(numbers, self.positions.device)
+
+    def first_seen(self, visibility: Visibility) -> Tensor:
+        """[S] the first row of the stream that each row sees: of its document or its window. On the CPU, or with a window beside the positions."""
+        lengths = torch.tensor([sum(run.length for run in document) for document in self.documents])
+        if visibility.window is None:
+            return torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        far = torch.repeat_interleave(torch.arange(len(lengths)) * 2**40, lengths)  # no window reaches another document
+        place_S = upload(far, self.positions.device) + self.positions  # never falls
+        return torch.searchsorted(place_S, place_S - visibility.window)
 
     def last_seen(self, visibility: Visibility) -> Tensor:
         """[S] on the CPU, the last row of the stream that each row sees: itself or, both ways, the last of its image."""
@@ -235,17 +249,14 @@ class SequenceLayout:
         smaller = SequenceLayout.of([doc for doc in documents if doc])
         smaller = smaller._map_tensors(lambda tensor: upload(tensor, self.positions.device))
         rows_S = smaller.merge(self.text_index, self.visual_index[rows_v])
-        return replace(smaller, positions=self.positions[rows_S])
+        return replace(smaller, positions=self.positions[rows_S], stepwise=False)
 
     def mask(self, visibility: Visibility) -> Tensor:
         """The dense mask, [Q, S] bool, True where a query row sees a key row. For the reference backend and tests."""
-        lengths = torch.tensor([sum(run.length for run in doc) for doc in self.documents])
-        document_S = upload(torch.repeat_interleave(torch.arange(len(lengths)), lengths), self.positions.device)
         row_S = torch.arange(self.num_tokens, device=self.positions.device)
-        last_S = upload(self.last_seen(visibility), self.positions.device)
-        sees_SS = (document_S[:, None] == document_S[None, :]) & (last_S[:, None] >= row_S[None, :])
-        if visibility.window is not None:
-            sees_SS &= row_S[:, None] - row_S[None, :] <= visibility.window
+        seen = self.first_seen(visibility), self.last_seen(visibility)
+        first_S, last_S = (upload(x, row_S.device) for x in seen)
+        sees_SS = (first_S[:, None] <= row_S) & (row_S <= last_S[:, None])
         rows_Q = self.query_rows(visibility)
         return sees_SS if rows_Q is None else sees_SS[rows_Q]
 
@@ -256,7 +267,9 @@ class SequenceLayout:
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
     def _map_tensors(self, function: Any) -> SequenceLayout:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("documents", "answers")}
+        tensors = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("documents", "answers", "stepwise")
+        }
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
 

@@ -19,9 +19,11 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -56,6 +58,7 @@ COMMON = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, max_position_embeddings=256,
     attention_bias=False, initializer_range=0.3, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 DECODERS = {
     "llama": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=4),
     "llama-gqa": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2),
@@ -70,7 +73,25 @@ DECODERS = {
         num_key_value_heads=2,
         no_rope_layers=[1, 0, 1, 1, 0, 1, 0, 1],  # 3 of 8 are used
     ),
-}
+    # Windows smaller than any document with an image.
+    "mistral-window": MistralConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, sliding_window=6),
+    "qwen2-window": Qwen2Config(
+        **COMMON, num_attention_heads=4, num_key_value_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3-window": Qwen3Config(
+        **COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=12, use_sliding_window=True, sliding_window=5,
+        layer_types=SLIDING,
+    ),
+    "olmo3": Olmo3Config(
+        **COMMON, num_attention_heads=4, num_key_value_heads=2, sliding_window=6, layer_types=SLIDING,
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+    "gemma3_text": Gemma3TextConfig(
+        **COMMON | {"tie_word_embeddings": True}, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=6,
+        layer_types=SLIDING, query_pre_attn_scalar=20, rope_theta=100.0, rope_local_base_freq=10.0,
+        rope_scaling={"rope_type": "linear", "factor": 2.0},
+    ),
+}  # fmt: skip
 TRANSFORM = ImageTransform(height=16, width=16, patch=4, mean=(0.5,) * 3, std=(0.5,) * 3)
 TRANSFORMS = {
     "clip": TRANSFORM,
@@ -168,7 +189,7 @@ def model(
         text = copy.deepcopy(text)
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:1] * text.num_hidden_layers
+            text.layer_types = (text.layer_types * text.num_hidden_layers)[: text.num_hidden_layers]
     if isinstance(mechanism, str):
         mechanism = PRESETS[mechanism].stretched(text.num_hidden_layers)
     config = EEMLLMConfig(
@@ -225,9 +246,28 @@ def prompt(model, documents, seed=3):
 def norms(layer):
     """Of a layer of transformers: before attention and after it, before the feed-forward network and after it."""
     none = torch.nn.Identity()
+    if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma 3
+        return (
+            layer.input_layernorm, layer.post_attention_layernorm, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm,
+        )  # fmt: skip
     if hasattr(layer, "post_feedforward_layernorm"):  # OLMo 2
         return none, layer.post_attention_layernorm, none, layer.post_feedforward_layernorm
     return layer.input_layernorm, none, layer.post_attention_layernorm, none
+
+
+def angles(decoder, positions_L, number):
+    """Cos and sin of a layer, of transformers' own module, [1, L, H]."""
+    kinds = getattr(decoder.config, "layer_types", None)
+    by_kind = [kinds[number]] if hasattr(decoder.rotary_emb, "layer_types") else []
+    return decoder.rotary_emb(torch.zeros(1, len(positions_L), 1), positions_L[None], *by_kind)
+
+
+def near(decoder, positions_L, number):
+    """What a layer's window lets a token see, [L, L] bool: keys fewer than its size of positions before it, all without one."""
+    size, kinds = getattr(decoder.config, "sliding_window", None), getattr(decoder.config, "layer_types", None)
+    if size is None or (kinds is not None and kinds[number] != "sliding_attention"):
+        size = 10**6
+    return positions_L[:, None] - positions_L[None] < size
 
 
 def projections(layer, u_Lh, cos, sin):

@@ -74,7 +74,7 @@ def bind(function: Callable[..., Any]) -> Kernel:
         if scaling is None:
             q_QNH = q_QNH * (scale * q_QNH.shape[-1] ** 0.5)
         if segments.window is not None:
-            options["window_size"] = (segments.window, 0)
+            options["window_size"] = (segments.window, 0 if segments.causal else -1)
         elif causal is None and segments.causal:
             options["window_size"] = (-1, 0)
         if "enable_gqa" in names:
@@ -113,9 +113,10 @@ class Flash(VarlenBackend):
     def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
         return half_on_cuda(device, dtype)
 
+    def windows(self, call: Call) -> bool:
+        return self.bound.windowed
+
     def prepare(self, call: Call, window: int | None, device: torch.device) -> Segments:
-        if window is not None and not self.bound.windowed:
-            raise NotImplementedError(f"{self.provider}: this version has no window; a newer PyTorch or flash-attn has")
         starts_q, starts_k = (
             upload(torch.tensor([0, *lengths]).cumsum(0).int(), device)
             for lengths in (call.query_lengths, call.key_lengths)

@@ -47,20 +47,17 @@ def block_mask(layout: SequenceLayout, visibility: Visibility) -> BlockMask:
     Query row i sees the stream from `first[i]`, where its document or window begins, to `last[i]`, itself or its image's end. Over a block
     of queries, in stream order, both ascend: the keys that some query sees are a range, those that all see another.
     """
-    lengths = torch.tensor([sum(run.length for run in document) for document in layout.documents])
-    row_S = torch.arange(layout.num_tokens)
-    first_S = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    if visibility.window is not None:
-        first_S = torch.maximum(first_S, row_S - visibility.window)
+    first_S = layout.first_seen(visibility)
+    where = first_S.device  # the blocks are made there: what a window of positions holds, only the device may know
     visual_S = visual_flags([run for document in layout.documents for run in document])
-    rows_Q = row_S[visual_S & visibility.visual_queries | ~visual_S & visibility.text_queries]
-    queries, keys = bucket(len(rows_Q)), bucket(len(row_S))
+    rows_Q = (visual_S & visibility.visual_queries | ~visual_S & visibility.text_queries).nonzero().flatten()
+    queries, keys = bucket(len(rows_Q)), bucket(layout.num_tokens)
     # Padding sees nothing: its range is empty.
-    first_Q = pad(first_S[rows_Q], (0, queries - len(rows_Q)), value=keys)
-    last_Q = pad(layout.last_seen(visibility)[rows_Q], (0, queries - len(rows_Q)), value=-1)
+    first_Q = pad(first_S[upload(rows_Q, where)], (0, queries - len(rows_Q)), value=keys)
+    last_Q = upload(pad(layout.last_seen(visibility)[rows_Q], (0, queries - len(rows_Q)), value=-1), where)
 
     first_BQ, last_BQ = first_Q.view(-1, BLOCK), last_Q.view(-1, BLOCK)
-    start_BK = torch.arange(0, keys, BLOCK)[None]
+    start_BK = torch.arange(0, keys, BLOCK, device=where)[None]
     end_BK = start_BK + BLOCK - 1
     some = (first_BQ.amin(1)[:, None] <= end_BK) & (last_BQ.amax(1)[:, None] >= start_BK)
     every = (first_BQ.amax(1)[:, None] <= start_BK) & (last_BQ.amin(1)[:, None] >= end_BK)

@@ -43,6 +43,11 @@ def in_order(rows: Tensor, count: int) -> bool:
     return rows.numel() == count and bool((rows.flatten() == torch.arange(count)).all())
 
 
+def in_document(first_S: Tensor, last_S: Tensor, rows_BQ: Tensor, start_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last key that rows see, counted in their documents; of a row that is padding, the first key."""
+    return (first_S[rows_BQ] - start_B1).clamp(min=0), (last_S[rows_BQ] - start_B1).clamp(min=0)
+
+
 def of_documents(x_RNH: Tensor, rows_BR: Tensor | None, documents: int) -> Tensor:
     """Rows of documents side by side, [B, N, R, H]."""
     x_BRNH = torch.unflatten(x_RNH, 0, (documents, -1)) if rows_BR is None else x_RNH[rows_BR]
@@ -61,17 +66,15 @@ class Sdpa(AttentionBackend):
 
     def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
         device = layout.positions.device
-        # per document: rows of the stream, rows among the queries, the last that these see
-        keys, queries, order = list[Tensor](), list[Tensor](), list[Tensor]()
-        k_start, q_start, last_S = 0, 0, layout.last_seen(visibility)
+        # per document: rows of the stream, rows among the queries, rows of the stream that these are
+        keys, queries, querying = list[Tensor](), list[Tensor](), list[Tensor]()
+        k_start = q_start = 0
         for document in layout.documents:
             visual = visual_flags(document)
-            length, rows = len(visual), torch.arange(len(visual))
-            last = last_S[k_start : k_start + length] - k_start
-            order.append(last[visual & visibility.visual_queries | ~visual & visibility.text_queries])
-            queries.append(torch.arange(q_start, q_start + len(order[-1])))
-            keys.append(rows + k_start)
-            k_start, q_start = k_start + length, q_start + len(order[-1])
+            keys.append(torch.arange(k_start, k_start + len(visual)))
+            querying.append(keys[-1][visual & visibility.visual_queries | ~visual & visibility.text_queries])
+            queries.append(torch.arange(q_start, q_start + len(querying[-1])))
+            k_start, q_start = k_start + len(visual), q_start + len(queries[-1])
 
         groups: list[Group] = []
         slots_Q = torch.empty(q_start, dtype=torch.long)
@@ -92,14 +95,14 @@ class Sdpa(AttentionBackend):
             causal = not visibility.both_ways and all(
                 len(queries[d]) == len(keys[d]) for d in members
             )  # padding lies after the rows, nothing sees it
-            order_BQ = pad_sequence([order[d] for d in members], batch_first=True)
             mask_BQL = None
             if not causal or visibility.window is not None:
-                last_BQ1 = upload(order_BQ, device)[:, :, None]
+                rows_BQ = pad_sequence([querying[d] for d in members], batch_first=True)
+                start_B1, first_S = torch.stack([keys[d][:1] for d in members]), layout.first_seen(visibility)
+                seen = first_S, *(upload(x, first_S.device) for x in (layout.last_seen(visibility), rows_BQ, start_B1))
+                first_BQ1, last_BQ1 = (upload(x, device)[..., None] for x in in_document(*seen))
                 key_L = torch.arange(k_BL.shape[1], device=device)
-                mask_BQL = key_L <= last_BQ1
-                if visibility.window is not None:
-                    mask_BQL &= key_L >= last_BQ1 - visibility.window
+                mask_BQL = (first_BQ1 <= key_L) & (key_L <= last_BQ1)
             q_rows_BQ = None if in_order(q_BQ, q_start) else upload(q_BQ, device)
             k_rows_BL = None if in_order(k_BL, k_start) else upload(k_BL, device)
             groups.append(Group(len(members), q_rows_BQ, k_rows_BL, mask_BQL))

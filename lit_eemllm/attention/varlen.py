@@ -12,6 +12,9 @@ causal mask aligned at the *ends* (bottom right). Text that ends where its keys 
 A later call copies its keys if they are few beside the pack (`COPIED`), as a prompt's first words are. Else it takes all
 keys in place, and those without a query get one whose result is dropped: segments without queries are a corner that
 kernels disagree about.
+
+A window is the kernel's own where it can say it: of rows, and aligned likewise. Else, as of keys between which tokens have left, it is
+a mask, and `sdpa` computes it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from torch import Tensor
 
 from ..layout import Run, SequenceLayout, Visibility, upload
 from .base import AttentionBackend
+from .sdpa import Plan as Masked
+from .sdpa import Sdpa
 
 COPIED = 0.25  # of the pack's keys, that a later call may copy instead of passing over all of them in place
 
@@ -122,16 +127,22 @@ class VarlenBackend(AttentionBackend):
     """The kernel takes fewer key/value heads than heads; otherwise they are repeated, once a layer."""
 
     @abstractmethod
+    def windows(self, call: Call) -> bool:
+        """Whether the kernel can let a query of this call see a window of rows only."""
+
+    @abstractmethod
     def prepare(self, call: Call, window: int | None, device: torch.device) -> Any:
-        """What the kernel needs for one call, on the device. Raises NotImplementedError for a window it has not."""
+        """What the kernel needs for one call, on the device."""
 
     @abstractmethod
     def kernel(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, prepared: Any, scale: float) -> Tensor:
         """One call, [Q, N, H]."""
 
-    def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan:
+    def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan | Masked:
         device = layout.positions.device
         calls, restore_Q = split(layout, visibility)
+        if visibility.window is not None and not (layout.stepwise and all(map(self.windows, calls))):
+            return Sdpa().plan(layout, visibility)
 
         def there(rows: Tensor | None) -> Tensor | None:
             return None if rows is None else upload(rows, device)
@@ -142,7 +153,9 @@ class VarlenBackend(AttentionBackend):
         ]
         return Plan(prepared, there(restore_Q))
 
-    def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan, scale: float) -> Tensor:
+    def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Plan | Masked, scale: float) -> Tensor:
+        if isinstance(plan, Masked):
+            return Sdpa().attend(q_QNH, k_SKH, v_SKH, plan, scale)
         groups = q_QNH.shape[1] // k_SKH.shape[1]
         if groups > 1 and not self.grouped:
             k_SKH, v_SKH = (x.repeat_interleave(groups, dim=1) for x in (k_SKH, v_SKH))

@@ -34,6 +34,10 @@ class XFormers(VarlenBackend):
     def refusal(cls, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
         return None if device.type == "cuda" else f"{NEEDS_CUDA}, found {device.type}"
 
+    def windows(self, call: Call) -> bool:
+        """Not all of its kernels have a backward for windows aligned at the bottom right."""
+        return call.causal and call.query_lengths == call.key_lengths
+
     def prepare(self, call: Call, window: int | None, device: torch.device) -> Any:
         lengths = call.query_lengths, call.key_lengths
         if not call.causal:

@@ -48,7 +48,8 @@ class DecoderLayer(nn.Module):
         layer: the transformers layer whose submodules are taken over.
         index: its number, from 0.
         family: how its layers differ from Llama's.
-        rotates: whether it rotates queries and keys (RoPE).
+        rotary: how it rotates queries and keys (RoPE), see `Family.rotary`; None = it does not.
+        window: how many tokens before itself a token sees; None = all. Not of images that see a window of their own (`LayerPlan.attend`).
     """
 
     self_attn: Any
@@ -59,11 +60,11 @@ class DecoderLayer(nn.Module):
     ranks: Top | None
     """The selection that is ranked here, for this layer and later ones or for later ones only; see `Top`."""
 
-    def __init__(self, layer: nn.Module, index: int, family: Family, rotates: bool) -> None:
+    def __init__(self, layer: nn.Module, index: int, family: Family, rotary: str | None, window: int | None) -> None:
         super().__init__()
         for name, part in layer.named_children():
             self.add_module(name, part)
-        self.index, self.family, self.rotates = index, family, rotates
+        self.index, self.family, self.rotary, self.window = index, family, rotary, window
         self.row, self.ranks = LayerPlan(), None
         self.unrotated, self.freeze_prefix = False, False
         self.adopt(Inner())
@@ -157,7 +158,9 @@ class DecoderLayer(nn.Module):
         if whole is None:
             out_Rh = self._attend(q_RNH, k_RKH, v_RKH, u_Rh if runs else None, stream, here)
         else:
-            mixed_SNH = stream.attend(self.index, q_RNH, k_RKH, v_RKH, whole, Visibility(True), attn.scaling)
+            mixed_SNH = stream.attend(
+                self.index, q_RNH, k_RKH, v_RKH, whole, Visibility(True, self.window), attn.scaling
+            )
             out_Sh = attn.o_proj(mixed_SNH.flatten(-2))
             out_Rh = out_Sh if whole.order is None else out_Sh.index_select(0, whole.text_first)
         out_Rh = self._norm("after_attention", out_Rh, text)
@@ -186,8 +189,8 @@ class DecoderLayer(nn.Module):
             for kind, wanted in (("q", row.queries), ("k", row.keys), ("v", row.values))
         )
         if row.moves:
-            rotates = row.queries and self.rotates
-            rotated_q, rotated_k = (stream.rotated(x, here) if rotates else x for x in (q_vNH, k_vKH))
+            kind = self.rotary if row.queries else None
+            rotated_q, rotated_k = (x if kind is None else stream.rotated(x, here, kind) for x in (q_vNH, k_vKH))
             path_vw = self._path(rotated_q, rotated_k, v_vKH, u_vh, stream, here)
             out_vh = self._run("o_proj", path_vw, 0) if "output" in row.update else path_vw
             x_vh = x_vh + self._norm("after_attention", out_vh, 0)
@@ -215,12 +218,12 @@ class DecoderLayer(nn.Module):
         rows_n = stream.ranking(top, here).rows_n
         # With gradients, or autocast would keep a copy of the weight that has none, for what comes after.
         q_nNH, k_RKH = self._heads("q", u_Rh.index_select(0, rows_n), len(rows_n)).detach(), k_RKH.detach()
-        if self.rotates:
-            cos_R1H, sin_R1H = stream.angles(here)
+        if self.rotary is not None:
+            cos_R1H, sin_R1H = stream.angles(here, self.rotary)
             q_nNH = stream.rotate(q_nNH, (cos_R1H.index_select(0, rows_n), sin_R1H.index_select(0, rows_n)))
-            k_RKH = stream.rotated(k_RKH, here)
+            k_RKH = stream.rotated(k_RKH, here, self.rotary)
         view = str(self.row.tokens if self.row.dense else self.row.seen)
-        return stream.rank(self.index, top, here, q_nNH, k_RKH, self.self_attn.scaling, view)
+        return stream.rank(self.index, top, here, q_nNH, k_RKH, self.self_attn.scaling, view, self.window)
 
     def _run(self, name: str, x_Rw: Tensor, text: int) -> Tensor:
         """A module of the layer over rows of which the first `text` are text; over visual ones its copy, if they have one. Without
@@ -265,7 +268,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys. If text scores visual keys unrotated, both forms are put side by side, in twice the head size:
         a text key is [rotated; 0], a visual key [0; unrotated], a query [rotated; unrotated]."""
-        rotated_q, rotated_k = (stream.rotated(x, here, whole) if self.rotates else x for x in (q_RNH, k_RKH))
+        kind = self.rotary
+        rotated_q, rotated_k = (x if kind is None else stream.rotated(x, here, kind, whole) for x in (q_RNH, k_RKH))
         if not self.unrotated:
             return rotated_q, rotated_k
         images_R = torch.arange(len(k_RKH), device=k_RKH.device) >= stream.layout.num_text
@@ -301,16 +305,16 @@ class DecoderLayer(nn.Module):
         if row.whole:  # as in `forward`, but of queries, keys and values that are in the order of the rows
             view = stream.view(here, row.tokens)
             q_SNH, k_SKH, v_SKH = view.of(q_RNH), view.of(k_RKH), view.of(v_RKH)
-            mixed_RNH = stream.attend(self.index, q_SNH, k_SKH, v_SKH, view, Visibility(True), scale)
+            mixed_RNH = stream.attend(self.index, q_SNH, k_SKH, v_SKH, view, Visibility(True, self.window), scale)
             mixed_RNH = mixed_RNH if view.order is None else mixed_RNH.index_select(0, view.text_first)
         elif row.dense:
-            both_ways = row.attend == "image"
-            mixed_RNH = stream.attend_apart(self.index, q_RNH, k_RKH, v_RKH, here, row.seen, both_ways, scale)
+            alone = Visibility(True, self.window, text_queries=False, both_ways=row.attend == "image")
+            mixed_RNH = stream.attend_apart(self.index, q_RNH, k_RKH, v_RKH, here, row.seen, alone, scale)
         if row.dense:
             return self._run("o_proj", mixed_RNH.flatten(-2), text)
         view = stream.view(here, row.seen)
         k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)
-        mixed_TNH = stream.attend(self.index, q_RNH[:text], k_SKH, v_SKH, view, Visibility(False), scale)
+        mixed_TNH = stream.attend(self.index, q_RNH[:text], k_SKH, v_SKH, view, Visibility(False, self.window), scale)
         mixed_Tw = mixed_TNH.flatten(-2)
         if u_Rh is None or not row.moves:
             return self._run("o_proj", mixed_Tw, text)
@@ -336,6 +340,8 @@ class DecoderLayer(nn.Module):
 def adopt_layers(decoder: PreTrainedModel) -> None:
     """Replace the layers of a causal LM by `DecoderLayer`s, in place. Raises ConfigError for an unsupported decoder."""
     check_decoder(decoder.config)
-    family = FAMILIES[decoder.config.model_type]
-    layers = enumerate(zip(decoder.model.layers, family.rotates(decoder.config), strict=True))
-    decoder.model.layers = nn.ModuleList(DecoderLayer(layer, i, family, rotates) for i, (layer, rotates) in layers)
+    family, config = FAMILIES[decoder.config.model_type], decoder.config
+    rotary, windows = family.rotary(config), family.windows(config)
+    parts = enumerate(zip(decoder.model.layers, rotary, windows, strict=True))
+    layers = (DecoderLayer(part, i, family, kind, window) for i, (part, kind, window) in parts)
+    decoder.model.layers = nn.ModuleList(layers)

@@ -19,6 +19,10 @@ from ..layout import SequenceLayout, upload
 
 ROWS = 64  # that rank at a time: bounds the memory of scores
 
+Past = tuple[Tensor, Tensor, Tensor | None]
+Near = tuple[Tensor, int]
+"""See `Ranking.most_attended`."""
+
 
 def ranking_rows(layout: SequenceLayout, document: int, by: str) -> list[int]:
     """Text rows that rank a document's images, counted in the document; see `Top.by`."""
@@ -132,7 +136,7 @@ class Ranking:
         )
 
     def most_attended(
-        self, q_nNH: Tensor, k_RKH: Tensor, scale: float, past: tuple[Tensor, Tensor] | None = None
+        self, q_nNH: Tensor, k_RKH: Tensor, scale: float, past: Past | None = None, near: Near | None = None
     ) -> Tensor:
         """Indices of the visual tokens that stay, ascending, among those that are ranked.
 
@@ -140,21 +144,30 @@ class Ranking:
             q_nNH: rotated queries of `rows_n`.
             k_RKH: rotated keys of all text, then of the visual tokens that are ranked.
             scale: of the scores.
-            past: cached rotated keys of earlier turns, a sequence a document, [B, K, L, H], and which of them are no padding, [B, L].
+            past: cached rotated keys of earlier turns, a sequence a document, [B, K, L, H], which of them are no padding, and where there
+                is a window their positions, [B, L].
+            near: positions of all text and of the visual tokens that are ranked, and how far a row that ranks sees back.
         """
         with torch.autocast(k_RKH.device.type, enabled=False):
-            return self.highest(self._importance(q_nNH.float(), k_RKH.float(), scale, past))
+            return self.highest(self._importance(q_nNH.float(), k_RKH.float(), scale, past, near))
 
-    def _importance(self, q_nNH: Tensor, k_RKH: Tensor, scale: float, past: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _importance(self, q_nNH: Tensor, k_RKH: Tensor, scale: float, past: Past | None, near: Near | None) -> Tensor:
         k_DKHL = k_RKH[self.keys_DL].permute(0, 2, 3, 1)
         length, heads = k_DKHL.shape[-1], k_DKHL.shape[1]
         sees_DAL, importance_DL = self.sees_DAL, k_DKHL.new_zeros(len(k_DKHL), length)
+        place_DL = None if near is None else near[0][self.keys_DL]
         if past is not None:
-            keys_DKLH, real_DL = (x[self.documents] for x in past)
-            k_DKHL = torch.cat([k_DKHL, keys_DKLH.float().transpose(2, 3)], -1)
+            keys_BKLH, real_BL, place_BL = past
+            k_DKHL = torch.cat([k_DKHL, keys_BKLH[self.documents].float().transpose(2, 3)], -1)
+            real_DL = real_BL[self.documents]
             sees_DAL = torch.cat([sees_DAL, real_DL[:, None].expand(-1, sees_DAL.shape[1], -1)], -1)
+            if place_DL is not None and place_BL is not None:
+                place_DL = torch.cat([place_DL, place_BL[self.documents]], -1)
         if not len(q_nNH):  # documents of images alone
             return importance_DL
+        if near is not None and place_DL is not None:
+            first_DA = near[0][self.rows_n][self.slots_DA] - near[1]
+            sees_DAL = sees_DAL & ((first_DA[:, :, None] <= place_DL[:, None]) | ~self.real_DA[:, :, None])
         for start in range(0, self.slots_DA.shape[1], ROWS):
             some = slice(start, start + ROWS)
             q_DAKGH = torch.unflatten(q_nNH[self.slots_DA[:, some]], 2, (heads, -1))

@@ -7,7 +7,7 @@ index of a `View`. Legend of shapes in `lit_eemllm.layout`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -98,7 +98,7 @@ class Stream:
 
     Attributes:
         layout: documents, runs and positions of text and visual tokens.
-        rotary: from positions to rotary angles.
+        rotary: from positions and the name of a layer's rotary positions (`Family.rotary`) to rotary angles.
         backend: computes attention.
         states: layer -> the visual states that enter it, [V, h], where the source of its row is ``own``.
         keys: precomputed, of all images; then no visual rows run through the layers.
@@ -109,7 +109,7 @@ class Stream:
     """
 
     layout: SequenceLayout
-    rotary: Callable[[Tensor], Angles]
+    rotary: Callable[[Tensor, str], Angles]
     backend: AttentionBackend
     states: Callable[[int], Tensor] | None = None
     keys: VisualKeys | None = None
@@ -163,16 +163,21 @@ class Stream:
 
         return self._once(("rows", here.select, select), make)
 
-    def angles(self, here: Tokens) -> Angles:
-        """Rotary angles of a layer's rows."""
-        rows, text_T, visual_V = self.layout.positions, self.layout.text_index, self.layout.visual_index
-        return self._once(("angles", here.select), lambda: self.rotary(rows[torch.cat([text_T, here.among(visual_V)])]))
+    def places(self, here: Tokens) -> Tensor:
+        """Positions of a layer's rows, [R]."""
+        text_T, visual_V = self.layout.text_index, self.layout.visual_index
+        return self.layout.positions[torch.cat([text_T, here.among(visual_V)])]
 
-    def rotated(self, x_RNH: Tensor, here: Tokens, whole: View | None = None) -> Tensor:
+    def angles(self, here: Tokens, kind: str) -> Angles:
+        """Rotary angles of a layer's rows."""
+        return self._once(("angles", here.select, kind), lambda: self.rotary(self.places(here), kind))
+
+    def rotated(self, x_RNH: Tensor, here: Tokens, kind: str, whole: View | None = None) -> Tensor:
         """Rotate queries or keys of a layer's rows, or of its text alone; with `whole`, rows in that view's order."""
-        cos_R1H, sin_R1H = self.angles(here)
+        cos_R1H, sin_R1H = self.angles(here, kind)
         if whole is not None and whole.order is not None:
-            cos_R1H, sin_R1H = self._once(("angles of", whole.name), lambda: tuple(map(whole.of, self.angles(here))))
+            key = "angles of", whole.name, kind
+            cos_R1H, sin_R1H = self._once(key, lambda: tuple(map(whole.of, self.angles(here, kind))))
         return self.rotate(x_RNH, (cos_R1H[: len(x_RNH)], sin_R1H[: len(x_RNH)]))
 
     def view(self, here: Tokens, seen: Select) -> View:
@@ -232,7 +237,15 @@ class Stream:
         return self._once(("ranking", top), make)
 
     def rank(
-        self, layer: int, top: Top, before: Tokens, q_nNH: Tensor, k_RKH: Tensor, scale: float, view: str
+        self,
+        layer: int,
+        top: Top,
+        before: Tokens,
+        q_nNH: Tensor,
+        k_RKH: Tensor,
+        scale: float,
+        view: str,
+        window: int | None,
     ) -> tuple[Tensor, Tokens]:
         """Rank the visual tokens in a layer; see `Top`.
 
@@ -244,12 +257,14 @@ class Stream:
             k_RKH: rotated keys of the text and of `before`.
             scale: of the scores.
             view: under which the cache knows the layer's keys.
+            window: the layer's; what lies outside gets no attention.
 
         Returns:
             indices of those that stay, among `before`, and these.
         """
         past = self.cached.earlier_keys(layer, view) if self.cached is not None else None
-        return self._stay(top, before, self.ranking(top, before).most_attended(q_nNH, k_RKH, scale, past))
+        near = None if window is None else (self.places(before), window)
+        return self._stay(top, before, self.ranking(top, before).most_attended(q_nNH, k_RKH, scale, past, near))
 
     def rank_by_encoder(self, top: Top, before: Tokens) -> tuple[Tensor, Tokens]:
         """As `rank`, but by the importance that the encoder gave."""
@@ -280,10 +295,11 @@ class Stream:
         if view.kept and self.cached is not None and self.cache is not None:
             grid = self._grid(view)
             k_BKLH, v_BKLH = self.cache.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
+            mask_BQL = self._mask(view, grid, kind.window)
             if self.cached.past:
                 rows = view.layout.query_rows(kind)
                 q_BNQH = grid.pad(q_QNH, rows)
-                return grid.unpad(self.backend.attend_cached(q_BNQH, k_BKLH, v_BKLH, grid.mask_BQL, scale), rows)
+                return grid.unpad(self.backend.attend_cached(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale), rows)
         return self._packed(q_QNH, k_SKH, v_SKH, view, kind, scale)
 
     def attend_apart(
@@ -294,10 +310,10 @@ class Stream:
         v_RKH: Tensor,
         here: Tokens,
         seen: Select,
-        both_ways: bool,
+        alone: Visibility,
         scale: float,
     ) -> Tensor:
-        """Attention where text sees less than images do, [R, N, H]: visual rows see everything before them and, `both_ways`, all of
+        """Attention where text sees less than images do, [R, N, H]: visual rows, `alone`, see everything before them and perhaps all of
         their image; text sees `seen`. All keys are cached, for images of later turns. Arguments as in `attend`, but of the layer's
         rows."""
         q_RNH, k_RKH, text = q_RNH.to(v_RKH.dtype), k_RKH.to(v_RKH.dtype), self.layout.num_text
@@ -307,29 +323,57 @@ class Stream:
             grid = self._grid(view)
             k_BKLH, v_BKLH = self.cache.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
             seen_BL = self._once(("marked", view.name, seen), lambda: self._marked(here, seen, view, grid))
+            mask_BQL = self._mask(view, grid, alone.window)
             if self.cached.past:
-                parts = [(view.layout.text_index, q_RNH[:text], grid.mask_BQL & seen_BL[:, None])]
+                parts = [(view.layout.text_index, q_RNH[:text], mask_BQL & seen_BL[:, None])]
                 if self.layout.num_visual:
-                    mask_BQL = grid.mask_BQL
-                    if both_ways:
-                        own = self._once(("both ways", view.name), lambda: grid.same(view.layout.image_of_row()))
-                        mask_BQL = mask_BQL | own
+                    if alone.both_ways:
+                        mask_BQL = self._mask(view, grid, alone.window, both_ways=True)
                     parts.append((view.layout.visual_index, q_RNH[text:], mask_BQL))
                 attend, pad = self.backend.attend_cached, grid.pad
                 return torch.cat(
                     [grid.unpad(attend(pad(q, rows), k_BKLH, v_BKLH, mask, scale), rows) for rows, q, mask in parts]
                 )
-        mixed_TNH = self._packed(q_RNH[:text], visible.of(k_RKH), visible.of(v_RKH), visible, Visibility(False), scale)
+        of_text = Visibility(False, alone.window)
+        mixed_TNH = self._packed(q_RNH[:text], visible.of(k_RKH), visible.of(v_RKH), visible, of_text, scale)
         if not self.layout.num_visual:
             return mixed_TNH
-        alone = Visibility(True, text_queries=False, both_ways=both_ways)
         return torch.cat([mixed_TNH, self._packed(q_RNH[text:], k_SKH, v_SKH, view, alone, scale)])
 
     def _packed(
         self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, view: View, kind: Visibility, scale: float
     ) -> Tensor:
+        if kind.window is not None and kind.window >= self._longest - 1:
+            kind = replace(kind, window=None)  # nothing is farther away
         plan = self._once(("plan", view.name, kind), lambda: self.backend.plan(view.layout, kind))
         return self.backend.attend(q_QNH, k_SKH, v_SKH, plan, scale)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(sum(run.length for run in document) for document in self.layout.documents)
+
+    def _mask(self, view: View, grid: Grid, window: int | None, both_ways: bool = False) -> Tensor:
+        """[B, W, past + W] bool, True where a new column of a cached view sees a column: one before it or, `both_ways`, of its image."""
+        if window is None and not both_ways:
+            return grid.mask_BQL
+
+        def make() -> Tensor:
+            mask_BQL = grid.mask_BQL
+            if both_ways:
+                mask_BQL = mask_BQL | grid.same(view.layout.image_of_row())
+            if window is None:
+                return mask_BQL
+            place_BL = self._once(("places", view.name), lambda: self._places(view, grid))
+            first_BQ = place_BL[:, -grid.shape[1] :] - window
+            return mask_BQL & (first_BQ[:, :, None] <= place_BL[:, None])
+
+        return self._once(("mask", view.name, window, both_ways), make)
+
+    def _places(self, view: View, grid: Grid) -> Tensor:
+        """[B, past + W] positions of the columns of a cached view."""
+        assert self.cached is not None
+        return self.cached.marked(f"{view.name}, positions", grid, view.layout.positions)
 
     def _marked(self, here: Tokens, seen: Select, view: View, grid: Grid) -> Tensor:
         """[B, past + W] bool, True for the columns of a cached view that text sees."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..console import console, quiet_libraries, writing
 from ..core.decoder import Inner
+from ..core.families import FAMILIES
 from ..core.select import ALL, Routed, Select, Share, Top
 from ..core.table import PARTS, LayerPlan
 from ..layout import Run, SequenceLayout, Visibility
@@ -70,7 +71,9 @@ def explain(config: Config, *, shape: str | None, text: int, visual: int | None,
         flops = layer_flops(one, parts.decoder, text, visual, parts.vision_width, **connected)
         console.print(grid(one.table(layers), flops, modules))
         total = sum(flops)
-        console.print(f"{si(total)} FLOPs in the decoder's layers, {total / dense:.1%} of llava's.{notes(one)}\n")
+        console.print(
+            f"{si(total)} FLOPs in the decoder's layers, {total / dense:.1%} of llava's.{notes(one, parts.decoder)}\n"
+        )
         return flops
 
     what = f"{preset} in {layers} layers of {shape or config.model.decoder}"
@@ -93,9 +96,13 @@ def explain(config: Config, *, shape: str | None, text: int, visual: int | None,
         console.print(f"picture: {out}")
 
 
-def notes(mechanism: Mechanism) -> str:
+def notes(mechanism: Mechanism, decoder: Any) -> str:
     """What is not in the table."""
     found = []
+    windows = ranges(FAMILIES[decoder.model_type].windows(decoder))
+    for size in {window for *_, window in windows if window is not None}:
+        where = [str(a) if a == b else f"{a}–{b}" for a, b, window in windows if window == size]
+        found.append(f"The decoder's window in layers {', '.join(where)}: {size + 1:,} tokens.")
     if mechanism.visual_positions != "sequence":
         found.append(f"Rotary positions of images: {mechanism.visual_positions}.")
     if mechanism.freeze_prefix:

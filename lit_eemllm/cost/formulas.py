@@ -1,6 +1,7 @@
 """FLOPs, cache and their parts as formulas of the table, from shapes alone.
 
-One multiply-add counts 2; attention is counted full, as the papers do. Language-model head, vision encoder, connector or
+One multiply-add counts 2; attention is counted full, as the papers do: a query times all keys that its kind sees, or as many as a
+window holds. A token that is generated is counted over all of the cache, on which a window is a mask. Language-model head, vision encoder, connector or
 resampler, and embeddings are left out; connectors of single layers (SAISA) are counted, since they replace what the decoder
 would do.
 """
@@ -67,9 +68,10 @@ def layer_flops(
     table = mechanism.table(layers)
     table = executed(table) if last_layer_saving else table
     unrotated = mechanism.visual_positions == "unrotated"
+    windows = FAMILIES[decoder.model_type].windows(decoder)
     own = round(visual * token_flops(sizes, view)) if visual and any(row.source == "own" for row in table) else 0
     return [
-        row_flops(row, ranked_in(table, layer), decoder, text, visual, prefix, unrotated)
+        row_flops(row, ranked_in(table, layer), decoder, text, visual, prefix, unrotated, windows[layer])
         + own * (row.source == "own")
         + mechanism.block_cost(layer, sizes, text, visual).prefill
         for layer, row in enumerate(table)
@@ -88,22 +90,32 @@ def token_flops(sizes: Sizes, view: tuple[int, int]) -> float:
 
 
 def row_flops(
-    row: LayerPlan, ranks: Top | None, decoder: Any, text: int, visual: int, prefix: int = 0, unrotated: bool = False
+    row: LayerPlan,
+    ranks: Top | None,
+    decoder: Any,
+    text: int,
+    visual: int,
+    prefix: int = 0,
+    unrotated: bool = False,
+    window: int | None = None,
 ) -> int:
-    """FLOPs of a decoder layer for one prompt; `ranks`: what it ranks, other arguments as in `prefill_flops`."""
+    """FLOPs of a decoder layer for one prompt; `ranks`: what it ranks, `window`: how many tokens before itself a token sees, other
+    arguments as in `prefill_flops`."""
     h = decoder.hidden_size
     w, w_kv, ffn, text_row = _widths(decoder)
     here, seen = row.tokens.count(visual), row.seen.count(visual)
-    total = text * text_row + 4 * (text * text + (text - prefix) * seen) * w
+    within = text + visual if window is None else window + 1
+    scores = (text - prefix) * min(within, text + seen) + prefix * min(within, text)
+    total = text * text_row + 4 * scores * w
     if unrotated:
-        total += 2 * text * (text + seen) * w  # queries and keys of twice the head size
+        total += 2 * text * min(within, text + seen) * w  # queries and keys of twice the head size
     if ranks is not None and not ranks.by_encoder and visual:
         ranked, rows = ranks.ranked(visual), 1 if ranks.by == "question" else text
         total += rows * (2 * h * w + 2 * (text + ranked) * w)  # queries that rank, and their scores
         total += (ranked - here) * 2 * h * w_kv  # keys of those that leave before the layer
     total += here * 2 * h * w_kv * (row.keys + row.values)
     if row.queries:
-        sees = text + here if row.dense else min(int(row.attend) + 1, here)
+        sees = min(within, text + here) if row.dense else min(int(row.attend) + 1, here)
         total += here * (2 * h * w + 4 * sees * w)
     return total + here * 2 * h * w * ("output" in row.update) + row.fed(visual) * ffn
 

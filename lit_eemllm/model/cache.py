@@ -23,7 +23,7 @@ class StreamCache(DynamicCache):
 
     Attributes:
         columns: columns of ids so far; a layer may hold fewer.
-        masks: for each view [B, width], True where its columns are no padding.
+        masks: for each view [B, width], True where its columns are no padding; and other marks of its columns, see `CachedPass.marked`.
         next_position_B: the position of the next token of each sequence.
         media: per gated layer, keys and values of the images that new text sees [B, heads, R, H], with their mask [B, R].
     """
@@ -124,21 +124,23 @@ class CachedPass:
         if cache is not None:
             cache.columns += mask_BL.shape[1]
 
-    def earlier_keys(self, layer: int, view: str) -> tuple[Tensor, Tensor] | None:
-        """The rotated keys of earlier passes in a layer's cache, [B, K, L, H], and which are no padding, [B, L]; None if there are none."""
+    def earlier_keys(self, layer: int, view: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The rotated keys of earlier passes in a layer's cache, [B, K, L, H], which are no padding, [B, L], and if a window needs
+        them their positions, [B, L]; None if there are none."""
         mask_BL = self.cache.masks.get(view) if self.cache is not None and self.past else None
         if self.cache is None or mask_BL is None:
             return None
         keys_BKLH = self.cache.layers[layer].keys  # a layer before may have noted this pass's columns already
-        return keys_BKLH, mask_BL[:, : keys_BKLH.shape[2]]
+        place_BL, length = self.cache.masks.get(f"{view}, positions"), keys_BKLH.shape[2]
+        return keys_BKLH, mask_BL[:, :length], None if place_BL is None else place_BL[:, :length]
 
-    def marked(self, name: str, grid: Grid, flags_R: Tensor) -> Tensor:
-        """[B, past + W] bool, the flags of a view's columns: those of earlier passes, which the cache keeps under `name`, and new ones.
+    def marked(self, name: str, grid: Grid, mark_R: Tensor) -> Tensor:
+        """[B, past + W], marks of a view's columns: those of earlier passes, which the cache keeps under `name`, and new ones.
 
         Args:
-            flags_R: flags of the view's new rows.
+            mark_R: flags or positions of the view's new rows.
         """
-        new_BW = grid.pad(flags_R[:, None, None])[:, 0, :, 0]
+        new_BW = grid.pad(mark_R[:, None, None])[:, 0, :, 0]
         if self.cache is not None:
             past = self.cache.masks.get(name)
             new_BW = self.cache.masks[name] = new_BW if past is None else torch.cat([past, new_BW], dim=1)

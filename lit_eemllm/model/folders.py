@@ -30,7 +30,7 @@ SIZES = {
     "num_hidden_layers": 512, "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**14, "hidden_size": 2**20,
     "intermediate_size": 2**20, "projection_dim": 2**20, "vocab_size": 2**24, "num_channels": 2**8, "image_size": 2**14,
     "patch_size": 2**12, "num_patches": 2**20, "max_position_embeddings": 2**40, "image_seq_length": 2**24,
-    "no_rope_layer_interval": 512, "scale_factor": 64,
+    "no_rope_layer_interval": 512, "scale_factor": 64, "sliding_window": 2**31, "sliding_window_pattern": 512,
 }  # fmt: skip
 """Keys of config.json that are whole numbers, and their maxima: modules of these sizes are built before weights are read."""
 IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index", "video_token_index"}
@@ -38,7 +38,8 @@ CONFIG = {
     *SIZES, *IDS, "model_type", "text_config", "vision_config", "transformers_version", "tokenizer_class",
     "tie_word_embeddings", "use_cache", "hidden_act", "attention_bias", "mlp_bias", "attention_dropout", "rms_norm_eps",
     "layer_norm_eps", "initializer_range", "initializer_factor", "rope_theta", "rope_parameters", "rope_scaling",
-    "partial_rotary_factor", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers",
+    "partial_rotary_factor", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers", "rope_local_base_freq",
+    "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention",
     "vision_use_head", "projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer",
     "vision_feature_select_strategy", "image_grid_pinpoints", "vision_aspect_ratio", "downsample_ratio", "use_mask_token",
     "use_absolute_position_embeddings", "projection_dropout", "norm_type", "use_qk_norm", "use_mean_pooling", "hidden_dropout_prob",
@@ -50,6 +51,7 @@ ROPE = {
     "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
     "truncate",
 }  # fmt: skip
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 GENERATION = {
     "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p",
     "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_beams", "early_stopping",
@@ -244,12 +246,18 @@ def _config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             kept[name] = _config(_mapping(kept[name], where, name), f"{where}: {name}")
     for name in ("rope_parameters", "rope_scaling"):
         if kept.get(name) is not None:
-            kept[name] = {k: v for k, v in _mapping(kept[name], where, name).items() if k in ROPE}
+            kept[name] = _rope(_mapping(kept[name], where, name))
     own = kept.get("vision")
     if isinstance(own, dict) and own.get("encoder") == "transformers" and isinstance(own.get("config"), dict):
         model = _config(_mapping(own["config"].get("model"), where, "vision: config: model"), f"{where}: vision")
         kept["vision"] = {**own, "config": {**own["config"], "model": model}}
     return {**kept, **_class(kept, where)}
+
+
+def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of rotary positions: the keys in `ROPE`, perhaps for each type of layer."""
+    types = {name: _rope(value) for name, value in values.items() if name in LAYER_TYPES and isinstance(value, dict)}
+    return types or {name: value for name, value in values.items() if name in ROPE}
 
 
 def _generation(values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -152,11 +152,11 @@ def adopt(decoder: PreTrainedModel) -> None:
         raise ConfigError(f"{wrong}: logits of text are {error:.2%} off transformers' own; see docs/decoders.md")
 
 
-def rotary(decoder: PreTrainedModel, x_Th: Tensor) -> Callable[[Tensor], Angles]:
-    """The function from positions to rotary angles, in the dtype of these rows."""
+def rotary(decoder: PreTrainedModel, x_Th: Tensor) -> Callable[[Tensor, str], Angles]:
+    """The function from positions, and a type of layer if they differ, to rotary angles, in the dtype of these rows."""
 
-    def angles(positions_R: Tensor) -> Angles:
-        cos_1RH, sin_1RH = decoder.model.rotary_emb(x_Th, positions_R[None])
+    def angles(positions_R: Tensor, kind: str) -> Angles:
+        cos_1RH, sin_1RH = decoder.model.rotary_emb(x_Th, positions_R[None], *([kind] if kind else []))
         return cos_1RH[0, :, None], sin_1RH[0, :, None]
 
     return angles

@@ -70,6 +70,7 @@ def test_the_example_equals_the_reference_forward_and_backward(module, monkeypat
             Visibility(True, text_queries=False, both_ways=True),
             Visibility(True, window=0),
             Visibility(True, window=3),
+            Visibility(False, window=3),
         ):
             for kv_heads in (4, 2, 1):
                 found, true = (results(name, layout, visibility, kv_heads) for name in ("chunked", "reference"))

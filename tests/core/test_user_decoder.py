@@ -70,6 +70,9 @@ def test_it_is_known_only_once_imported_and_registered_once():
         ("olmo2", {"norms": AFTER}, "must match the size"),
         ("olmo2", {"norms": Norms(AFTER[1], None, AFTER[3], None), "qk_norm": "width"}, r"logits of text are \d+\.\d+% off"),
         ("smollm3", {"rotary_layers": "no_rope_layers"}, None),
+        ("olmo3", {"norms": AFTER, "qk_norm": "width", "sliding": "layer_types"}, None),
+        ("gemma3_text", {"norms": AFTER, "sliding": "layer_types"}, "logits of text are"),
+        ("mistral-window", {"sliding": "all"}, None),
         ("smollm3", {}, r"logits of text are \d+\.\d+% off transformers' own; see docs/decoders\.md"),
         ("granite", {}, r"logits of text are \d+\.\d+% off"),  # a factor on its residuals
     ],
@@ -78,12 +81,13 @@ def test_one_that_differs_otherwise_is_refused_as_its_decoder_is_loaded(kind, to
     monkeypatch.setattr(pretrained, "PROVED", frozenset())
     monkeypatch.setitem(tiny.DECODERS, "granite", GraniteConfig(**tiny.COMMON, **HEADS, residual_multiplier=0.9))
     with tiny.forgotten_imports():
-        FAMILIES.pop(kind, None)
-        register_family(kind, **told)
+        family = tiny.DECODERS[kind].model_type
+        FAMILIES.pop(family, None)
+        register_family(family, **told)
         if message is None:
             check_decoder_equals_transformers(tiny.model(kind, "ee_mllm"), PACK, diagonal=True)
             return
         with pytest.raises(
-            ConfigError, match=f"^model.decoder: family '{kind}' differs from Llama in more .*: .*{message}"
+            ConfigError, match=f"^model.decoder: family '{family}' differs from Llama in more .*: .*{message}"
         ):
             tiny.model(kind, "ee_mllm")

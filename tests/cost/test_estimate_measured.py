@@ -47,7 +47,7 @@ def test_flops_and_cache_of_any_table(mechanism):
     check_flops_and_cache(tiny.model("llama", mechanism))
 
 
-@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "olmo2", "smollm3"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "olmo2", "smollm3", "gemma3_text"])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_flops_and_cache_of_a_real_prompt(name, decoder):
     check_flops_and_cache(tiny.model(decoder, MECHANISMS[name]))
@@ -129,7 +129,9 @@ STEPS += [
     for name in ("llava", "vica", "flamingo")
     for words in ("decoder", "decoder alone", "lora")
 ]
-STEPS += [(name, "decoder", decoder) for name in ("llava", "ee_mllm") for decoder in ("olmo2", "smollm3")]
+STEPS += [
+    (name, "decoder", decoder) for name in ("llava", "ee_mllm") for decoder in ("olmo2", "smollm3", "gemma3_text")
+]
 
 
 @pytest.mark.slow

@@ -49,14 +49,13 @@ def plain(model, batch, kinds, blind=(), window=0):
         L, V = len(visual), int(visual.sum())
         x = decoder.embed_tokens(batch.input_ids[row : row + L]).masked_scatter(visual[:, None], E_Vh[used : used + V])
         row, used = row + L, used + V
-        cos, sin = decoder.rotary_emb(x[None], torch.arange(L)[None])
         i, j = torch.arange(L)[:, None], torch.arange(L)[None]
         for number, (layer, kind) in enumerate(zip(decoder.layers, kinds, strict=True)):
             attn = layer.self_attn
             norm1, post1, norm2, post2 = tiny.norms(layer)
             u = norm1(x)
-            _, _, q, k, v = tiny.projections(layer, u, cos, sin)
-            sees = i >= j
+            _, _, q, k, v = tiny.projections(layer, u, *tiny.angles(decoder, torch.arange(L), number))
+            sees = (i >= j) & tiny.near(decoder, torch.arange(L), number)
             if number in blind:
                 sees = sees & ~(visual[None] & ~visual[:, None])
             if kind != "dense":
@@ -66,10 +65,8 @@ def plain(model, batch, kinds, blind=(), window=0):
             out = attn.o_proj((weights @ v).transpose(0, 1).flatten(1))
             H = x + post1(out)
             part = (weights[:, :, visual] @ v[:, visual]).transpose(0, 1).flatten(1) @ attn.o_proj.weight.T
-            if isinstance(
-                norm1, torch.nn.Identity
-            ):  # RMSNorm: its weight, over the root mean square of all that is added
-                part = part * post1.weight / (out.square().mean(-1, keepdim=True) + post1.variance_epsilon).sqrt()
+            if not isinstance(post1, torch.nn.Identity):  # RMSNorm: a factor of its own, the same for all that is added
+                part = part * (post1(out) / out)
             behind = ~visual & (visual.cumsum(0) > 0)
             a, b = x[behind], (x + part)[behind]
             cosines[number].append((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)))
@@ -104,7 +101,7 @@ def close(found, true):
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "biased", "olmo2", "smollm3"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "biased", "olmo2", "smollm3", "gemma3_text"])
 @pytest.mark.parametrize("target", TARGETS)
 @torch.no_grad()
 def test_numbers_equal_a_plain_computation(target, decoder, backend, monkeypatch):

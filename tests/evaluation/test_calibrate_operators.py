@@ -73,7 +73,10 @@ def bench_under(bench, mechanism):
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize(
     ("decoder", "preset"),
-    [*((name, "llava") for name in ("llama-gqa", "qwen3", "olmo2", "smollm3")), ("llama-gqa", "bidirectional")],
+    [
+        *((name, "llava") for name in ("llama-gqa", "qwen3", "olmo2", "smollm3", "gemma3_text")),
+        ("llama-gqa", "bidirectional"),
+    ],
 )
 @torch.no_grad()
 def test_numbers_equal_the_plain_implementation(decoder, preset, backend):

@@ -41,8 +41,14 @@ def hf_loss(model, twin, batch, diagonal):
         sees = torch.ones(length, length).tril().bool()
         if diagonal:
             sees[visual] = torch.eye(length).bool()[visual]
-        bias = torch.zeros(length, length).masked_fill(~sees, torch.finfo(torch.float32).min)
-        logits_Tv.append(twin(inputs_embeds=x_Lh[None], attention_mask=bias[None, None]).logits[0, ~visual])
+        size, types = getattr(twin.config, "sliding_window", None), getattr(twin.config, "layer_types", None)
+        masks = {"full_attention": sees, "sliding_attention": sees if size is None else sees.triu(1 - size)}
+        masks = {
+            kind: torch.zeros(1, 1, length, length).masked_fill(~mask, torch.finfo(torch.float32).min)
+            for kind, mask in masks.items()
+        }
+        mask = masks["sliding_attention"] if types is None else masks  # without types of layers all slide, if any do
+        logits_Tv.append(twin(inputs_embeds=x_Lh[None], attention_mask=mask).logits[0, ~visual])
     logits = torch.cat(logits_Tv)
     return cross_entropy(logits[batch.target_rows], batch.targets, reduction="sum"), logits
 

@@ -13,7 +13,11 @@ from lib.connectors import plain_tokens
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism
 from lit_eemllm.mechanisms.flamingo import Gated
 
-FAMILIES = ["llama-gqa", "olmo2", pytest.param("smollm3", marks=pytest.mark.slow)]  # of each way in which layers differ
+FAMILIES = [
+    "llama-gqa",
+    "olmo2",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("smollm3", "gemma3_text")),
+]  # of each way in which layers differ
 SMALL = Gated(every=2, latents=3, heads=2, head_size=8, depth=2)
 MECHANISMS = {
     **{name: name if name in tiny.DEEPER else preset.stretched(3) for name, preset in PRESETS.items() if name != "flamingo"},
@@ -210,7 +214,9 @@ def least_gone(attention, gone, document, share):
     found, start = gone.clone(), 0
     for run in document:
         mine = torch.arange(len(gone)).ge(start) & torch.arange(len(gone)).lt(start + run.length) & run.visual
-        ranked = attention.masked_fill(~mine | gone, torch.inf).argsort()
+        ranked = (
+            len(gone) - 1 - attention.masked_fill(~mine | gone, torch.inf).flip(0).argsort(stable=True)
+        )  # the last first
         found[ranked[: int(share * mine.sum() + 1e-9) - int((gone & mine).sum())]] = True
         start += run.length
     return found
@@ -281,7 +287,6 @@ def plain(model, batch, prompt=None):
             one = run.visual and m.visual_positions in ("shared", "none")
             positions += [position] * run.length if one else range(position, position + run.length)
             position += (m.visual_positions == "shared") if one else run.length
-        cos, sin = decoder.rotary_emb(x[None], torch.tensor([positions]))
         media = []
         if gated is not None:
             for run in document:
@@ -327,22 +332,25 @@ def plain(model, batch, prompt=None):
             if layerwise:
                 x = x.masked_scatter(is_visual[:, None], connected(model, Z, number))
             u = norm1(x)
-            q, k, qr, kr, v = tiny.projections(layer, u, cos, sin)
+            window_LL = tiny.near(decoder, torch.tensor(positions), number)
+            q, k, qr, kr, v = tiny.projections(layer, u, *tiny.angles(decoder, torch.tensor(positions), number))
             scores = qr @ kr.mT
             if m.visual_positions == "unrotated":
                 scores = torch.where(~is_visual[:, None] & is_visual[None], q @ k.mT, scores)
+            paid = (scores * attn.scaling).masked_fill(~window_LL, -torch.inf)
             same_image = (torch.tensor(image)[:, None] == torch.tensor(image)[None]) & is_visual[:, None]
 
             for layer_number, when, share, by in drops(m):
                 if (layer_number, when, by) == (number, "before", "encoder"):
                     gone = least_gone(from_encoder, gone, document, share) if any(visual) else gone
                 elif (layer_number, when) == (number, "before"):
-                    gone = gone_by_rank(scores * attn.scaling, gone, rows_of[by], document, share)
+                    gone = gone_by_rank(paid, gone, rows_of[by], document, share)
             here, seen = here & ~gone, seen & ~gone
             sees = (i >= j) & ~(is_visual & ~here)[None] | torch.eye(L, dtype=torch.bool)
             sees = sees & ~((is_visual & ~seen)[None] & ~is_visual[:, None])
             if attend == "image":
                 sees = sees | same_image & (here[:, None] & here[None])
+            sees = sees & window_LL
             if not dense:
                 place = (is_visual & here).cumsum(0)  # among the tokens that are here
                 near = (i >= j) & (place[:, None] - place[None] <= window) & same_image & here[None] | torch.eye(
@@ -372,6 +380,6 @@ def plain(model, batch, prompt=None):
             x = new
             for layer_number, when, share, by in drops(m):
                 if (layer_number, when) == (number, "after"):
-                    gone = gone_by_rank(scores * attn.scaling, gone, rows_of[by], document, share)
+                    gone = gone_by_rank(paid, gone, rows_of[by], document, share)
         logits.append(model.language_model.lm_head(decoder.norm(x))[~is_visual])
     return torch.cat(logits)

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_eemllm.compat.transformers import CACHE
+from lit_eemllm.core.families import FAMILIES
 from lit_eemllm.core.table import executed
 from lit_eemllm.cost.formulas import cache_bytes, decode_flops, prefill_flops
 from lit_eemllm.layout import PackedBatch
@@ -145,10 +146,16 @@ def of_layers(model: EEMLLM, counter: FlopCounterMode) -> int:
 
 
 def scores_past_the_window(mechanism: Mechanism, model: EEMLLM) -> int:
-    """FLOPs of the scores that the reference computes although a window hides them, in layers that have one."""
+    """FLOPs of the scores that the reference computes although a window hides them, of a prompt that begins with an image."""
     config, total = model.config.text_config, 0
     w = config.num_attention_heads * model.language_model.model.layers[0].self_attn.head_dim
-    for row in executed(mechanism.table(config.num_hidden_layers)):
+    score = 6 if mechanism.visual_positions == "unrotated" else 4
+    windows = FAMILIES[config.model_type].windows(config)
+    for row, window in zip(executed(mechanism.table(config.num_hidden_layers)), windows, strict=True):
+        if window is not None:
+            seen, here = row.seen.count(VISUAL), row.tokens.count(VISUAL)
+            total += score * TEXT * max(0, TEXT + seen - window - 1) * w
+            total += 4 * here * max(0, TEXT + here - window - 1) * w * row.dense
         if isinstance(row.attend, int):
             here = row.tokens.count(VISUAL)
             total += 4 * here * max(0, here - row.attend - 1) * w

@@ -5,6 +5,7 @@ import tiny
 import torch
 from lib.equations import DEEP, DROPPING, FAMILIES, MECHANISMS, RANKED, plain
 from lib.mechanisms import BOUND, PACK, check_generation, check_later_turns
+from transformers import MistralConfig
 
 from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.errors import ConfigError
@@ -232,9 +233,12 @@ def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cache
             assert counts == [6 + n + 3 for n in kept]  # the longest row: 6 of text, its images, 3 generated
 
 
-def test_an_image_of_a_later_turn_is_ranked_among_all_that_the_prompt_sees():
-    """In the first layer, by hand: the last token's attention over what earlier turns have left and all that is new."""
-    model = tiny.model("llama-gqa", Mechanism(aligner=NO_ALIGNER, visual_drop=((0, 0.5),)))
+@pytest.mark.parametrize("window", [None, 36])
+def test_an_image_of_a_later_turn_is_ranked_among_all_that_the_prompt_sees(window, monkeypatch):
+    """In the first layer, by hand: the last token's attention over what earlier turns have left and all that is new, in its window."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(tiny.DECODERS, "wide", MistralConfig(**tiny.COMMON, **heads, sliding_window=window))
+    model = tiny.model("wide", Mechanism(aligner=NO_ALIGNER, visual_drop=((0, 0.5),)))
     decoder, differs = model.language_model.model, 0
     for seed in range(8):
         inputs = tiny.prompt(model, [[6, 0, 9, 0, 2]], seed=seed)
@@ -245,13 +249,15 @@ def test_an_image_of_a_later_turn_is_ranked_among_all_that_the_prompt_sees():
             visual = (ids[0] == tiny.VOCAB).nonzero().flatten()
             x = decoder.embed_tokens(ids.clamp(max=tiny.VOCAB - 1))[0]
             x[visual] = model.projector(model.image_features(pixels))
-            cos, sin = decoder.rotary_emb(x[None], torch.arange(len(x))[None])
-            layer = decoder.layers[0]
-            _, _, q, k, _ = tiny.projections(layer, layer.input_layernorm(x), cos, sin)
+            layer, places = decoder.layers[0], torch.arange(len(x))
+            turn = tiny.angles(decoder, places, 0)
+            _, _, q, k, _ = tiny.projections(layer, layer.input_layernorm(x), *turn)
 
-            def stays(columns, last, image, k=k, q=q, layer=layer):
+            def stays(columns, last, image, window=window, k=k, q=q, layer=layer):
                 """Columns without the half of the image's that the token at `last` attends to least."""
                 scores = (q[:, last] * k[:, columns].transpose(0, 1)).sum(-1).T * layer.self_attn.scaling
+                far = last - torch.tensor(columns) >= (window or len(k[0]))
+                scores = scores.masked_fill(far, -torch.inf)
                 weight = dict(zip(columns, scores.softmax(-1).mean(0).tolist(), strict=True))
                 gone = sorted(image, key=weight.get)[: len(image) // 2]
                 return [column for column in columns if column not in gone]
@@ -260,9 +266,10 @@ def test_an_image_of_a_later_turn_is_ranked_among_all_that_the_prompt_sees():
             second = visual[tiny.TOKENS :].tolist()
             found = stays([*kept, *range(cut, len(x))], len(x) - 1, second)
             alone = stays(list(range(cut, len(x))), len(x) - 1, second)
+            wide = stays([*kept, *range(cut, len(x))], len(x) - 1, second, window=None)
         assert tiny.max_error(cache.layers[0].keys[0], k[::2][:, found]) <= BOUND  # two heads share a key
-        differs += found[-len(alone) :] != alone
-    assert differs, "or what was there before the new columns did not matter"
+        differs += found[-len(alone) :] != alone if window is None else found != wide
+    assert differs, "or what was there before the new columns did not matter, or the window"
 
 
 def test_positions_go_on_where_a_column_is_an_image_for_some():

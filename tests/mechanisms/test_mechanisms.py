@@ -31,6 +31,8 @@ from lit_eemllm.model.image_cache import ImageCache
 @pytest.mark.parametrize(("decoder", "backend"), [
     ("llama-gqa", "reference"), ("llama-gqa", "sdpa"), ("llama-gqa", "flash_attn_2"), ("llama-gqa", "xformers"),
     ("qwen3", "sdpa"), ("qwen3", "torch_2_13"), ("olmo2", "sdpa"), pytest.param("smollm3", "sdpa", marks=pytest.mark.slow),
+    ("gemma3_text", "sdpa"), pytest.param("olmo3", "torch_2_13", marks=pytest.mark.slow),
+    pytest.param("mistral-window", "xformers", marks=pytest.mark.slow),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
@@ -47,7 +49,9 @@ def test_mechanism_equals_its_equations_with_gradients(name, decoder, backend):
 
 
 @given(
-    tiny.tables(), st.sampled_from(["llama-gqa", "llama", "olmo2", "smollm3"]), st.sampled_from(["reference", "sdpa"])
+    tiny.tables(),
+    st.sampled_from(["llama-gqa", "llama", "olmo2", "smollm3", "gemma3_text"]),
+    st.sampled_from(["reference", "sdpa"]),
 )
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_any_table_equals_its_equations(mechanism, decoder, backend):

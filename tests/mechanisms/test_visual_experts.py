@@ -40,7 +40,7 @@ def llava_of(model):
     return llava
 
 
-@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "olmo2", "smollm3"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "olmo2", "smollm3", "gemma3_text"])
 @pytest.mark.parametrize("parts", ["qkv ffn", "qkv output ffn", ALL, "norms"])
 def test_it_begins_as_llava_to_the_bit_and_leaves_text_alone(parts, decoder):
     """CogVLM's recipe: the decoder is frozen, its experts are trained; so text without an image stays as it was."""

@@ -19,12 +19,18 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    Olmo2Config,
     Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
     SmolLM3Config,
 )
 
@@ -39,6 +45,7 @@ from lit_eemllm.model.vision import TransformersVision
 
 PACK = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 6]]  # text-image-text, text only, two images, image first
 FAMILIES = ["llama-gqa", "olmo2", "smollm3"]  # of each way in which layers differ
+WITH_GEMMA = [*FAMILIES, pytest.param("gemma3_text", marks=pytest.mark.slow)]
 ALIGNERS = [Aligner(*switches) for switches in itertools.product([False, True], repeat=3)]
 
 
@@ -73,7 +80,10 @@ def llava_twin(model, implementation="eager"):
     return twin, rename
 
 
-@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "qwen3", "olmo2", "smollm3"])
+WINDOWED = ["mistral-window", "qwen2-window", "qwen3-window", "olmo3", "gemma3_text"]
+
+
+@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "qwen3", "olmo2", "smollm3", *WINDOWED])
 def test_llava_equals_transformers_llava(decoder):
     model, batch = tiny.model(decoder, "llava"), tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3]])
     batch.input_ids.clamp_(max=tiny.VOCAB - 2)  # the twin's image token is the last of its vocabulary
@@ -99,8 +109,32 @@ def test_llava_equals_transformers_llava(decoder):
     assert_same_gradients({rename[k]: v for k, v in gradients(model, loss).items()}, true)
 
 
+def test_images_both_ways_equal_transformers_gemma():
+    """Its own masks of image blocks and windows, given which tokens are visual; an image is wider than the window."""
+    model, batch = tiny.model("gemma3_text", "bidirectional"), tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3]])
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    twin = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=model.config.text_config, vision_config=vision, mm_tokens_per_image=4)
+    ).eval()
+    decoder = twin.model.language_model
+    decoder.load_state_dict(model.language_model.model.state_dict(), strict=True)
+    visual_Vh, logits_Tv, used = model.projector(model.image_features(batch.pixel_values)).detach(), [], 0
+    for rows, visual in split_documents(batch):
+        used += (n := int(visual.sum()))
+        x_Lh = decoder.embed_tokens(batch.input_ids[rows]).masked_scatter(visual[:, None], visual_Vh[used - n : used])
+        out = twin(inputs_embeds=x_Lh[None], token_type_ids=visual[None].long(), use_cache=False)
+        logits_Tv.append(out.logits[0, ~visual])
+    true, found = torch.cat(logits_Tv), text_logits(model, batch)
+    assert tiny.max_error(found, true) <= BOUND
+    losses = (cross_entropy(logits[batch.target_rows], batch.targets, reduction="sum") for logits in (found, true))
+    modules = (model.language_model.model, decoder)
+    assert_same_gradients(*(gradients(*pair) for pair in zip(modules, losses, strict=True)))
+
+
 @pytest.mark.parametrize("aligner", ALIGNERS, ids=str)
-@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "olmo2", "smollm3"])
+@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "olmo2", "smollm3", "gemma3_text"])
 def test_aligner_combinations_follow_their_formula(decoder, aligner):
     """One layer's visual states from the formula of `Aligner`, written out with transformers' submodules."""
     model, batch = tiny.model(decoder, Mechanism(aligner=aligner)), tiny.pack(PACK)
@@ -145,7 +179,7 @@ def test_mixed_dense_layers_and_switching_touch_no_weight():
         tiny.model("llama", Mechanism(dense_layers=(7,)))
 
 
-@pytest.mark.parametrize("decoder", FAMILIES)
+@pytest.mark.parametrize("decoder", [*FAMILIES, "gemma3_text"])
 @pytest.mark.parametrize("preset", KINDS)
 def test_without_image_every_mechanism_is_the_base_model(preset, decoder):
     """Also token for token."""
@@ -159,7 +193,7 @@ def test_without_image_every_mechanism_is_the_base_model(preset, decoder):
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("decoder", FAMILIES)
+@pytest.mark.parametrize("decoder", WITH_GEMMA)
 @pytest.mark.parametrize("preset", KINDS)
 def test_packing_leaks_nothing(preset, decoder, backend):
     model, batch = tiny.model(decoder, preset), tiny.pack(PACK)
@@ -200,7 +234,7 @@ def test_packed_equals_one_document_at_a_time():
 
 
 @pytest.mark.parametrize(
-    ("decoder", "backend"), [*((decoder, "sdpa") for decoder in FAMILIES), ("llama-gqa", "reference")]
+    ("decoder", "backend"), [*((decoder, "sdpa") for decoder in (*FAMILIES, "gemma3_text")), ("llama-gqa", "reference")]
 )
 @pytest.mark.parametrize(
     "mechanism",
@@ -228,7 +262,7 @@ def test_cached_steps_equal_one_pass(mechanism, decoder, backend):
     assert tiny.max_error(found, whole[mask.bool()][:, : tiny.VOCAB]) <= BOUND
 
 
-@pytest.mark.parametrize("decoder", FAMILIES)
+@pytest.mark.parametrize("decoder", WITH_GEMMA)
 @pytest.mark.parametrize("preset", [name for name in KINDS if name not in RANKED])
 def test_greedy_generation_alone_equals_in_a_batch_and_without_cache(preset, decoder):
     model = tiny.model(decoder, preset)
@@ -327,7 +361,7 @@ def test_joins_ordinary_checkpoints_unchanged(tmp_path):
     assert text_logits(again.eval(), batch).equal(text_logits(model.eval(), batch))
 
 
-@pytest.mark.parametrize("decoder", FAMILIES)
+@pytest.mark.parametrize("decoder", WITH_GEMMA)
 @pytest.mark.parametrize("preset", KINDS)
 def test_adapters_of_peft_act_and_merge(preset, decoder):
     """Submodules are called, so peft's LoRA works in the aligner too, and merging it changes nothing."""
@@ -392,8 +426,22 @@ def test_unsupported_decoders_are_refused_with_what_to_do():
     common = {**tiny.COMMON, "num_attention_heads": 4, "num_key_value_heads": 2}
     for config, reason in [
         (GemmaConfig(**common), "model_type 'gemma'"),
-        (MistralConfig(**common, sliding_window=8), "sliding window"),
-        (Qwen2Config(**common, use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding window"),
+        (Olmo2Config(**common, sliding_window=8), "it uses a sliding window, expected full attention"),
+        (
+            MistralConfig(**common, sliding_window=8, layer_types=["sliding_attention"] * 2 + ["full_attention"]),
+            "layer_types has full_attention, expected sliding_attention",
+        ),
+        (
+            Qwen2Config(**common, layer_types=["sliding_attention"] * 3),
+            "layer_types has sliding_attention, expected full_attention",
+        ),
+        (
+            Qwen3Config(**common, use_sliding_window=True, sliding_window=8, layer_types=["chunked_attention"] * 3),
+            "layer_types has chunked_attention, expected full_attention, sliding_attention",
+        ),
+        (Gemma3TextConfig(**common, final_logit_softcapping=30.0), "final_logit_softcapping is 30.0, expected none"),
+        (Gemma3TextConfig(**common, use_bidirectional_attention=True), "use_bidirectional_attention is True"),
+        (Gemma3TextConfig(**common, rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "rope type 'dynamic'"),
         (
             LlamaConfig(**common, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
             "rope type 'dynamic'",

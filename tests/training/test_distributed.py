@@ -57,6 +57,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "attention": ("saisa", ("optim.tuning.llm=frozen",)),
     "olmo2": ("ee_mllm", ()),
     "smollm3": ("ee_mllm", ()),
+    "gemma3_text": ("ee_mllm", ()),
 }
 ENCODERS = {"many sizes": "siglip2", "tiles": "anyres", "pixel_shuffle": "siglip2", "attention": "anyres"}
 SIZES = [(40, 20), (9, 30), (5, 5), (64, 17)]
@@ -77,6 +78,7 @@ SHARED = (
     "attention",
     "olmo2",
     "smollm3",
+    "gemma3_text",
 )
 MIXED = (
     "ee_mllm", "saisa", "flamingo", "visual_experts", "vision", "recomputed lora", "taught", "lora", "pixel_shuffle", "smollm3",

@@ -43,15 +43,25 @@ LORA = ["optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=8", "optim.
         ("llama", ["optim.lora.dora=true"]),
         ("olmo2", []),
         ("smollm3", []),
+        pytest.param(("gemma3_text", []), marks=pytest.mark.slow),
     ],
-    ids=["lora", "rslora", "dora", "olmo2", "smollm3"],
+    ids=["lora", "rslora", "dora", "olmo2", "smollm3", "gemma3_text"],
 )
 def run(request, tmp_path_factory, parts, shapes):
     """A run of four steps."""
     family, options = request.param
     if family != "llama":
         parts = tmp_path_factory.mktemp("parts")
-        tiny.write_parts(parts, family, **({"no_rope_layers": [1, 0, 1]} if family == "smollm3" else {}))
+        sizes = {
+            "smollm3": {"no_rope_layers": [1, 0, 1]},
+            "gemma3_text": {
+                "head_dim": 8,
+                "sliding_window": 6,
+                "layer_types": tiny.SLIDING,
+                "tie_word_embeddings": True,
+            },
+        }
+        tiny.write_parts(parts, family, **sizes.get(family, {}))
     config = tiny.config(parts, shapes, tmp_path_factory.mktemp("run") / "a", *LORA, *options)
     fit(config)
     return config
@@ -73,7 +83,9 @@ def test_defaults_are_llavas():
         add_adapters(tiny.model().language_model, LoraConfig(targets=["c_attn", "q_proj"]), "llm")
 
 
-@pytest.mark.parametrize("decoder", ["llama-gqa", "olmo2", "smollm3"])
+@pytest.mark.parametrize(
+    "decoder", ["llama-gqa", "olmo2", "smollm3", pytest.param("gemma3_text", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("preset", KINDS)
 def test_adapters_begin_as_nothing_act_in_every_mechanism_and_merge(preset, decoder):
     model = tiny.model(decoder, preset)

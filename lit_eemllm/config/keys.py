@@ -123,6 +123,9 @@ class DataConfig:
     """Validation data, same forms; null = no validation."""
     pack_tokens: Annotated[int, at_least(1)] = 4096
     """Token budget of one pack, visual tokens counted."""
+    pack_by: Annotated[str, one_of("tokens", "flops")] = "tokens"
+    """Which conversations share a training pack: those that fill it ("tokens"), or those with which all packs cost about the same
+    ("flops", of the mechanism and the encoder), so that devices wait less for each other; no pack exceeds pack_tokens."""
     pack_samples: Annotated[int | None, at_least(1)] = None
     """Most conversations in one pack; null = as many as fit."""
     max_length: Annotated[int, at_least(1)] = 2048

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from .weightless import Parts
 
 if TYPE_CHECKING:
     from ..config.keys import Config
-    from ..mechanisms.schedule import Entry
+    from ..mechanisms.schedule import Entry, Schedule
     from ..model import EEMLLM
 
 TEXTS = (64, 256)
@@ -38,15 +37,21 @@ class StepFlops:
         parts = Parts(self.decoder, vision["encoder"], vision["config"], model.connector)
         width = model.vision.hidden_size
         self.connected: dict[str, Any] = {"vision_width": width, "connector": model.connector, "view": parts.view}
-        self.layers = cache(self._layers)
+        self._known: dict[tuple[int, int], int] = {}
         steps = [trace(config, parts, self.mechanism, Document(text, visual, text), entry.teacher) for text in TEXTS]
         less, more = (step.forward_flops + step.teacher_flops + step.backward_flops for step in steps)
-        few, many = (self.layers(text, visual) for text in TEXTS)
+        few, many = (self._layers(text, visual) for text in TEXTS)
         self.share = (more - less) / (many - few)
         self.image = (less - self.share * few) / visual
 
     def _layers(self, text: int, visual: int) -> int:
-        return prefill_flops(self.mechanism, self.decoder, text, visual, **self.connected)
+        if (text, visual) not in self._known:
+            self._known[text, visual] = prefill_flops(self.mechanism, self.decoder, text, visual, **self.connected)
+        return self._known[text, visual]
+
+    def of_document(self, text: int, visual: int) -> float:
+        """Of a document with so many tokens of each kind."""
+        return self.share * self._layers(text, visual) + self.image * visual
 
     def of(self, layout: SequenceLayout) -> float:
         """Of a pack."""
@@ -54,7 +59,18 @@ class StepFlops:
             [sum(run.length for run in document if run.visual == kind) for kind in (False, True)]
             for document in layout.documents
         ]
-        return sum(self.share * self.layers(text, visual) + self.image * visual for text, visual in lengths)
+        return sum(self.of_document(text, visual) for text, visual in lengths)
+
+
+class RunFlops:
+    """FLOPs of a document in the steps of a run: of each entry of the schedule that is used, by its share of the steps."""
+
+    def __init__(self, config: Config, model: EEMLLM, schedule: Schedule) -> None:
+        shares = zip(schedule.entries, schedule.shares(config.optim.max_steps), strict=True)
+        self.parts = [(share, StepFlops(config, model, entry)) for entry, share in shares if share]
+
+    def __call__(self, text: int, visual: int) -> float:
+        return sum(share * flops.of_document(text, visual) for share, flops in self.parts)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 10) -> float:

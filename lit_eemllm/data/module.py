@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from lit_eemllm.inputs.chat import ChatTemplate
     from lit_eemllm.inputs.images import Transform
 
-_SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples")
+_SHAPING = ("workers", "shuffle_buffer", "packing_buffer", "pack_tokens", "pack_samples", "pack_by")
+_EARLIER = {"data.pack_by": "tokens"}  # what earlier versions did without saying so
 _TOTALS = ("offset", "batches", "skipped", "truncated")
 _NO_POSITION = "The checkpoint holds no loader position that this version can read."
 _COUNTS = ("skipped", "samples", "tokens")  # Counters
@@ -68,16 +69,24 @@ class ShardDataModule(LightningDataModule):
         self.config = config
         self.seed = seed
         self._encoder: SampleEncoder | None = None
+        self._flops: Callable[[int, int], float] | None = None
         self._loader: EndlessLoader | None = None
         self._saved: dict[str, Any] = {}  # where to start from, or where the last fit ended
         self._shape: dict[str, Any] = {}  # of the loader
         self._done = self._in_hand = self._final = Position([], 0)
         self._asked: dict[str, float] = {}  # `Recipe.shares`
 
-    def connect(self, template: ChatTemplate, transform: Transform) -> None:
-        """Tell how text and images become tokens, which is known once the model is. Call before the trainer starts."""
+    def connect(
+        self, template: ChatTemplate, transform: Transform, flops: Callable[[int, int], float] | None = None
+    ) -> None:
+        """Tell how text and images become tokens, which is known once the model is. Call before the trainer starts.
+
+        flops: of a training step with a conversation of so many text and visual tokens, by which training packs are made even
+            (``data.pack_by=flops``). Loader processes get it, so it must pickle. None: packs are made by tokens alone.
+        """
         c = self.config
         self._encoder = SampleEncoder(template, transform, c.max_length, c.truncation, c.max_image_pixels)
+        self._flops = flops
 
     def setup(self, stage: str) -> None:
         """Read the recipes, the first sample of each source, and for validation one that this rank can use, so that what is wrong is
@@ -142,7 +151,8 @@ class ShardDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Iterable[PackedBatch]:
         c, workers, recipe = self.config, worker_config(self.config.workers, self.seed), self.recipe("train")
-        dataset = train_dataset(recipe, self.task(recipe.names), workers, c.shuffle_buffer, c.packing_buffer)
+        task = self.task(recipe.names, self._flops)
+        dataset = train_dataset(recipe, task, workers, c.shuffle_buffer, c.packing_buffer)
         loader, self._asked = PositionLoader(dataset, c.timeout), recipe.shares
         start = Position(*loader.counters)
         self._shape = self._describe()
@@ -208,8 +218,8 @@ class ShardDataModule(LightningDataModule):
                 "The training loader was built before its position was restored, so the run would begin anew. "
                 "Something touched trainer.estimated_stepping_batches: use optim.steps instead."
             )
-        self._saved = state_dict
         try:
+            self._saved = state_dict = {**state_dict, "shape": _EARLIER | state_dict["shape"]}
             now = self._describe()
             self._refuse_changes(now)
             if not all(set(_TOTALS) < set(rank) for rank in state_dict["ranks"]):
@@ -249,11 +259,13 @@ class ShardDataModule(LightningDataModule):
         progress = packs(self.trainer)
         return self._in_hand if progress.processed >= progress.ready else self._done
 
-    def task(self, names: Mapping[str, str] | None = None) -> PackTask:
+    def task(
+        self, names: Mapping[str, str] | None = None, flops: Callable[[int, int], float] | None = None
+    ) -> PackTask:
         # a warning of every forked worker otherwise; a worker has one core to itself anyway
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         c = self.config
-        return PackTask(self._connected, c.pack_tokens, c.pack_samples, c.max_bad_in_a_row, names or {})
+        return PackTask(self._connected, c.pack_tokens, c.pack_samples, c.max_bad_in_a_row, names or {}, flops)
 
     @property
     def _connected(self) -> SampleEncoder:

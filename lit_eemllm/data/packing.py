@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -27,21 +28,56 @@ def plan_packs(lengths: Sequence[int], budget: int, most: int | None = None) -> 
     Returns:
         Indices into `lengths`, each exactly once; packs ordered by their earliest conversation.
     """
-    packs: list[list[int]] = []
-    room: list[int] = []
+    packs: list[_Pack] = []
     for index, length in enumerate(lengths):
         if length > budget:
             raise ValueError(f"a conversation of {length} tokens does not fit in a pack of {budget}")
-        fitting = [p for p in range(len(packs)) if room[p] >= length and (most is None or len(packs[p]) < most)]
-        if fitting:
-            best = min(fitting, key=lambda p: room[p])
-        else:
-            best = len(packs)
-            packs.append([])
-            room.append(budget)
-        packs[best].append(index)
-        room[best] -= length
-    return packs
+        pack = _place(packs, length, budget, most, lambda pack: pack.room)
+        pack.members.append(index)
+        pack.room -= length
+    return [pack.members for pack in packs]
+
+
+def balance_packs(
+    lengths: Sequence[int], flops: Sequence[float], budget: int, most: int | None = None
+) -> list[list[int]]:
+    """As `plan_packs`, but packs cost about the same: what takes much of one goes first, each into the pack that costs least so far
+    and still holds it. So ranks, which draw other conversations, need about the same time for a step, and tell each other nothing.
+
+    No budget of FLOPs closes a pack: one that suits some data leaves packs of others half empty, or never binds, and at its best
+    it evens packs of very mixed documents no better. There are as many packs as by tokens alone; what finds no room makes another.
+
+    Args:
+        flops: of a training step with each conversation, in any unit.
+    """
+    packs = [_Pack(budget) for _ in plan_packs(lengths, budget, most)]
+    each = sum(flops) / max(1, len(packs))
+
+    def share(index: int) -> float:
+        return max(lengths[index] / budget, flops[index] / each)
+
+    for index in sorted(range(len(lengths)), key=share, reverse=True):
+        pack = _place(packs, lengths[index], budget, most, lambda pack: pack.flops)
+        pack.members.append(index)
+        pack.room -= lengths[index]
+        pack.flops += flops[index]
+    return sorted(sorted(pack.members) for pack in packs)
+
+
+@dataclass
+class _Pack:
+    room: int
+    flops: float = 0.0
+    members: list[int] = field(default_factory=list)
+
+
+def _place(packs: list[_Pack], length: int, budget: int, most: int | None, rank: Callable[[_Pack], float]) -> _Pack:
+    """Of the packs that hold so many tokens more, the one of lowest rank; if there is none, a new one."""
+    fitting = [pack for pack in packs if pack.room >= length and (most is None or len(pack.members) < most)]
+    if not fitting:
+        packs.append(_Pack(budget))
+        return packs[-1]
+    return min(fitting, key=rank)
 
 
 def emptiest(packs: Sequence[Sequence[int]]) -> int | None:

@@ -58,7 +58,12 @@ class TokenSample:
     @property
     def length(self) -> int:
         """Tokens, visual tokens counted."""
-        return len(self.ids) - len(self.image_tokens) + sum(self.image_tokens)
+        return self.text + sum(self.image_tokens)
+
+    @property
+    def text(self) -> int:
+        """Text tokens."""
+        return len(self.ids) - len(self.image_tokens)
 
     def targets(self) -> list[int]:
         """Entries to be predicted, each by the entry before it, which is text: templates refuse an answer after an image."""

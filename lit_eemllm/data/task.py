@@ -18,7 +18,7 @@ from megatron.energon import Cooker, CrudeSample, SavableDataset, SkipSample, Ta
 from torch import Tensor
 
 from lit_eemllm.compat.energon import Packing
-from lit_eemllm.data.packing import collate, emptiest, plan_packs
+from lit_eemllm.data.packing import balance_packs, collate, emptiest, plan_packs
 from lit_eemllm.data.samples import EncodedSample, SampleEncoder, TokenSample
 from lit_eemllm.data.sending import received, sent
 from lit_eemllm.errors import SampleError, UserError
@@ -118,6 +118,7 @@ class PackTask(TaskEncoder):
         pack_samples: most conversations in a pack; None = as many as fit.
         max_bad_in_a_row: consecutive unusable samples, per worker, that stop the run.
         names: of sources by folder, under which samples are counted (`Recipe.names`).
+        flops: of a training step with a conversation of so many text and visual tokens: packs cost the same, as far as they can.
     """
 
     decoder = None
@@ -129,8 +130,10 @@ class PackTask(TaskEncoder):
         pack_samples: int | None,
         max_bad_in_a_row: int,
         names: Mapping[str, str],
+        flops: Callable[[int, int], float] | None = None,
     ) -> None:
         self.encoder = encoder
+        self.flops = flops
         self.names = names
         self.pack_tokens = pack_tokens
         self.pack_samples = pack_samples
@@ -148,7 +151,12 @@ class PackTask(TaskEncoder):
         return replace(tokens, source=source, __restore_key__=sample.__restore_key__)
 
     def select_samples_to_pack(self, samples: list[TokenSample]) -> list[list[TokenSample]]:
-        packs = plan_packs([sample.length for sample in samples], self.pack_tokens, self.pack_samples)
+        lengths, limits = [sample.length for sample in samples], (self.pack_tokens, self.pack_samples)
+        if self.flops is None:
+            packs = plan_packs(lengths, *limits)
+        else:
+            flops = [self.flops(sample.text, sum(sample.image_tokens)) for sample in samples]
+            packs = balance_packs(lengths, flops, *limits)
         return [[samples[index] for index in pack] for pack in packs]
 
     @stateless

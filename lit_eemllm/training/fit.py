@@ -85,8 +85,13 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     model, processor, loaded = initial_model(config)  # on resume too: checkpoints leave out what is frozen
     if loaded is not None:
         console.print(loaded)
-    data.connect(processor.template, model.vision.transform)
     module = LitEEMLLM(model, config, processor.fingerprint())
+    flops = None
+    if config.data.pack_by == "flops":
+        from ..cost.utilisation import RunFlops
+
+        flops = RunFlops(config, model, module.mechanisms)
+    data.connect(processor.template, model.vision.transform, flops)
     if resume is not None:
         with using(resume):
             trained = in_order(parameter_groups(model, config.optim), module)

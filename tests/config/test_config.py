@@ -578,4 +578,4 @@ def test_the_meaning_of_a_key_names_the_words_that_it_takes():
             taken[key] = problem.partition(", expected ")[2].split(" or ")
             meaning = meanings[load._KINDS[section].__name__, name]
             assert [word for word in taken[key] if f'"{word}"' not in meaning] == [], key
-    assert len(taken) == 10 and taken["model.dtype"] == ["float32", "bfloat16"]
+    assert len(taken) == 11 and taken["model.dtype"] == ["float32", "bfloat16"]

@@ -13,7 +13,7 @@ from lib.samples import BAD, good
 from PIL import Image
 from shards_util import BEGIN, END, IMAGE_TOKENS, TRANSFORM, encoder, picture, row, sample
 
-from lit_eemllm.data.packing import collate, plan_packs
+from lit_eemllm.data.packing import balance_packs, collate, plan_packs
 from lit_eemllm.data.samples import TokenSample
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.inputs.chat import IMAGE_SLOT
@@ -35,6 +35,24 @@ def test_plan_packs(most: int | None) -> None:
     assert plan_packs([50, 60, 30], 100, most) == [[0], [1, 2]], "30 fits both and goes where it leaves less room"
     with pytest.raises(ValueError, match="101"):
         plan_packs([5, 101], 100)
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_balance_packs(most: int | None) -> None:
+    random.seed(0)
+    for _ in range(50):
+        lengths = [random.randint(1, 60) for _ in range(random.randint(1, 80))]
+        flops = [length * random.uniform(0.2, 2) for length in lengths]
+        packs = balance_packs(lengths, flops, 100, most)
+        assert sorted(i for pack in packs for i in pack) == list(range(len(lengths))), "each once"
+        assert all(sum(lengths[i] for i in pack) <= 100 and len(pack) <= (most or 99) for pack in packs)
+        assert packs == sorted(sorted(pack) for pack in packs) and all(packs)
+    assert plan_packs([50] * 4, 100, most) == [[0, 1], [2, 3]]
+    assert balance_packs([50] * 4, [9, 9, 1, 1], 100, most) == [[0, 2], [1, 3]], "a dear one with a cheap one"
+    assert balance_packs([60, 60, 30, 30], [1, 1, 9, 9], 100, most) == [[0, 2], [1, 3]], "a long one leaves room"
+    assert balance_packs([90, 40, 40, 20], [1, 9, 9, 1], 100, most) == [[0], [1, 2, 3]], "room comes first"
+    with pytest.raises(ValueError, match="101"):
+        balance_packs([5, 101], [1, 1], 100)
 
 
 def brute_force(tokens: TokenSample) -> list[tuple[bool, int, bool]]:

@@ -44,6 +44,7 @@ from lit_eemllm.data import loader as loader_module
 from lit_eemllm.data import module as module_module
 from lit_eemllm.data import state as loader_state
 from lit_eemllm.data.contents import contents
+from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.data.recipe import read_folder
 from lit_eemllm.data.shards import prepare
 from lit_eemllm.errors import CheckpointError, UserError
@@ -107,6 +108,42 @@ def test_saved_again_before_every_worker_has_delivered(
         seen += list(take(data, number))
         saved = data.state_dict()
     assert seen == whole and data.skipped == skipped and saved["ranks"][0]["batches"] == 12
+
+
+@WORKERS
+def test_packs_of_even_cost(recipe: Path, workers: int) -> None:
+    """The same conversations as by tokens, in other packs; cut and gone on."""
+
+    def by_flops() -> ShardDataModule:
+        data = module(recipe, workers=workers, pack_by="flops")
+        data.connect(CharTemplate(), TRANSFORM, flops)  # type: ignore[arg-type]
+        return data
+
+    whole = list(take(by_flops(), 9))
+    assert whole != list(take(module(recipe, workers=workers), 9))
+    data = by_flops()
+    assert list(take(data, 4)) == whole[:4]
+    saved, data = data.state_dict(), by_flops()
+    data.load_state_dict(saved)
+    assert list(take(data, 5)) == whole[4:]
+    with pytest.raises(CheckpointError, match=r"data.pack_by was flops and is tokens"):
+        module(recipe, workers=workers).load_state_dict(saved)
+
+
+def flops(text: int, visual: int) -> float:
+    return text + 30.0 * visual
+
+
+def test_what_earlier_versions_saved_was_packed_by_tokens(recipe: Path) -> None:
+    data = module(recipe)
+    first = list(take(data, 3))
+    saved = data.state_dict()
+    del saved["shape"]["data.pack_by"]
+    again = module(recipe)
+    again.load_state_dict(saved)
+    assert first + list(take(again, 3)) == list(take(module(recipe), 6))
+    with pytest.raises(CheckpointError, match=r"data.pack_by was tokens and is flops"):
+        module(recipe, pack_by="flops").load_state_dict(saved)
 
 
 @pytest.mark.parametrize("done", [0, 4])

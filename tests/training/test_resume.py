@@ -83,6 +83,21 @@ def test_modules_are_in_the_modes_that_they_were_in(tmp_path, parts, shapes, mon
         assert load(config, None)[0].vision.norm.running_mean.equal(four["state_dict"][mean])
 
 
+@pytest.mark.parametrize("option", ["data.pack_by=flops"])
+def test_an_option_goes_on(tmp_path, parts, shapes, run, option):
+    """Bit for bit; and it does something."""
+    options = ["data.val=null", "optim.max_steps=4", "optim.save_every=2", option]
+    fit(tiny.config(parts, shapes, tmp_path / "whole", *options))
+    again = copy_of(tmp_path / "whole", tmp_path / "again", 2)
+    fit(tiny.config(parts, shapes, again, *options))
+    four, true, without = (
+        read_checkpoint(out / "checkpoints" / "step-4.ckpt") for out in (again, tmp_path / "whole", run)
+    )
+    for section in ("state_dict", "optimizer_states", "rng", "ShardDataModule"):
+        assert_same(four[section], true[section], section)
+    assert any(not x.equal(without["state_dict"][name]) for name, x in true["state_dict"].items())
+
+
 # --- branches
 
 

@@ -188,6 +188,9 @@ class OptimConfig:
     """AdamW's decay rates of the first and second moment."""
     eps: Annotated[float, more_than(0)] = 1e-8
     """AdamW's term added to the denominator."""
+    states: Annotated[str, one_of("float32", "8bit")] = "float32"
+    """AdamW's two moments of each trained weight: "float32", or "8bit" in a quarter of the memory (bitsandbytes' AdamW8bit, with a
+    scale for each 256 numbers; not where FSDP2 shards weights)."""
     weight_decay: Annotated[float, NON_NEGATIVE] = 0.0
     """Decoupled weight decay of matrices; biases and norms are never decayed."""
     activation_checkpointing: bool = False
@@ -360,6 +363,12 @@ def check(config: Config) -> list[Mistake]:
                 f"found true together with {key}, which torch.compile cannot take into a graph: remove one of the two"
             )
             mistakes.append((("model.compile", key), text))
+    if config.optim.states == "8bit" and config.trainer.get("strategy", "auto") not in ("auto", "ddp"):
+        text = (
+            f"found 8bit together with trainer.strategy={config.trainer['strategy']}, which shards weights, and bitsandbytes' AdamW "
+            "knows no shares: set optim.states=float32, of which each device has a share, or trainer.strategy=ddp"
+        )
+        mistakes.append((("optim.states", "trainer.strategy"), text))
     if config.model.vision.max_tokens is not None and config.model.vision.policy != "native":
         text = (
             f"has no effect with policy {config.model.vision.policy}: set model.vision.policy=native or max_tokens=null"

@@ -179,7 +179,7 @@ def _figures(
     connected: dict[str, Any] = {"vision_width": step.vision_width, "connector": parts.connector, "view": parts.view}
     packs, itemsize = _accumulate(config), _itemsize(config)
     fits: dict[str, Any] = {}
-    for way in ("ddp", "fsdp")[: 2 if gpus > 1 else 1]:
+    for way in ("ddp", "fsdp")[: 2 if gpus > 1 and config.optim.states == "float32" else 1]:
         for name, checkpointing in ((way, False), (f"{way}_recomputing", True)):
             options: dict[str, Any] = {
                 "gpus": gpus,
@@ -296,9 +296,9 @@ def show(found: dict[str, Any]) -> None:
         "for the decoder's forward FLOPs once more. Attention that saves its scores (reference) needs more.\n"
     )
 
-    headings = "DDP, documents, recomputing, documents, FSDP, documents, recomputing, documents"
-    if found["gpus"] == 1:
-        headings = "memory, documents, recomputing, documents"
+    ways = ("memory",) if found["gpus"] == 1 else ("DDP", "FSDP")
+    many = len(next(iter(rows.values()))["fits"]) // 2  # FSDP cannot have moments in 8 bits
+    headings = ", ".join(f"{way}, documents, recomputing, documents" for way in ways[:many])
     table = _table(f"what fits on {found['gpus']:,} x {found['memory_gib']:g} GiB, {USABLE:.0%} of it used", headings)
     for name, row in rows.items():
         cells = [(_bytes(has["bytes"]), f"{has['most_documents']:,}") for has in row["fits"].values()]

@@ -25,6 +25,7 @@ from ..mechanisms import Features, Mechanism
 from ..training.adapters import MARK
 from ..training.fsdp2 import shared_out, sums_late
 from ..training.module import compute_dtype
+from ..training.tuning import moment_bytes
 from .weightless import Fused, Parts, build_weightless
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ class Step:
 
         Weights and optimiser stay. Gradients appear while activations go, and stay if several packs make a step. The
         backward pass begins with all activations, or with what is kept and the last unit recomputed, and ends with all
-        gradients but the late ones, the first unit and what is below it; then AdamW takes as much as the gradients for a moment. DDP holds the gradients a
-        second time, in buckets. FSDP2 divides weights, gradients and optimiser; of several packs the gradients stay whole until the
+        gradients but the late ones, the first unit and what is below it; then AdamW, whose kernels on a GPU take nothing beside, has
+        all gradients. DDP holds these a second time, in buckets. FSDP2 divides weights, gradients and optimiser; of several packs the gradients stay whole until the
         last, if they are `deferred`.
 
         Args:
@@ -145,7 +146,7 @@ class Step:
             loss = documents * (self.kept + self.logits) + copies + gathered
             begins = max(loss, documents * self.kept + moment)
         ends = gradients - late + documents * self.below + moment
-        return stays + max(begins + gradients * (accumulate > 1), ends, 2 * gradients)
+        return stays + max(begins + gradients * (accumulate > 1), ends, gradients)
 
     def most_documents(self, limit: float, **options: Any) -> int:
         """The largest pack whose step stays within so many bytes, with the options of `most_bytes`; 0 if none does."""
@@ -203,7 +204,7 @@ def trace(
         backward_flops=images * encoder_backward + backward(logits),
         weights=weights,
         gradients=gradients,
-        optimiser=2 * gradients,
+        optimiser=sum(moment_bytes(p, config.optim.states) for p in model.parameters() if p.requires_grad),
         deferred=sums_late(config),
         late=sum((encoder.outside.gradients | rest.before.gradients | rest.units[0].gradients).values()),
         gathered=weights - sum(stored) + 2 * whole + reduced,

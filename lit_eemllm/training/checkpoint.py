@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from ..compat.bitsandbytes import adamw8bit_state
 from ..compat.lightning import saved_packs
 from ..config import current_key, flat
 from ..config.keys import ModelConfig, OptimConfig
@@ -26,6 +27,7 @@ from ..console import unfinished, writing
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, UserError, WriteError
 from . import sharded
+from .tuning import moments
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -266,11 +268,12 @@ def refuse_incomplete(checkpoint: Mapping[str, Any]) -> None:
             raise TypeError("optimizer_states: found lr, weight_decay, eps or betas that are not finite numbers")
 
 
-def refuse_moments(checkpoint: Mapping[str, Any], trained: Mapping[str, Tensor]) -> None:
+def refuse_moments(checkpoint: Mapping[str, Any], trained: Mapping[str, Tensor], states: str) -> None:
     """Refuse AdamW moments that do not fit their weights: AdamW loads any shape and dtype, and fails in the next step or, worse,
     computes something else.
 
     Args:
+        states: ``optim.states``.
         trained: the trained weights by name, in the order of the optimiser. A weight without moments has had no gradient yet.
 
     Raises:
@@ -286,10 +289,9 @@ def refuse_moments(checkpoint: Mapping[str, Any], trained: Mapping[str, Tensor])
     for (name, weight), number in zip(trained.items(), numbers, strict=True):
         if number not in saved["state"]:
             continue
-        own = {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
-        found, expected = (
-            {key: _kind(moments[key]) for key in sorted(moments)} for moments in (saved["state"][number], own)
-        )
+        own = {"step": 0 if states == "8bit" else torch.zeros(()), **moments(weight, states)}
+        held = adamw8bit_state(saved["state"][number])
+        found, expected = ({key: _kind(some[key]) for key in sorted(some)} for some in (held, own))
         if found != expected or not 0 < saved["state"][number]["step"] < math.inf:
             raise CheckpointError(
                 f"the optimiser's moments of {name} do not fit it: found {found}, expected {expected}. Continue from another "

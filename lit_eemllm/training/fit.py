@@ -40,7 +40,7 @@ from .guard import Checkpoints, guarded
 from .initial import initial_model
 from .module import LitEEMLLM
 from .runlog import RunLog, print_summary
-from .tuning import in_order, parameter_groups
+from .tuning import in_order, parameter_groups, require_states
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "fsdp2": FSDP2,
@@ -74,6 +74,7 @@ def fit(config: Config) -> None:
 
 
 def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
+    require_states(config.optim)
     resume, data = find_resume(config), ShardDataModule(config.data, config.seed)
     if config.optim.epochs is not None:
         config = in_steps(config, data, trainer)
@@ -95,7 +96,7 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     if resume is not None:
         with using(resume):
             trained = in_order(parameter_groups(model, config.optim), module)
-            refuse_moments(read_checkpoint(resume, verified=True, shares=()), trained)
+            refuse_moments(read_checkpoint(resume, verified=True, shares=()), trained, config.optim.states)
 
     if trainer.is_global_zero:
         print_summary(module, config, trainer.accumulate_grad_batches, trainer.world_size, data.packs(count=False))

@@ -33,7 +33,7 @@ from .adapters import MARK, WHOLE
 from .checkpoint import tensors, using
 from .fsdp2 import FSDP2, shard
 from .step import Step, check_step, own_gradients
-from .tuning import apply_tuning, parameter_groups, schedule, set_modes, submodules
+from .tuning import adamw, apply_tuning, parameter_groups, schedule, set_modes, submodules
 
 if TYPE_CHECKING:
     from ..config.keys import Config
@@ -167,9 +167,7 @@ class LitEEMLLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
-        groups = parameter_groups(self.model, optim)
-        fused = all(p.is_cuda for group in groups for p in group["params"]) or None  # else as torch chooses
-        optimizer = torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=fused)
+        optimizer = adamw(parameter_groups(self.model, optim), optim)
         optimizer.register_load_state_dict_post_hook(keep_own_copies)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(optim, self.begun_with)(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..compat.bitsandbytes import adamw8bit_moments
 from ..errors import ConfigError
 from .adapters import add_adapters
 
@@ -95,6 +97,34 @@ def parameter_groups(model: EEMLLM, config: OptimConfig) -> list[dict[str, Any]]
                         }
                     )
     return groups
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW of the groups, with its moments as ``optim.states`` says."""
+    betas = (config.betas[0], config.betas[1])
+    if config.states == "8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=config.eps)
+    fused = all(p.is_cuda for group in groups for p in group["params"]) or None  # else as torch chooses
+    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=fused)
+
+
+def require_states(config: OptimConfig) -> None:
+    """Raises ConfigError if what ``optim.states`` needs is not installed."""
+    if config.states == "8bit" and find_spec("bitsandbytes") is None:
+        raise ConfigError("optim.states=8bit: bitsandbytes is not installed; pip install 'lit_eemllm[qlora]'")
+
+
+def moments(weight: Tensor, states: str) -> dict[str, Tensor]:
+    """AdamW's moments of a weight by their names, with what they are scaled by, without data."""
+    if states == "8bit":
+        return adamw8bit_moments(weight)
+    return dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.empty_like(weight, device="meta"))
+
+
+def moment_bytes(weight: Tensor, states: str) -> int:
+    return sum(x.nbytes for name, x in moments(weight, states).items() if not name.startswith("qmap"))
 
 
 def in_order(groups: list[dict[str, Any]], module: nn.Module) -> dict[str, nn.Parameter]:

@@ -105,6 +105,7 @@ DOCUMENTED = {
     "lightning": r"lightning(\.pytorch|\.fabric)?(\.(callbacks|loggers|profilers|strategies|utilities\..*|plugins\.io|core\.optimizer))?",
     "megatron": r"megatron\.energon",
     "peft": r"peft",
+    "bitsandbytes": r"bitsandbytes",
 }
 """Modules whose names their documentation uses."""
 

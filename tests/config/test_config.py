@@ -265,6 +265,10 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
             ["optim.projector_lr=1", "optim.tuning={projector: frozen, llm: full}"],
             "optim.projector_lr: has no effect: optim.tuning.projector is frozen",
         ),
+        (
+            ["optim.states=8bit", "trainer.strategy=fsdp2"],
+            "optim.states: found 8bit together with trainer.strategy=fsdp2, which shards weights",
+        ),
         (["trainer.max_steps=5"], "trainer.max_steps: cannot be set here: set optim.max_steps"),
         (["trainer.gradient_clip_val=5"], "trainer.gradient_clip_val: cannot be set here: set optim.clip_grad"),
         (["trainer=5"], "trainer: found 5 (a whole number), expected a section"),
@@ -578,4 +582,4 @@ def test_the_meaning_of_a_key_names_the_words_that_it_takes():
             taken[key] = problem.partition(", expected ")[2].split(" or ")
             meaning = meanings[load._KINDS[section].__name__, name]
             assert [word for word in taken[key] if f'"{word}"' not in meaning] == [], key
-    assert len(taken) == 11 and taken["model.dtype"] == ["float32", "bfloat16"]
+    assert len(taken) == 12 and taken["model.dtype"] == ["float32", "bfloat16"]

@@ -85,6 +85,13 @@ def test_every_peak(case):
 
 
 @pytest.mark.slow
+@on_fake_cuda
+def test_peak_of_the_optimiser():
+    """Of a pack so small that its activations do not matter: all gradients, and nothing for AdamW."""
+    check("ee_mllm", "full", True, 1, "bfloat16")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @on_fake_cuda
 def test_peak_in_float32(checkpointing):

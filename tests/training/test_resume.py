@@ -83,7 +83,7 @@ def test_modules_are_in_the_modes_that_they_were_in(tmp_path, parts, shapes, mon
         assert load(config, None)[0].vision.norm.running_mean.equal(four["state_dict"][mean])
 
 
-@pytest.mark.parametrize("option", ["data.pack_by=flops"])
+@pytest.mark.parametrize("option", ["data.pack_by=flops", "optim.states=8bit"])
 def test_an_option_goes_on(tmp_path, parts, shapes, run, option):
     """Bit for bit; and it does something."""
     options = ["data.val=null", "optim.max_steps=4", "optim.save_every=2", option]
@@ -307,6 +307,31 @@ def test_moments_that_are_not_those_of_a_weight_are_refused_by_its_name(tmp_path
     torch.save(checkpoint, file)
     with pytest.raises(CheckpointError, match=rf"other\.ckpt: the optimiser's moments of {name} do not fit it: found"):
         fit(tiny.config(parts, shapes, tmp_path / "run", "optim.max_steps=4", "data.val=null", f"resume={file}"))
+
+
+def test_moments_in_8_bits_that_are_not_those_of_a_weight_are_refused(tmp_path, parts, shapes, run):
+    """Likewise. And moments in float32 do not become them."""
+    pytest.importorskip("bitsandbytes")
+    options = [
+        "optim.max_steps=2",
+        "optim.save_every=1",
+        "data.val=null",
+        "optim.tuning.llm=frozen",
+        "optim.states=8bit",
+    ]
+    fit(tiny.config(parts, shapes, tmp_path / "right", *options))
+    checkpoint = torch.load(tmp_path / "right" / "checkpoints" / "step-1.ckpt", weights_only=True)
+    (saved,) = checkpoint["optimizer_states"]
+    (section,) = (x for x in saved["state"][0].values() if isinstance(x, dict))
+    section["state1"] = section["state1"][:1]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(
+        CheckpointError, match=r"other\.ckpt: the optimiser's moments of model\.projector\.\S+ do not fit it"
+    ):
+        fit(tiny.config(parts, shapes, tmp_path / "run", *options, f"resume={tmp_path}/other.ckpt"))
+    config = tiny.config(parts, shapes, copy_of(run, tmp_path / "again", 2), "optim.max_steps=4", "optim.states=8bit")
+    with pytest.raises(CheckpointError, match=r"optim\.states was float32 and is 8bit"):
+        fit(config)
 
 
 def test_moments_of_other_weights_are_refused(tmp_path, parts, shapes, run):

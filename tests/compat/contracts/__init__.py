@@ -17,7 +17,7 @@ import pytest
 
 LIBRARIES = {
     "transformers": "transformers", "torch": "torch", "lightning": "lightning", "energon": "megatron-energon",
-    "peft": "peft",
+    "peft": "peft", "bitsandbytes": "bitsandbytes",
 }  # fmt: skip
 """The distribution that each module of compat is about."""
 

@@ -195,6 +195,9 @@ class OptimConfig:
     """Decoupled weight decay of matrices; biases and norms are never decayed."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations: less memory, more time."""
+    activation_offload: bool = False
+    """With activation_checkpointing, keep the inputs of decoder layers in main memory until the backward pass needs them: no memory of
+    the device grows with the number of layers times tokens, but each step copies them there and back."""
     warmup_ratio: Annotated[float, within(0, 1)] = 0.03
     """Share of all steps in which the learning rate rises linearly to its peak."""
     schedule: Annotated[str, one_of("cosine", "linear", "constant")] = "cosine"
@@ -369,6 +372,9 @@ def check(config: Config) -> list[Mistake]:
             "knows no shares: set optim.states=float32, of which each device has a share, or trainer.strategy=ddp"
         )
         mistakes.append((("optim.states", "trainer.strategy"), text))
+    if config.optim.activation_offload and not config.optim.activation_checkpointing:
+        text = "has no effect without optim.activation_checkpointing, of which it moves what is kept: set that to true, or this to false"
+        mistakes.append((("optim.activation_offload", "optim.activation_checkpointing"), text))
     if config.model.vision.max_tokens is not None and config.model.vision.policy != "native":
         text = (
             f"has no effect with policy {config.model.vision.policy}: set model.vision.policy=native or max_tokens=null"

@@ -101,6 +101,7 @@ def estimate(
         "precision": str(config.trainer.get("precision") or "32-true"),
         "frozen_dtype": config.model.quantization or config.model.dtype,
         "activation_checkpointing": config.optim.activation_checkpointing,
+        "activation_offload": config.optim.activation_offload,
         **asdict(document),
         "documents": documents,
         "accumulate": _accumulate(config),
@@ -185,6 +186,7 @@ def _figures(
                 "gpus": gpus,
                 "sharded": way == "fsdp",
                 "checkpointing": checkpointing,
+                "offload": checkpointing and config.optim.activation_offload,
                 "accumulate": packs,
             }
             fits[name] = {
@@ -213,7 +215,8 @@ def _figures(
             "optimiser": step.optimiser,
             "copies": step.copies,
             "activations": documents * step.activations,
-            "activations_recomputed": documents * (step.kept + step.largest),
+            "activations_recomputed": documents
+            * (step.kept + step.largest - config.optim.activation_offload * step.inputs),
             "logits": documents * step.logits,
         },
         "fits": fits,
@@ -247,7 +250,8 @@ def show(found: dict[str, Any]) -> None:
         f"a document: {found['visual']:,} visual and {found['text']:,} text tokens, {found['targets']:,} of them supervised\n"
         f"a pack: {documents:,} documents; a step: {packs:,} packs on each of {found['gpus']:,} GPUs\n"
         f"trained: {', '.join(trained)}; precision {found['precision']}, frozen weights {found['frozen_dtype']}, "
-        f"{'' if found['activation_checkpointing'] else 'no '}activation checkpointing\n"
+        f"{'' if found['activation_checkpointing'] else 'no '}activation checkpointing"
+        f"{', inputs of layers in main memory' * found['activation_offload']}\n"
     )
     if found["schedule"]:
         text = "\n  ".join(["trained by a schedule:", *found["schedule"]])

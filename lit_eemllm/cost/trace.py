@@ -73,6 +73,7 @@ class Step:
         kept, largest: likewise if each unit saves its input alone: all that stays, and what the largest unit saves when it
             is recomputed.
         below: of what is kept, that of encoder and connector, and the input of the first unit, which stay to the end.
+        inputs: of what is kept, the inputs of all units but the first, which can be in main memory while one is computed again.
         logits: bytes at the loss.
         passing: bytes beside what is saved that the largest unit takes at most while it is computed again and differentiated:
             gradients on their way, such as those of a product and of its two factors (gate and up), and what is cast.
@@ -100,6 +101,7 @@ class Step:
     kept: float
     largest: int
     below: float
+    inputs: int
     logits: int
     passing: int
 
@@ -114,6 +116,7 @@ class Step:
         gpus: int = 1,
         sharded: bool = False,
         checkpointing: bool = False,
+        offload: bool = False,
         accumulate: int = 1,
     ) -> float:
         """Most bytes on a GPU at any time of a step.
@@ -129,6 +132,7 @@ class Step:
             gpus: how many.
             sharded: FSDP2, otherwise DDP.
             checkpointing: of activations.
+            offload: with it, of inputs of units to main memory.
             accumulate: packs a step.
         """
         stays, gradients, late = float(self.weights + self.optimiser), float(self.gradients), float(self.late)
@@ -140,11 +144,12 @@ class Step:
             copies, unit_copies = self.rest_copies, 0
         elif gpus > 1:
             stays += gradients
+        kept = self.kept - offload * self.inputs
         moment = documents * (self.largest + self.passing) + unit_copies + gathered
         begins = documents * (self.activations + max(self.logits, self.passing)) + copies + gathered
         if checkpointing:
-            loss = documents * (self.kept + self.logits) + copies + gathered
-            begins = max(loss, documents * self.kept + moment)
+            loss = documents * (kept + self.logits) + copies + gathered
+            begins = max(loss, documents * kept + moment)
         ends = gradients - late + documents * self.below + moment
         return stays + max(begins + gradients * (accumulate > 1), ends, gradients)
 
@@ -215,6 +220,7 @@ def trace(
         kept=images * encoder.activations() + rest.kept(),
         largest=max(nbytes(unit.saved) for unit in rest.units),
         below=images * encoder.activations() + rest.below(),
+        inputs=rest.inputs(),
         logits=(LOSS_BYTES + KL_BYTES * (teacher is not None)) * logits.numel(),
         passing=passing(model, autocast, rest.units),
     )
@@ -325,6 +331,10 @@ class Recording:
         for unit in self.units:
             storages |= unit.given if unit.saved else {}
         return nbytes(storages)
+
+    def inputs(self) -> int:
+        """Of what is kept, those of units, without the first."""
+        return self.kept() - nbytes(self.outside.saved | self.outside.given | self.units[0].given)
 
     def below(self) -> int:
         return nbytes(self.before.saved | self.units[0].given)

@@ -6,12 +6,14 @@ Legend of shapes in `lit_eemllm.layout`.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
@@ -85,13 +87,16 @@ class Packed(ModelParts):
         decoder = self.language_model.model
         again, kept = self.activation_checkpointing and torch.is_grad_enabled(), None
         none_0h = x_Th.new_zeros(0, x_Th.shape[1])
-        for layer in decoder.layers:
-            if layer.row.source == "own":  # else it would be kept with the layer's input
-                x_Vh = none_0h
-            if again:
-                x_Th, x_Vh, kept = checkpoint(self.run_layer, layer, x_Th, x_Vh, stream, kept, use_reentrant=False)
-            else:
-                x_Th, x_Vh, kept = self.run_layer(layer, x_Th, x_Vh, stream, kept)
+        # seen by `checkpoint`, which saves inputs alone; what a layer saves when it is computed again stays on the device
+        place = save_on_cpu(pin_memory=x_Th.is_cuda) if again and self.activation_offload else nullcontext()
+        with place:
+            for layer in decoder.layers:
+                if layer.row.source == "own":  # else it would be kept with the layer's input
+                    x_Vh = none_0h
+                if again:
+                    x_Th, x_Vh, kept = checkpoint(self.run_layer, layer, x_Th, x_Vh, stream, kept, use_reentrant=False)
+                else:
+                    x_Th, x_Vh, kept = self.run_layer(layer, x_Th, x_Vh, stream, kept)
         return decoder.norm(x_Th)
 
     def run_layer(

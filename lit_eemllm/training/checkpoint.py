@@ -307,7 +307,7 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
     """Refuse to continue a run with another configuration. Raises CheckpointError naming every key that may not change.
 
     May change: ``trainer.*`` but the precision and the packs per step (gradient accumulation x ranks), the attention backend,
-    activation checkpointing, the number of steps, and how often the run logs, saves and validates. The data module checks its
+    activation checkpointing and where that keeps inputs, the number of steps, and how often the run logs, saves and validates. The data module checks its
     own keys.
     """
     packs_seen = saved_packs(checkpoint)["current"]
@@ -320,6 +320,7 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
         "attention",
         "compile",
         "activation_checkpointing",
+        "activation_offload",
         "max_steps",
         "save_every",
         "val_every",

@@ -63,6 +63,7 @@ class LitEEMLLM(LightningModule):
         self.config, self.tokenizer = config, tokenizer
         self.trained = apply_tuning(model, config.optim, config.model.dtype)
         model.activation_checkpointing = config.optim.activation_checkpointing
+        model.activation_offload = config.optim.activation_offload
         self.model = model
         self.mechanisms = Schedule.of(config, model.mechanism, model.config.text_config)
         for mechanism in self.mechanisms.all:  # now, and not in the step that draws it

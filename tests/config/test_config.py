@@ -265,6 +265,7 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
             ["optim.projector_lr=1", "optim.tuning={projector: frozen, llm: full}"],
             "optim.projector_lr: has no effect: optim.tuning.projector is frozen",
         ),
+        (["optim.activation_offload=true"], "optim.activation_offload: has no effect without optim.activation_check"),
         (
             ["optim.states=8bit", "trainer.strategy=fsdp2"],
             "optim.states: found 8bit together with trainer.strategy=fsdp2, which shards weights",

@@ -11,7 +11,13 @@ LAYERS, TEXT, VISUAL = 4, 256, 576
 
 
 def measured_and_estimated(
-    mechanism: str, tuning: str, checkpointing: bool, documents: int, kind: str, teacher: str | None = None
+    mechanism: str,
+    tuning: str,
+    checkpointing: bool,
+    documents: int,
+    kind: str,
+    teacher: str | None = None,
+    offload: bool = False,
 ) -> list[float]:
     """Peaks of a step in which the optimiser has its moments, beyond weights and moments, and those."""
     import torch
@@ -27,7 +33,8 @@ def measured_and_estimated(
     from lit_eemllm.model import EEMLLM, EEMLLMConfig
 
     taught = [] if teacher is None else [f"optim.mechanisms=[{{teacher: {{preset: {teacher}}}}}]"]
-    config = steps.configuration(tuning, checkpointing, kind, f"model.mechanism.preset={mechanism}", *taught)
+    options = [f"model.mechanism.preset={mechanism}", f"optim.activation_offload={str(offload).lower()}", *taught]
+    config = steps.configuration(tuning, checkpointing, kind, *options)
     parts = parts_of_shape("vicuna-7b")
     parts.decoder.num_hidden_layers = LAYERS
     made = build_mechanism(mechanism, LAYERS)
@@ -50,7 +57,8 @@ def measured_and_estimated(
     source = None if teacher is None else build_mechanism(teacher, LAYERS)
     step = trace(config, parts, made, Document(TEXT, VISUAL, TEXT), source)
     stays = step.weights + step.optimiser
-    return [world.peak - stays, step.most_bytes(documents, checkpointing=checkpointing) - stays, stays]
+    estimated = step.most_bytes(documents, checkpointing=checkpointing, offload=offload)
+    return [world.peak - stays, estimated - stays, stays]
 
 
 def check(*case):
@@ -73,6 +81,17 @@ def test_peak(mechanism, tuning, checkpointing):
 def test_peak_with_a_teacher(mechanism, kind):
     """At the loss: of a mechanism that saves little, or with recomputing."""
     check(mechanism, "frozen", mechanism == "ee_mllm", 12, kind, "llava")
+
+
+@pytest.mark.slow
+@on_fake_cuda
+def test_peak_with_inputs_in_main_memory():
+    """It falls, by what `estimate` says."""
+    global LAYERS
+    LAYERS = 12  # in this process
+    there, away = (measured_and_estimated("llava", "lora", True, 12, "bfloat16", None, way) for way in (False, True))
+    assert [there[1], away[1]] == pytest.approx([there[0], away[0]], rel=0.03)
+    assert there[0] - away[0] > 0.3 * 2**30
 
 
 @pytest.mark.slow

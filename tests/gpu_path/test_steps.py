@@ -94,6 +94,34 @@ def test_a_step_with_a_teacher_does_not_either():
     check("llava", list(covering("llava")), "model.mechanism.preset=llava", f"optim.mechanisms={schedule}")
 
 
+@pytest.mark.parametrize("mechanism", ["p_mod", "saisa"])
+@on_fake_cuda
+def test_a_step_with_inputs_of_layers_in_main_memory_does_not_either(mechanism):
+    """What is copied there is page-locked, every layer's text and visual rows; nothing changes by it, bit for bit."""
+    import tiny
+    from lib.fake_cuda import steps
+    from lib.fake_cuda.world import World
+
+    check(
+        mechanism,
+        [("flash", "lora", True, "float32"), ("sdpa", "frozen", True, "exact")],
+        "optim.activation_offload=true",
+    )
+    found, copies = [], []
+    for offload in ("false", "true"):
+        config = steps.configuration("frozen", True, "exact", f"optim.activation_offload={offload}")
+        with World() as world:
+            module = steps.training_module(steps.model(mechanism), config, "cuda")
+            module.model._backend = steps.backend("sdpa", "exact")
+            world.forget()
+            found.append([float(x) for x in steps.optimiser_step(module, tiny.pack(steps.PACK))])
+            found[-1] += [x.tolist() for x in module.model.projector.parameters()]
+        copies.append(world.launches["copy to host"])
+    assert found[0] == found[1]
+    layers = len(module.model.language_model.model.layers)
+    assert copies[1] - copies[0] == {"p_mod": 2, "saisa": 1}[mechanism] * layers
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mechanism", ["llava", "ee_mllm", "flamingo", "apart"])  # whose layers differ most
 @on_fake_cuda

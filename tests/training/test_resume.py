@@ -160,7 +160,8 @@ def test_fewer_steps_than_are_done_are_refused(tmp_path, parts, shapes, run):
 
 def test_recomputed_activations_change_nothing_under_way(tmp_path, parts, shapes, run):
     out = copy_of(run, tmp_path, 2)
-    fit(tiny.config(parts, shapes, out, "optim.max_steps=4", "data.val=null", "optim.activation_checkpointing=true"))
+    again = ["optim.activation_checkpointing=true", "optim.activation_offload=true"]
+    fit(tiny.config(parts, shapes, out, "optim.max_steps=4", "data.val=null", *again))
     ends = [read_checkpoint(newest_checkpoint(one)) for one in (out, run)]
     for section in ("state_dict", "optimizer_states", "rng"):
         assert_same(ends[0][section], ends[1][section], section)

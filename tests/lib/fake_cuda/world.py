@@ -236,6 +236,10 @@ class World(TorchDispatchMode):
             pinned = args[0].clone()
             self._pinned[pinned.untyped_storage()._cdata] = pinned  # kept: another could get its address
             return pinned
+        if packet is aten.empty and kwargs.get("pin_memory"):
+            return self._on_cpu(
+                aten._pin_memory, aten._pin_memory, [func(*args, **{**kwargs, "pin_memory": False})], {}
+            )
         if packet is aten.is_pinned:
             return self._is_pinned(args[0])
         return func(*args, **kwargs)
@@ -274,7 +278,8 @@ class World(TorchDispatchMode):
                 self.note("blocking copy", f"{source.dtype} {tuple(source.shape)}")
         elif source.numel():
             self.launches["copy to host"] += 1
-            self.note("wait", f"copy to host of {source.dtype} {tuple(source.shape)}")
+            if not (hurry and into is not None and self._is_pinned(into)):
+                self.note("wait", f"copy to host of {source.dtype} {tuple(source.shape)}")
         held = source.held if isinstance(source, CudaTensor) else source
         if into is not None:
             target = into.held if isinstance(into, CudaTensor) else into

@@ -1,7 +1,11 @@
-"""How many kernels a decoder layer starts on a GPU, beside transformers' own layer on the same shapes."""
+"""How many kernels a decoder layer starts on a GPU, and the bytes that they read and write, beside transformers' own layer on the same
+shapes."""
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
 from lib.fake_cuda import on_fake_cuda
 
 MORE = {
@@ -17,7 +21,6 @@ MORE = {
 def launches_of_a_layer(mechanism: str | None, backend: str = "flash") -> int:
     """Of a prompt without gradients, in bfloat16: those of four layers less those of three. None: transformers' Llama."""
     import copy
-    from collections import Counter
 
     import tiny
     import torch
@@ -60,3 +63,77 @@ def test_a_layer_starts_few_kernels_more_than_transformers_own():
     base = launches_of_a_layer(None)
     assert base == 38
     assert {case: launches_of_a_layer(*case) - base for case in MORE} == MORE
+
+
+TEXT, VISUAL = 256, 576
+MOVED = {
+    ("llava", "flash"): 1.035,
+    ("llava", "sdpa"): 1.035,
+    ("ee_mllm", "flash"): 1.025,
+    ("ee_mllm", "sdpa"): 1.008,
+    ("vica", "flash"): 0.999,  # beside a layer of text alone; transformers' makes a mask
+}
+"""Mechanism, backend -> bytes beside those of transformers' layer at 7B, 1,080.6 MB, of which 404.8 are weights."""
+
+
+def bytes_of_a_layer(mechanism: str | None, backend: str, visual: int) -> Counter[str]:
+    """Likewise, of one prompt at the widths of a 7B decoder: those that operators read and write, by name."""
+
+    import torch
+    from lib.fake_cuda.world import World
+    from transformers import AutoModelForCausalLM
+
+    from lit_eemllm.attention.flash import Flash
+    from lit_eemllm.attention.sdpa import Sdpa
+    from lit_eemllm.cost.weightless import parts_of_shape
+    from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
+    from lit_eemllm.mechanisms import build_mechanism
+    from lit_eemllm.model import EEMLLM, EEMLLMConfig
+
+    counted = []
+    for layers in (3, 4):
+        parts = parts_of_shape("vicuna-7b")
+        parts.decoder.num_hidden_layers = layers
+        with World(numbers=False) as world, torch.no_grad():
+            with torch.device("meta"):
+                if mechanism is None:
+                    model = AutoModelForCausalLM.from_config(parts.decoder, attn_implementation="sdpa")
+                else:
+                    made, vision = (
+                        build_mechanism(mechanism, layers),
+                        {"encoder": parts.encoder, "config": parts.vision},
+                    )
+                    model = EEMLLM(EEMLLMConfig(parts.decoder, vision, made.to_dict(), parts.decoder.vocab_size))
+            model.to(torch.bfloat16).to_empty(device="cuda").to("cuda")
+            if mechanism is None:
+                states = torch.zeros(1, TEXT + visual, 4096, dtype=torch.bfloat16, device="cuda")
+                world.forget()
+                model.model(inputs_embeds=states, use_cache=False)
+            else:
+                model._backend = Sdpa() if backend == "sdpa" else Flash("PyTorch")
+                half = Run(False, TEXT // 2)
+                layout = SequenceLayout.of([[half, Run(True, visual), half]])
+                rows, ids = torch.arange(TEXT), torch.zeros(layout.num_tokens, dtype=torch.long)
+                batch = PackedBatch(ids, rows, torch.zeros_like(rows), torch.zeros(1, 3, 336, 336), layout, [])
+                batch = batch.pin_memory().to(model.device)
+                world.forget()
+                model.packed_logits(batch)
+            counted.append(Counter(world.traffic))
+    found = counted[1] - counted[0]
+    del found["_unsafe_view.default"]  # moves none
+    return found
+
+
+@pytest.mark.slow
+@on_fake_cuda
+def test_a_layer_moves_hardly_more_bytes_than_transformers_own():
+    base = {visual: bytes_of_a_layer(None, "sdpa", visual) for visual in (0, VISUAL)}
+    rows, h, ffn = TEXT + VISUAL, 4096, 11008
+    weights, activations = 4 * h * h + 3 * h * ffn, rows * (4 * (h + h) + 3 * (h + ffn))
+    assert base[VISUAL]["mm.default"] == 2 * (weights + activations), "the seven products, by hand"
+    assert base[VISUAL].total() == pytest.approx(1080.6e6, abs=5e4)
+    found = {
+        case: bytes_of_a_layer(*case, VISUAL).total() / base[0 if case[0] == "vica" else VISUAL].total()
+        for case in MOVED
+    }
+    assert found == pytest.approx(MOVED, abs=5e-4)

@@ -130,6 +130,7 @@ class World(TorchDispatchMode):
     Attributes:
         notes: how often what was seen.
         launches: operators that reached the device, by name; views are none.
+        traffic: bytes that these read and wrote there, each tensor once: by name.
         now, peak: bytes that tensors without numbers take on the device, and the most so far.
     """
 
@@ -138,6 +139,7 @@ class World(TorchDispatchMode):
         self.home = "cpu" if numbers else "meta"
         self.notes: Counter[Note] = Counter()
         self.launches: Counter[str] = Counter()
+        self.traffic: Counter[str] = Counter()
         self.now = self.peak = self._inside = 0
         self._pinned: dict[int, Tensor] = {}
         self._seen: set[int] = set()
@@ -166,6 +168,7 @@ class World(TorchDispatchMode):
         """What was noted and launched so far."""
         self.notes.clear()
         self.launches.clear()
+        self.traffic.clear()
 
     def note(self, kind: str, what: object = "") -> None:
         self.notes[Note(kind, str(what), _line())] += 1
@@ -207,8 +210,10 @@ class World(TorchDispatchMode):
         if on:
             self._refuse_mixing(func, packet, leaves, args)
         self._wait(func, packet, args, kwargs)
-        if not func.is_view and packet is not aten._fused_sdp_choice:
-            self.launches[func.__name__ if func.namespace == "aten" else str(func)] += 1
+        launch = None if func.is_view or packet is aten._fused_sdp_choice else func.__name__
+        if launch is not None:
+            launch = launch if func.namespace == "aten" else str(func)
+            self.launches[launch] += 1
         kernel = kernels.KERNELS.get(packet) if self.home == "cpu" else None
         args, kwargs = _mapped(_held, args), {name: _mapped(_held, x) for name, x in kwargs.items()}
         if packet is aten._fused_sdp_choice:
@@ -219,6 +224,8 @@ class World(TorchDispatchMode):
         if self.home == "meta" and packet in WAITS:
             return self._unknown(packet, args)
         found = kernel(func, *args, **kwargs) if kernel is not None else func(*args, **kwargs)
+        if launch is not None:
+            self.traffic[launch] += sum(x.nbytes for x in (*on, *_tensors([found])))
         if func._schema.is_mutable:
             return self._changed(func, on, leaves, found)
         if named is not None and named.type == "cpu":
@@ -270,6 +277,8 @@ class World(TorchDispatchMode):
         hurry = kwargs.get("non_blocking") or (packet is aten.copy_ and len(args) > 2 and args[2])
         if isinstance(source, CudaTensor) and to_cuda:
             self.launches[func.__name__] += 1
+            width = (into.dtype if into is not None else kwargs.get("dtype") or source.dtype).itemsize
+            self.traffic[func.__name__] += source.nbytes + source.numel() * width
         elif to_cuda and source.numel():
             self.launches["copy to device"] += 1
             if not self._is_pinned(source):

@@ -26,7 +26,7 @@ from .preflight import preflight
 from .terminal import say
 
 DATA = Path("runs/demo/data")
-TRAINED = ("llava", "ee_mllm", "naavit", "shortv", "saisa", "vica", "flamingo")
+TRAINED = ("llava", "ee_mllm", "naavit", "shortv", "saisa", "vica", "flamingo", "casa")
 JOURNEYS = {"demo": (("ee_mllm", "llava"), 1), "compare": (("ee_mllm", "llava"), 3), "mechanisms": (TRAINED, 1)}
 """Mechanisms and seeds."""
 Stage = tuple[str, float, Callable[[], None]]

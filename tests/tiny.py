@@ -204,7 +204,7 @@ def model(
         for name, parameter in result.named_parameters():
             if (name.startswith("language_model") and parameter.ndim == 1) or name.endswith("_gate"):
                 parameter.add_(0.2 * torch.randn_like(parameter) + 0.5 * name.endswith("_gate"))
-            if name.startswith(("experts", "routers")):  # they begin as copies, and at zero
+            if name.startswith(("experts", "casa", "routers")):  # they begin as copies, and at zero
                 parameter.add_(0.1 * torch.randn_like(parameter))
     result.set_attention("reference")
     return result

@@ -67,9 +67,9 @@ class AlignerConfig:
 @dataclass
 class MechanismConfig:
     preset: str = "ee_mllm"
-    """How visual tokens are treated: llava, ee_mllm, ee_mllm_f, naavit, shortv, saisa, vica, flamingo, fastv, pyramid_drop, hidrop,
-    visionzip, withdrawal, visipruner, skip_vision, operator_skipping, bidirectional, visual_experts, p_mod, deepstack, sampled or one of
-    your own; fills the nulls below."""
+    """How visual tokens are treated: llava, ee_mllm, ee_mllm_f, naavit, shortv, saisa, vica, flamingo, casa, fastv, pyramid_drop,
+    hidrop, visionzip, withdrawal, visipruner, skip_vision, operator_skipping, bidirectional, visual_experts, p_mod, deepstack, sampled
+    or one of your own; fills the nulls below."""
     dense_layers: Annotated[Any, LAYERS] = None
     """Layers in which visual tokens also query: "all", "none" or a list of layer numbers."""
     cross_layers: Annotated[Any, LAYERS] = None

@@ -294,7 +294,7 @@ class Stream:
         q_QNH, k_SKH = q_QNH.to(v_SKH.dtype), k_SKH.to(v_SKH.dtype)  # under autocast, rotary angles are float32
         if view.kept and self.cached is not None and self.cache is not None:
             grid = self._grid(view)
-            k_BKLH, v_BKLH = self.cache.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
+            k_BKLH, v_BKLH = self.cached.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
             mask_BQL = self._mask(view, grid, kind.window)
             if self.cached.past:
                 rows = view.layout.query_rows(kind)
@@ -321,7 +321,7 @@ class Stream:
         k_SKH, v_SKH = view.of(k_RKH), view.of(v_RKH)
         if self.cached is not None and self.cache is not None:
             grid = self._grid(view)
-            k_BKLH, v_BKLH = self.cache.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
+            k_BKLH, v_BKLH = self.cached.update(grid.pad(k_SKH), grid.pad(v_SKH), layer)
             seen_BL = self._once(("marked", view.name, seen), lambda: self._marked(here, seen, view, grid))
             mask_BQL = self._mask(view, grid, alone.window)
             if self.cached.past:

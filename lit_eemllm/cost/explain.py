@@ -60,7 +60,7 @@ def explain(config: Config, *, shape: str | None, text: int, visual: int | None,
     preset, layers = config.model.mechanism.preset, parts.decoder.num_hidden_layers
     mechanism = configured_mechanism(config.model.mechanism, layers)
     visual = prompt_of(parts, text, visual)
-    sizes = Sizes(parts.decoder.hidden_size, layers, parts.vision_width)
+    sizes = Sizes.of(parts.decoder, parts.vision_width)
     with torch.device("meta"):
         blocks = [mechanism.block(layer, sizes) for layer in range(layers)]
     modules = ["–" if block is None else "inside it" if isinstance(block, Inner) else "before it" for block in blocks]

@@ -64,7 +64,7 @@ def layer_flops(
 ) -> list[int]:
     """Of each layer, with the module before it; arguments as in `prefill_flops`."""
     layers = decoder.num_hidden_layers
-    sizes = Sizes(decoder.hidden_size, layers, vision_width, connector=connector)
+    sizes = Sizes.of(decoder, vision_width, connector=connector)
     table = mechanism.table(layers)
     table = executed(table) if last_layer_saving else table
     unrotated = mechanism.visual_positions == "unrotated"
@@ -123,7 +123,7 @@ def row_flops(
 def decode_flops(mechanism: Mechanism, decoder: Any, text: int, visual: int) -> int:
     """FLOPs of the decoder layers for one new token after a prompt."""
     w, _, _, text_row = _widths(decoder)
-    sizes = Sizes(decoder.hidden_size, decoder.num_hidden_layers, 0)
+    sizes = Sizes.of(decoder)
     score = 6 if mechanism.visual_positions == "unrotated" else 4
     return sum(
         text_row
@@ -144,7 +144,7 @@ def cache_bytes(mechanism: Mechanism, decoder: Any, text: int, visual: int, item
         itemsize: bytes of a number.
     """
     _, w_kv, _, _ = _widths(decoder)
-    sizes = Sizes(decoder.hidden_size, decoder.num_hidden_layers, 0)
+    sizes = Sizes.of(decoder)
     width = w_kv * (3 if mechanism.visual_positions == "unrotated" else 2)
     return itemsize * sum(
         (text + row.kept.count(visual)) * width + mechanism.block_cost(layer, sizes, text, visual).kept
@@ -154,8 +154,6 @@ def cache_bytes(mechanism: Mechanism, decoder: Any, text: int, visual: int, item
 
 def _widths(decoder: Any) -> tuple[int, int, int, int]:
     """Width of all query heads and of all key heads, and FLOPs of a row in the feed-forward network and in all matrices of a layer."""
-    h, heads = decoder.hidden_size, decoder.num_attention_heads
-    size = getattr(decoder, "head_dim", None) or h // heads
-    w, w_kv = size * heads, size * decoder.num_key_value_heads
+    h, (w, w_kv) = decoder.hidden_size, Sizes.of(decoder).widths
     ffn = 2 * FAMILIES[decoder.model_type].ffn_matrices * h * decoder.intermediate_size
     return w, w_kv, ffn, 2 * (2 * h * w + 2 * h * w_kv) + ffn

@@ -16,7 +16,6 @@ from torch import nn
 
 from ..config import flat
 from ..config.keys import MechanismConfig
-from ..core.decoder import Inner
 from ..errors import ConfigError
 from ..mechanisms import PRESETS, Connector, ConnectorModule, Mechanism, build_connector, build_mechanism
 from ..mechanisms.connectors import LayerwiseProjector
@@ -144,7 +143,7 @@ def _take_blocks(model: EEMLLM, new: EEMLLM) -> dict[str, str]:
     for layer, block in new.blocks.items():
         kept = model.blocks[layer].state_dict() if alike and layer in model.blocks else {}
         block.load_state_dict(kept, strict=False)
-        begins = "copied" if isinstance(block, Inner) and block.copies else "fresh"
+        begins = "copied" if getattr(block, "copies", ()) else "fresh"
         prefix = f"{new.mechanism.blocks_name}.{layer}"
         fates |= {f"{prefix}.{name}": "kept" if name in kept else begins for name in block.state_dict()}
     return fates

@@ -8,7 +8,7 @@ from .connectors import CONNECTORS, Added, Connector, ConnectorModule, Projector
 
 _FILES = (
     "pooling",
-    "llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo",
+    "llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo", "casa",
     "fastv", "pyramid_drop", "hidrop", "withdrawal", "visipruner", "visionzip",
     "sampled", "skip_vision", "operator_skipping", "bidirectional", "visual_experts", "p_mod", "deepstack",
 )  # fmt: skip

@@ -298,6 +298,12 @@ class Mechanism:
                 wrong += [(f"rows.{layer}.{column}", text) for column, text in row.problems()]
         return wrong or [(f"rows.{layer}.tokens", text) for layer, text in ranking_problems(table)]
 
+    def outside_problems(self, name: str, num_layers: int) -> list[tuple[str, str]]:
+        """Likewise for a mechanism whose images are no part of the sequence; `name` of its field."""
+        if self.visual_positions == "none" and not any(row.update or not row.blind for row in self.table(num_layers)):
+            return []
+        return [(name, "needs cross_layers none, dense_layers none, the aligner off and visual_positions none")]
+
     def stretched(self, num_layers: int, of: int = 32) -> Self:
         """The mechanism with its layer numbers, given for a decoder of `of` layers, scaled to `num_layers`."""
         drops: dict[int, float] = {}  # those that meet in a layer add up

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..core.decoder import DecoderLayer
+from ..core.table import LayerPlan
 from ..errors import ConfigError, did_you_mean
 from ..inputs.reduction import Grids, Order, Reduction
 from ..layout import upload
@@ -74,6 +77,7 @@ class Sizes:
         vision: width of the encoder's features.
         newline: whether a learned visual token ends each row of an image cut into tiles (LLaVA-1.6).
         connector: makes visual tokens of features, where the mechanism does not do that itself.
+        widths: of all query heads of a decoder layer side by side, and of all key heads.
     """
 
     hidden: int
@@ -81,6 +85,14 @@ class Sizes:
     vision: int
     newline: bool = False
     connector: Connector = DEFAULT
+    widths: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, decoder: Any, vision: int = 0, newline: bool = False, connector: Connector = DEFAULT) -> Sizes:
+        """Of a decoder's transformers config; the rest as above."""
+        size = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+        widths = size * decoder.num_attention_heads, size * decoder.num_key_value_heads
+        return cls(decoder.hidden_size, decoder.num_hidden_layers, vision, newline, connector, widths)
 
 
 CONNECTORS: dict[str, Connector] = {DEFAULT.name: DEFAULT}
@@ -234,6 +246,43 @@ class CrossAttention(nn.Module):
     def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
         k, v = (project(media).unflatten(-1, (self.heads, -1)) for project in (self.k_proj, self.v_proj))
         return k, v
+
+
+class AttentionAlone(DecoderLayer):
+    """A decoder layer without a feed-forward network, in which text sees images that nothing updates."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        norms = layer.family.norms
+        names = ["self_attn", *(name for name in (norms.before_attention, norms.after_attention) if name is not None)]
+        parts = nn.ModuleDict({name: deepcopy(getattr(layer, name)) for name in names})
+        super().__init__(parts, layer.index, layer.family, layer.rotates)
+        self.row = LayerPlan(update=frozenset())
+
+    def _feed_forward(self, h_Rh: Tensor, text: int, w_R1: Tensor | None = None) -> Tensor:
+        return h_Rh
+
+    def of_no_rows(self, x_0h: Tensor) -> Tensor:
+        """What all its weights make of no rows, [0, h]: their gradients are zero, and there."""
+        u_0h = self._norm("before_attention", x_0h, 0)
+        q_0NH, k_0KH, v_0KH = (self._heads(kind, u_0h, 0) for kind in "qkv")
+        mixed_0w = q_0NH.flatten(-2) + self._repeated(k_0KH) + self._repeated(v_0KH)
+        return self._norm("after_attention", self._run("o_proj", mixed_0w, 0), 0)
+
+
+class Beside(Added):
+    """A block before a decoder layer, with attention of its own, which begins as a copy of the layer's, its norms included."""
+
+    copies = ("norms", "qkv", "output")
+    attention: AttentionAlone
+
+    def copy(self, layer: DecoderLayer) -> None:
+        """Make the copies."""
+        self.__dict__["layer"] = layer  # belongs to the decoder
+        self.attention = AttentionAlone(layer)
+
+    def reset_parameters(self) -> None:
+        values = self.__dict__["layer"].state_dict()
+        self.attention.load_state_dict({name: values[name] for name in self.attention.state_dict()})
 
 
 def padded(rows: Tensor, lengths: Sequence[int]) -> Tensor:

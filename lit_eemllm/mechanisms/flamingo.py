@@ -105,11 +105,7 @@ class Flamingo(Mechanism):
         return BlockCost(text * row + 4 * width * inner * tokens, row, 2 * tokens * inner)
 
     def problems(self, num_layers: int) -> list[tuple[str, str]]:
-        found = super().problems(num_layers)
-        table = self.table(num_layers)
-        if self.visual_positions != "none" or any(row.update or not row.blind for row in table):
-            text = "needs cross_layers none, dense_layers none, the aligner off and visual_positions none"
-            found.append(("gated", text))
+        found = super().problems(num_layers) + self.outside_problems("gated", num_layers)
         if min(self.gated.every, self.gated.heads, self.gated.head_size, self.gated.depth) < 1:
             found.append(("gated", f"found {self.gated}: every, heads, head_size and depth are 1 or more"))
         return found

@@ -25,7 +25,7 @@ class StreamCache(DynamicCache):
         columns: columns of ids so far; a layer may hold fewer.
         masks: for each view [B, width], True where its columns are no padding; and other marks of its columns, see `CachedPass.marked`.
         next_position_B: the position of the next token of each sequence.
-        media: per gated layer, keys and values of the images that new text sees [B, heads, R, H], with their mask [B, R].
+        media: per block that attends, keys and values that new text sees [B, heads, R, H], with their mask [B, R].
     """
 
     def __init__(self) -> None:
@@ -124,6 +124,16 @@ class CachedPass:
         if cache is not None:
             cache.columns += mask_BL.shape[1]
 
+    def update(self, k_BKWH: Tensor, v_BKWH: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Append new columns to a layer's keys and values, and return all of them, [B, K, past + W, H]."""
+        assert self.cache is not None
+        k_BKLH, v_BKLH = self.cache.update(k_BKWH, v_BKWH, layer)
+        return k_BKLH, v_BKLH
+
+    def windows(self, row_R: Tensor | None, image_R: Tensor, last_B: Tensor, longest: int | None) -> WindowPass:
+        """For blocks that attend to windows; arguments as there."""
+        return WindowPass(self, row_R, image_R, last_B, longest)
+
     def earlier_keys(self, layer: int, view: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """The rotated keys of earlier passes in a layer's cache, [B, K, L, H], which are no padding, [B, L], and if a window needs
         them their positions, [B, L]; None if there are none."""
@@ -168,6 +178,55 @@ class CachedPass:
             sees_QL = column_L <= column_L[real_BL.shape[1] - new_BW.shape[1] :, None]
             self._grids[view] = Grid(slots_R, tuple(new_BW.shape), real_BL[:, None] & sees_QL)
         return self._grids[view]
+
+
+class WindowPass(CachedPass):
+    """The same pass for blocks that attend to windows, each an image and the text after it up to the next one. Of every sequence the cache
+    holds the last window alone, in `StreamCache.media`.
+
+    Args:
+        whole: the pass.
+        row_R: rows of the stream that are in windows, ascending; None = all.
+        image_R: of each of these the number of its image among those of its sequence in this pass, from 1; 0 = it goes on in the
+            window that the cache holds, if that has an image.
+        last_B: of each sequence the number of its last image; 0 = it has none in this pass.
+        longest: rows of the longest last window, before which all columns are dropped; None = old windows go on.
+    """
+
+    def __init__(
+        self, whole: CachedPass, row_R: Tensor | None, image_R: Tensor, last_B: Tensor, longest: int | None
+    ) -> None:
+        assert whole.cache is not None
+        main, self.cache = whole.grid("all", []), whole.cache
+        held = next((mask for _, _, mask in self.cache.media.values()), None)
+        self.past = int(held is not None)
+        held_BR = last_B.new_zeros(len(last_B), 0, dtype=torch.bool) if held is None else held
+        self.lengths_B = held_BR.sum(1)
+        """Rows of the windows that are held; 0 = none."""
+        grid = replace(main, slots_R=row_R if row_R is not None and main.slots_R is None else main._slots(row_R))
+        image_BW = grid.pad(image_R[:, None, None] + 1)[:, 0, :, 0]  # 0 is padding
+        column_W = torch.arange(main.shape[1], device=image_R.device)
+        same_BWW = (image_BW[:, :, None] == image_BW[:, None]) & (image_BW > 0)[:, None]
+        new_BWW = same_BWW & (column_W <= column_W[:, None])
+        old_BWR = (image_BW == 1)[:, :, None] & held_BR[:, None]
+        self._window_grid = replace(grid, mask_BQL=torch.cat([old_BWR, new_BWW], 2))
+        goes_on_B1 = (last_B == 0)[:, None] & (self.lengths_B > 0)[:, None]
+        last_BW = (image_BW == last_B[:, None] + 1) & (goes_on_B1 | (last_B > 0)[:, None])
+        mask_BL = torch.cat([held_BR & goes_on_B1, last_BW], 1)
+        self._dropped = 0 if longest is None else mask_BL.shape[1] - longest
+        self._mask_BL = mask_BL[:, self._dropped :]
+
+    def grid(self, view: str, lengths: list[int]) -> Grid:
+        return self._window_grid
+
+    def update(self, k_BKWH: Tensor, v_BKWH: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        assert self.cache is not None
+        if self.past:
+            k, v, _ = self.cache.media[layer]
+            k_BKWH, v_BKWH = torch.cat([k, k_BKWH], 2), torch.cat([v, v_BKWH], 2)
+        k, v = (x[:, :, self._dropped :].clone() if self._dropped else x for x in (k_BKWH, v_BKWH))
+        self.cache.media[layer] = k, v, self._mask_BL
+        return k_BKWH, v_BKWH
 
 
 def one_token_each(sequences: int, device: torch.device) -> SequenceLayout:

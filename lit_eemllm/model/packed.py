@@ -112,6 +112,8 @@ class Packed(ModelParts):
         """Whether visual states do not depend on text, so that keys of images can be reused."""
         if self.mechanism.no_later_images or torch.is_grad_enabled() or by_encoder(self.table):
             return False  # the keys of an image do not say how important its tokens are
+        if all(row.blind for row in self.table):
+            return False  # only blocks see images
         return not any(
             row.dense or isinstance(row.tokens, Routed) or (row.queries and isinstance(row.tokens, Top))
             for row in self.table

@@ -26,6 +26,7 @@ from ..core.table import Table, by_encoder, executed, ranked_in
 from ..errors import ConfigError
 from ..mechanisms import Added, Mechanism, Sizes, build_connector
 from ..mechanisms.build import read_mechanism
+from ..mechanisms.connectors import Beside
 from .configuration import EEMLLMConfig
 from .image_cache import ImageCache
 from .pretrained import adopt
@@ -79,17 +80,19 @@ class ModelParts(PreTrainedModel):
             block = self.mechanism.block(layer.index, sizes)
             if block is not None:
                 blocks[str(layer.index)] = block
+            if getattr(block, "copies", ()) and getattr(self.language_model, "is_quantized", False):
+                text = "this mechanism has copies of the decoder's weights, which are trained: set null"
+                raise ConfigError(f"model.quantization: {text}")
             if isinstance(block, Inner):
-                if block.copies and getattr(self.language_model, "is_quantized", False):
-                    text = "visual rows get copies of the decoder's weights, which are trained: set null"
-                    raise ConfigError(f"model.quantization: {text}")
                 layer.adopt(block)
+            elif isinstance(block, Beside):
+                block.copy(layer)
         self.add_module(self.mechanism.blocks_name, blocks)
 
     @property
     def sizes(self) -> Sizes:
-        decoder, newline = self.config.text_config, self.vision.transform.order([]) is not None
-        return Sizes(decoder.hidden_size, decoder.num_hidden_layers, self.vision.hidden_size, newline, self.connector)
+        newline = self.vision.transform.order([]) is not None
+        return Sizes.of(self.config.text_config, self.vision.hidden_size, newline, self.connector)
 
     @property
     def blocks(self) -> nn.ModuleDict:

@@ -45,7 +45,7 @@ def test_a_llava_becomes_any_mechanism_with_its_weights_untouched(llava_folder, 
     elif preset == "flamingo":
         assert fates(ledger) == stays | {("projector", "fresh"), ("projector", "dropped"), ("gated", "fresh")}
     elif new.blocks:
-        begins = "copied" if preset == "visual_experts" else "fresh"
+        begins = "copied" if preset in ("visual_experts", "casa") else "fresh"
         assert fates(ledger) == stays | {("projector", "kept"), (mechanism.blocks_name, begins)}
     else:
         assert fates(ledger) == stays | {("projector", "kept")} and new is model

@@ -42,6 +42,7 @@ MECHANISMS = {
     "every second token is there": Mechanism(dense_layers=(1,), rows=(("1-", (("tokens", "every 2"),)),)),
     "blind, but updated": Mechanism(rows=(("0", (("seen", "none"),)), ("1", (("tokens", "every 2"), ("seen", "every 3"))))),
     "a window in some": Mechanism(rows=(("1", (("attend", 4), ("tokens", "every 2"))), ("0", (("update", "ffn"),)))),
+    "casa, every second": replace(PRESETS["casa"], every=2),
     "deepstack, other layers": replace(PRESETS["deepstack"], layers=(0, 2), depths=(1.0, 0.0)),
     "deepstack of aligned states": replace(PRESETS["deepstack"].stretched(3), dense_layers="none"),
     "blind at the end": Mechanism(rows=(("1-2", (("seen", "none"),)),)),
@@ -102,6 +103,25 @@ def plain_gated(block, x_Lh, document, media, immediate):
             mixed = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
             x = x + torch.tanh(block.attention_gate) * a.o_proj(mixed.flatten())
             x = x + torch.tanh(block.ffn_gate) * block.ffn(x)
+        out.append(x)
+    return torch.stack(out)
+
+
+def plain_casa(block, x_Lh, document, rotary_emb):
+    """`T + XA(T, W)` over T's window W: the last image before it and all that follows, at positions from 0; else T."""
+    none = torch.nn.Identity()
+    norm1, post1 = getattr(block, "input_layernorm", none), getattr(block, "post_attention_layernorm", none)
+    out, starts = [], itertools.accumulate([0, *(run.length for run in document)])
+    starts = [start for start, run in zip(starts, document, strict=False) if run.visual]
+    visual = [run.visual for run in document for _ in range(run.length)]
+    for row, x in enumerate(x_Lh):
+        first = max((start for start in starts if start <= row), default=None)
+        if not visual[row] and first is not None:
+            u = norm1(x_Lh[first : row + 1])
+            cos, sin = rotary_emb(u[None], torch.arange(len(u))[None])
+            _, _, q, k, v = tiny.projections(block, u, cos, sin)
+            weights = torch.softmax((q[:, -1:] @ k.mT) * block.self_attn.scaling, -1)
+            x = x + post1(block.self_attn.o_proj((weights @ v).flatten()))
         out.append(x)
     return torch.stack(out)
 
@@ -319,6 +339,8 @@ def plain(model, batch, prompt=None):
             fed = chosen(columns.get("ffn", "all"), document) | ~is_visual
             if gated is not None and number % gated.every == 0:
                 x = plain_gated(model.gated[str(number)], x, document, media, gated.immediate)
+            if m.name == "casa" and number % m.every == 0:
+                x = plain_casa(model.casa[str(number)].attention, x, document, decoder.rotary_emb)
             if m.name == "deepstack" and number in m.layers and of_images:
                 read = round(
                     m.depths[m.layers.index(number)] * 2

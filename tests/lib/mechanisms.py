@@ -28,6 +28,7 @@ KINDS = (
     "saisa",
     "vica",
     "flamingo",
+    "casa",
     "fastv",
     "visionzip",
     "deepstack",

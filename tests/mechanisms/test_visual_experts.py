@@ -161,7 +161,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="needs other modules"):
         model.set_mechanism(replace(model.mechanism, first=1))
     model.language_model.is_quantized = True
-    with pytest.raises(ConfigError, match=r"model\.quantization: visual rows get copies"):
+    with pytest.raises(ConfigError, match=r"model\.quantization: this mechanism has copies"):
         EEMLLM(model.config, model.language_model, model.vision)
 
 

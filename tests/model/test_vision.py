@@ -340,7 +340,7 @@ def test_generation_of_many_sizes(encoder, preset):
     torch.manual_seed(1)
     several = model.generate(**sampled, **{**options, "do_sample": True}, num_return_sequences=2, top_k=1)
     assert several[::2].equal(several[1::2])
-    if not any(row.dense for row in model.table) and preset != "flamingo":
+    if not any(row.dense for row in model.table) and not all(row.blind for row in model.table):
         model.image_cache = ImageCache(10**9)
         for _ in range(2):
             assert model.generate(**prompts(model, documents), **options).equal(found)

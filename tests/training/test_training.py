@@ -457,7 +457,9 @@ def test_gradients_are_clipped_to_the_configured_norm(tmp_path, parts):
     assert module.step.grad_norm.item() > 1 and module.clipped == pytest.approx(0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("preset", ["ee_mllm_f", "saisa", "shortv", "vica", "flamingo", "visual_experts", "p_mod"])
+@pytest.mark.parametrize(
+    "preset", ["ee_mllm_f", "saisa", "shortv", "vica", "flamingo", "casa", "visual_experts", "p_mod"]
+)
 def test_every_mechanism_trains_all_its_weights_and_resumes_exactly(tmp_path, parts, blend, preset):
     """Four steps, and two continued from their checkpoint: all tensors, also those that only this mechanism has."""
     small = ["model.mechanism.gated.every=2", "model.mechanism.gated.latents=3", "model.mechanism.gated.heads=2"]

@@ -12,6 +12,17 @@ from lit_eemllm.errors import ConfigError
 from lit_eemllm.formats.mechanism import change_mechanism
 from lit_eemllm.mechanisms import PRESETS, build_mechanism
 from lit_eemllm.model import EEMLLM
+from lit_eemllm.model.image_cache import ImageCache
+
+
+def same_as_layers(model):
+    """Whether blocks hold what their layers do for attention."""
+    found = []
+    for layer, block in model.casa.items():
+        own, held = model.language_model.model.layers[int(layer)].state_dict(), block.attention.state_dict()
+        assert {name for name in own if "self_attn" in name} < held.keys() < own.keys()
+        found += [held[name].equal(own[name]) for name in held]
+    return all(found)
 
 
 @pytest.mark.parametrize("decoder", ["qwen3", "olmo2"])
@@ -19,11 +30,7 @@ def test_it_begins_as_a_copy_of_the_layers_attention_and_folders_hold_it(decoder
     llava, batch = tiny.model(decoder, "llava"), tiny.pack(PACK)
     model, _ = change_mechanism(llava, replace(PRESETS["casa"], every=2), seed=0)
     assert list(model.casa) == ["0", "2"]
-    for each in (model, EEMLLM(model.config)):
-        for layer, block in each.casa.items():
-            own, held = each.language_model.model.layers[int(layer)].state_dict(), block.attention.state_dict()
-            assert all(held[name].equal(own[name]) for name in held)
-            assert {name for name in own if "self_attn" in name} < held.keys() < own.keys()
+    assert all(same_as_layers(each) for each in (model, EEMLLM(model.config)))
     with torch.no_grad():
         for parameter in model.casa.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -36,6 +43,10 @@ def test_it_begins_as_a_copy_of_the_layers_attention_and_folders_hold_it(decoder
     assert {fate.name.split(".")[1]: fate.fate for fate in ledger if fate.name.startswith("casa.")} == {
         "0": "kept", "1": "copied", "2": "kept",
     }  # fmt: skip
+    assert not same_as_layers(model)
+    for block in model.casa.values():
+        block.reset_parameters()
+    assert same_as_layers(model)
 
 
 def in_passes(model, documents, cuts, of_pass):
@@ -70,6 +81,15 @@ def test_the_cache_holds_the_last_window_alone():
     assert cache.media[0][0].untyped_storage().nbytes() == cache.media[0][0].nbytes  # for good
     held, _ = in_passes(model, documents[1:2], [10, 11, 42, 44], [[], [], [0], []])
     assert held == [None, None, (18, [18]), (20, [20])]
+
+
+def test_keys_of_images_are_not_cached_for_other_prompts():
+    """Blocks make them anew, layers have none."""
+    model, given = tiny.model("llama-gqa", "casa"), tiny.prompt(tiny.model(), [[3, 0, 4]])
+    with torch.no_grad():
+        without = model(**given).logits
+        model.image_cache = ImageCache(10**9)
+        assert model(**given).logits.equal(without) and not model.image_cache.misses
 
 
 def test_what_makes_no_sense_is_refused():

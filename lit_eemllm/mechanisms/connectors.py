@@ -255,7 +255,7 @@ class AttentionAlone(DecoderLayer):
         norms = layer.family.norms
         names = ["self_attn", *(name for name in (norms.before_attention, norms.after_attention) if name is not None)]
         parts = nn.ModuleDict({name: deepcopy(getattr(layer, name)) for name in names})
-        super().__init__(parts, layer.index, layer.family, layer.rotates)
+        super().__init__(parts, layer.index, layer.family, layer.rotary, layer.window)
         self.row = LayerPlan(update=frozenset())
 
     def _feed_forward(self, h_Rh: Tensor, text: int, w_R1: Tensor | None = None) -> Tensor:

@@ -116,7 +116,8 @@ class SequenceLayout:
         text_index: [T] indices in the stream of the text tokens, ascending.
         visual_index: [V] likewise of the visual tokens.
         merge_index: [S] index of each token in the concatenation of all text rows and all visual rows.
-        positions: [S] rotary position; LLaVA's sequence positions, counted from 0 in each document.
+        positions: [S] rotary position; LLaVA's sequence positions, counted from 0 in each document. Or [S, 3], see
+            `with_grid_positions`.
         answers: for each document the text that is supervised, as pairs of first row and the one after the last, counted among its
             text rows; empty where that is not known, as of a prompt.
         stepwise: positions of a document are known to rise by one with each row, so that a window of positions is one of rows.
@@ -192,6 +193,26 @@ class SequenceLayout:
                 start += taken if run.visual else run.length
         positions_S = upload(torch.cat(positions), self.positions.device)
         return replace(self, positions=positions_S, stepwise=self.stepwise and not self.num_visual)
+
+    def with_grid_positions(self, grids: Sequence[tuple[int, int]]) -> SequenceLayout:
+        """The layout with positions [S, 3], of time, row and column (multimodal rotary positions, Qwen2-VL): a text token's are the same
+        three times; an image's tokens, a grid of so many rows and columns, have one time and count rows and columns from it. Text
+        goes on after the longer side."""
+        left, positions = iter(grids), []
+        for document in self.documents:
+            start = 0
+            for run in document:
+                if not run.visual:
+                    positions.append((start + torch.arange(run.length))[:, None].expand(-1, 3))
+                    start += run.length
+                    continue
+                rows, columns = next(left)
+                places = torch.cartesian_prod(
+                    torch.zeros(1, dtype=torch.long), torch.arange(rows), torch.arange(columns)
+                )
+                positions.append(start + places)
+                start += max(rows, columns)
+        return replace(self, positions=upload(torch.cat(positions), self.positions.device))
 
     def prefix(self) -> Tensor:
         """[T] bool, True for text before the first image of its document."""

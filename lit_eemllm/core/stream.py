@@ -6,7 +6,7 @@ index of a `View`. Legend of shapes in `lit_eemllm.layout`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -102,6 +102,7 @@ class Stream:
         backend: computes attention.
         states: layer -> the visual states that enter it, [V, h], where the source of its row is ``own``.
         keys: precomputed, of all images; then no visual rows run through the layers.
+        added: for each of the first layers, what is added to the visual rows after it, [V, h] (DeepStack in Qwen3-VL's connector).
         importance_V: float32, of each visual token to the encoder, where a layer ranks by it; see `Top`.
         cached: the pass over a padded cache, when generating.
         rotate: turns queries or keys by rotary angles.
@@ -113,6 +114,7 @@ class Stream:
     backend: AttentionBackend
     states: Callable[[int], Tensor] | None = None
     keys: VisualKeys | None = None
+    added: Sequence[Tensor] = ()
     importance_V: Tensor | None = None
     cached: CachedPass | None = None
     rotate: Callable[[Tensor, Angles], Tensor] = rotate
@@ -124,6 +126,12 @@ class Stream:
             self._computed[key] = make()
         made: Made = self._computed[key]
         return made
+
+    def with_added(self, layer: int, x_Vh: Tensor, kept: Tokens | None = None) -> Tensor:
+        """The visual rows that a layer hands on, of those that have not left, with what is added after it."""
+        if layer >= len(self.added) or not len(x_Vh):
+            return x_Vh
+        return x_Vh + (self.added[layer] if kept is None else kept.among(self.added[layer]))
 
     @property
     def cache(self) -> StreamCache | None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import deepcopy
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ..inputs.images import RESAMPLING, ImageTransform, Transform
+from ..inputs.resolutions import NativeTransform
 from ..mechanisms import Connector
 from ..mechanisms.connectors import DEFAULT
 from ..model.modeling import EEMLLM
-from ..model.vision import TransformersVision
+from ..model.qwen_vision import QwenVision
+from ..model.vision import TransformersVision, VisionEncoder
 
 
 class Format(ABC):
@@ -48,10 +52,24 @@ class Format(ABC):
     def connector(self, config: Any) -> Connector:
         return DEFAULT
 
+    def decoder_config(self, config: Any) -> PretrainedConfig:
+        """The decoder's, of a family of causal language models."""
+        decoder: PretrainedConfig = config.text_config
+        decoder.tie_word_embeddings = config.tie_word_embeddings
+        return decoder
+
+    def vision(self, tower: nn.Module, transform: Transform, config: Any) -> VisionEncoder:
+        """Our encoder around theirs."""
+        return TransformersVision(tower, transform, self.select_layer(config))
+
     # --- writing
     def refusal(self, model: EEMLLM) -> str | None:
         """Why a model with an encoder of this format's cannot be written in it, or None."""
         return None
+
+    def text_config(self, model: EEMLLM) -> PretrainedConfig:
+        """The decoder's, as theirs is."""
+        return deepcopy(model.config.text_config)
 
     @abstractmethod
     def settings(self, model: EEMLLM) -> dict[str, Any]:
@@ -61,18 +79,18 @@ class Format(ABC):
     def files(self, model: EEMLLM) -> dict[str, dict[str, Any]]:
         """Files of its processor beside the tokenizer's."""
 
-    def inputs(self, size: tuple[int, int]) -> dict[str, Any]:
+    def inputs(self, model: EEMLLM, size: tuple[int, int], ids: Tensor) -> dict[str, Any]:
         """Arguments of its model for a picture of this width and height, beside ids and pixels."""
         return {}
 
-    def pixels(self, views: Tensor) -> Tensor:
-        """Pixels of one picture as its model takes them."""
+    def pixels(self, model: EEMLLM, views: Tensor) -> Tensor:
+        """Pixels of one picture as its model takes them, from what the encoder gets of it, [views, 3, height, width]."""
         return views
 
     @staticmethod
     def encoder(model: EEMLLM) -> Any:
         """The configuration of its encoder."""
-        assert isinstance(model.vision, TransformersVision)
+        assert isinstance(model.vision, TransformersVision | QwenVision)
         return model.vision.model.config
 
     def theirs(self, name: str) -> str:
@@ -80,7 +98,7 @@ class Format(ABC):
         return next(new + name.removeprefix(old) for old, new in self.names.items() if name.startswith(old))
 
 
-def normalisation(transform: ImageTransform) -> dict[str, Any]:
+def normalisation(transform: ImageTransform | NativeTransform) -> dict[str, Any]:
     """The keys that the image processors of transformers share."""
     return {
         "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,

@@ -90,7 +90,7 @@ class Idefics3(Format):
             },
         }
 
-    def pixels(self, views: Tensor) -> Tensor:
+    def pixels(self, model: EEMLLM, views: Tensor) -> Tensor:
         return views[None]
 
 

@@ -169,10 +169,10 @@ class LlavaNext(Llava):
             "preprocessor_config.json": {**values, "image_processor_type": "LlavaNextImageProcessor"},
         }
 
-    def inputs(self, size: tuple[int, int]) -> dict[str, Any]:
+    def inputs(self, model: EEMLLM, size: tuple[int, int], ids: torch.Tensor) -> dict[str, Any]:
         return {"image_sizes": torch.tensor([size[::-1]])}
 
-    def pixels(self, views: torch.Tensor) -> torch.Tensor:
+    def pixels(self, model: EEMLLM, views: torch.Tensor) -> torch.Tensor:
         return views[None]
 
 

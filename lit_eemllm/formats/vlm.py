@@ -27,13 +27,15 @@ from ..mechanisms import PRESETS
 from ..model.configuration import EEMLLMConfig
 from ..model.folders import naming, read_config
 from ..model.modeling import EEMLLM
-from ..model.pretrained import load_model, load_pretrained
-from ..model.vision import TransformersVision
+from ..model.pretrained import load_model, load_pretrained, take_over, without_weights
+from ..model.qwen_vision import QwenVision
+from ..model.vision import TransformersVision, encoder_name
 from .base import Format
 from .idefics3 import Idefics3, SmolVLM
 from .internvl import InternVL
 from .llava import Llava, LlavaNext, LlavaOnevision
 from .llava_template import jinja_of
+from .qwen_vl import Qwen3VL, Qwen25VL
 
 FORWARD_UP_TO = 1_000_000_000
 """Parameters up to which `check_vlm` also compares logits: more would take minutes on a CPU and tens of gigabytes."""
@@ -43,7 +45,8 @@ _UNUSED = (".position_ids", ".inv_freq")  # buffers that old versions of transfo
 
 
 FORMATS: dict[str, Format] = {
-    form.model_type: form for form in (Llava(), LlavaNext(), LlavaOnevision(), InternVL(), Idefics3(), SmolVLM())
+    form.model_type: form
+    for form in (Llava(), LlavaNext(), LlavaOnevision(), InternVL(), Idefics3(), SmolVLM(), Qwen25VL(), Qwen3VL())
 }
 """By `model_type`."""
 
@@ -112,21 +115,19 @@ def _load_vlm(folder: Path) -> tuple[EEMLLM, PreTrainedTokenizerBase]:
     transform = _read_transform(folder, form, config)
     theirs = load_whole(form.model_class, folder)
 
-    text_config = theirs.config.text_config
-    text_config.tie_word_embeddings = theirs.config.tie_word_embeddings
-    with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(text_config)
-    decoder.model, decoder.lm_head = theirs.get_submodule(form.theirs("language_model.model.")[:-1]), theirs.lm_head
-    tower = theirs.get_submodule(form.theirs("vision.model.")[:-1])
-    vision = TransformersVision(tower, transform, form.select_layer(config))
+    tensors, text_config = theirs.state_dict(), form.decoder_config(theirs.config)
+    names = without_weights(AutoModelForCausalLM, text_config).state_dict()
+    weights = {name: tensors[form.theirs(f"language_model.{name}")] for name in names}
+    decoder = take_over(AutoModelForCausalLM, text_config, weights, str(folder), SOURCE, theirs.dtype)
+    vision = form.vision(theirs.get_submodule(form.theirs("vision.model.")[:-1]), transform, config)
     ours = EEMLLMConfig(
         text_config=text_config,
-        vision={"encoder": "transformers", "config": vision.to_config()},
+        vision={"encoder": encoder_name(vision), "config": vision.to_config()},
         mechanism=PRESETS["llava"].to_dict(),
         image_token_id=token,
         connector=form.connector(config).to_dict(),
     )
-    model, tensors = EEMLLM(ours, decoder, vision), theirs.state_dict()
+    model = EEMLLM(ours, decoder, vision)
     model.projector.to(theirs.dtype).load_state_dict(
         {name: tensors[form.theirs(f"projector.{name}")] for name in model.projector.state_dict()}
     )
@@ -154,7 +155,7 @@ def read_format(folder: Path) -> tuple[Format, PretrainedConfig]:
         found = [f"vision_config.model_type: {encoder!r}, expected {' or '.join(form.encoders)}", *found]
     if found:
         raise ConfigError("\n  ".join([f"{folder}/config.json: this {kind} cannot be represented:", *found]))
-    check_decoder(config.text_config)
+    check_decoder(form.decoder_config(config))
     return form, config
 
 
@@ -178,9 +179,9 @@ def _read_transform(folder: Path, form: Format, config: PretrainedConfig) -> Tra
 def format_of(model: EEMLLM) -> Format:
     """The format that a model is written in. Raises ConfigError if none holds it."""
     vision = model.vision
-    family = vision.model.config.model_type if isinstance(vision, TransformersVision) else type(vision).__name__
-    reasons = list[str]()
-    for form in FORMATS.values() if isinstance(vision, TransformersVision) else ():
+    known = isinstance(vision, TransformersVision | QwenVision)
+    family, reasons = Format.encoder(model).model_type if known else type(vision).__name__, list[str]()
+    for form in FORMATS.values() if known else ():
         if family in form.encoders:
             reason = form.refusal(model)
             if reason is None:
@@ -188,8 +189,8 @@ def format_of(model: EEMLLM) -> Format:
             reasons.append(reason)
     if reasons:
         raise ConfigError(reasons[0])
-    known = sorted({encoder for form in FORMATS.values() for encoder in form.encoders})
-    raise ConfigError(f"the vision encoder is a {family}; transformers' formats hold {', '.join(known)} only")
+    held = sorted({encoder for form in FORMATS.values() for encoder in form.encoders})
+    raise ConfigError(f"the vision encoder is a {family}; transformers' formats hold {', '.join(held)} only")
 
 
 def save_vlm(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path, template: str | None = None) -> None:
@@ -211,10 +212,10 @@ def save_vlm(model: EEMLLM, tokenizer: PreTrainedTokenizerBase, folder: Path, te
             f"the tokenizer has {word} as {tokenizer.convert_tokens_to_ids(word)}, the model as "
             f"{model.config.image_token_id}; take the tokenizer that the model was trained with"
         )
-    text_config = deepcopy(old)
+    text_config = form.text_config(model)
     text_config.vocab_size = model.config.vocab_size
     config = form.config_class(
-        vision_config=deepcopy(model.vision.model.config),
+        vision_config=deepcopy(form.encoder(model)),
         text_config=text_config,
         tie_word_embeddings=old.tie_word_embeddings,
         **{_key_of_token(form): model.config.image_token_id},
@@ -287,8 +288,8 @@ def check_vlm(model: EEMLLM, folder: Path, processor: Processor | None = None) -
     model.float().eval()
     model.set_attention("sdpa", training=False)
     is_text = ids[0] != image
-    given = form.pixels(pixels[0]) if pixels.ndim > 4 else pixels
-    found = theirs.float()(input_ids=ids, pixel_values=given, **form.inputs(size)).logits[0, is_text][:, spoken]
+    given, more = form.pixels(model, pixels[0] if pixels.ndim > 4 else pixels), form.inputs(model, size, ids)
+    found = theirs.float()(input_ids=ids, pixel_values=given, **more).logits[0, is_text][:, spoken]
     ours = model(ids, pixel_values=pixels, image_sizes=[size]).logits[0, is_text][:, spoken]
     error = ((found - ours).abs().max() / ours.abs().max()).item()
     if not error <= 1e-4:

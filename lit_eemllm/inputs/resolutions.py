@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from lit_eemllm.errors import ConfigError
+from lit_eemllm.errors import ConfigError, SampleError
 from lit_eemllm.inputs.images import (
+    LARGEST_SIZE,
     POLICIES,
     RESAMPLING,
     ImageTransform,
@@ -32,10 +33,12 @@ class NativeTransform(Transform):
     """A picture in its own aspect ratio, in whole squares of patches (`Reduction.side`; without a reduction, in whole patches); a
     remainder at the right and the bottom is dropped.
 
-    Its size is found in one of two ways, as in the image processors of transformers:
+    Its size is found in one of three ways, as in the image processors of transformers:
 
     - `most`: as large as so many patches allow, small pictures too; sides are rounded up to whole squares (SigLIP 2 NaFlex).
     - `edges`: reduced until its longer side is at most the second, then both sides at least the first (Idefics2).
+    - `area`: to whole squares, within so many pixels in all, the least and the most (Qwen2-VL and later); a side may be at most 200
+      times as long as the other.
     """
 
     patch: int  # side in pixels of the square that becomes a feature
@@ -43,17 +46,22 @@ class NativeTransform(Transform):
     std: tuple[float, float, float]
     most: int | None = None  # patches
     edges: tuple[int, int] | None = None  # pixels
+    area: tuple[int, int] | None = None  # pixels
     resample: str = "bilinear"
     policy: str = "native"
     reduction: Reduction = field(default=EACH, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std", "edges"):
+        for name in ("mean", "std", "edges", "area"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(value))
         check_normalisation(self.mean, self.std, self.resample)
-        if (self.most is None) == (self.edges is None):
-            raise ConfigError(f"an image in its own aspect ratio is bounded by either patches or edges, found {self}")
+        if [self.most, self.edges, self.area].count(None) != 2:
+            raise ConfigError(f"an image in its own aspect ratio is bounded by patches, edges or area, found {self}")
+        if self.area is not None and not 1 <= self.area[0] <= self.area[1] <= LARGEST_SIZE**2:
+            raise ConfigError(
+                f"image area: found {self.area}, expected the least and the most pixels, 1 to {LARGEST_SIZE**2}"
+            )
         check_sizes(patch=self.patch, patches=1 if self.most is None else self.most)
         if self.edges is not None:
             check_sizes(**dict(zip(("shortest edge", "longest edge"), self.edges, strict=True)))
@@ -61,10 +69,11 @@ class NativeTransform(Transform):
             raise ConfigError(
                 f"image edges are the shortest, of a patch ({self.patch}) at least, and the longest; found {self.edges}"
             )
-        side, room = (
-            self.reduction.side,
-            math.isqrt(self.most or 0) if self.edges is None else self.edges[0] // self.patch,
-        )
+        side = self.reduction.side
+        if self.area is not None:
+            room = math.isqrt(self.area[1]) // self.patch
+        else:
+            room = math.isqrt(self.most or 0) if self.edges is None else self.edges[0] // self.patch
         if room < side:
             raise ConfigError(
                 f"model.connector.options: found squares of {side} x {side} patches, but images are as small as {room} x {room}: make "
@@ -83,11 +92,27 @@ class NativeTransform(Transform):
 
             height, width = naflex_size(height, width, self.unit, self.most // self.reduction.side**2)
             return width, height
+        if self.area is not None:
+            return self._within_area(width, height, *self.area)
         assert self.edges is not None
         (shortest, longest), aspect = self.edges, width / height
         if max(width, height) > longest:
             width, height = (longest, int(longest / aspect)) if width >= height else (int(longest * aspect), longest)
         return max(width, shortest), max(height, shortest)
+
+    def _within_area(self, width: int, height: int, least: int, most: int) -> tuple[int, int]:
+        """As Qwen2-VL's processor. Raises SampleError for a picture that it refuses."""
+        if max(width, height) > 200 * min(width, height):
+            found = f"a picture of {width} x {height} pixels: a side is more than 200 times as long as the other"
+            raise SampleError("bad_image", f"{found}, which this encoder's family refuses; cut it")
+        unit, (rows, columns) = self.unit, (round(height / self.unit), round(width / self.unit))
+        if rows * columns * unit**2 > most:
+            scale = math.sqrt(height * width / most)
+            rows, columns = (max(1, math.floor(length / scale / unit)) for length in (height, width))
+        elif rows * columns * unit**2 < least:
+            scale = math.sqrt(least / (height * width))
+            rows, columns = (math.ceil(length * scale / unit) for length in (height, width))
+        return columns * unit, rows * unit
 
     def view_grids(self, sizes: Sequence[tuple[int, int]]) -> Grids:
         side, fitted = self.reduction.side, [self.resized(*size) for size in sizes]
@@ -100,6 +125,10 @@ class NativeTransform(Transform):
     def largest(self) -> tuple[int, int]:
         if self.edges is not None:
             return (self.edges[1],) * 2
+        if self.area is not None:
+            squares = self.area[1] // self.unit**2
+            rows = math.ceil(math.sqrt(squares / 200))  # of as many tokens as a square, or more
+            return squares // rows * self.unit, rows * self.unit
         return self.unit, self.unit * ((self.most or 1) // self.reduction.side**2)
 
     def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
@@ -110,6 +139,9 @@ class NativeTransform(Transform):
 
     def within(self, most: int) -> NativeTransform:
         """The same with at most so many tokens."""
+        if self.area is not None:
+            area = most * self.unit**2
+            return replace(self, area=(min(self.area[0], area), area))
         if self.edges is None:
             return replace(self, most=most)
         longest = math.isqrt(most) * self.patch

@@ -229,7 +229,8 @@ class Mechanism:
         if self.visual_source == "layerwise":
             states = lambda layer: connector(features.rows, layer, *features[1:3]).to(x_Th.dtype)  # noqa: E731
             return x_Th[:0], replace(stream, states=states)
-        return connector(*features[:3]).to(x_Th.dtype), stream
+        x_Vh, *added = connector(*features[:3]).to(x_Th.dtype).split(x_Th.shape[1], dim=1)
+        return x_Vh, replace(stream, added=added)
 
     def block_cost(self, layer: int, sizes: Sizes, text: int, visual: int) -> BlockCost:
         """Cost of the module before a layer, for a document of so many text and visual tokens; zero without a module."""

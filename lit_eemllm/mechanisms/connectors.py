@@ -49,6 +49,11 @@ class Connector(Reduction):
         return importance_R
 
     @property
+    def deep(self) -> int:
+        """After how many of the first decoder layers it adds to the visual tokens, which `ConnectorModule.tokens` then puts to their right."""
+        return 0
+
+    @property
     def says_importance(self) -> bool:
         return not self.by_place or type(self).importance is not Connector.importance
 
@@ -161,7 +166,7 @@ class ConnectorModule(Added, ABC):
 
     @abstractmethod
     def tokens(self, features_Rd: Tensor, grids: Grids) -> Tensor:
-        """[tokens, h], as many as `Connector.count` says, of the features of all views, row by row and one view after the other.
+        """[tokens, h x (1 + deep)], as many as `Connector.count` says, of the features of all views, row by row and one view after the other.
         A token depends on the features of its view alone. `grids` is empty where each feature becomes a token."""
 
     def forward(self, features_Rd: Tensor, order: Order | None = None, grids: Grids = ()) -> Tensor:

@@ -140,6 +140,76 @@ class LinearShuffleModule(ConnectorModule):
         return self.linear(squares_VPd.flatten(1))
 
 
+@register_connector("merger")
+@dataclass(frozen=True)
+class Merger(Squares):
+    """Qwen2.5-VL's (2502.13923) and Qwen3-VL's (2511.21631): each feature of a square is normalised by itself::
+
+        token = W_2 GELU(W_1 [norm z_1; ...; norm z_P] + b_1) + b_2        W_1 square
+
+    Qwen3-VL's encoder gives the states of lower layers too, d of each side by side. A merger of their own for each, which normalises
+    the whole square, makes what is added to the tokens after the first decoder layers.
+
+    Args:
+        rms: the norm is RMSNorm (Qwen2.5-VL), else LayerNorm.
+        levels: lower layers.
+    """
+
+    rms: bool = False
+    levels: int = 0
+
+    @property
+    def deep(self) -> int:
+        return self.levels
+
+    def problems(self) -> list[tuple[str, str]]:
+        return super().problems() + [("levels", f"found {self.levels}, expected 0 to 16")] * (
+            not 0 <= self.levels <= 16
+        )
+
+    def module(self, sizes: Sizes) -> ConnectorModule:
+        return MergerModule(sizes, self)
+
+
+class OneMerger(nn.Module):
+    """Squares [tokens, P, d] to tokens; the norm is over each feature, or `whole` squares."""
+
+    def __init__(self, width: int, places: int, hidden: int, rms: bool, whole: bool) -> None:
+        super().__init__()
+        self.whole, inner = whole, width * places
+        self.norm = (nn.RMSNorm if rms else nn.LayerNorm)(inner if whole else width, eps=1e-6)
+        self.linear_1, self.act, self.linear_2 = nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, hidden)
+
+    def forward(self, squares_VPd: Tensor) -> Tensor:
+        rows = self.norm(squares_VPd.flatten(1) if self.whole else squares_VPd).flatten(1)
+        return self.linear_2(self.act(self.linear_1(rows)))
+
+
+class MergerModule(ConnectorModule):
+    def __init__(self, sizes: Sizes, options: Merger) -> None:
+        super().__init__(sizes)
+        if sizes.vision % (1 + options.levels):
+            raise ConfigError(
+                f"model.connector.options.levels: found {options.levels}, but the encoder's features, {sizes.vision} wide, are no states "
+                f"of {1 + options.levels} layers side by side"
+            )
+        self.factor, self.width = options.factor, sizes.vision // (1 + options.levels)
+        size = self.width, self.factor**2, sizes.hidden
+        self.main = OneMerger(*size, options.rms, whole=False)
+        self.deep = nn.ModuleList(OneMerger(*size, options.rms, whole=True) for _ in range(options.levels))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for part in self.modules():
+            if isinstance(part, nn.RMSNorm):
+                part.reset_parameters()
+
+    def tokens(self, features_Rd: Tensor, grids: Grids) -> Tensor:
+        squares_VPd, _ = in_squares(self.own(features_Rd), grids, self.factor)
+        layers = torch.split(squares_VPd, self.width, dim=2)
+        return torch.cat([merger(x) for merger, x in zip([self.main, *self.deep], layers, strict=True)], dim=1)
+
+
 @register_connector("average")
 @dataclass(frozen=True)
 class Average(Squares):

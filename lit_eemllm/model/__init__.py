@@ -3,6 +3,7 @@
 from ..inputs.processor import Processor
 from .configuration import EEMLLMConfig
 from .modeling import EEMLLM
+from .qwen_vision import QwenVision
 from .vision import VisionEncoder, register_vision_encoder
 
-__all__ = ["EEMLLM", "EEMLLMConfig", "Processor", "VisionEncoder", "register_vision_encoder"]
+__all__ = ["EEMLLM", "EEMLLMConfig", "Processor", "QwenVision", "VisionEncoder", "register_vision_encoder"]

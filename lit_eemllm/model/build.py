@@ -38,8 +38,9 @@ def build_processor(config: ModelConfig) -> tuple[Processor, VisionEncoder]:
     path = config.tokenizer or config.decoder
     tokenizer = load_pretrained(AutoTokenizer, path, "model.tokenizer")
     with naming("model.tokenizer", "Processor", path):
-        tokenizer.add_tokens([AddedToken(IMAGE, special=True)])  # no effect if it has that token
-        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        image = getattr(tokenizer, "image_token", None) or IMAGE
+        tokenizer.add_tokens([AddedToken(image, special=True)])  # no effect if it has that token
+        image_token_id = tokenizer.convert_tokens_to_ids(image)
         tokenizer("what a broken one fails at")
         return Processor(tokenizer, config.template, vision.transform, image_token_id), vision
 
@@ -64,7 +65,9 @@ def build(config: ModelConfig, decoder: Mapping[str, Tensor] | None = None) -> t
     if config.liger:
         model.use_liger()
     known = model.config.text_config.vocab_size
-    beyond = [text for text, i in processor.tokenizer.get_vocab().items() if i >= known and text != IMAGE]
+    beyond = [
+        text for text, i in processor.tokenizer.get_vocab().items() if i >= known and i != processor.image_token_id
+    ]
     if beyond:
         raise ConfigError(
             f"model.tokenizer: {len(beyond)} of its tokens, such as {beyond[0]!r}, lie past the {known} of the decoder's "

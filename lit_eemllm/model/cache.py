@@ -6,7 +6,7 @@ such *view* of the columns has its own left-padded grid, so layers of one cache 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -268,18 +268,16 @@ def layout_of_padded(visual_BL: Tensor, real_BL: Tensor, image_lengths: list[int
     return SequenceLayout.of(documents)
 
 
-def continue_positions(layout: SequenceLayout, cache: StreamCache, image_takes: int | None) -> SequenceLayout:
+def continue_positions(layout: SequenceLayout, cache: StreamCache, images_take: Sequence[int] | None) -> SequenceLayout:
     """The layout at the positions after those in the cache. The cache then notes where the next pass begins.
 
     Args:
         layout: the new tokens, at positions from 0.
         cache: with one sequence for each document.
-        image_takes: positions taken by an image; None = one for each of its tokens.
+        images_take: positions taken by each run of visual tokens; None = one for each token.
     """
-    taken = [
-        sum(image_takes if run.visual and image_takes is not None else run.length for run in document)
-        for document in layout.documents
-    ]
+    left = iter(layout.image_lengths if images_take is None else images_take)
+    taken = [sum(next(left) if run.visual else run.length for run in document) for document in layout.documents]
     before_B, device = cache.next_position_B, layout.positions.device
     if before_B is None:
         cache.next_position_B = upload(torch.tensor(taken), device)
@@ -292,4 +290,5 @@ def continue_positions(layout: SequenceLayout, cache: StreamCache, image_takes: 
     lengths = upload(torch.tensor([sum(run.length for run in document) for document in layout.documents]), device)
     cache.next_position_B = before_B + upload(torch.tensor(taken), device)
     before_S = before_B.repeat_interleave(lengths, output_size=layout.num_tokens)
-    return replace(layout, positions=layout.positions + before_S)
+    before = before_S if layout.positions.ndim == 1 else before_S[:, None]
+    return replace(layout, positions=layout.positions + before)

@@ -16,7 +16,7 @@ class EEMLLMConfig(PretrainedConfig):
     """Everything needed to rebuild the architecture. The attention backend is not part of it.
 
     Args:
-        text_config: the decoder's own transformers config.
+        text_config: the decoder's own transformers config; with ``image_rotary``, see `ImageRotary`, if images have positions of rows and columns.
         vision: ``encoder``, a registered name, and ``config``, what that encoder's `to_config` returned.
         mechanism: `Mechanism.to_dict`.
         image_token_id: the id of one visual token in the ids of `generate`; it is never embedded, so it may lie past the

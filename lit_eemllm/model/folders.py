@@ -30,10 +30,13 @@ SIZES = {
     "num_hidden_layers": 512, "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**14, "hidden_size": 2**20,
     "intermediate_size": 2**20, "projection_dim": 2**20, "vocab_size": 2**24, "num_channels": 2**8, "image_size": 2**14,
     "patch_size": 2**12, "num_patches": 2**20, "max_position_embeddings": 2**40, "image_seq_length": 2**24,
+    "depth": 512, "num_heads": 2**12, "in_channels": 2**8, "spatial_merge_size": 16, "temporal_patch_size": 64, "window_size": 2**14,
+    "out_hidden_size": 2**20, "num_position_embeddings": 2**20, "tokens_per_second": 2**10,
     "no_rope_layer_interval": 512, "scale_factor": 64, "sliding_window": 2**31, "sliding_window_pattern": 512,
 }  # fmt: skip
 """Keys of config.json that are whole numbers, and their maxima: modules of these sizes are built before weights are read."""
-IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index", "video_token_index"}
+IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index", "video_token_index",
+       "video_token_id", "vision_start_token_id", "vision_end_token_id"}  # fmt: skip
 CONFIG = {
     *SIZES, *IDS, "model_type", "text_config", "vision_config", "transformers_version", "tokenizer_class",
     "tie_word_embeddings", "use_cache", "hidden_act", "attention_bias", "mlp_bias", "attention_dropout", "rms_norm_eps",
@@ -43,13 +46,13 @@ CONFIG = {
     "vision_use_head", "projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer",
     "vision_feature_select_strategy", "image_grid_pinpoints", "vision_aspect_ratio", "downsample_ratio", "use_mask_token",
     "use_absolute_position_embeddings", "projection_dropout", "norm_type", "use_qk_norm", "use_mean_pooling", "hidden_dropout_prob",
-    "layer_scale_init_value", "vision", "mechanism", "connector",
+    "layer_scale_init_value", "fullatt_block_indexes", "deepstack_visual_indexes", "image_rotary", "vision", "mechanism", "connector",
 }  # fmt: skip
 """Keys of config.json. Those that an EEMLLM adds, the last three, we read ourselves, but see `_config`."""
 ROPE = {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
     "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-    "truncate",
+    "truncate", "mrope_section", "mrope_interleaved",
 }  # fmt: skip
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 GENERATION = {
@@ -248,7 +251,11 @@ def _config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if kept.get(name) is not None:
             kept[name] = _rope(_mapping(kept[name], where, name))
     own = kept.get("vision")
-    if isinstance(own, dict) and own.get("encoder") == "transformers" and isinstance(own.get("config"), dict):
+    if (
+        isinstance(own, dict)
+        and own.get("encoder") in ("transformers", "qwen_vl")
+        and isinstance(own.get("config"), dict)
+    ):
         model = _config(_mapping(own["config"].get("model"), where, "vision: config: model"), f"{where}: vision")
         kept["vision"] = {**own, "config": {**own["config"], "model": model}}
     return {**kept, **_class(kept, where)}

@@ -61,12 +61,10 @@ class Packed(ModelParts):
         sizes: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
         """From ids [S], not read in visual rows, to the last hidden states of the text after the final norm, [T, h]."""
-        decoder, mechanism = self.language_model.model, self.mechanism
-        image_takes = {"shared": 1, "none": 0}.get(mechanism.visual_positions)
-        if image_takes is not None:
-            layout = layout.with_image_positions(image_takes)
+        decoder = self.language_model.model
+        layout, images_take = self._placed(layout, pixels, sizes)
         if cached is not None and cached.cache is not None:
-            layout = continue_positions(layout, cached.cache, image_takes)
+            layout = continue_positions(layout, cached.cache, images_take)
 
         x_Th = decoder.embed_tokens(input_ids[layout.text_index])
         stream = self._stream(x_Th, layout, cached)
@@ -79,8 +77,21 @@ class Packed(ModelParts):
         stream = replace(stream, importance_V=features.importance_V)
         return self._run_layers(x_Th, *self.mechanism.enter(self.projector, features, x_Th, stream))
 
+    def _placed(
+        self, layout: SequenceLayout, pixels: Pixels | None, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[SequenceLayout, list[int] | None]:
+        """The layout with the positions that images have here, and how many each takes; None = one for each token."""
+        image_takes = {"shared": 1, "none": 0}.get(self.mechanism.visual_positions)
+        if image_takes is not None:
+            return layout.with_image_positions(image_takes), [image_takes] * len(layout.image_lengths)
+        if self.image_rotary is None or pixels is None:
+            return layout, None
+        transform = self.vision.transform
+        grids = [transform.reduction.grid(*grid) for grid in transform.view_grids(sizes)]
+        return layout.with_grid_positions(grids), [max(grid) for grid in grids]
+
     def _stream(self, x_Th: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> Stream:
-        angles = rotary(self.language_model, x_Th)
+        angles = rotary(self.language_model, x_Th, self.image_rotary)
         return Stream(layout, angles, self.backend, cached=cached, rotate=self._rotate)
 
     def _run_layers(self, x_Th: Tensor, x_Vh: Tensor, stream: Stream) -> Tensor:
@@ -105,7 +116,8 @@ class Packed(ModelParts):
         """A layer after the block that the mechanism adds before it, if there is one: what checkpointing computes again."""
         if str(layer.index) in self.blocks:
             x_Th, x_Vh = self.blocks[str(layer.index)](x_Th, x_Vh, stream)
-        return layer(x_Th, x_Vh, stream, kept)
+        x_Th, x_Vh, kept = layer(x_Th, x_Vh, stream, kept)
+        return x_Th, stream.with_added(layer.index, x_Vh, kept), kept
 
     @property
     def _images_are_independent(self) -> bool:
@@ -143,6 +155,7 @@ class Packed(ModelParts):
         """
         runs = self._image_runs(pixels, sizes)
         layout = SequenceLayout.of([[Run(True, tokens) for tokens in image] for image in runs]).to(self.device)
+        layout, _ = self._placed(layout, pixels, sizes)
         none_0h = self.get_input_embeddings()(layout.text_index)
         stream = self._stream(none_0h, layout)
         x_Vh, stream = self.mechanism.enter(self.projector, self._features(pixels, sizes, layout), none_0h, stream)
@@ -151,6 +164,7 @@ class Packed(ModelParts):
             if str(layer.index) in self.blocks:
                 _, x_Vh = self.blocks[str(layer.index)](none_0h, x_Vh, stream)
             x_Vh, pair = layer.images_alone(x_Vh, stream)
+            x_Vh = stream.with_added(layer.index, x_Vh)
             left = iter(stream.tokens(layer.row.tokens).lengths)
             of_each = [sum(islice(left, len(image))) for image in runs]
             parts = None if pair is None else zip(*(x.split(of_each) for x in pair), strict=True)

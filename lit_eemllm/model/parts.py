@@ -29,7 +29,7 @@ from ..mechanisms.build import read_mechanism
 from ..mechanisms.connectors import Beside
 from .configuration import EEMLLMConfig
 from .image_cache import ImageCache
-from .pretrained import adopt
+from .pretrained import ImageRotary, adopt
 from .vision import VisionEncoder, get_vision_encoder, ranking_problem
 
 
@@ -69,6 +69,7 @@ class ModelParts(PreTrainedModel):
         self.activation_checkpointing = self.activation_offload = False
         self._fused_loss: nn.Module | None = None
         self._rotate = rotate
+        self.image_rotary = ImageRotary.of(config.text_config)
         self.post_init()
 
     def _connect(self) -> None:

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import reduce
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from ..attention.reference import Reference
 from ..core.decoder import adopt_layers
 from ..core.families import PROVED
 from ..core.stream import Angles, Stream
 from ..errors import CheckpointError, ConfigError
-from ..layout import Run, SequenceLayout
+from ..layout import Run, SequenceLayout, upload
 from .folders import MODEL_FILES, TOKENIZER_FILES, opened, stored
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -89,11 +96,19 @@ def without_weights(kind: Any, config: Any) -> Any:
         return make(config)
 
 
-def take_over(kind: Any, config: Any, weights: Mapping[str, Tensor], path: str, key: str, **options: Any) -> Any:
-    """A model of weights in memory, as float32 or quantised; float32 weights are not copied. The rest, such as the generation config,
+def take_over(
+    kind: Any,
+    config: Any,
+    weights: Mapping[str, Tensor],
+    path: str,
+    key: str,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
+    """A model of weights in memory, in a type or quantised; those of that type are not copied. The rest, such as the generation config,
     comes from the folder `path`."""
     model = type(without_weights(kind, config)).from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch.float32, **options
+        None, config=config, state_dict=weights, dtype=dtype, **options
     )
     with opened(path, key, kind.__name__, MODEL_FILES) as folder:
         if (folder / "generation_config.json").exists():
@@ -152,12 +167,54 @@ def adopt(decoder: PreTrainedModel) -> None:
         raise ConfigError(f"{wrong}: logits of text are {error:.2%} off transformers' own; see docs/decoders.md")
 
 
-def rotary(decoder: PreTrainedModel, x_Th: Tensor) -> Callable[[Tensor, str], Angles]:
-    """The function from positions, and a type of layer if they differ, to rotary angles, in the dtype of these rows."""
+class ImageRotary(NamedTuple):
+    """Multimodal rotary positions (Qwen2-VL): which frequencies count time, rows and columns.
 
-    def angles(positions_R: Tensor, kind: str) -> Angles:
-        cos_1RH, sin_1RH = decoder.model.rotary_emb(x_Th, positions_R[None], *([kind] if kind else []))
-        return cos_1RH[0, :, None], sin_1RH[0, :, None]
+    Attributes:
+        sections: how many frequencies each of the three has.
+        interleaved: they take turns, and what is left counts time (Qwen3-VL); else one after the other (Qwen2.5-VL).
+    """
+
+    sections: tuple[int, int, int]
+    interleaved: bool = False
+
+    @classmethod
+    def of(cls, decoder: PretrainedConfig) -> ImageRotary | None:
+        """Of a decoder's configuration; None = images have sequence positions. Raises ConfigError."""
+        told = getattr(decoder, "image_rotary", None)
+        if told is None:
+            return None
+        half = (getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads) // 2
+        sections = told.get("sections") if isinstance(told, dict) else None
+        numbers = isinstance(sections, list | tuple) and len(sections) == 3 and {type(n) for n in sections} == {int}
+        if not numbers or min(sections) < 0 or sum(sections) != half:
+            raise ConfigError(
+                f"image_rotary: found {told!r:.99}, expected sections, three numbers that add up to {half}"
+            )
+        return cls(tuple(sections), bool(told.get("interleaved")))
+
+    def axes(self) -> Tensor:
+        """[H] which of the three each component of a query or key counts."""
+        sections = torch.tensor(self.sections)
+        if not self.interleaved:
+            return torch.arange(3).repeat_interleave(sections).repeat(2)
+        place = torch.arange(sum(self.sections))
+        return (place % 3 * (place < 3 * sections[place % 3])).repeat(2)
+
+
+def rotary(
+    decoder: PreTrainedModel, x_Th: Tensor, images: ImageRotary | None = None
+) -> Callable[[Tensor, str], Angles]:
+    """The function from positions, [R] or [R, 3], and a type of layer if they differ, to rotary angles, in the dtype of these rows."""
+
+    def angles(positions: Tensor, kind: str) -> Angles:
+        places = positions[None] if positions.ndim == 1 else positions.T.contiguous()
+        cos, sin = decoder.model.rotary_emb(x_Th, places, *([kind] if kind else []))
+        if positions.ndim == 1:
+            return cos[0, :, None], sin[0, :, None]
+        assert images is not None
+        axis_1RH = upload(images.axes(), cos.device)[None, None].expand(1, *cos.shape[1:])
+        return cos.gather(0, axis_1RH)[0, :, None], sin.gather(0, axis_1RH)[0, :, None]
 
     return angles
 

@@ -115,6 +115,11 @@ def register_vision_encoder(name: str) -> Callable[[type[VisionEncoder]], type[V
     return register
 
 
+def encoder_name(vision: VisionEncoder) -> str:
+    """The name that its class is registered under."""
+    return next(name for name, cls in _ENCODERS.items() if cls is type(vision))
+
+
 def get_vision_encoder(name: str) -> type[VisionEncoder]:
     """The registered class. Raises ConfigError that lists the registered encoders."""
     if name not in _ENCODERS:

@@ -9,11 +9,12 @@ from lib.vlms import KINDS, TALKS, conversation, messages, write
 
 from lit_eemllm.data.packing import collate
 from lit_eemllm.data.samples import EncodedSample, TokenSample
+from lit_eemllm.errors import ConfigError, SampleError
 from lit_eemllm.formats.vlm import check_vlm, format_of, load_vlm, save_vlm
 from lit_eemllm.inputs.chat import IMAGE_SLOT
 from lit_eemllm.inputs.processor import Processor
 from lit_eemllm.mechanisms import PRESETS
-from lit_eemllm.model import EEMLLM
+from lit_eemllm.model import EEMLLM, QwenVision
 from lit_eemllm.model.image_cache import ImageCache
 
 BOUND = 1e-5
@@ -50,8 +51,9 @@ def inputs(both, talk):
 
 def their_pixels(model: EEMLLM, ours, theirs):
     """Our pixels in the shape of theirs."""
-    views = model.vision.transform.views(list(ours["pixel_values"]))
-    found = theirs["pixel_values"]
+    views, found = model.vision.transform.views(list(ours["pixel_values"])), theirs["pixel_values"]
+    if isinstance(model.vision, QwenVision):
+        return torch.cat([model.vision.patches(view) for view in views])
     if found.ndim == 5 and len(found) > 1:  # images of many tiles, filled up
         parts = views.split([len(image) for image in ours["pixel_values"]])
         filled = torch.zeros_like(found)
@@ -109,7 +111,11 @@ def test_gradients_are_transformers_own(both, folder):
     ids, said = torch.tensor([[token for token, _ in rows]]), torch.tensor([flag for _, flag in rows])
     _, theirs = inputs(both, TALKS["turns"])
     pixels = their_pixels(model, {"pixel_values": one.pixels}, theirs)
-    given = {key: value for key, value in theirs.items() if key in ("image_sizes", "batch_num_images")}
+    given = {
+        key: value for key, value in theirs.items() if key in ("image_sizes", "batch_num_images", "image_grid_thw")
+    }
+    if "image_grid_thw" in given:
+        given["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     twin.zero_grad()
     logits = twin(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, **given).logits
     torch.nn.functional.cross_entropy(logits[0, :-1][said[1:]], ids[0, 1:][said[1:]], reduction="sum").backward()
@@ -155,6 +161,10 @@ PRUNED = ["ee_mllm", "vica", "ee_mllm_f", "pyramid_drop", "visionzip", "bidirect
 def test_every_mechanism_works_on_the_same_weights(both, folder, preset):
     """Packed, with images cached and token by token: as each conversation is by itself, in one pass."""
     model = load_vlm(folder)[0]
+    if preset == "visionzip" and isinstance(model.vision, QwenVision):
+        with pytest.raises(ConfigError, match="QwenVision says none"):
+            model.set_mechanism(PRESETS[preset])
+        return
     model.set_mechanism(PRESETS[preset].stretched(4))
     model.set_attention("reference")
     samples = [sample(both, ANSWERED), sample(both, [[(40, 20), "What?"], ["red"]]), sample(both, [["no?"], ["yes"]])]
@@ -173,3 +183,15 @@ def test_every_mechanism_works_on_the_same_weights(both, folder, preset):
         return
     once = model(**{**ours, "input_ids": first, "attention_mask": torch.ones_like(first)}, use_cache=True).logits
     assert once[0, ours["input_ids"].shape[1] - 1 : -1].argmax(-1).equal(first[0, ours["input_ids"].shape[1] :])
+
+
+def test_a_picture_that_a_family_refuses_is_refused_by_name(both):
+    _, processor, _, own = both
+    asked, pictures = conversation([[(900, 3), "near"]])
+    if not isinstance(both[0].vision, QwenVision):
+        assert processor.prompts([asked], [pictures])
+        return
+    with pytest.raises(ValueError, match="200"):
+        own(text=own.apply_chat_template(messages([[(900, 3), "near"]])), images=[pictures])
+    with pytest.raises(SampleError, match="900 x 3 pixels"):
+        processor.prompts([asked], [pictures])

@@ -9,6 +9,9 @@ CASES = {
     "linear": ("linear", {}),
     "pixel_shuffle": ("pixel_shuffle", {}),
     "pixel_shuffle, cut squares": ("pixel_shuffle", {"factor": 3}),
+    "linear_shuffle": ("linear_shuffle", {}),
+    "merger": ("merger", {}),
+    "merger, cut squares": ("merger", {"factor": 3, "rms": True}),
     "average": ("average", {}),
     "average, cut squares": ("average", {"factor": 3}),
     "attention": ("attention", {"tokens": 3, "heads": 2}),
@@ -57,6 +60,20 @@ def plain_tokens(connector, module, view):
         for square in squares_of(view, connector.factor):
             parts = [torch.zeros(view.shape[2]) if z is None else z for z in square]
             found.append(mlp(module, normed(module.norm, torch.cat(parts))))
+    if connector.name == "linear_shuffle":
+        for square in squares_of(view, connector.factor):
+            found.append(
+                module.linear.weight @ torch.cat([torch.zeros(view.shape[2]) if z is None else z for z in square])
+            )
+    if connector.name == "merger":
+        for square in squares_of(view, connector.factor):
+            parts = [torch.zeros(view.shape[2]) if z is None else z for z in square]
+            if connector.rms:
+                norm = module.main.norm
+                parts = [z / (z.pow(2).sum() / len(z) + norm.eps) ** 0.5 * norm.weight for z in parts]
+            else:
+                parts = [normed(module.main.norm, z) for z in parts]
+            found.append(mlp(module.main, torch.cat(parts)))
     if connector.name == "average":
         for square in squares_of(view, connector.factor):
             there = [z for z in square if z is not None]

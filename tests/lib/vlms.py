@@ -16,6 +16,7 @@ from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from lib.chat import build
 from lib.llava import shake
@@ -96,6 +97,31 @@ def _onevision(text: Any, image: int) -> Any:
     )  # fmt: skip
 
 
+QWEN = dict(depth=4, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=32)
+
+
+def _qwen2_5_vl(text: Any, image: int) -> Any:
+    values = {k: v for k, v in text.to_dict().items() if k != "model_type"}
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    return hf.Qwen2_5_VLConfig(
+        vision_config={**QWEN, "window_size": 16, "fullatt_block_indexes": [1, 3]}, text_config=values, image_token_id=image,
+        video_token_id=image + 1, vision_start_token_id=image + 2, vision_end_token_id=image + 3, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _qwen3_vl(text: Any, image: int) -> Any:
+    values = {k: v for k, v in text.to_dict().items() if k != "model_type"}
+    values |= {
+        "head_dim": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+    }
+    return hf.Qwen3VLConfig(
+        vision_config={**QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}, text_config=values,
+        image_token_id=image, video_token_id=image + 1, vision_start_token_id=image + 2, vision_end_token_id=image + 3,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 def _qwen2(**values: Any) -> Any:
     return hf.Qwen2Config(**values)
 
@@ -106,6 +132,11 @@ def of_images(processor: Any) -> Any:
 
 
 SQUARE = {"size": {"height": 16, "width": 16}, **PIXELS}
+VISION = "<|vision_start|><|image_pad|><|vision_end|>"
+AREA = {
+    **PIXELS, "size": {"shortest_edge": 256, "longest_edge": 2304}, "patch_size": 4, "temporal_patch_size": 2, "merge_size": 2,
+    "image_processor_type": "Qwen2VLImageProcessor",
+}  # fmt: skip
 SPLIT = {"size": {"longest_edge": 40}, "max_image_size": {"longest_edge": 16}, **PIXELS, "do_image_splitting": True}
 KINDS = {
     "internvl": Kind(
@@ -139,6 +170,20 @@ KINDS = {
             chat_template=tokenizer.chat_template, vision_aspect_ratio="anyres_max_3",
         ),
         ("<image>", "<video>"),
+    ),
+    "qwen2_5_vl": Kind(
+        _qwen2_5_vl, hf.Qwen2_5_VLForConditionalGeneration, CHATML % (IN_ORDER % VISION), AREA,
+        lambda tokenizer, values: of_images(hf.Qwen2_5_VLProcessor)(
+            Qwen2VLImageProcessorPil(**values), tokenizer, None, chat_template=tokenizer.chat_template
+        ),
+        ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+    ),
+    "qwen3_vl": Kind(
+        _qwen3_vl, hf.Qwen3VLForConditionalGeneration, CHATML % (IN_ORDER % VISION), AREA,
+        lambda tokenizer, values: of_images(hf.Qwen3VLProcessor)(
+            Qwen2VLImageProcessorPil(**values), tokenizer, None, chat_template=tokenizer.chat_template
+        ),
+        ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
     ),
 }  # fmt: skip
 """By `model_type`."""
@@ -174,8 +219,8 @@ TALKS: dict[str, list[list[Part]]] = {
     "one": [[(40, 20), "What is it?"]],
     "narrow": [[(9, 30), "a cat"]],
     "one pixel": [[(1, 1), "a cat"]],
-    "very wide": [[(900, 3), "near"]],
-    "very high": [[(3, 900), "near"]],
+    "very wide": [[(700, 5), "near"]],
+    "very high": [[(5, 700), "near"]],
     "two side by side": [[(40, 20), (20, 40), "What?"]],
     "text between": [["a ", (40, 20), " left of ", (33, 32), " what?"]],
     "image last": [["what is ", (30, 31)]],

@@ -217,7 +217,7 @@ def _figures(
             "activations": documents * step.activations,
             "activations_recomputed": documents
             * (step.kept + step.largest - config.optim.activation_offload * step.inputs),
-            "logits": documents * step.logits,
+            "logits": step.at_loss(documents),
         },
         "fits": fits,
     }

@@ -6,6 +6,7 @@ counted by PyTorch's own counter, activations by hooks on what autograd saves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from ..inputs.images import Transform
 from ..inputs.reduction import EACH, Grids, Order, Reduction
 from ..layout import PackedBatch, Run, SequenceLayout
 from ..mechanisms import Features, Mechanism
+from ..model.packed import LOGITS
 from ..training.adapters import MARK
 from ..training.fsdp2 import shared_out, sums_late
 from ..training.module import compute_dtype
@@ -74,7 +76,7 @@ class Step:
             is recomputed.
         below: of what is kept, that of encoder and connector, and the input of the first unit, which stay to the end.
         inputs: of what is kept, the inputs of all units but the first, which can be in main memory while one is computed again.
-        logits: bytes at the loss.
+        logits: bytes at the loss; of all documents of a pack at most `loss_chunk`, if that is not 0.
         passing: bytes beside what is saved that the largest unit takes at most while it is computed again and differentiated:
             gradients on their way, such as those of a product and of its two factors (gate and up), and what is cast.
     """
@@ -103,6 +105,7 @@ class Step:
     below: float
     inputs: int
     logits: int
+    loss_chunk: int
     passing: int
 
     @property
@@ -146,12 +149,17 @@ class Step:
             stays += gradients
         kept = self.kept - offload * self.inputs
         moment = documents * (self.largest + self.passing) + unit_copies + gathered
-        begins = documents * (self.activations + max(self.logits, self.passing)) + copies + gathered
+        logits = self.at_loss(documents)
+        begins = documents * self.activations + max(logits, documents * self.passing) + copies + gathered
         if checkpointing:
-            loss = documents * (kept + self.logits) + copies + gathered
+            loss = documents * kept + logits + copies + gathered
             begins = max(loss, documents * kept + moment)
         ends = gradients - late + documents * self.below + moment
         return stays + max(begins + gradients * (accumulate > 1), ends, gradients)
+
+    def at_loss(self, documents: int) -> float:
+        """Bytes of a pack's logits at a time."""
+        return min(documents * self.logits, self.loss_chunk or math.inf)
 
     def most_documents(self, limit: float, **options: Any) -> int:
         """The largest pack whose step stays within so many bytes, with the options of `most_bytes`; 0 if none does."""
@@ -221,6 +229,7 @@ def trace(
         largest=max(nbytes(unit.saved) for unit in rest.units),
         below=images * encoder.activations() + rest.below(),
         inputs=rest.inputs(),
+        loss_chunk=LOSS_BYTES * LOGITS * (teacher is None),
         logits=(LOSS_BYTES + KL_BYTES * (teacher is not None)) * logits.numel(),
         passing=passing(model, autocast, rest.units),
     )

@@ -29,6 +29,9 @@ from .cache import CachedPass, continue_positions
 from .parts import ModelParts
 from .pretrained import rotary
 
+LOGITS = 1 << 25
+"""Most logits that the loss holds at a time on a GPU: with what is computed of them 12 bytes each, 0.4 GB."""
+
 
 class Packed(ModelParts):
     """Reads packs, which have no padding."""
@@ -219,13 +222,31 @@ class Packed(ModelParts):
         x_nh, head = self._supervised_states(batch), self.language_model.lm_head
         if self._fused_loss is not None and len(batch.targets):  # it divides by their number
             return self._fused_loss(head.weight, x_nh, batch.targets, head.bias)
-        return cross_entropy(head(x_nh).float(), batch.targets, reduction="sum")
+        return summed_loss(head, x_nh, batch.targets, self.loss_rows if x_nh.is_cuda else None)
+
+    @property
+    def loss_rows(self) -> int:
+        """Supervised tokens whose logits `packed_loss` holds at a time on a GPU; on a CPU it is all."""
+        return max(1, LOGITS // self.config.text_config.vocab_size)
 
     def packed_loss_and_kl(self, batch: PackedBatch, teacher_nv: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """As `packed_loss`, but never fused, and `divergence` from the logits of a teacher."""
         logits_nv = self.language_model.lm_head(self._supervised_states(batch)).float()
         kl = divergence(teacher_nv, logits_nv, temperature)  # first: it takes most, while the other is not there yet
         return cross_entropy(logits_nv, batch.targets, reduction="sum"), kl
+
+
+def summed_loss(head: nn.Module, x_nh: Tensor, targets_n: Tensor, rows: int | None) -> Tensor:
+    """Cross-entropy summed over all n, in float32, from last hidden states; the logits of so many rows at a time are computed, and for
+    the backward pass again, for the head's FLOPs once more. rows: None = all, and not again."""
+
+    def of(x_mh: Tensor, targets_m: Tensor) -> Tensor:
+        return cross_entropy(head(x_mh).float(), targets_m, reduction="sum")
+
+    if rows is None or len(x_nh) <= rows:
+        return of(x_nh, targets_n)
+    parts = zip(x_nh.split(rows), targets_n.split(rows), strict=True)
+    return torch.stack([checkpoint(of, *part, use_reentrant=False) for part in parts]).sum()
 
 
 def divergence(teacher_nv: Tensor, student_nv: Tensor, temperature: float) -> Tensor:

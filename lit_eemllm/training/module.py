@@ -89,6 +89,8 @@ class LitEEMLLM(LightningModule):
         self._use(self.mechanisms.own)
         if self.trainer.is_global_zero:
             console.print(f"attention: {choice}", markup=False, highlight=False)
+            if self.device.type == "cuda" and not self.config.model.liger:
+                console.print(f"loss: logits of {self.model.loss_rows:,} supervised tokens at a time")
         if self.config.model.compile:
             self.model.compile_layers()
 

@@ -425,6 +425,9 @@ def test_most_bytes_and_documents():
     assert step.most_bytes(100, checkpointing=True) == 1800 + 400 + 100 * (3 + 4) + 20  # as it ends
     assert step.most_bytes(100, checkpointing=True, accumulate=2) == 1800 + 400 + 100 * (2 + 3 + 4) + 20
     assert replace(step, logits=9).most_bytes(100, checkpointing=True) == 1800 + 200 + 100 * (2 + 9)  # at the loss
+    parts = replace(step, loss_chunk=800)  # of 100 x 9
+    assert replace(parts, logits=9).most_bytes(100, checkpointing=True) == 1800 + 200 + 100 * 2 + 800
+    assert parts.most_bytes(200) == 1800 + 200 + 200 * (10 + 4)
     assert replace(step, passing=9).most_bytes(100) == 1800 + 200 + 100 * (10 + 9)
     assert step.most_bytes(100, gpus=4) == 1800 + 400 + 200 + 100 * (10 + 5)
     sharded = {"gpus": 4, "sharded": True}

@@ -76,6 +76,13 @@ def test_peak(mechanism, tuning, checkpointing):
     check(mechanism, tuning, checkpointing, 6, "bfloat16")
 
 
+@pytest.mark.slow
+@on_fake_cuda
+def test_peak_at_the_loss():
+    """Where layers keep little, and supervised tokens have 295 million logits in all: 3.5 GB, if all were there at a time."""
+    check("vica", "frozen", True, 36, "bfloat16")
+
+
 @pytest.mark.parametrize(("mechanism", "kind"), [("ee_mllm", "bfloat16"), ("vica", "exact")])
 @on_fake_cuda
 def test_peak_with_a_teacher(mechanism, kind):

@@ -94,6 +94,17 @@ def test_a_step_with_a_teacher_does_not_either():
     check("llava", list(covering("llava")), "model.mechanism.preset=llava", f"optim.mechanisms={schedule}")
 
 
+@on_fake_cuda
+def test_a_step_whose_loss_is_computed_in_parts_does_not_either():
+    """Of two supervised tokens at a time, where a CPU takes all."""
+    import tiny
+
+    from lit_eemllm.model import packed
+
+    packed.LOGITS = 2 * tiny.VOCAB + 5  # in this process
+    check("ee_mllm", [("flash", "lora", False, "float32"), ("sdpa", "full", True, "exact")])
+
+
 @pytest.mark.parametrize("mechanism", ["p_mod", "saisa"])
 @on_fake_cuda
 def test_a_step_with_inputs_of_layers_in_main_memory_does_not_either(mechanism):

@@ -10,6 +10,7 @@ import torch
 from lib.mechanisms import KINDS
 
 from lit_eemllm.errors import ConfigError
+from lit_eemllm.model.packed import summed_loss
 
 PACK = [[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2]]
 
@@ -68,6 +69,26 @@ def test_logits_exist_at_supervised_positions_only():
     model.language_model.lm_head.register_forward_hook(lambda _, args, out: shapes.append(out.shape))
     model.packed_loss(batch)
     assert shapes == [(2, tiny.VOCAB)]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_a_loss_in_parts_is_the_loss(rows):
+    """With a bias and a frozen or trained head, and no part with more logits than asked for, in either pass."""
+    torch.manual_seed(0)
+    head, x_nh, targets = torch.nn.Linear(8, 30).double(), torch.randn(40, 8).double(), torch.randint(30, (40,))
+    parts, seen, found = [None, rows], [], []
+    head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
+    for trained in (True, False):
+        head.requires_grad_(trained)
+        for part in parts:
+            x_nh, head.weight.grad = x_nh.detach().requires_grad_(), None
+            loss = summed_loss(head, x_nh, targets, part)
+            loss.backward()
+            found.append([loss.detach(), x_nh.grad, *[head.weight.grad] * trained])
+    for whole, cut in (found[:2], found[2:]):
+        torch.testing.assert_close(whole, cut)
+    many = -(-40 // rows)
+    assert len(seen) == 2 * (1 + (2 * many if many > 1 else 1)) and max(seen[1 : len(seen) // 2]) == rows
 
 
 def test_liger_without_a_gpu_says_what_it_needs():

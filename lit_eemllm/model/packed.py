@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
@@ -102,7 +101,11 @@ class Packed(ModelParts):
         again, kept = self.activation_checkpointing and torch.is_grad_enabled(), None
         none_0h = x_Th.new_zeros(0, x_Th.shape[1])
         # seen by `checkpoint`, which saves inputs alone; what a layer saves when it is computed again stays on the device
-        place = save_on_cpu(pin_memory=x_Th.is_cuda) if again and self.activation_offload else nullcontext()
+        place = (
+            torch.autograd.graph.save_on_cpu(pin_memory=x_Th.is_cuda)
+            if again and self.activation_offload
+            else nullcontext()
+        )
         with place:
             for layer in decoder.layers:
                 if layer.row.source == "own":  # else it would be kept with the layer's input

@@ -1,4 +1,4 @@
-"""`convert`: a trained model under another mechanism or behind another connector, or in LLaVA's format."""
+"""`convert`: a trained model under another mechanism or behind another connector, from and to transformers' formats."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ def add(verbs: Any) -> None:
     examples = (
         "lit-eemllm convert runs/stage1 --out runs/stage1-saisa --mechanism saisa",
         "lit-eemllm convert llava-1.5-7b-hf --out runs/ee --mechanism ee_mllm",
-        "lit-eemllm convert runs/llava --out my-llava-hf --to-llava",
+        "lit-eemllm convert Qwen2.5-VL-3B-Instruct --out runs/vica --mechanism vica",
+        "lit-eemllm convert runs/llava --out my-llava-hf --to-transformers",
     )
-    text = "Write a trained model under another mechanism; read and write LLaVA checkpoints."
+    text = "Write a trained model under another mechanism; read and write transformers' models of images and text."
     made = takes_imports(verb(verbs, "convert", _convert, text, *examples))
-    text = "a run directory (its newest checkpoint), a folder of an EEMLLM (save_pretrained) or of a LLaVA-1.5, 1.6 in "
-    text += "transformers' format; then overrides: model.mechanism.*, which without a preset change the source's own "
+    text = "a run directory (its newest checkpoint), a folder of an EEMLLM (save_pretrained) or of a model of images "
+    text += "and text in transformers' format (LLaVA, LLaVA-OneVision, SmolVLM, InternVL, Qwen2.5-VL, ...); then overrides: model.mechanism.*, which without a preset change the source's own "
     text += "mechanism, model.connector.* likewise, and seed, of modules that are fresh"
     made.add_argument("inputs", nargs="*", metavar="SOURCE|key=value", help=text)
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     made.add_argument("--mechanism", metavar="PRESET", help="such as ee_mllm or saisa; default: the source's own")
-    text = "write a LlavaForConditionalGeneration of transformers and check that it computes the same; mechanism llava"
-    made.add_argument("--to-llava", action="store_true", help=text)
+    text = "write one of transformers' own models and check that it computes the same; mechanism llava"
+    made.add_argument("--to-transformers", "--to-llava", action="store_true", help=text)
 
 
 def _convert(args: Namespace) -> None:
@@ -36,4 +37,4 @@ def _convert(args: Namespace) -> None:
         overrides.insert(0, f"model.mechanism.preset={args.mechanism}")
     from lit_eemllm.formats.convert import convert
 
-    convert(Path(sources[0]), args.out, overrides, args.to_llava)
+    convert(Path(sources[0]), args.out, overrides, args.to_transformers)

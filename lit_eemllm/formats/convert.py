@@ -58,16 +58,16 @@ class Source:
         return Processor(self.tokenizer, self.template, model.vision.transform, model.config.image_token_id)
 
 
-def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -> None:
+def convert(source: Path, out: Path, overrides: Sequence[str], to_transformers: bool) -> None:
     """Write the source's model under another mechanism, behind another connector, or both.
 
     Args:
-        source: folder of a LLaVA-1.5, 1.6 (transformers' format) or of an EEMLLM (`save_pretrained`), or a run directory, of
+        source: folder of a model in one of transformers' formats (`vlm.FORMATS`) or of an EEMLLM (`save_pretrained`), or a run directory, of
             which the newest checkpoint is taken.
         out: folder to create; appears only when it is complete.
         overrides: ``model.mechanism.*``, ``model.connector.*`` and ``seed``; without a preset or a name they change the source's own
             mechanism or connector.
-        to_llava: write transformers' LlavaForConditionalGeneration, or LlavaNext..., instead of an EEMLLM.
+        to_transformers: write one of transformers' own models instead of an EEMLLM: of a family that has the encoder and the connector.
 
     Raises:
         UserError: the source, the mechanism, the connector or `out` cannot be used; nothing has been written.
@@ -80,18 +80,18 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_llava: bool) -
         mechanism = choose_mechanism(found.model.mechanism, layers, wanted)
         connector = choose_connector(found.model.connector, other)
         named = json.dumps(mechanism_settings(mechanism, layers))
-        if to_llava and not mechanism.is_llava(layers):
+        if to_transformers and not mechanism.is_llava(layers):
             raise ConfigError(
-                f"--to-llava: the mechanism is {named}, which LLaVA's format cannot say. With --mechanism llava the same "
-                "weights are written to be computed as LLaVA does."
+                f"--to-transformers: the mechanism is {named}, which transformers' formats cannot say. With --mechanism llava the same "
+                "weights are written to be computed as there."
             )
-        if to_llava and found.tokenizer is None:
-            raise ConfigError(f"--to-llava: {source} holds no tokenizer; convert the run it was made from")
+        if to_transformers and found.tokenizer is None:
+            raise ConfigError(f"--to-transformers: {source} holds no tokenizer; convert the run it was made from")
         advance(1)
         model, fates = change_mechanism(found.model, mechanism, seed, connector)
         advance(1)
         checked = ""
-        if to_llava:
+        if to_transformers:
             assert found.tokenizer is not None
             save_vlm(model, found.tokenizer, folder, found.template)
             checked = check_vlm(model, folder, found.processor(model))
@@ -129,7 +129,9 @@ def _wanted(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], i
 def open_source(path: Path) -> Source:
     """Raises UserError if the path is none of the three kinds of source, or one that cannot be used."""
     if not path.is_dir():
-        expected = "a LLaVA checkpoint (one from a hub: download it first), an EEMLLM folder or a run directory"
+        expected = (
+            "a checkpoint of transformers (one from a hub: download it first), an EEMLLM folder or a run directory"
+        )
         raise UserError(f"{path}: no such folder; expected {expected}")
     refuse_adapter(finder(str(path), SOURCE), SOURCE, str(path))
     checkpoint = newest_checkpoint(path)

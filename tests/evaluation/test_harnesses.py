@@ -256,8 +256,8 @@ def test_a_question_that_cannot_be_asked_is_answered_with_nothing(place, caplog)
 def test_likelihoods_are_those_of_transformers(place, stand_in, tmp_path):
     """The same weights as a LLaVA of transformers; prompt and answer written by hand, one question at a time."""
     overrides = ["model.mechanism.preset=llava"]
-    convert(place.run, tmp_path / "ours", overrides, to_llava=False)
-    convert(place.run, tmp_path / "theirs", overrides, to_llava=True)
+    convert(place.run, tmp_path / "ours", overrides, to_transformers=False)
+    convert(place.run, tmp_path / "theirs", overrides, to_transformers=True)
     llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "theirs")
     model = lmms_model(stand_in(LMMS_EVAL, "lmms_eval"), place, run=tmp_path / "ours", batch_size=4)

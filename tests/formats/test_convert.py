@@ -251,7 +251,10 @@ def test_an_export_keeps_a_chat_template_that_nothing_contradicts(tmp_path, toke
         ("convert empty --out x --mechanism sasia", "model.mechanism.preset: found 'sasia'"),
         ("convert empty --out x model.mechanism.dense_layer=all", "did you mean model.mechanism.dense_layers?"),
         ("convert LLAVA --out x --mechanism saisa model.mechanism.aligner.ffn=true", "layerwise projectors make"),
-        ("convert LLAVA --out x --mechanism ee_mllm --to-llava", 'the mechanism is {"preset": "ee_mllm"}, which LLaVA'),
+        (
+            "convert LLAVA --out x --mechanism ee_mllm --to-llava",
+            'the mechanism is {"preset": "ee_mllm"}, which transformers',
+        ),
         ("convert BARE --out x --to-llava", "BARE holds no tokenizer"),
     ],
 )

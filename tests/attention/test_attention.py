@@ -135,9 +135,8 @@ def laid_out(documents, steps):
     return replace(layout, positions=rising, stepwise=False)
 
 
-steps = st.lists(
-    st.integers(0, 3), max_size=5
-)  # as where tokens have left, and where those of an image share a position
+steps = st.lists(st.integers(0, 3), max_size=5)
+"""As where tokens have left, and where those of an image share a position."""
 visibilities = st.sampled_from([*VISIBILITIES.values(), Visibility(True, window=0)])
 
 

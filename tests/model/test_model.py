@@ -109,6 +109,12 @@ def test_llava_equals_transformers_llava(decoder):
     assert_same_gradients({rename[k]: v for k, v in gradients(model, loss).items()}, true)
 
 
+@pytest.mark.parametrize("length", [6, 7])
+def test_a_document_one_token_longer_than_the_window_has_one(length):
+    model, batch = tiny.model("mistral-window", "llava"), tiny.pack([[length]])
+    assert tiny.max_error(text_logits(model, batch), hf_decoder(model)(batch.input_ids[None]).logits[0]) <= BOUND
+
+
 def test_images_both_ways_equal_transformers_gemma():
     """Its own masks of image blocks and windows, given which tokens are visual; an image is wider than the window."""
     model, batch = tiny.model("gemma3_text", "bidirectional"), tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3]])
@@ -333,6 +339,15 @@ def test_round_trip_through_a_folder(tmp_path, mechanism, encoder):
     again.set_attention("reference")
     assert again.mechanism == model.mechanism
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert text_logits(again.eval(), batch).equal(text_logits(model, batch))
+
+
+@pytest.mark.parametrize("decoder", ["mistral-window", "olmo3", "gemma3_text"])
+def test_windows_and_rotary_positions_survive_a_folder(tmp_path, decoder):
+    model, batch = tiny.model(decoder), tiny.pack(PACK)
+    model.save_pretrained(tmp_path)
+    again = EEMLLM.from_pretrained(tmp_path)
+    again.set_attention("reference")
     assert text_logits(again.eval(), batch).equal(text_logits(model, batch))
 
 

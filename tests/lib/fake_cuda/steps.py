@@ -33,8 +33,9 @@ OTHERS = {
     "some": Mechanism(aligner=NO_ALIGNER, rows=(("1", (("tokens", "every 2"), ("seen", "every 4"))),)),
     "apart": Mechanism(dense_layers="all", rows=(("1", (("seen", "every 2"),)),)),
     "dropping": Mechanism(aligner=NO_ALIGNER, visual_drop=((1, 0.5),)),
+    "sliding": Mechanism(rows=(("1-2", (("attend", "image"), ("tokens", "every 2"))),)),
 }
-"""What no preset does."""
+"""What no preset does; the last in a decoder with windows."""
 
 ALLOWED = {
     "known = [x.detach()": "the look at loss and norm before the optimiser takes a step: it replaces all others",
@@ -132,7 +133,7 @@ def optimiser_step(module: LitEEMLLM, batch: PackedBatch, optimizer: Any = None)
 
 @cache
 def _model(mechanism: str) -> EEMLLM:
-    return tiny.model("llama-gqa", OTHERS.get(mechanism, mechanism))
+    return tiny.model("gemma3_text" if mechanism == "sliding" else "llama-gqa", OTHERS.get(mechanism, mechanism))
 
 
 def model(mechanism: str) -> EEMLLM:

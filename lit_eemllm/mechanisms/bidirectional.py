@@ -8,6 +8,8 @@ A visual token sees everything before it, as in LLaVA, and all of its own image;
     1 1 1 1 0
     1 1 1 1 1
 
+Where the decoder's layer has a sliding window, neither sees farther back than that, as in transformers' Gemma 3 (its 5.24).
+
 Our reading: tiles of one image see each other too; several images see those before them only.
 """
 

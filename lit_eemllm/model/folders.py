@@ -32,7 +32,7 @@ SIZES = {
     "patch_size": 2**12, "num_patches": 2**20, "max_position_embeddings": 2**40, "image_seq_length": 2**24,
     "depth": 512, "num_heads": 2**12, "in_channels": 2**8, "spatial_merge_size": 16, "temporal_patch_size": 64, "window_size": 2**14,
     "out_hidden_size": 2**20, "num_position_embeddings": 2**20, "tokens_per_second": 2**10,
-    "no_rope_layer_interval": 512, "scale_factor": 64, "sliding_window": 2**31, "sliding_window_pattern": 512,
+    "no_rope_layer_interval": 512, "scale_factor": 64, "sliding_window": 2**31, "sliding_window_pattern": 512, "query_pre_attn_scalar": 2**20,
 }  # fmt: skip
 """Keys of config.json that are whole numbers, and their maxima: modules of these sizes are built before weights are read."""
 IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index", "video_token_index",
@@ -42,7 +42,7 @@ CONFIG = {
     "tie_word_embeddings", "use_cache", "hidden_act", "attention_bias", "mlp_bias", "attention_dropout", "rms_norm_eps",
     "layer_norm_eps", "initializer_range", "initializer_factor", "rope_theta", "rope_parameters", "rope_scaling",
     "partial_rotary_factor", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers", "rope_local_base_freq",
-    "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention",
+    "hidden_activation", "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention",
     "vision_use_head", "projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer",
     "vision_feature_select_strategy", "image_grid_pinpoints", "vision_aspect_ratio", "downsample_ratio", "use_mask_token",
     "use_absolute_position_embeddings", "projection_dropout", "norm_type", "use_qk_norm", "use_mean_pooling", "hidden_dropout_prob",

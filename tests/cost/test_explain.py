@@ -10,7 +10,7 @@ from PIL import Image
 from lit_eemllm import cli
 from lit_eemllm.core.select import ALL, NOTHING, Every
 from lit_eemllm.core.table import LayerPlan
-from lit_eemllm.cost.explain import cells, mask
+from lit_eemllm.cost.explain import cells, mask, notes
 from lit_eemllm.cost.formulas import layer_flops, prefill_flops
 from lit_eemllm.mechanisms import PRESETS, build_mechanism
 
@@ -115,3 +115,10 @@ def test_a_mechanism_of_ones_own(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "16–23" in said and "FLOPs of modules that it adds are counted" in said and "before it" in said
     assert (tmp_path / "x.svg").read_text().startswith("<?xml")
+
+
+def test_windows_of_the_decoder_are_told():
+    llava, decoder = PRESETS["llava"], tiny.DECODERS["gemma3_text"]
+    assert notes(llava, decoder) == " The decoder's window in layers 0, 2: 6 tokens."
+    assert notes(llava, tiny.DECODERS["mistral-window"]) == " The decoder's window in layers 0–2: 6 tokens."
+    assert notes(llava, tiny.DECODERS["llama"]) == ""

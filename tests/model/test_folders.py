@@ -18,6 +18,7 @@ from lit_eemllm.formats.vlm import FORMATS, load_vlm, save_vlm
 from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build, build_processor
+from lit_eemllm.model.configuration import load_decoder_config
 from lit_eemllm.model.folders import CONFIG
 from lit_eemllm.model.vision import TransformersVision
 
@@ -112,6 +113,23 @@ def test_the_keys_are_those_that_the_families_have():
     for kind in (*FAMILIES, *TransformersVision.FAMILIES, *FORMATS, "clip", "siglip", "siglip2", "idefics2"):
         made = TransformersVision.FAMILIES[kind][0] if kind in TransformersVision.FAMILIES else CONFIG_MAPPING[kind]
         assert {field.name for field in fields(made)} - left_out - CONFIG == set(), kind
+
+
+def test_windows_are_read_as_gemma_was_published(tmp_path):
+    """In the words of its first config.json, before transformers wrote types of layers."""
+    published = {
+        "model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+        "rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None, "sliding_window": 512, "sliding_window_pattern": 6,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "cache_implementation": "hybrid",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    config, _ = load_decoder_config(str(tmp_path))
+    family = FAMILIES["gemma3_text"]
+    assert family.windows(config) == ([511] * 5 + [None]) * 4 + [511] * 2
+    assert {kind: config.rope_parameters[kind]["rope_theta"] for kind in family.rotary(config)} == {
+        "sliding_attention": 10000, "full_attention": 1000000,
+    }  # fmt: skip
 
 
 def test_whole_models_are_read_likewise(folder):

@@ -88,6 +88,10 @@ def test_without_image_every_mechanism_is_the_base_model(name):
 @pytest.mark.parametrize("pack", [PACK, [[5], [9]]], ids=["images", "text only"])
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_every_trainable_tensor_has_a_gradient(name, pack, decoder):
+    if decoder == "gemma3_text" and name.startswith("p_mod"):
+        pytest.skip(
+            "the tokens in its last layer lie outside of that layer's window: text sees nothing of what is routed"
+        )
     check_gradients(tiny.model(decoder, MECHANISMS[name]), pack)
 
 

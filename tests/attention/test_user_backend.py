@@ -13,7 +13,7 @@ import torch
 from tiny import config, forgotten_imports, model, pack
 
 from lit_eemllm import cli
-from lit_eemllm.attention import registered_backends, resolve_backend
+from lit_eemllm.attention import AttentionBackend, registered_backends, resolve_backend
 from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.layout import Run, SequenceLayout, Visibility
@@ -47,12 +47,13 @@ def random_layout(seed: int) -> SequenceLayout:
     return SequenceLayout.of([*documents, [Run(False, 2)], [Run(True, 1)]])
 
 
-def results(name: str, layout: SequenceLayout, visibility: Visibility, kv_heads: int) -> list[torch.Tensor]:
+def results(
+    backend: AttentionBackend, layout: SequenceLayout, visibility: Visibility, kv_heads: int
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(layout.num_tokens)
     queries = sum(run.length for document in layout.documents for run in document if visibility.queries(run.visual))
     shapes = [(queries, 4, 8), (layout.num_tokens, kv_heads, 8), (layout.num_tokens, kv_heads, 8)]
     qkv = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-    backend = resolve_backend(name).backend
     out = backend.attend(*qkv, backend.plan(layout, visibility), 0.3)
     weights = torch.randn(out.shape, generator=generator)
     return [out, *torch.autograd.grad((out * weights).sum(), qkv)]
@@ -61,6 +62,7 @@ def results(name: str, layout: SequenceLayout, visibility: Visibility, kv_heads:
 @pytest.mark.parametrize("chunk", [1, 4, 256])
 def test_the_example_equals_the_reference_forward_and_backward(module, monkeypatch, chunk):
     monkeypatch.setattr(module, "CHUNK", chunk)
+    backends = [resolve_backend(name).backend for name in ("chunked", "reference")]
     for seed in range(10):
         layout = random_layout(seed)
         for visibility in (
@@ -73,7 +75,7 @@ def test_the_example_equals_the_reference_forward_and_backward(module, monkeypat
             Visibility(False, window=3),
         ):
             for kv_heads in (4, 2, 1):
-                found, true = (results(name, layout, visibility, kv_heads) for name in ("chunked", "reference"))
+                found, true = (results(backend, layout, visibility, kv_heads) for backend in backends)
                 assert found[0].shape == true[0].shape
                 for f, t in zip(found, true, strict=True):
                     assert (f - t).abs().max() <= 1e-5 * t.abs().max() + 1e-6, (seed, visibility)

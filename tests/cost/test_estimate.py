@@ -13,7 +13,7 @@ from lit_eemllm.config import load_config
 from lit_eemllm.core.select import Routed
 from lit_eemllm.cost.estimate import mechanisms_of
 from lit_eemllm.cost.formulas import cache_bytes, decode_flops, prefill_flops
-from lit_eemllm.cost.trace import Document, trace
+from lit_eemllm.cost.trace import Document, Step, trace
 from lit_eemllm.cost.weightless import parts_of_config, parts_of_shape
 from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Mechanism, build_mechanism
 from lit_eemllm.model.vision import register_vision_encoder
@@ -171,7 +171,15 @@ def written(parts):
     return str(file)
 
 
-def test_the_verb_needs_no_weights(written, capsys):
+def test_the_verb_needs_no_weights(written, capsys, monkeypatch):
+    traced: dict[Mechanism, Step] = {}  # the second time it is asked for the same
+
+    def once(config, parts, mechanism, *rest):
+        if mechanism not in traced:
+            traced[mechanism] = trace(config, parts, mechanism, *rest)
+        return traced[mechanism]
+
+    monkeypatch.setattr("lit_eemllm.cost.trace.trace", once)
     line = ["estimate", written, "--text", "10", "--batch", "3", "--gpus", "2", "trainer.accumulate_grad_batches=4"]
     assert cli.main([*line, "--json", "model.mechanism.gated.every=null"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -61,6 +61,7 @@ def test_flops_of_a_step_with_a_teacher(tmp_path):
         assert flops.of(pack.layout) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["ee_mllm", "flamingo"])
 def test_other_documents_at_the_widths_of_a_large_model(tmp_path, monkeypatch, preset):
     """Two layers of it: most of what is needed is in the weights, as in all of them."""

@@ -151,8 +151,11 @@ def test_backends_and_activation_checkpointing_change_nothing(preset):
 
 @pytest.mark.parametrize("decoder", ["llama", "qwen3", "olmo2", "smollm3", "gemma3_text"])
 def test_costs(preset, decoder):
-    """Of a prompt and a new token against PyTorch's counter; `estimate` traces a training step of it."""
+    """Of a prompt and a new token against PyTorch's counter."""
     check_flops_and_cache(made(preset, decoder))
+
+
+def test_estimate_traces_a_training_step(preset):
     config = load_config(
         [], ["model.decoder=none", "model.vision.path=none", "data.train=none", "optim.lr=1e-3", "optim.max_steps=1"]
     )

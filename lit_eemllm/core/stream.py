@@ -351,6 +351,8 @@ class Stream:
     def _packed(
         self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, view: View, kind: Visibility, scale: float
     ) -> Tensor:
+        if not len(q_QNH):  # of an image that no text follows yet
+            return q_QNH[..., : v_SKH.shape[-1]]
         if kind.window is not None and kind.window >= self._longest - 1:
             kind = replace(kind, window=None)  # nothing is farther away
         plan = self._once(("plan", view.name, kind), lambda: self.backend.plan(view.layout, kind))

@@ -80,9 +80,8 @@ class Windows:
         """Text before the first image is in no window, unless it may go on after an image in the cache."""
         layout, device, cache = stream.layout, stream.layout.positions.device, stream.cache
         held = cache is not None and bool(cache.media)
-        if (
-            held and layout.num_text == len(layout.documents) == layout.num_tokens
-        ):  # a new token each: nothing to upload
+        if held and layout.num_text == len(layout.documents) == layout.num_tokens:
+            # A new token each: nothing to upload.
             row_B = torch.arange(layout.num_tokens, device=device)
             windows = replace(layout, positions=torch.zeros_like(row_B))
             return cls._cached(stream, windows, None, torch.zeros_like(row_B), row_B, torch.zeros_like(row_B), None)

@@ -83,6 +83,16 @@ def test_the_cache_holds_the_last_window_alone():
     assert held == [None, None, (18, [18]), (20, [20])]
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("mechanism", ["casa", "ee_mllm", "vica"])
+def test_a_pass_may_end_with_an_image_or_be_one(mechanism, backend):
+    """Then no text of it sees the image."""
+    model = tiny.model("llama-gqa", mechanism)
+    model.set_attention(backend)
+    in_passes(model, [[3, 0, 4]], [3 + tiny.TOKENS, 7 + tiny.TOKENS], [[0], []])
+    in_passes(model, [[0, 4]], [tiny.TOKENS, 4 + tiny.TOKENS], [[0], []])
+
+
 def test_keys_of_images_are_not_cached_for_other_prompts():
     """Blocks make them anew, layers have none."""
     model, given = tiny.model("llama-gqa", "casa"), tiny.prompt(tiny.model(), [[3, 0, 4]])

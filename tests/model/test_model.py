@@ -198,7 +198,9 @@ def test_without_image_every_mechanism_is_the_base_model(preset, decoder):
     assert model.generate(**inputs, **options).equal(twin.generate(**inputs, **options))
 
 
-@pytest.mark.parametrize(("decoder", "backend"), [("llama-gqa", "sdpa"), ("olmo2", "reference"), ("gemma3_text", "sdpa")])
+@pytest.mark.parametrize(
+    ("decoder", "backend"), [("llama-gqa", "sdpa"), ("olmo2", "reference"), ("gemma3_text", "sdpa")]
+)
 @pytest.mark.parametrize("preset", KINDS)
 def test_packing_leaks_nothing(preset, decoder, backend):
     model, batch = tiny.model(decoder, preset), tiny.pack(PACK)

@@ -167,7 +167,6 @@ class SampleEncoder:
         left = iter(sample.image_tokens)
         lengths = accumulate(next(left) if entry == IMAGE_SLOT else 1 for entry in sample.ids)
         entries = next(i for i, length in enumerate(lengths) if length > self.max_length)
-        entries = next((first for first, end in sample.entries if first <= entries < end), entries)
         targets = [target for target in sample.targets() if target < entries]
         if not targets:
             raise SampleError("too_long", f"{found}, and the answer begins after that")

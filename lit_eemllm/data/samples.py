@@ -41,6 +41,7 @@ class TokenSample:
         image_tokens: visual tokens of each run, in order of appearance.
         images: the image files.
         entries: of each image, its first entry of `ids` and the one after its last.
+        pictures: images of the conversation, those that were cut off with its end among them.
         truncated: whether text was cut off its end.
         source: name of the blend's source that it was drawn from.
     """
@@ -51,6 +52,7 @@ class TokenSample:
     image_tokens: list[int]
     images: list[bytes]
     entries: list[tuple[int, int]] = field(default_factory=list)
+    pictures: int = 0
     truncated: bool = False
     source: str = ""
     __restore_key__: tuple = ()  # Energon's address of the sample: its buffers are saved as addresses
@@ -124,7 +126,7 @@ class SampleEncoder:
         found = [image_size(data, f"{key}, image {i}", self.max_image_pixels) for i, data in enumerate(images)]
         sizes = [self.transform.size_among(size, len(found)) for size in found]
         shown = encoded.with_pieces([self.transform.pieces(*size) for size in sizes], self.template.text_ids)
-        sample = TokenSample(key, shown.ids, shown.supervised, shown.runs, images, shown.images)
+        sample = TokenSample(key, shown.ids, shown.supervised, shown.runs, images, shown.images, len(images))
         if not sample.targets():
             raise SampleError("no_target", f"{key}: there is no answer to learn from")
         return sample if sample.length <= self.max_length else self._shorten(sample)
@@ -136,7 +138,7 @@ class SampleEncoder:
             counted = sum(next(left) for entry in sample.ids[first:end] if entry == IMAGE_SLOT)
             name = f"{sample.key}, image {i}"
             picture = read_picture(data, name, self.max_image_pixels)
-            size = self.transform.size_among((picture.shape[2], picture.shape[1]), len(sample.images))
+            size = self.transform.size_among((picture.shape[2], picture.shape[1]), sample.pictures)
             if (tokens := self.transform.num_tokens(*size)) != counted:  # the pack has no room for others
                 found = f"image {name!r}: its header promises {counted} visual tokens, its content gives {tokens}"
                 raise SampleError("bad_image", found)

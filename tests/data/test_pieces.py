@@ -16,8 +16,8 @@ from lit_eemllm.data.samples import EncodedSample, SampleEncoder, TokenSample
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.loss import with_moved_images
 from lit_eemllm.inputs.chat import IMAGE, IMAGE_SLOT, Conversation, Turn
-from lit_eemllm.inputs.images import ImageTransform
-from lit_eemllm.inputs.tiles import SplitTransform
+from lit_eemllm.inputs.images import WHOLE, ImageTransform
+from lit_eemllm.inputs.tiles import AnyresTransform, SplitTransform
 
 VIEW = ImageTransform(height=8, width=8, patch=4, mean=(0.5,) * 3, std=(0.5,) * 3)
 SPLIT = SplitTransform(VIEW, longest=16)
@@ -67,6 +67,16 @@ def test_an_image_is_cut_off_whole() -> None:
         short = sample(replace(made, max_length=limit), "<image>ab", "cdef", "<image>gh", "ijkl", images=2)
         assert shown(short).endswith("cdef$") and len(short.images) == len(short.entries) == 1 and short.truncated
         assert short.ids.count(IMAGE_SLOT) == len(short.image_tokens) and made.load_pixels(short)
+
+
+def test_what_is_cut_off_does_not_change_how_an_image_is_shown() -> None:
+    """Of several pictures LLaVA-OneVision shows the whole alone; also if only one is left."""
+    made = replace(encoder(1000, "truncate"), transform=AnyresTransform(VIEW, lone=True))
+    one = sample(made, "<image>ab", "cdef", "<image>gh", "ijkl", images=2)
+    assert one.image_tokens == [5, 5]
+    short = sample(replace(made, max_length=one.length - 8), "<image>ab", "cdef", "<image>gh", "ijkl", images=2)
+    (pixels,), (size,) = made.load_pixels(short).pixels, made.load_pixels(short).sizes
+    assert len(short.images) == 1 and size == WHOLE and pixels.shape == (1, 3, 8, 8)
 
 
 def test_packs_tell_how_many_runs_an_image_has_and_images_move_to_where_as_many_stand() -> None:

@@ -48,8 +48,10 @@ class InternVL(Format):
         return found
 
     def transform(self, config: Any, values: dict[str, Any]) -> Transform:
-        side, tiles = config.vision_config.image_size[0], {"crop_to_patches": True, "min_patches": 1, "max_patches": 12}
-        cuts, least, most = (values.pop(key, default) for key, default in tiles.items())
+        side, tiles = config.vision_config.image_size[0], {"min_patches": 1, "max_patches": 12}
+        least, most = (
+            values.pop(key, default) for key, default in tiles.items()
+        )  # its processor cuts, whatever a file says
         view = ImageTransform.from_preprocessor_config(
             {**values, "do_center_crop": False}, config.vision_config.patch_size[0]
         )
@@ -57,7 +59,7 @@ class InternVL(Format):
             raise ConfigError(
                 f"its images have {view.height} x {view.width} pixels, expected the encoder's {side} x {side}"
             )
-        return TilesTransform(view, least if cuts else 1, most if cuts else 1, AROUND)
+        return TilesTransform(view, least, most, AROUND)
 
     def select_layer(self, config: Any) -> int | None:
         return None if config.vision_feature_layer == -1 else int(config.vision_feature_layer)
@@ -97,7 +99,7 @@ class InternVL(Format):
                 **normalisation(view),
                 "image_processor_type": "GotOcr2ImageProcessor",
                 "size": {"height": view.height, "width": view.width},
-                "crop_to_patches": transform.most > 1,
+                "crop_to_patches": True,
                 "min_patches": transform.least,
                 "max_patches": transform.most,
             },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -195,3 +197,25 @@ def test_a_picture_that_a_family_refuses_is_refused_by_name(both):
         own(text=own.apply_chat_template(messages([[(900, 3), "near"]])), images=[pictures])
     with pytest.raises(SampleError, match="900 x 3 pixels"):
         processor.prompts([asked], [pictures])
+
+
+def test_configurations_as_they_were_published(tmp_path):
+    """Qwen2.5-VL's has the decoder's keys beside the others, and names of rotary positions of before transformers 5."""
+    folder = write("qwen2_5_vl", tmp_path)
+    true = load_vlm(folder)[0]
+    values = json.loads((folder / "config.json").read_text())
+    text = values.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    old = {**{key: value for key, value in text.items() if key not in ("model_type", "layer_types")}, **values}
+    old |= {
+        "rope_theta": rope["rope_theta"],
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "max_window_layers": 70,
+    }
+    (folder / "config.json").write_text(json.dumps(old))
+    found = load_vlm(folder)[0]
+    assert found.image_rotary == true.image_rotary and found.image_rotary.sections == (1, 1, 2)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert found(ids).logits.equal(true(ids).logits)

@@ -141,7 +141,7 @@ SPLIT = {"size": {"longest_edge": 40}, "max_image_size": {"longest_edge": 16}, *
 KINDS = {
     "internvl": Kind(
         _internvl, hf.InternVLForConditionalGeneration, CHATML % (IN_ORDER % "<IMG_CONTEXT>\n"),
-        {**SQUARE, "crop_to_patches": True, "min_patches": 1, "max_patches": 6, "image_processor_type": "GotOcr2ImageProcessor"},
+        {**SQUARE, "crop_to_patches": False, "min_patches": 1, "max_patches": 6, "image_processor_type": "GotOcr2ImageProcessor"},
         lambda tokenizer, values: of_images(hf.InternVLProcessor)(
             GotOcr2ImageProcessorPil(**values), tokenizer, image_seq_length=4, chat_template=tokenizer.chat_template
         ),

@@ -26,7 +26,12 @@ from .preflight import preflight
 from .terminal import say
 
 DATA = Path("runs/demo/data")
-TRAINED = ("llava", "ee_mllm", "naavit", "shortv", "saisa", "vica", "flamingo", "casa")
+TRAINED = (
+    "llava", "ee_mllm", "naavit", "shortv", "saisa", "vica", "flamingo", "casa", "pyramid_drop", "hidrop", "sampled",
+    "skip_vision", "bidirectional", "visual_experts", "p_mod", "deepstack",
+)  # fmt: skip
+FREE = ("ee_mllm_f", "fastv", "visionzip", "withdrawal", "visipruner", "operator_skipping")
+"""Need no training: the trained llava with some visual tokens treated in another way."""
 JOURNEYS = {"demo": (("ee_mllm", "llava"), 1), "compare": (("ee_mllm", "llava"), 3), "mechanisms": (TRAINED, 1)}
 """Mechanisms and seeds."""
 Stage = tuple[str, float, Callable[[], None]]
@@ -98,11 +103,11 @@ def stages_of(name: str) -> tuple[list[Stage], list[Path]]:
                 stages.append((f"ask {mechanism} as it was before training", 0.3, partial(run, *before)))
             stages.append((f"ask {mechanism}, seed {seed}", 0.5, partial(run, "validate", out)))
             runs.append(out)
-    if name == "mechanisms":  # needs no training: the self-attention run with one layer made composite
-        out, trained = Path("runs") / name / "ee_mllm_f-0", Path("runs") / name / "llava-0" / "checkpoints"
-        words = ("validate", "configs/demo/ee_mllm_f.yaml", f"out={out}", "--checkpoint", trained / "step-1500.ckpt")
-        stages.append(("ask ee_mllm_f, which is llava's weights", 0.5, partial(run, *words)))
-        runs.insert(2, out)
+    for mechanism in FREE if name == "mechanisms" else ():
+        out, trained = Path("runs") / name / f"{mechanism}-0", Path("runs") / name / "llava-0" / "checkpoints"
+        words = ("validate", f"configs/demo/{mechanism}.yaml", f"out={out}", "--checkpoint", trained / "step-1500.ckpt")
+        stages.append((f"ask {mechanism}, which is llava's weights", 0.5, partial(run, *words)))
+        runs.append(out)
     if name == "demo":
         work = partial(kill_and_resume, "configs/demo/ee_mllm.yaml", Path("runs/demo/resume"))
         stages.append(("kill a run, continue it, compare it with one that was not killed", 0.8, work))

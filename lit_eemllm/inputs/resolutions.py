@@ -127,8 +127,9 @@ class NativeTransform(Transform):
             return (self.edges[1],) * 2
         if self.area is not None:
             squares = self.area[1] // self.unit**2
-            rows = math.ceil(math.sqrt(squares / 200))  # of as many tokens as a square, or more
-            return squares // rows * self.unit, rows * self.unit
+            rows = range(math.ceil(math.sqrt(squares / 200)), math.isqrt(squares) + 1)
+            most = max(rows, key=lambda n: squares // n * n)
+            return squares // most * self.unit, most * self.unit
         return self.unit, self.unit * ((self.most or 1) // self.reduction.side**2)
 
     def _pixels(self, picture: torch.Tensor) -> torch.Tensor:

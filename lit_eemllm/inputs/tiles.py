@@ -289,16 +289,18 @@ class SplitTransform(Tiled):
         <fake_token_around_image><global-img>....<fake_token_around_image>
 
     Attributes:
-        longest: pixels of the longer side.
+        longest: pixels of the longer side; 0 = four tiles, as Idefics3's.
         cuts: whether pictures are cut at all; else the view of the whole is all that there is.
     """
 
-    longest: int = 2048
+    longest: int = 0
     cuts: bool = True
     policy: str = "split"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.longest:
+            object.__setattr__(self, "longest", 4 * self.view.width)
         most = min(MOST_LONGEST, 6 * self.view.width)
         if not 1 <= self.longest <= most:
             raise ConfigError(

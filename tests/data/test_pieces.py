@@ -99,7 +99,7 @@ def test_the_preview_shows_each_tile_where_its_tokens_are() -> None:
         assert list(tile.convert("RGB").tobytes()) == view.permute(1, 2, 0).flatten().tolist()
 
 
-@pytest.mark.parametrize("longest", [0, 4097, 49])
+@pytest.mark.parametrize("longest", [-1, 4097, 49])
 def test_sizes_are_bounded(longest: int) -> None:
     with pytest.raises(ConfigError, match="longer side of 1 to 48 pixels"):
         SplitTransform(VIEW, longest=longest)

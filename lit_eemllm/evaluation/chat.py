@@ -1,0 +1,239 @@
+"""`chat`: a conversation with a run's model in the terminal. Pictures by path, answers as they come, and another mechanism at any time,
+with what each costs beside the answer."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from ..compat.transformers import CACHE
+from ..console import quiet_libraries
+from ..errors import ConfigError, SampleError, UserError, did_you_mean
+from ..inputs.chat import IMAGE, Conversation, Turn
+from ..inputs.images import open_image, read_file
+from ..mechanisms import PRESETS
+from ..model import EEMLLM, Processor
+from ..terminal import say
+from ..training.module import compute_dtype
+from .run import autocast, load
+
+if TYPE_CHECKING:
+    from ..config.keys import Config
+
+HELP = """\
+Ask anything; a line that begins with the path of a picture, typed or dropped here, shows it with what follows.
+  /image FILE        show a picture with the next question
+  /mechanism [NAME]  treat visual tokens in another way from now on; without a name, the ways that these weights allow
+  /reset             forget pictures and turns
+  /help              this
+  /exit              leave (or Ctrl-D)"""
+_WORD = re.compile(r"""\s*((?:'[^']*'|"[^"]*"|\\.|[^\s'"\\])+)(?=\s|$)""")
+"""Of a shell."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of an answer.
+
+    Attributes:
+        prefill: seconds until its first token, encoder included.
+        text, visual: tokens of the prompt.
+        tokens: of the answer.
+        seconds: from its first token to its last.
+        cache: bytes of keys and values at its end.
+    """
+
+    prefill: float
+    text: int
+    visual: int
+    tokens: int
+    seconds: float
+    cache: int
+
+    def __str__(self) -> str:
+        rate = f", {(self.tokens - 1) / self.seconds:.1f} tokens/s" if self.tokens > 1 and self.seconds else ""
+        size = f"{self.cache / 2**20:.1f} MiB" if self.cache >= 2**20 else f"{self.cache / 2**10:.0f} KiB"
+        return f"prefill {1e3 * self.prefill:,.0f} ms of {self.text} text and {self.visual} visual tokens, cache {size}{rate}"
+
+
+class Listener(BaseStreamer):
+    """Hands on the text of an answer as its tokens come, and notes when. Half a character waits for its other half."""
+
+    def __init__(self, processor: Processor, write: Callable[[str], None]) -> None:
+        self.processor, self.write = processor, write
+        self.begun, self.times, self.ids, self.text = False, list[float](), list[int](), ""
+
+    def put(self, value: Tensor) -> None:
+        if not self.begun:  # the prompt
+            self.begun = True
+            return
+        self.times.append(time.perf_counter())
+        self.ids += value.flatten().tolist()
+        self._hand_on(last=False)
+
+    def end(self) -> None:
+        self._hand_on(last=True)
+
+    def _hand_on(self, last: bool) -> None:
+        (text,) = self.processor.answers(torch.tensor([self.ids], dtype=torch.long), 0)
+        if text.startswith(self.text) and (last or not text.endswith("\ufffd")):
+            self.write(text[len(self.text) :])
+            self.text = text
+
+
+@dataclass
+class Chat:
+    """A conversation with a model.
+
+    Attributes:
+        way: name of the mechanism.
+        turns, pictures: so far.
+        shown: pictures that go with the next question.
+    """
+
+    model: EEMLLM
+    processor: Processor
+    config: Config
+    way: str
+    turns: list[Turn] = field(default_factory=list)
+    pictures: list[Image.Image] = field(default_factory=list)
+    shown: list[Image.Image] = field(default_factory=list)
+
+    def show(self, path: Path) -> None:
+        """Raises SampleError or OSError if the picture cannot be read."""
+        most = self.config.data.max_image_pixels
+        self.shown.append(open_image(read_file(path, path.name), path.name, most))
+
+    def reset(self) -> None:
+        self.turns, self.pictures, self.shown = [], [], []
+
+    @torch.inference_mode()
+    def ask(self, question: str, max_new_tokens: int, write: Callable[[str], None]) -> Cost:
+        """Answer a question with the pictures that are shown, token by token; interrupted, what was said stands.
+
+        Raises:
+            SampleError: it cannot be asked; nothing is remembered of it.
+        """
+        turn = Turn("human", f"{IMAGE}\n" * len(self.shown) + question)
+        pictures = [*self.pictures, *self.shown]
+        conversation = Conversation("chat", (*self.turns, turn), len(pictures))
+        start = time.perf_counter()
+        inputs, listener = (
+            self.processor.prompts([conversation], [pictures], self.model.device),
+            Listener(self.processor, write),
+        )
+        visual = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
+        cache = 0  # unknown, if interrupted
+        with suppress(KeyboardInterrupt), autocast(self.config, self.model):
+            made = self.model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                streamer=listener,
+                return_dict_in_generate=True,
+            )
+            cache = made[CACHE].num_bytes
+        self.turns += [turn, Turn("gpt", listener.text)]
+        self.pictures, self.shown = pictures, []
+        first, last = (listener.times[0], listener.times[-1]) if listener.times else (time.perf_counter(),) * 2
+        text = inputs["input_ids"].shape[1] - visual
+        return Cost(first - start, text, visual, len(listener.times), last - first, cache)
+
+    def ways(self) -> list[str]:
+        """Mechanisms that the model's weights allow."""
+        layers, now = len(self.model.table), self.model.mechanism.modules
+        of_all = {name: preset.stretched(layers) for name, preset in PRESETS.items()}
+        return [name for name, way in of_all.items() if way.modules == now and not self.model.problems(way)]
+
+    def switch(self, name: str) -> None:
+        """Raises ConfigError with the names that are possible."""
+        if name not in (ways := self.ways()):
+            hint = did_you_mean(name, ways)
+            raise ConfigError(f"{name}: with these weights one of {', '.join(ways)}" + (f"; {hint}" if hint else ""))
+        self.model.set_mechanism(PRESETS[name].stretched(len(self.model.table)))
+        self.model.set_attention(self.config.model.attention, compute_dtype(self.config), training=False)
+        self.way = name
+
+
+def leading_pictures(line: str) -> tuple[list[Path], str]:
+    """Paths of files with which a line begins, as terminals write what is dropped on them (quoted, with backslashes, or as
+    ``file://``), and what follows them."""
+    found: list[Path] = []
+    while word := _WORD.match(line):
+        text = shlex.split(word[1])[0]
+        text = unquote(text.removeprefix("file://")) if text.startswith("file://") else text
+        path = Path(text).expanduser()
+        with suppress(OSError, ValueError):  # a name that is too long, or no name
+            if path.is_file():
+                found.append(path)
+                line = line[word.end() :]
+                continue
+        break
+    return found, line.strip()
+
+
+def chat(config: Config, checkpoint: str | None, max_new_tokens: int) -> None:
+    """Read lines until the end of input. Raises UserError for an option or a run that cannot be used."""
+    quiet_libraries()
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
+    with suppress(ImportError):
+        import readline  # noqa: F401  line editing and history for `input`
+    model, processor, source = load(config, checkpoint)
+    talk = Chat(model, processor, config, config.model.mechanism.preset)
+    say(f"{source}, mechanism {talk.way}. /help tells more.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            say("")
+            return
+        if line == "/exit":
+            return
+        try:
+            _obey(talk, line, max_new_tokens)
+        except (SampleError, UserError, OSError) as error:
+            talk.shown = []
+            say(f"  {getattr(error, 'message', None) or error}")
+
+
+def _obey(talk: Chat, line: str, max_new_tokens: int) -> None:
+    """One line of the user's."""
+    command, _, argument = line.partition(" ")
+    paths, question = leading_pictures(line)
+    if command == "/image":
+        paths, rest = leading_pictures(argument)
+        if not paths or rest:
+            raise UserError(f"/image: no such file: {rest or argument}")
+        question = ""
+    elif command == "/mechanism":
+        if argument:
+            talk.switch(argument.strip())
+        say(f"  now {talk.way}; these weights allow {', '.join(talk.ways())}")
+        return
+    elif command == "/reset":
+        return talk.reset()
+    elif command == "/help":
+        return say(HELP)
+    elif command.startswith("/") and not paths:
+        hint = did_you_mean(command, ["/image", "/mechanism", "/reset", "/help", "/exit"])
+        raise UserError(f"{command}: no such command; {hint or '/help tells those that there are'}")
+    for path in paths:
+        talk.show(path)
+        size: Any = talk.shown[-1].size
+        say(f"  {path.name}: {size[0]} x {size[1]}")
+    if question:
+        cost = talk.ask(question, max_new_tokens, lambda text: say(text, end="", flush=True))
+        say(f"\n  [{talk.way}: {cost}]")

@@ -1,0 +1,134 @@
+"""Talking with a run in the terminal: what is said is what `generate` says, whatever is typed."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import torch
+from PIL import Image
+
+from lit_eemllm import cli
+from lit_eemllm.compat.transformers import CACHE
+from lit_eemllm.errors import ConfigError, SampleError
+from lit_eemllm.evaluation.chat import Chat, leading_pictures
+from lit_eemllm.evaluation.run import answer, load
+from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
+
+
+@pytest.fixture
+def talk(dense_run):
+    model, processor, _ = load(dense_run, None)
+    return Chat(model, processor, dense_run, "llava")
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "my photo's.png"
+    Image.new("RGB", (40, 20), "red").save(path)
+    return path
+
+
+def truth(talk, turns, pictures, tokens):
+    conversation = Conversation(
+        "k", tuple(Turn(("human", "gpt")[i % 2], text) for i, text in enumerate(turns)), len(pictures)
+    )
+    return answer(talk.model, talk.processor, [conversation], [pictures], tokens)[0]
+
+
+def test_turns_stream_what_generate_says(talk, photo):
+    said: list[str] = []
+    talk.show(photo)
+    cost = talk.ask("What is it?", 12, said.append)
+    first, picture = f"{IMAGE}\nWhat is it?", Image.open(photo)
+    assert "".join(said) == truth(talk, [first], [picture], 12) == talk.turns[1].text and len(said) > 2
+    assert (cost.visual, cost.tokens, talk.shown) == (16, 12, []) and cost.prefill > 0 and cost.seconds > 0
+    inputs = talk.processor.prompts([Conversation("k", (Turn("human", first),), 1)], [[picture]])
+    assert cost.text == inputs["input_ids"].shape[1] - 16
+    with torch.inference_mode():
+        kept = talk.model(**inputs, use_cache=True)[CACHE].num_bytes / inputs["input_ids"].shape[1]
+    assert cost.cache == kept * (
+        cost.text + cost.visual + cost.tokens - 1
+    )  # the last token is not run through the layers
+    again: list[str] = []
+    talk.show(photo)
+    talk.ask("And?", 5, again.append)
+    second = truth(talk, [first, "".join(said), f"{IMAGE}\nAnd?"], [picture, picture], 5)
+    assert "".join(again) == second and len(talk.turns) == 4 and len(talk.pictures) == 2
+    talk.reset()
+    assert (talk.turns, talk.pictures) == ([], [])
+
+
+def test_a_mechanism_is_switched_without_a_weight(talk, photo):
+    weights = {name: x.clone() for name, x in talk.model.state_dict().items()}
+    ways = talk.ways()
+    assert {"llava", "ee_mllm", "vica", "pyramid_drop"} <= set(ways) and not {"flamingo", "saisa", "casa"} & set(ways)
+    with pytest.raises(ConfigError, match=r"vika: with these weights one of llava, .*; did you mean vica\?"):
+        talk.switch("vika")
+    found = {}
+    for way in ways:
+        talk.switch(way)
+        talk.show(photo)
+        cost = talk.ask("What is it?", 6, lambda _: None)
+        found[way] = cost.cache
+        assert talk.turns[-1].text == truth(talk, [f"{IMAGE}\nWhat is it?"], [Image.open(photo)], 6)
+        talk.reset()
+    assert found["withdrawal"] < found["llava"] == found["naavit"]
+    assert all(x.equal(weights[name]) for name, x in talk.model.state_dict().items())
+
+
+def test_what_cannot_be_asked_leaves_the_conversation(talk, photo):
+    talk.show(photo)
+    with pytest.raises(SampleError, match="control token"):
+        talk.ask("</s>", 4, lambda _: None)
+    assert (talk.turns, talk.pictures) == ([], [])
+
+
+def test_an_answer_that_is_interrupted_stands(talk):
+    said: list[str] = []
+
+    def write(text):
+        said.append(text)
+        if len(said) == 3:
+            raise KeyboardInterrupt
+
+    cost = talk.ask("What?", 50, write)
+    assert talk.turns[-1] == Turn("gpt", "".join(said[:2])) and cost.tokens < 50
+
+
+def test_paths_as_terminals_write_them(photo, monkeypatch):
+    plain = photo.with_name("a.png")
+    Image.new("RGB", (4, 4)).save(plain)
+    escaped = re.sub(r"([ '])", r"\\\1", str(photo))
+    for text in (f'"{photo}"', shlex.quote(str(photo)), escaped, f"file://{quote(str(photo))}"):
+        assert leading_pictures(f" {text}  what is {plain}? ") == ([photo], f"what is {plain}?")
+    assert leading_pictures(f"{plain} {escaped}") == ([plain, photo], "")
+    monkeypatch.setenv("HOME", str(plain.parent))
+    assert leading_pictures("~/a.png what?") == ([Path("~/a.png").expanduser()], "what?")
+    for text in ("what?", "what's this?", "", "/no/such.png", "'" * 3, "x" * 5000, "\0 nul"):
+        assert leading_pictures(text) == ([], text.strip())
+
+
+def test_a_session(dense_run, photo, monkeypatch, capsys):
+    lines = [
+        "/help", f"{shlex.quote(str(photo))} What is it?", "/mechanism", "/mechanism vica", "And now?", "/mechanisn", "/image nothing.png",
+        "</s>", "/reset", f'/image "{photo}"', "one\x1b[31m", "/exit", "never asked",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert cli.main(["chat", dense_run.out, "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("  [llava: prefill ") == 1 and said.count("  [vica: prefill ") == 2
+    assert re.search(
+        r"\[llava: prefill [\d,]+ ms of \d+ text and 16 visual tokens, cache [\d.]+ KiB, [\d.]+ tokens/s\]", said
+    )
+    assert (
+        "my photo's.png: 40 x 20" in said and "did you mean /mechanism?" in said and "no such file: nothing.png" in said
+    )
+    assert "control token" in said and "never asked" not in said and "\x1b" not in said
+    assert said.count("/image FILE") == 1
+    assert cli.main(["chat", dense_run.out, "--max-new-tokens", "0"]) == 2
+    assert "expected 1 or more" in capsys.readouterr().err

@@ -205,7 +205,6 @@ def chat(config: Config, checkpoint: str | None, max_new_tokens: int) -> None:
         try:
             _obey(talk, line, max_new_tokens)
         except (SampleError, UserError, OSError) as error:
-            talk.shown = []
             say(f"  {getattr(error, 'message', None) or error}")
 
 

@@ -6,6 +6,7 @@ import io
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from lit_eemllm import cli
 from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.errors import ConfigError, SampleError
-from lit_eemllm.evaluation.chat import Chat, leading_pictures
+from lit_eemllm.evaluation.chat import Chat, Listener, leading_pictures
 from lit_eemllm.evaluation.run import answer, load
 from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
 
@@ -85,7 +86,18 @@ def test_what_cannot_be_asked_leaves_the_conversation(talk, photo):
     talk.show(photo)
     with pytest.raises(SampleError, match="control token"):
         talk.ask("</s>", 4, lambda _: None)
-    assert (talk.turns, talk.pictures) == ([], [])
+    assert (talk.turns, talk.pictures, len(talk.shown)) == ([], [], 1)  # the picture waits for a better question
+
+
+def test_half_a_character_waits_for_its_other_half():
+    texts = iter(["a", "a\ufffd", "a\u00e9", "a\u00e9\ufffd", "a\u00e9\ufffd"])
+    said: list[str] = []
+    listener = Listener(SimpleNamespace(answers=lambda ids, start: [next(texts)]), said.append)
+    listener.put(torch.tensor([[1, 2]]))  # the prompt
+    for token in range(4):
+        listener.put(torch.tensor([token]))
+    listener.end()
+    assert said == ["a", "\u00e9", "\ufffd"] and listener.ids == [0, 1, 2, 3]
 
 
 def test_an_answer_that_is_interrupted_stands(talk):

@@ -26,9 +26,9 @@ WHOLE = (".newline", ".queries")
 """Suffixes of the names of tensors of a connector that cannot have an adapter and are trained in full beside adapters."""
 
 
-def linear_layers(part: nn.Module) -> list[str]:
-    """Linear layers in repeated blocks: all but embeddings, head and patch projection (as LLaVA)."""
-    lists = [name for name, module in part.named_modules() if isinstance(module, nn.ModuleList)]
+def linear_layers(part: nn.Module, key: str) -> list[str]:
+    """Of a connector all linear layers, else those in repeated blocks: all but embeddings, head and patch projection (as LLaVA)."""
+    lists = [name for name, module in part.named_modules() if isinstance(module, nn.ModuleList) and key != "projector"]
     inside = tuple(f"{name}." for name in lists) or ("",)
     return [name for name, module in part.named_modules() if isinstance(module, nn.Linear) and name.startswith(inside)]
 
@@ -42,7 +42,7 @@ def add_adapters(part: nn.Module, section: LoraSection, key: str) -> None:
     """
     from peft import inject_adapter_in_model
 
-    layers = linear_layers(part)
+    layers = linear_layers(part, key)
     known = {_last(name) for name in layers}
     targets = known if section.targets is None else set(section.targets)
     if not targets or not targets <= known:

@@ -415,7 +415,7 @@ def test_tuning(name, mechanism, choice):
     ("section", "told"),
     [
         ({"name": "pixel"}, "model.connector.name: unknown connector 'pixel'; choose one of mlp, linear, pixel_shuffle"),
-        ({"name": "mlp", "options": {"factor": 2}}, "options.factor: the connector mlp has no such option; use connector=pixel_shuffle or average"),
+        ({"name": "mlp", "options": {"factor": 2}}, "options.factor: the connector mlp has no such option; use connector=pixel_shuffle or linear_shuffle or merger or average"),
         ({"name": "average", "options": {"side": 2}}, "options.side: the connector average has no such option; found 'side', expected factor"),
         ({"name": "average", "options": {"factor": True}}, "options.factor: found True, expected a whole number"),
         ({"name": "average", "options": {"factor": 0}}, "options.factor: found 0, expected 1 to 16"),

@@ -27,6 +27,7 @@ class Format(ABC):
         encoders: `model_type`s of the encoders that it may have; a model is written in the first format that has its encoder.
         names: prefixes of our tensors -> those of theirs; the first that fits.
         template: name of the chat template of a model whose tokenizer has none.
+        needs: packages that its processor needs for videos, also where there are none.
     """
 
     model_type: ClassVar[str]
@@ -35,6 +36,7 @@ class Format(ABC):
     encoders: ClassVar[tuple[str, ...]]
     names: ClassVar[dict[str, str]]
     template: ClassVar[str] = "jinja"
+    needs: ClassVar[tuple[str, ...]] = ()
 
     # --- reading
     @abstractmethod

@@ -98,4 +98,5 @@ class SmolVLM(Idefics3):
     model_type = "smolvlm"
     config_class, model_class = SmolVLMConfig, SmolVLMForConditionalGeneration
     encoders = ("smolvlm_vision",)
+    needs = ("torchvision", "num2words")
     processor = "SmolVLMProcessor", "SmolVLMImageProcessor"

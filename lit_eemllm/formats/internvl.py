@@ -22,6 +22,7 @@ class InternVL(Format):
     model_type = "internvl"
     config_class, model_class = InternVLConfig, InternVLForConditionalGeneration
     encoders = ("internvl_vision",)
+    needs = ("torchvision",)
     names = {
         "vision.model.": "model.vision_tower.",
         "projector.norm.": "model.multi_modal_projector.layer_norm.",

@@ -182,6 +182,7 @@ class LlavaOnevision(LlavaNext):
     model_type = "llava_onevision"
     config_class, model_class = LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
     template = "jinja"
+    needs = ("torchvision",)
 
     def problems(self, config: Any) -> list[str]:
         found, ratio = super().problems(config), config.vision_aspect_ratio

@@ -33,6 +33,7 @@ class Qwen25VL(Format):
     model_type = "qwen2_5_vl"
     config_class, model_class = Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     encoders = ("qwen2_5_vl_vision",)
+    needs = ("torchvision",)
     names = {
         "vision.model.": "model.visual.",
         "projector.main.norm.": "model.visual.merger.ln_q.",

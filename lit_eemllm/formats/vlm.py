@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ def check_vlm(model: EEMLLM, folder: Path, processor: Processor | None = None) -
     """Read back what `save_vlm` wrote, as transformers does, and compare; afterwards the model is in float32.
 
     Every tensor must be equal and, up to FORWARD_UP_TO parameters, the logits for random ids and a random image to rounding. With a
-    `processor`, the prompts that transformers' own makes of a conversation must be its.
+    `processor`, the prompts that transformers' own makes of a conversation must be its, where all is installed that it needs.
 
     Returns:
         what was compared, in words.
@@ -272,10 +273,15 @@ def check_vlm(model: EEMLLM, folder: Path, processor: Processor | None = None) -
     different = [name for name, tensor in written.items() if not tensors[name].equal(tensor)]
     if different:
         raise CheckpointError(f"{folder}: {len(different)} tensors differ from the model's, such as {different[0]}")
-    if processor is not None:
+    prompts, lacking = "", [package for package in form.needs if find_spec(package) is None]
+    if processor is not None and lacking:
+        prompts = (
+            f"; prompts are not compared: {' and '.join(lacking)}, which transformers' processor needs, not installed"
+        )
+    elif processor is not None:
         _check_prompts(processor, folder)
     if theirs.num_parameters() > FORWARD_UP_TO:
-        return f"{len(tensors)} tensors equal as transformers reads them (too large to compare logits)"
+        return f"{len(tensors)} tensors equal as transformers reads them (too large to compare logits){prompts}"
     generator = torch.Generator().manual_seed(0)
     image, known = model.config.image_token_id, model.config.text_config.vocab_size
     spoken = torch.tensor([token for token in range(known) if token != image])
@@ -294,7 +300,9 @@ def check_vlm(model: EEMLLM, folder: Path, processor: Processor | None = None) -
     error = ((found - ours).abs().max() / ours.abs().max()).item()
     if not error <= 1e-4:
         raise CheckpointError(f"{folder}: transformers' logits differ from ours by {error:.1e} of the largest")
-    return f"{len(tensors)} tensors equal as transformers reads them, logits differ by {error:.0e} of the largest"
+    return (
+        f"{len(tensors)} tensors equal as transformers reads them, logits differ by {error:.0e} of the largest{prompts}"
+    )
 
 
 def _check_prompts(processor: Processor, folder: Path) -> None:

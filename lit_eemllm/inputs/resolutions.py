@@ -164,7 +164,7 @@ class NativeTransform(Transform):
         resample = config.get("resample", 2)
         mean, std = (config.get(f"image_{name}") or (0.5, 0.5, 0.5) for name in ("mean", "std"))
         resample = names.get(resample, resample)
-        return cls(patch, mean, std, most, edges if most is None else None, resample)  # type: ignore[arg-type]
+        return cls(patch, mean, std, most, edges if most is None else None, resample=resample)  # type: ignore[arg-type]
 
 
 def transform_from_dict(values: Mapping[str, Any]) -> Transform:

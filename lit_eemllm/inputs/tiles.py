@@ -308,16 +308,21 @@ class SplitTransform(Tiled):
             )
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height before the picture is cut; the shorter side is made even."""
-        longer, shorter = self.longest, int(self.longest * min(width, height) / max(width, height))
+        """Width and height before the picture is cut; the shorter side is made even. Rounded as Idefics3's processor does."""
+        aspect = width / height
+        shorter = int(self.longest / aspect if width >= height else self.longest * aspect)
         shorter = max(1, shorter + shorter % 2)
-        return (longer, shorter) if width >= height else (shorter, longer)
+        return (self.longest, shorter) if width >= height else (shorter, self.longest)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
+        """The longer side is made whole tiles; the shorter grows with it, and is then made whole tiles."""
         if not self.cuts:
             return 1, 1
-        width, height = self._resized(width, height)
-        return -(-height // self.view.width), -(-width // self.view.width)
+        (width, height), tile = self._resized(width, height), self.view.width
+        longer, aspect = -(-max(width, height) // tile), width / height
+        shorter = int(longer * tile / aspect if width >= height else longer * tile * aspect)
+        shorter = max(1, -(-shorter // tile))
+        return (shorter, longer) if width >= height else (longer, shorter)
 
     def num_views(self, width: int, height: int) -> int:
         tiles = math.prod(self.grid(width, height))
@@ -347,7 +352,8 @@ class SplitTransform(Tiled):
             return self.view(picture)[None]
         pixels = self.view.width
         picture = resized(picture, columns * pixels, rows * pixels, self.view.resample)
-        return torch.cat([self.cut(picture) if rows * columns > 1 else picture[:0, None], self.view(picture)[None]])
+        whole = self.view(picture)[None]
+        return torch.cat([self.cut(picture), whole]) if rows * columns > 1 else whole
 
 
 TILED: dict[str, type[Tiled]] = {"anyres": AnyresTransform, "tiles": TilesTransform, "split": SplitTransform}

@@ -190,9 +190,8 @@ class RunLog(Callback):
             self.logs.log_metrics({"val_loss": float(loss)}, trainer.global_step)
             self._print(f"step {trainer.global_step:>6}  validation loss {loss:.4f}")
         self._validation_end = time.perf_counter()
-        self._window_start += (
-            self._validation_end - pl_module.step.ended
-        )  # neither validation nor starting its loader is training time
+        # Neither validation nor starting its loader is training time; a resumed run may validate before its first step.
+        self._window_start += self._validation_end - max(pl_module.step.ended, self._window_start)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         drawn = self._drawn(trainer)

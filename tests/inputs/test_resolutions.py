@@ -11,6 +11,7 @@ import tiny
 import torch
 from PIL import Image
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
@@ -18,7 +19,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.inputs.images import MAX_SIDE, ImageTransform, image_size, open_image
 from lit_eemllm.inputs.resolutions import NativeTransform, transform_from_dict, with_policy
-from lit_eemllm.inputs.tiles import AnyresTransform
+from lit_eemllm.inputs.tiles import AnyresTransform, SplitTransform
 from lit_eemllm.model.vision import patches_of
 
 HALF = (0.5, 0.5, 0.5)
@@ -121,6 +122,22 @@ def test_a_count_is_what_the_pixels_give(transform, size):
     assert transform.picture(pixels).mode == "RGB"
 
 
+@pytest.mark.parametrize(("tile", "longest"), [(16, 40), (16, 64), (14, 81), (32, 25)])
+def test_split_as_idefics3(tile, longest):
+    """Rows and columns of tiles, and views; the tiles that the longer side is rounded up to are what the shorter one grows with."""
+    processor = Idefics3ImageProcessorPil(
+        size={"longest_edge": longest}, max_image_size={"longest_edge": tile}, resample=2
+    )
+    transform = SplitTransform(ImageTransform(tile, tile, 2, HALF, HALF), longest)
+    generator = np.random.default_rng(tile)
+    for size in [*SIZES, (40, 30), *map(tuple, generator.integers(1, 80, (60, 2)).tolist())]:
+        image = picture(*size)
+        true = processor(image, return_row_col_info=True, return_tensors="pt")
+        grid = transform.grid(*size)
+        assert grid == (max(1, true["rows"][0][0]), max(1, true["cols"][0][0])), size
+        assert len(transform(image)) == transform.num_views(*size) == len(true["pixel_values"][0]), size
+
+
 def test_order_of_several_pictures():
     transform = tiled()
     (first, features, _), (both, last, _) = transform.order([(40, 20)]), transform.order([(40, 20), (20, 70)])
@@ -151,7 +168,7 @@ def test_kinds_of_transforms_are_stored_and_changed():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NativeTransform(14, HALF, HALF), "either patches or edges"),
+        (lambda: NativeTransform(14, HALF, HALF), "bounded by patches, edges or area"),
         (lambda: NativeTransform(14, HALF, HALF, most=0), "image patches: found 0, expected a whole number from 1"),
         (lambda: NativeTransform(14, HALF, HALF, edges=(9, 20)), r"\(9, 20\)"),
         (lambda: NativeTransform(14, HALF, HALF, edges=(50, 20)), r"\(50, 20\)"),

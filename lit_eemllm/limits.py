@@ -12,6 +12,14 @@ IMAGE_BYTES = 256 * 2**20
 """Of an image's file, whatever it has behind its picture."""
 IMAGE_SCANS = 20
 """Passes over data.max_image_pixels pixels that a JPEG may take; a progressive one has some ten of its own."""
+VIDEO_BYTES = 2**31
+"""Of a video's file."""
+VIDEO_PACKETS = 4 * 10**6
+"""Of a video's file, sound among them; an hour has some 300,000."""
+VIDEO_SECONDS = 24 * 60 * 60
+"""Of a video."""
+VIDEO_PIXELS = 10**11
+"""Of frames that are decoded to come to those that are wanted: minutes of work. A frame costs as many as lie between two key frames."""
 SAMPLE_BYTES = 2**30
 """Of all members of a sample."""
 META_BYTES = 16 * 2**20

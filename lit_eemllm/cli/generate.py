@@ -11,9 +11,16 @@ from lit_eemllm.cli.common import config_of, takes_config, verb
 
 def add(verbs: Any) -> None:
     example = 'lit-eemllm generate runs/demo/ee_mllm-0 --image photo.jpg --prompt "What is this?"'
-    made = takes_config(verb(verbs, "generate", _generate, "Answer one prompt about images.", example), checkpoint=True)
+    made = takes_config(
+        verb(verbs, "generate", _generate, "Answer one prompt about images and videos.", example), checkpoint=True
+    )
     made.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
-    made.add_argument("--prompt", required=True, help="images come first, or where the prompt says <image>")
+    made.add_argument(
+        "--video", type=Path, action="append", default=[], metavar="FILE", help="repeatable; see eval.video"
+    )
+    made.add_argument(
+        "--prompt", required=True, help="images and videos come first, or where the prompt says <image>, <video>"
+    )
     made.add_argument("--max-new-tokens", type=int, metavar="N", help="default: eval.max_new_tokens of the run")
     made.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
 
@@ -23,4 +30,4 @@ def _generate(args: Namespace) -> None:
     from lit_eemllm.evaluation.run import generate
 
     tokens = config.eval.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
-    generate(config, args.checkpoint, args.image, args.prompt, tokens, args.temperature)
+    generate(config, args.checkpoint, args.image, args.prompt, tokens, args.temperature, args.video)

@@ -61,11 +61,19 @@ def _add_make(shards: Any) -> None:
     text = "with --root: share of train that becomes val, by a hash of the image, where the release has no other split"
     made.add_argument("--holdout", type=float, default=0.0, metavar="SHARE", help=text)
     made.add_argument("--workers", type=int, metavar="N", help="processes, default: one per core")
-    made.add_argument("--images", type=Path, metavar="DIR", help="what the rows' image paths are relative to")
+    made.add_argument(
+        "--images", type=Path, metavar="DIR", help="what the rows' paths of images and videos are relative to"
+    )
     text = "of a procedural set: training rows, default 32000"
     made.add_argument("--train", type=int, default=32_000, metavar="N", help=text)
     text = "of a procedural set: validation rows, default 7000"
     made.add_argument("--val", type=int, default=7_000, metavar="N", help=text)
+    text = "most frames of a video, each of which becomes an image; default 8"
+    made.add_argument("--frames", type=int, default=8, metavar="N", help=text)
+    text = "frames for each second of a video, up to --frames; default: --frames of any video"
+    made.add_argument("--frame-rate", type=float, metavar="R", help=text)
+    text = "text that tells the times of frames: plain (none), internvl, smolvlm or qwen3_vl; default plain"
+    made.add_argument("--markers", default="plain", metavar="NAME", help=text)
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     made.add_argument("--shard-size", type=int, default=1000, metavar="N", help="rows per shard, default 1000")
     text = "accept images that links put outside of --images or --root"
@@ -82,8 +90,11 @@ def _rows(text: str) -> tuple[str, str]:
 
 
 def _make(args: Namespace) -> None:
-    options = {"shard_size": args.shard_size, "follow_links": args.follow_links}
+    options: dict[str, Any] = {"shard_size": args.shard_size, "follow_links": args.follow_links}
     options |= {"max_image_pixels": args.max_image_pixels, **({"workers": args.workers} if args.workers else {})}
+    from lit_eemllm.config.keys import VideoConfig
+
+    options["video"] = VideoConfig(args.frames, args.frame_rate, args.markers)
     from lit_eemllm.data.sources import PROCEDURAL, SOURCES, convert, names, run_recipe
 
     if args.source is not None and args.source not in names():

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 from omegaconf import MISSING
 
+from lit_eemllm import limits
 from lit_eemllm.config.bounds import (
     BELOW_1,
     DROP,
@@ -232,6 +233,16 @@ class OptimConfig:
 
 
 @dataclass
+class VideoConfig:
+    frames: Annotated[int, within(1, limits.ROW_IMAGES)] = 8
+    """Most frames of a video, each of which is an image."""
+    rate: Annotated[float | None, more_than(0)] = None
+    """Frames for each second of a video, up to video.frames; null = video.frames of any video."""
+    markers: Annotated[str, one_of("plain", "internvl", "smolvlm", "qwen3_vl")] = "plain"
+    """Text that tells a frame's time, as these families of models write it; plain = none."""
+
+
+@dataclass
 class EvalConfig:
     data: str | None = None
     """Questions: a recipe or a folder of shards (split val), or LLaVA-style rows (.json, .jsonl); null = data.val."""
@@ -251,6 +262,8 @@ class EvalConfig:
     """GiB for cached keys and values of images that recur, where the mechanism allows reuse; 0 = no cache."""
     control: Annotated[int, at_least(0)] = 1
     """Passes with the images shuffled among the questions, as a control: the score of a model that does not look. 0 = none."""
+    video: VideoConfig = field(default_factory=VideoConfig)
+    """How videos become images, in rows of questions and `generate --video`; shards hold frames already."""
 
 
 @dataclass
@@ -275,16 +288,16 @@ Mistake = tuple[tuple[str, ...], str]
 """The dotted keys that are wrong, first the one to change; and what is wrong with them."""
 
 
-def _bounds(section: type, prefix: str = "") -> Iterator[tuple[str, Bound]]:
+def bounds_of(section: type, prefix: str = "") -> Iterator[tuple[str, Bound]]:
     """Dotted name and bound of every key below `section` that has one."""
     for name, kind in get_type_hints(section, include_extras=True).items():
         if is_dataclass(kind):
-            yield from _bounds(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+            yield from bounds_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
         for bound in getattr(kind, "__metadata__", ()):
             yield prefix + name, bound
 
 
-_BOUNDS = dict(_bounds(Config))
+_BOUNDS = dict(bounds_of(Config))
 _PRECISIONS = (None, 32, "32", "32-true", "bf16-mixed", "16-mixed")
 FOR_TRAINER = (
     "accelerator", "strategy", "devices", "num_nodes", "precision", "accumulate_grad_batches", "num_sanity_val_steps",

@@ -1,6 +1,6 @@
 """Shards on disk: made from rows and images, indexed for Energon, read without it.
 
-A sample is ``key.json`` (the row as it was) and its images as they were, ``key.0.jpg``, ``key.1.png`` … WebDataset and Energon
+A sample is ``key.json`` (the row as it was) and its images as they were, ``key.0.jpg``, ``key.1.png`` … (of a video its frames, `inputs.video`) WebDataset and Energon
 split a member's name at its *first* dot, so a key has none: it is the split, the row number, and what is harmless of the id.
 The same rows and images give the same bytes.
 """
@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from lit_eemllm import limits
+from lit_eemllm.config.keys import VideoConfig, bounds_of
 from lit_eemllm.console import progress, write_atomically, writing
 from lit_eemllm.data.json_rows import read_json
 from lit_eemllm.data.recipe import CRUDE, META, beyond_the_end, read_folder
@@ -39,17 +40,13 @@ def make(
     rows: Mapping[str, Path],
     images: Path | None,
     out: Path,
-    *,
-    shard_size: int = 1000,
-    follow_links: bool = False,
-    max_image_pixels: int = 50_000_000,
-    workers: int | None = None,
+    **options: Any,
 ) -> Report:
     """Write a folder of prepared shards. Every image is decoded once, so that a damaged one is found here.
 
     Args:
         rows: by split ("train", "val", "test"), a JSON list or JSON lines file of LLaVA rows.
-        images, out, shard_size, follow_links, max_image_pixels, workers: as for `make_from`.
+        images, out, options: as for `make_from`.
 
     Returns:
         What was written, and what was dropped and why.
@@ -59,9 +56,8 @@ def make(
     """
     if missing := [path for path in rows.values() if not path.is_file()]:
         raise UserError(f"{missing[0]}: no such file of rows.")
-    options: dict[str, Any] = {"shard_size": shard_size, "follow_links": follow_links, "workers": workers}
     readers = {split: partial(read_json, path) for split, path in rows.items()}
-    return make_from(readers, images, out, {"source": "rows"}, max_image_pixels=max_image_pixels, **options)
+    return make_from(readers, images, out, {"source": "rows"}, **options)
 
 
 def make_from(
@@ -73,6 +69,7 @@ def make_from(
     shard_size: int = 1000,
     follow_links: bool = False,
     max_image_pixels: int = 50_000_000,
+    video: VideoConfig | None = None,
     workers: int | None = None,
 ) -> Report:
     """Write a folder of prepared shards with ``manifest.json``, ``report.json`` and ``dropped.jsonl``.
@@ -81,18 +78,19 @@ def make_from(
 
     Args:
         splits: by split ("train", "val", "test"), a function that gives its rows (see `writing.Block`) from the beginning.
-        images: the folder that the rows' ``image`` paths are relative to; None if no row has images.
+        images: the folder that the rows' paths of images and videos are relative to; None if no row has any.
         out: folder to create.
         about: where the rows come from, for the manifest.
         shard_size: rows per shard; those of them that are dropped make it shorter.
         follow_links: accept images that symbolic links inside `images` put elsewhere.
-        max_image_pixels: larger images are refused by their header.
+        max_image_pixels: larger images, and frames of videos, are refused by their header.
+        video: how videos become images; default: as `VideoConfig` has it.
         workers: processes; default: one per core, or none for few rows.
 
     Returns:
         What was written, and what was dropped and why: ``bad_json``, ``bad_conversation``, ``placeholder_mismatch``,
         ``no_target``, ``path_escape`` (leaving `images`), ``missing_image``, ``bad_image`` (not an image
-        format, damaged or truncated), ``image_too_large``, and the reasons of a source.
+        format, damaged or truncated), ``image_too_large``, the same three of videos, and the reasons of a source.
 
     Raises:
         UserError: wrong arguments, unreadable rows, `out` exists, or no row is usable.
@@ -102,13 +100,19 @@ def make_from(
     for name, number in (("shard_size", shard_size), ("workers", workers)):
         if number is not None and number < 1:
             raise UserError(f"{name} is {number}, expected 1 or more.")
+    video = video or VideoConfig()
+    for name, bound in bounds_of(VideoConfig):
+        if (value := getattr(video, name)) is not None and (wrong := bound(value)):
+            raise UserError(f"video.{name}: {wrong}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder. Remove it, or name another.")
     if images is not None and not images.is_dir():
         raise UserError(f"{images}: no such folder of images.")
     folder = out.parent / f".{out.name}.unfinished"
     try:
-        report, written = write(splits, folder, Options(images, follow_links, max_image_pixels), shard_size, workers)
+        report, written = write(
+            splits, folder, Options(images, follow_links, max_image_pixels, video), shard_size, workers
+        )
     except RecursionError:
         raise UserError(f"a row is nested too deeply to be written; finished shards are kept in {folder}.") from None
     if not report.good:

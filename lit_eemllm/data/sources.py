@@ -203,7 +203,7 @@ def run_recipe(file: str) -> ModuleType:
 def held_out(row: Any, share: float) -> bool:
     """Whether a row of a train split belongs to the share that is held out for validation."""
     row = row if isinstance(row, Mapping) else {}
-    told = json.dumps(row.get("image") or row.get("id"))
+    told = json.dumps(row.get("image") or row.get("video") or row.get("id"))
     return int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big") < share * 2**64
 
 

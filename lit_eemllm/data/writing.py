@@ -28,15 +28,18 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lit_eemllm import limits
+from lit_eemllm.config.keys import VideoConfig
 from lit_eemllm.console import progress, progress_bar, write_atomically, writing
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.inputs.chat import leading_answer, parse_conversation
 from lit_eemllm.inputs.images import read_file, read_picture
 from lit_eemllm.inputs.rows import as_llava, encoded, paths_of
+from lit_eemllm.inputs.video import Clip, read_clip, with_frames
 
+Found = TypeVar("Found")
 EXAMPLES = 5
 """Samples named per reason in a report."""
 FEW = 2000
@@ -120,14 +123,16 @@ class Options:
     """What a worker must know beside its rows.
 
     Attributes:
-        images: folder that the rows' image paths are relative to; None: no row may have images.
+        images: folder that the rows' paths of images and videos are relative to; None: no row may have any.
         follow_links: accept images that symbolic links inside `images` put elsewhere.
         max_pixels: larger images are refused by their header.
+        video: how videos become images.
     """
 
     images: Path | None
     follow_links: bool
     max_pixels: int
+    video: VideoConfig = field(default_factory=VideoConfig)
 
 
 @dataclass(frozen=True)
@@ -335,11 +340,15 @@ def _members(row: Any, name: str, options: Options) -> tuple[dict[str, Any], dic
     if not isinstance(row, dict):
         raise SampleError("bad_json", f"{name}: {str(row)[:200]!r} is not a JSON object")
     row = as_llava(row, name)
-    paths = paths_of(row)
-    parse_conversation(row, len(paths), name)
+    row, pictures = with_frames(
+        row, name, paths_of(row), partial(clip, name=name, options=options), options.video.markers
+    )
+    parse_conversation(row, len(pictures), name)
     members = {"json": encoded(row, name)}
-    for number, path in enumerate(paths):
-        data = image_bytes(path, name, options)
+    for number, picture in enumerate(pictures):
+        path, data = (
+            (picture, image_bytes(picture, name, options)) if isinstance(picture, str) else ("a frame", picture)
+        )
         extension = next((extension for extension, magic in _MAGIC if magic.match(data)), None)
         if extension is None:
             raise SampleError("bad_image", f"{name}: {path} begins with {data[:8]!r}, which is no known image format")
@@ -353,9 +362,21 @@ def _members(row: Any, name: str, options: Options) -> tuple[dict[str, Any], dic
 
 
 def image_bytes(path: str, name: str, options: Options) -> bytes:
+    """Of an image that a row names. Raises SampleError."""
+    return _below("image", path, name, options, read_file)
+
+
+def clip(path: str, name: str, options: Options) -> Clip:
+    """Of a video that a row names. Raises SampleError."""
+    read = partial(read_clip, video=options.video, max_pixels=options.max_pixels)
+    return _below("video", path, name, options, read)
+
+
+def _below(kind: str, path: str, name: str, options: Options, read: Callable[[Path, str], Found]) -> Found:
+    """What is read of a file that a row names, if it is in the folder of images."""
     images = options.images
     if images is None:
-        raise SampleError("missing_image", f"{name}: it names the image {path!r}, but no folder of images was given")
+        raise SampleError(f"missing_{kind}", f"{name}: it names the {kind} {path!r}, but no folder of images was given")
     file = images / path  # an absolute path as it is
     inside = not Path(path).is_absolute() or any(
         file.is_relative_to(folder) for folder in (images.absolute(), images.resolve())
@@ -364,10 +385,10 @@ def image_bytes(path: str, name: str, options: Options) -> bytes:
         raise SampleError("path_escape", f"{name}: {path!r} leaves the folder of images, {images}")
     try:
         if not file.is_file():
-            raise SampleError("missing_image", f"{name}: {file} is not there")
+            raise SampleError(f"missing_{kind}", f"{name}: {file} is not there")
         if not options.follow_links and not file.resolve().is_relative_to(images.resolve()):
             found = f"{path!r} is a link out of the folder of images (see follow_links)"
             raise SampleError("path_escape", f"{name}: {found}")
-        return read_file(file, f"{name}, {path}")
+        return read(file, f"{name}, {path}")
     except (OSError, ValueError) as error:  # a name that no file can have, a file that may not be read
-        raise SampleError("missing_image", f"{name}: {path[:200]!a} cannot be read: {error}") from None
+        raise SampleError(f"missing_{kind}", f"{name}: {path[:200]!a} cannot be read: {error}") from None

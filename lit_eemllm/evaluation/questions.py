@@ -13,6 +13,7 @@ from typing import Any
 from ..data.sources import lettered
 from ..errors import SampleError
 from ..inputs.chat import IMAGE, SURROGATE, Conversation, Turn, parse_conversation
+from ..inputs.rows import show
 from .metrics import Truth
 
 QUESTION = "{question}"  # its place in a set's prompt
@@ -118,7 +119,7 @@ def question_text(row: Mapping[str, Any], choices: Sequence[str], images: int, k
     text = first(row, "question", "text")
     if not isinstance(text, str) or not text.strip():
         raise SampleError("bad_question", f"sample {key!r}: it has no 'conversations', and no text as 'question'")
-    return f"{IMAGE}\n" * (images - text.count(IMAGE)) + "\n".join(filter(None, [text, lettered(choices)]))
+    return show("\n".join(filter(None, [text, lettered(choices)])), IMAGE, images)
 
 
 def short_answer(row: Mapping[str, Any], choices: Sequence[str], key: str) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ from ..data.module import ShardDataModule
 from ..errors import CheckpointError, SampleError, UserError
 from ..inputs.chat import IMAGE, Conversation, Turn
 from ..inputs.images import open_image, read_file
+from ..inputs.rows import show
+from ..inputs.video import read_clip, with_frames
 from ..model.image_cache import ImageCache
 from ..terminal import say
 from ..training.checkpoint import newest_checkpoint
@@ -58,7 +60,9 @@ def validate(config: Config, checkpoint: str | None) -> None:
     quiet_libraries()
     sets = question_sets(config)  # what is wrong is said before the model is built
     ranks = start_ranks(config)
-    read = {one: read_questions(one, config.eval.samples, config.data.max_image_pixels) for one in sets}
+    read = {
+        one: read_questions(one, config.eval.samples, config.data.max_image_pixels, config.eval.video) for one in sets
+    }
     for one, (_, report) in read.items():
         if report.bad:
             console.print(f"{one.data}: {report}")
@@ -119,9 +123,15 @@ def validate(config: Config, checkpoint: str | None) -> None:
 
 
 def generate(
-    config: Config, checkpoint: str | None, images: Sequence[Path], prompt: str, max_new_tokens: int, temperature: float
+    config: Config,
+    checkpoint: str | None,
+    images: Sequence[Path],
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    videos: Sequence[Path] = (),
 ) -> None:
-    """Answer one prompt about images: the answer alone goes to stdout. Images without a mark in the prompt come first.
+    """Answer one prompt about images and videos: the answer alone goes to stdout. Those without a mark in the prompt come first.
 
     Raises:
         UserError: an option or an image cannot be used.
@@ -131,14 +141,20 @@ def generate(
         raise UserError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature {temperature:g}: expected 0 (greedy) or more")
-    missing = len(images) - prompt.count(IMAGE)
-    text = f"{IMAGE}\n" * max(0, missing) + prompt
-    conversation = Conversation("prompt", (Turn("human", text),), len(images))
-    pictures = []
-    for path in images:
+    for option, path in [*(("--image", path) for path in images), *(("--video", path) for path in videos)]:
         if not path.is_file():
-            raise UserError(f"--image {path}: no such file")
-        pictures.append(open_image(read_file(path, str(path)), str(path), config.data.max_image_pixels))
+            raise UserError(f"{option} {path}: no such file")
+    video, most = config.eval.video, config.data.max_image_pixels
+    row: dict[str, Any] = {"question": show(prompt, IMAGE, len(images)), "video": [str(path) for path in videos]}
+    row, files = with_frames(
+        row,
+        "prompt",
+        [read_file(path, str(path)) for path in images],
+        lambda path: read_clip(Path(path), path, video, most),
+        video.markers,
+    )
+    conversation = Conversation("prompt", (Turn("human", row["question"]),), len(files))
+    pictures = [open_image(data, f"{number} of the prompt", most) for number, data in enumerate(files, 1)]
     model, processor, _ = load(config, checkpoint)
     with autocast(config, model):
         text = answer(model, processor, [conversation], [pictures], max_new_tokens, temperature)[0]

@@ -22,16 +22,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.keys import VideoConfig
 from ..console import progress
 from ..data.json_rows import read_json
 from ..data.recipe import read_recipe, read_yaml
 from ..data.samples import read_row
 from ..data.shards import read_shard
-from ..data.writing import Options, Report, image_bytes
+from ..data.writing import Options, Report, clip, image_bytes
 from ..errors import ConfigError, SampleError, UserError, did_you_mean, not_one_of
 from ..inputs.chat import IMAGE
 from ..inputs.images import image_size
 from ..inputs.rows import as_llava, encoded, paths_of
+from ..inputs.video import with_frames
 from .metrics import METRICS
 from .questions import QUESTION, Picture, Question, first, make_question
 
@@ -166,18 +168,22 @@ def beside(file: Path, text: str) -> Path | None:
     return path if inside else None
 
 
-def read_questions(source: QuestionSet, most: int | None, max_pixels: int) -> tuple[list[Question], Report]:
+def read_questions(
+    source: QuestionSet, most: int | None, max_pixels: int, video: VideoConfig | None = None
+) -> tuple[list[Question], Report]:
     """The questions of a set in its order, each with its metric's name, and what could not be used and why.
 
     Args:
         source: the set.
         most: rows to take, spread evenly over the set; None takes all. Only these are checked and kept in memory.
         max_pixels: larger images are refused by their header.
+        video: how videos of rows become images; default: as `VideoConfig` has it.
 
     Raises:
         UserError: no row is usable, or questions of one type ask for several metrics.
     """
-    total, samples = row_samples(source, max_pixels) if source.of_rows else shard_samples(source, max_pixels)
+    rows = partial(row_samples, video=video or VideoConfig()) if source.of_rows else shard_samples
+    total, samples = rows(source, max_pixels)
     wanted = range(total) if most is None or most >= total else {i * total // most for i in range(most)}
     questions, report, metrics = list[Question](), Report(), dict[str, Any]()
     if most == 0:
@@ -237,10 +243,10 @@ def shard_samples(source: QuestionSet, max_pixels: int) -> tuple[int, Iterator[t
     return recipe.num_samples, ((key, partial(load, key, members)) for key, members in samples)
 
 
-def row_samples(source: QuestionSet, max_pixels: int) -> tuple[int, Iterator[tuple[str, Load]]]:
-    """The same of a file of rows. Images are read once for their digests, and again when they are shown."""
-    options = Options(source.images or source.data.parent, follow_links=False, max_pixels=max_pixels)
-    known: dict[str, Picture] = {}
+def row_samples(source: QuestionSet, max_pixels: int, video: VideoConfig) -> tuple[int, Iterator[tuple[str, Load]]]:
+    """The same of a file of rows. Images are read once for their digests, and again when they are shown; frames of videos are kept."""
+    options = Options(source.images or source.data.parent, follow_links=False, max_pixels=max_pixels, video=video)
+    known, kept = dict[str, Picture](), dict[str, Picture]()
 
     def load(key: str, row: Any) -> tuple[Mapping[str, Any], list[Picture]]:
         if not isinstance(row, Mapping):
@@ -252,7 +258,13 @@ def row_samples(source: QuestionSet, max_pixels: int) -> tuple[int, Iterator[tup
             if path not in known:
                 read = partial(image_bytes, path, key, options)
                 known[path] = picture(read(), path, max_pixels, read)
-        return row, [known[path] for path in paths]
+        images = [known[path] for path in paths]
+        row, found = with_frames(row, key, images, partial(clip, name=key, options=options), video.markers)
+        return row, [frame(one) if isinstance(one, bytes) else one for one in found]
+
+    def frame(data: bytes) -> Picture:
+        found = picture(data, "frame", max_pixels, data)
+        return kept.setdefault(found.digest, found)
 
     rows = list(read_json(source.data))
     return len(rows), (

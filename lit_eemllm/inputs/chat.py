@@ -133,7 +133,7 @@ def parse_conversation(row: Mapping[str, Any], num_images: int, key: str) -> Con
         key: names the sample in messages.
 
     Raises:
-        SampleError: ``bad_conversation``, ``placeholder_mismatch``, ``missing_image``, ``too_many_images`` or ``no_target`` (all
+        SampleError: ``bad_conversation``, ``placeholder_mismatch``, ``missing_image``, ``missing_video``, ``too_many_images`` or ``no_target`` (all
             answers are white space).
     """
     if num_images > limits.ROW_IMAGES:
@@ -158,6 +158,11 @@ def parse_conversation(row: Mapping[str, Any], num_images: int, key: str) -> Con
     if not num_images and row.get("image"):
         raise conversation.refusal(
             "missing_image", f"its row names {str(row['image'])[:80]!a}, but no image comes with it"
+        )
+    if row.get("video"):
+        raise conversation.refusal(
+            "missing_video",
+            f"its row names {str(row['video'])[:80]!a}, but no frames come with it; `shards make` makes them",
         )
     if not any(turn.role == "gpt" and turn.text.strip() for turn in turns):
         raise conversation.refusal("no_target", "no gpt turn holds an answer, so there is nothing to train on")

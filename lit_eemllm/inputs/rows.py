@@ -7,7 +7,8 @@
     {"images": ["a.jpg" or {"path": "a.jpg"}], "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", …}]}  ms-swift
     {"images": ["a.jpg"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}, …]}     TRL
 
-What would change what is trained and is not read is an error by its key, above all pictures under a name that nobody looks at:
+Videos are named likewise, under ``video`` or ``videos``, and shown by ``<video>``, or as LLaVA-Video has it by ``<image>``; `video` makes images
+of them. What would change what is trained and is not read is an error by its key, above all pictures under a name that nobody looks at:
 without a placeholder such a row would pass as text.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -25,7 +26,9 @@ from lit_eemllm.inputs.chat import IMAGE
 
 ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 PICTURES = ("image", "images", "image_path")
-_UNREAD = re.compile(r"videos?|audios?|tools|history|chosen|rejected(_.*)?")
+VIDEOS = ("video", "videos")
+VIDEO = "<video>"  # placeholder of one video in the text of a human turn
+_UNREAD = re.compile(r"audios?|tools|history|chosen|rejected(_.*)?")
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")  # say nothing, as a list or as a list written as text
 _OF_MEDIA = re.compile(r"image|img|picture|photo|video|audio|pixel", re.IGNORECASE)
 _MEDIA = re.compile(r"(image|img|picture|photo|video|audio)s?([_ -]?(path|file|url)s?)?", re.IGNORECASE)
@@ -36,8 +39,8 @@ _FILE = re.compile(r".+\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|mp3|
 def as_llava(row: Mapping[str, Any], key: str, members: int = 0) -> dict[str, Any]:
     """The row in LLaVA's form, with all its other fields; one in that form, or a question without turns, stays as it is.
 
-    Pictures that no placeholder shows (of `images` or `messages`) go before the first question, as ms-swift and TRL have it;
-    the row names that in ``mended``.
+    Pictures and videos that no placeholder shows (of `images`, `videos` or `messages`) go before the first question, as ms-swift and TRL
+    have it, and ``<image>`` that can only mean a video becomes ``<video>``; the row names that in ``mended``.
 
     Args:
         row: as above.
@@ -51,41 +54,56 @@ def as_llava(row: Mapping[str, Any], key: str, members: int = 0) -> dict[str, An
     if wrong:
         raise _error("unread_key", key, f"it has {wrong[0]!r}, which is not read; remove the key, or leave the row out")
     found = dict(row)
-    said = {name: found.pop(name, None) for name in PICTURES}
-    if members:  # how many there are, or that there are some
-        said = {name: value for name, value in said.items() if not isinstance(value, int | float)}
-    listed = {name: pictures for name, value in said.items() if (pictures := _paths(value, name, key))}
-    named = next(iter(listed.values()), [])
-    if not all(_same(pictures, named) for pictures in listed.values()):
-        raise _error(
-            "unread_key", key, f"it names different pictures under {' and '.join(map(repr, listed))}; keep one key"
-        )
+    listed, named = _named(found, PICTURES, "pictures", key, members)
+    filmed, videos = _named(found, VIDEOS, "videos", key)
     if (messages := found.pop("messages", None)) not in _EMPTY:
         if found.get("conversations") not in _EMPTY:
             raise _error("unread_key", key, "it has both 'messages' and 'conversations'; keep one of them")
-        of_parts, order = list[str](), list[Any]()
-        found["conversations"] = [_turn(message, key, of_parts, order) for message in _list(messages, "messages", key)]
+        of_parts, films, order = list[str](), list[str](), list[Any]()
+        found["conversations"] = [
+            _turn(message, key, of_parts, films, order) for message in _list(messages, "messages", key)
+        ]
         if other := [i for i, index in enumerate(order) if index not in (None, i)]:
             found_index = f"picture {other[0]} has the 'index' {str(order[other[0]])[:80]!a}"
             raise _error(
                 "unread_key", key, f"{found_index}; pictures must be shown in the order in which they are named"
             )
-        if of_parts and named and of_parts != named:
-            raise _error("unread_key", key, f"its messages name other pictures than {next(iter(listed))!r}; keep one")
-        named = named or of_parts
+        for parts, known, names in ((of_parts, named, listed), (films, videos, filmed)):
+            if parts and known and parts != known:
+                raise _error("unread_key", key, f"its messages name other files than {next(iter(names))!r}; keep one")
+        named, videos = named or of_parts, videos or films
     turns = found.get("conversations")
     if system := found.pop("system", None):
         if not isinstance(system, str) or (isinstance(turns, list) and {"system"} & {_speaker(turn) for turn in turns}):
             raise _error("unread_key", key, "it has 'system' beside a system turn, or one that is no text; keep one")
         found["conversations"] = turns = [{"from": "system", "value": system}, *_list(turns, "conversations", key)]
-    if not (named or members) and (name := next(_like_pictures(found), None)):
-        how = "name the pictures under 'image' or 'images', or remove the key"
+    if not (named or members or videos) and (name := next(_like_pictures(found), None)):
+        how = "name the pictures under 'image' or 'images', videos under 'video' or 'videos', or remove the key"
         raise _error("unread_key", key, f"{name!r} looks like pictures, which are not read under this name; {how}")
     if named:
         found["image"] = named[0] if isinstance(row.get("image"), str) else named
-    if ("images" in listed or messages not in _EMPTY) and isinstance(turns, list):
-        _show(found, turns, len(named) or members)
+    if videos:
+        found["video"] = videos
+        if isinstance(turns, list) and not (named or members):
+            _mean_videos(found, turns, len(videos))
+    for mark, count, asked in (
+        (VIDEO, len(videos), "videos" in filmed),
+        (IMAGE, len(named) or members, "images" in listed),
+    ):
+        if (asked or messages not in _EMPTY) and isinstance(turns := found.get("conversations"), list):
+            _show(found, turns, mark, count)
     return found
+
+
+def videos_of(row: Mapping[str, Any]) -> list[str]:
+    """The videos of a row in LLaVA's form."""
+    listed = row.get("video") or []
+    return listed if isinstance(listed, list) else [listed]
+
+
+def show(text: str, mark: str, count: int) -> str:
+    """A question with so many placeholders: those that it lacks come first, a line each."""
+    return f"{mark}\n" * max(0, count - text.count(mark)) + text
 
 
 def paths_of(row: Mapping[str, Any]) -> list[str]:
@@ -109,23 +127,58 @@ def encoded(row: Mapping[str, Any], key: str, errors: str = "strict") -> bytes:
     return data
 
 
-def _show(row: dict[str, Any], turns: list[Any], pictures: int) -> None:
+def _named(
+    row: dict[str, Any], names: Sequence[str], what: str, key: str, members: int = 0
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The paths under each of these names, and the one list that they are; taken out of the row."""
+    said = {name: row.pop(name, None) for name in names}
+    if members:  # how many there are, or that there are some
+        said = {name: value for name, value in said.items() if not isinstance(value, int | float)}
+    listed = {name: paths for name, value in said.items() if (paths := _paths(value, name, key))}
+    named = next(iter(listed.values()), [])
+    if not all(_same(paths, named) for paths in listed.values()):
+        raise _error(
+            "unread_key", key, f"it names different {what} under {' and '.join(map(repr, listed))}; keep one key"
+        )
+    return listed, named
+
+
+def _mean_videos(row: dict[str, Any], turns: list[Any], videos: int) -> None:
+    """LLaVA-Video's form: a row without images has an image's placeholder for each video."""
+    texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)]
+    said = "".join(text for text in texts if isinstance(text, str))
+    if VIDEO not in said and said.count(IMAGE) == videos:
+        row["conversations"] = [
+            {**turn, "value": turn["value"].replace(IMAGE, VIDEO)}
+            if _speaker(turn) == "human" and isinstance(turn.get("value"), str)
+            else turn
+            for turn in turns
+        ]
+        _mend(row, "image_for_video")
+
+
+def _mend(row: dict[str, Any], what: str) -> None:
+    mended = row.get("mended")
+    row["mended"] = [*(mended if isinstance(mended, list) else []), what]
+
+
+def _show(row: dict[str, Any], turns: list[Any], mark: str, count: int) -> None:
     """Put placeholders before the first question, if there is none anywhere."""
     asked = next((i for i, turn in enumerate(turns) if _speaker(turn) == "human"), None)
     texts = [turn.get("value") for turn in turns if isinstance(turn, Mapping)]
-    if pictures and asked is not None and all(isinstance(text, str) and IMAGE not in text for text in texts):
-        shown = {**turns[asked], "value": f"{IMAGE}\n" * pictures + turns[asked]["value"]}
+    if count and asked is not None and all(isinstance(text, str) and mark not in text for text in texts):
+        shown = {**turns[asked], "value": show(turns[asked]["value"], mark, count)}
         row["conversations"] = [*turns[:asked], shown, *turns[asked + 1 :]]
-        mended = row.get("mended")
-        row["mended"] = [*(mended if isinstance(mended, list) else []), "placeholder"]
+        _mend(row, "placeholder")
 
 
 def _speaker(turn: Any) -> Any:
     return turn.get("from") if isinstance(turn, Mapping) else None
 
 
-def _turn(message: Any, key: str, pictures: list[str], order: list[Any]) -> dict[str, str]:
-    """A message as a turn; the paths that its parts name are added to `pictures`, of which of the row's they show to `order`."""
+def _turn(message: Any, key: str, pictures: list[str], videos: list[str], order: list[Any]) -> dict[str, str]:
+    """A message as a turn; the paths that its parts name are added to `pictures` and `videos`, of which of the row's pictures they show to
+    `order`."""
     message = _mapping(message, "a message", {"role", "content"}, key)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -139,7 +192,7 @@ def _turn(message: Any, key: str, pictures: list[str], order: list[Any]) -> dict
             added = _mapping(part, "a part of text", {"type", "text", "index"}, key).get("text")
             if not isinstance(added, str):
                 raise _error("bad_conversation", key, f"the 'text' of a part is {str(added)[:80]!a}, expected a text")
-            separate = text.endswith(IMAGE) and not added.startswith("\n")
+            separate = text.endswith((IMAGE, VIDEO)) and not added.startswith("\n")
             text += "\n" * separate + added
         elif kind in ("image", "image_url"):
             part = _mapping(part, "a part of an image", {"type", "image", "path", "url", "image_url", "index"}, key)
@@ -148,11 +201,14 @@ def _turn(message: Any, key: str, pictures: list[str], order: list[Any]) -> dict
             pictures += _paths(
                 {"path": path.get("url")} if kind == "image_url" and isinstance(path, Mapping) else path, kind, key
             )
-            text += "\n" * text.endswith(IMAGE) + IMAGE
+            text += "\n" * text.endswith((IMAGE, VIDEO)) + IMAGE
+        elif kind == "video":
+            part = _mapping(part, "a part of a video", {"type", "video", "path", "url"}, key)
+            videos += _paths(next((part[name] for name in ("video", "path", "url") if part.get(name)), None), kind, key)
+            text += "\n" * text.endswith((IMAGE, VIDEO)) + VIDEO
         else:
-            raise _error(
-                "unread_key", key, f"a part of a message has the type {str(kind)[:80]!r}; only text and image are read"
-            )
+            found = f"a part of a message has the type {str(kind)[:80]!r}; only text, image and video are read"
+            raise _error("unread_key", key, found)
     return {"from": ROLES[role], "value": text}
 
 

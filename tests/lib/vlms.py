@@ -55,6 +55,7 @@ class Kind:
         preprocessor: what its preprocessor_config.json says.
         processor: from tokenizer and preprocessor to its processor, of the image processors that need Pillow alone.
         tokens: special tokens, the image token first; those with a name are the tokenizer's attributes.
+        decoder: class of the decoder's configuration.
     """
 
     config: Callable[[Any, int], Any]
@@ -64,6 +65,7 @@ class Kind:
     processor: Callable[[Any, dict[str, Any]], Any]
     tokens: tuple[str, ...]
     named: dict[str, str] = field(default_factory=dict)
+    decoder: Any = hf.Qwen2Config
 
 
 def _internvl(text: Any, image: int) -> Any:
@@ -122,10 +124,6 @@ def _qwen3_vl(text: Any, image: int) -> Any:
     )  # fmt: skip
 
 
-def _qwen2(**values: Any) -> Any:
-    return hf.Qwen2Config(**values)
-
-
 def of_images(processor: Any) -> Any:
     """A processor class without its part for videos, which needs torchvision."""
     return type(processor.__name__, (processor,), {"check_argument_for_proper_class": lambda *arguments: None})
@@ -147,13 +145,14 @@ KINDS = {
         ),
         ("<IMG_CONTEXT>", "<img>", "</img>", "<video>"),
         {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
+        hf.Qwen3Config,
     ),
     "idefics3": Kind(
         _idefics3, hf.Idefics3ForConditionalGeneration, UTTERANCES, {**SPLIT, "image_processor_type": "Idefics3ImageProcessor"},
         lambda tokenizer, values: hf.Idefics3Processor(
             Idefics3ImageProcessorPil(**values), tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template
         ),
-        ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"),
+        ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"), decoder=hf.LlamaConfig,
     ),
     "smolvlm": Kind(
         _smolvlm, hf.SmolVLMForConditionalGeneration, UTTERANCES, {**SPLIT, "image_processor_type": "SmolVLMImageProcessor"},
@@ -161,6 +160,7 @@ KINDS = {
             Idefics3ImageProcessorPil(**values), tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template
         ),
         ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>"),
+        decoder=hf.LlamaConfig,
     ),
     "llava_onevision": Kind(
         _onevision, hf.LlavaOnevisionForConditionalGeneration, CHATML % IMAGES_FIRST,
@@ -204,7 +204,9 @@ def write(name: str, folder: Path, **text: Any) -> Path:
     torch.manual_seed(0)
     values = {**tiny.COMMON, "vocab_size": len(tokenizer) + 5, "num_attention_heads": 4, "num_key_value_heads": 2}
     values.pop("attention_bias")
-    decoder = _qwen2(**{**values, "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 4096, **text})
+    decoder = kind.decoder(
+        **{**values, "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 4096, **text}
+    )
     model = kind.model(kind.config(decoder, tokenizer.convert_tokens_to_ids(kind.tokens[0]))).eval()
     shake(model)
     model.save_pretrained(folder)

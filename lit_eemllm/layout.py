@@ -198,6 +198,8 @@ class SequenceLayout:
         """The layout with positions [S, 3], of time, row and column (multimodal rotary positions, Qwen2-VL): a text token's are the same
         three times; an image's tokens, a grid of so many rows and columns, have one time and count rows and columns from it. Text
         goes on after the longer side."""
+        if [rows * columns for rows, columns in grids] != self.image_lengths:
+            raise ValueError(f"images of {self.image_lengths} tokens have positions of grids {list(grids)}")
         left, positions = iter(grids), []
         for document in self.documents:
             start = 0
@@ -212,7 +214,8 @@ class SequenceLayout:
                 )
                 positions.append(start + places)
                 start += max(rows, columns)
-        return replace(self, positions=upload(torch.cat(positions), self.positions.device))
+        positions_S3 = upload(torch.cat(positions), self.positions.device)
+        return replace(self, positions=positions_S3, stepwise=self.stepwise and not self.num_visual)
 
     def prefix(self) -> Tensor:
         """[T] bool, True for text before the first image of its document."""

@@ -381,8 +381,8 @@ def check(config: Config) -> list[Mistake]:
             mistakes.append((("model.compile", key), text))
     if config.optim.states == "8bit" and config.trainer.get("strategy", "auto") not in ("auto", "ddp"):
         text = (
-            f"found 8bit together with trainer.strategy={config.trainer['strategy']}, which shards weights, and bitsandbytes' AdamW "
-            "knows no shares: set optim.states=float32, of which each device has a share, or trainer.strategy=ddp"
+            f"found 8bit together with trainer.strategy={config.trainer['strategy']}, and is proved with auto and ddp alone: bitsandbytes' "
+            "AdamW knows no shares of weights. Set optim.states=float32, of which each device has a share, or trainer.strategy=ddp"
         )
         mistakes.append((("optim.states", "trainer.strategy"), text))
     if config.optim.activation_offload and not config.optim.activation_checkpointing:

@@ -24,7 +24,7 @@ from ..plugins import warn_if_changed
 from ..training.adapters import merge_adapters
 from ..training.checkpoint import new_folder, newest_checkpoint
 from .mechanism import Fate, change_mechanism, choose_connector, choose_mechanism, mechanism_settings
-from .vlm import SOURCE, check_vlm, load_tokenizer, load_vlm, load_whole, read_format, save_vlm
+from .vlm import FORMATS, SOURCE, check_vlm, load_tokenizer, load_vlm, load_whole, save_vlm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,7 +142,8 @@ def open_source(path: Path) -> Source:
     elif read_config(path / "config.json", SOURCE).get("model_type") == "eemllm":
         found = _open_eemllm(path)
     else:
-        (form, _), (model, tokenizer) = read_format(path), load_vlm(path)
+        model, tokenizer = load_vlm(path)
+        form = FORMATS[read_config(path / "config.json", SOURCE)["model_type"]]
         template = None if tokenizer.chat_template else form.template
         config = {"model": {**_parts(model, path), "template": form.template}}
         found = Source(f"{type(form).__name__} {path}", model, tokenizer, config, template)

@@ -35,6 +35,8 @@ class Idefics3(Format):
     processor = "Idefics3Processor", "Idefics3ImageProcessor"
 
     def problems(self, config: Any) -> list[str]:
+        if config.vision_config.model_type == self.model_type:  # as transformers wrote it before 5
+            config.vision_config.model_type = self.encoders[0]
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
         if not isinstance(side, int) or not isinstance(patch, int):
             return [f"vision_config: image_size {side} and patch_size {patch}, expected one number each"]

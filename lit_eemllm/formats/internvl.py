@@ -38,11 +38,11 @@ class InternVL(Format):
             for key, value in wanted.items()
             if getattr(config, key) != value
         ]
-        factor = 1 / config.downsample_ratio
+        ratio = config.downsample_ratio
         if not isinstance(config.vision_feature_layer, int):
             found.append(f"vision_feature_layer: a list, {config.vision_feature_layer}; expected one layer")
-        if factor != round(factor):
-            found.append(f"downsample_ratio: {config.downsample_ratio}, expected one over a whole number")
+        if not 0 < ratio <= 1 or 1 / ratio != round(1 / ratio):
+            found.append(f"downsample_ratio: {ratio}, expected one over a whole number")
         sides = {*config.vision_config.image_size, *config.vision_config.patch_size}
         if len(sides) > 2:
             found.append(f"vision_config: images or patches that are no squares, {sorted(sides)}")

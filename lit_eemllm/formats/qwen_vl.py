@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from transformers import (
 )
 
 from ..errors import ConfigError
-from ..inputs.images import RESAMPLING, Transform
+from ..inputs.images import ImageTransform, Transform
 from ..inputs.resolutions import NativeTransform
 from ..mechanisms import Connector
 from ..mechanisms.pooling import Merger
 from ..model.modeling import EEMLLM
+from ..model.pretrained import ImageRotary
 from ..model.qwen_vision import QwenVision
 from .base import Format, normalisation
 
@@ -90,9 +92,14 @@ class Qwen25VL(Format):
         told["merge_size"] = values.get("merge_size", vision.spatial_merge_size)
         if list(told.values()) != [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size]:
             raise ConfigError(f"found {told}, which is not the encoder's in config.json")
-        names = {int(method): name for name, method in RESAMPLING.items()}
-        mean, std = (values.get(f"image_{name}") or (0.5, 0.5, 0.5) for name in ("mean", "std"))
-        return NativeTransform(vision.patch_size, mean, std, area=area, resample=names[values.get("resample", 3)])
+        unit = vision.patch_size * vision.spatial_merge_size
+        one = ImageTransform.from_preprocessor_config(
+            {"resample": 3, **values, "size": {"height": unit, "width": unit}, "do_center_crop": False},
+            vision.patch_size,
+        )
+        return NativeTransform(
+            one.patch, one.mean, one.std, resample=one.resample, area=area, merges=vision.spatial_merge_size
+        )
 
     def vision(self, tower: nn.Module, transform: Transform, config: Any) -> QwenVision:
         return QwenVision(tower, transform)
@@ -101,13 +108,16 @@ class Qwen25VL(Format):
         return Merger(config.vision_config.spatial_merge_size, rms=True)
 
     def refusal(self, model: EEMLLM) -> str | None:
-        name, transform = type(self).__name__, model.vision.transform
-        if not isinstance(model.connector, Merger):
-            return f"model.connector.name: found {model.connector.name}, {name}'s format holds {Merger.name} only"
+        name, transform, text = type(self).__name__, model.vision.transform, model.config.text_config
+        needed = self.connector(SimpleNamespace(vision_config=self.encoder(model)))
+        if model.connector != needed:
+            return f"model.connector: found {model.connector}, {name}'s format holds {needed} with this encoder"
         if not isinstance(transform, NativeTransform) or transform.area is None:
             return f"model.vision.policy: found {transform.policy}, {name}'s format holds its own only"
-        if getattr(model.config.text_config, "image_rotary", None) is None:
-            return f"the decoder gives images no positions of rows and columns, as {name} does"
+        rotary = ImageRotary.of(text)
+        if text.model_type != self.decoder_class.model_type or rotary is None or rotary.interleaved != self.interleaved:
+            found = f"{text.model_type} with image_rotary {getattr(text, 'image_rotary', None)}"
+            return f"the decoder is a {found}, {name}'s is a {self.decoder_class.model_type} with interleaved={self.interleaved}"
         return None
 
     def settings(self, model: EEMLLM) -> dict[str, Any]:
@@ -153,6 +163,14 @@ class Qwen3VL(Qwen25VL):
     decoder_class: Any = Qwen3Config
     sections, interleaved = (24, 20, 20), True
     processor = "Qwen3VLProcessor", "Qwen2VLImageProcessor"
+
+    def problems(self, config: Any) -> list[str]:
+        found, vision = super().problems(config), config.vision_config
+        layers, depth = list(vision.deepstack_visual_indexes), vision.depth
+        if layers != sorted({layer for layer in layers if 0 <= layer < depth}):
+            text = f"{layers}, expected layers from 0 to {depth - 1}, in order"
+            found.append(f"vision_config.deepstack_visual_indexes: {text}")
+        return found
 
     def connector(self, config: Any) -> Connector:
         return Merger(

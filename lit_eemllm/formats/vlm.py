@@ -60,14 +60,14 @@ RELATIVES = {
 """Model types that sound like one of these -> why an EEMLLM cannot hold them."""
 
 
-def load_whole(kind: Any, folder: Path) -> Any:
+def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
     """A transformers model with every tensor of its safetensors files, in the narrowest type that holds them all exactly.
 
     Raises:
         ConfigError: a configuration that cannot be used.
         CheckpointError: no such files, quantised tensors, or tensors missing, misshapen or left over.
     """
-    model, info = load_model(kind, str(folder), SOURCE)
+    model, info = load_model(kind, str(folder), SOURCE, **options)
     wrong = {
         "missing": info["missing_keys"],
         "misshapen": {name for name, *_ in info["mismatched_keys"]},
@@ -105,16 +105,14 @@ def _load_vlm(folder: Path) -> tuple[EEMLLM, PreTrainedTokenizerBase]:
         tokenizer = load_tokenizer(folder, image_token=word)
         old = folder / "chat_template.json"  # the processor's, which goes before the tokenizer's
         if old.is_file() and not (folder / "chat_template.jinja").is_file():
-            tokenizer.chat_template = (
-                str(read_config(old, SOURCE).get("chat_template") or "") or tokenizer.chat_template
-            )
+            tokenizer.chat_template = read_config(old, SOURCE).get("chat_template") or tokenizer.chat_template
     elif tokenizer.convert_tokens_to_ids(IMAGE) != token:
         raise ConfigError(
             f"{folder}: image_token_index is {token}, but the tokenizer has {IMAGE} as "
             f"{tokenizer.convert_tokens_to_ids(IMAGE)}; expected the tokenizer's {IMAGE} to stand for an image"
         )
     transform = _read_transform(folder, form, config)
-    theirs = load_whole(form.model_class, folder)
+    theirs = load_whole(form.model_class, folder, config=config)
 
     tensors, text_config = theirs.state_dict(), form.decoder_config(theirs.config)
     names = without_weights(AutoModelForCausalLM, text_config).state_dict()
@@ -151,7 +149,7 @@ def read_format(folder: Path) -> tuple[Format, PretrainedConfig]:
         raise ConfigError(f"{folder}: its model_type is {kind!r}, expected one of {', '.join(FORMATS)}")
     form = FORMATS[str(kind)]
     config = load_pretrained(form.config_class, str(folder), SOURCE)
-    encoder, found = config.vision_config.model_type, form.problems(config)
+    found, encoder = form.problems(config), config.vision_config.model_type
     if encoder not in form.encoders:
         found = [f"vision_config.model_type: {encoder!r}, expected {' or '.join(form.encoders)}", *found]
     if found:

@@ -48,6 +48,8 @@ _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, SyntaxError, Ari
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 POLICIES = ("pad", "resize", "crop")
 RESAMPLING = {method.name.lower(): method for method in Image.Resampling}
+LATER = {"later": True}
+"""Metadata of a transform's field that folders and checkpoints of earlier versions lack."""
 WHOLE = (0, 0)
 MAX_SIDE = 8192  # pixels; pictures with a longer side are first reduced by a whole factor, to bound memory
 LARGEST_SIZE = 2**14  # that an encoder may ask for, in pixels or patches
@@ -353,19 +355,29 @@ class Transform(ABC):
         return self.to_dict() | ({"reduction": str(self.reduction)} if self.reduction.by_place else {})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values from which `from_dict` makes the same transform, without a reduction."""
+        """Plain JSON values from which `from_dict` makes the same transform, without a reduction and, so that they stay what they
+        were, without `LATER` fields that say nothing."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: plain(item) for key, item in value.items() if key != "reduction"}
             return [plain(item) for item in value] if isinstance(value, tuple) else value
 
-        return plain(asdict(self))  # type: ignore[call-overload]
+        silent = {
+            each.name
+            for each in fields(self)  # type: ignore[arg-type]
+            if each.metadata == LATER and getattr(self, each.name) == each.default
+        }
+        return {key: value for key, value in plain(asdict(self)).items() if key not in silent}  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Raises ConfigError on unknown or missing keys."""
-        if wrong := set(values) ^ {field.name for field in fields(cls)} - {"reduction"}:  # type: ignore[arg-type]
+        known = {each.name: each.metadata == LATER for each in fields(cls) if each.name != "reduction"}  # type: ignore[arg-type]
+        if wrong := {
+            *(values.keys() - known.keys()),
+            *(name for name in known.keys() - values.keys() if not known[name]),
+        }:
             raise ConfigError(f"image transform: unknown or missing keys {', '.join(sorted(wrong))}")
         return cls(**values)
 

@@ -15,6 +15,7 @@ import torch
 from lit_eemllm.errors import ConfigError, SampleError
 from lit_eemllm.inputs.images import (
     LARGEST_SIZE,
+    LATER,
     POLICIES,
     RESAMPLING,
     ImageTransform,
@@ -46,9 +47,12 @@ class NativeTransform(Transform):
     std: tuple[float, float, float]
     most: int | None = None  # patches
     edges: tuple[int, int] | None = None  # pixels
-    area: tuple[int, int] | None = None  # pixels
     resample: str = "bilinear"
     policy: str = "native"
+    area: tuple[int, int] | None = field(default=None, kw_only=True, metadata=LATER)  # pixels
+    merges: int = field(
+        default=1, kw_only=True, metadata=LATER
+    )  # side in patches of the squares that the encoder itself needs
     reduction: Reduction = field(default=EACH, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -62,14 +66,14 @@ class NativeTransform(Transform):
             raise ConfigError(
                 f"image area: found {self.area}, expected the least and the most pixels, 1 to {LARGEST_SIZE**2}"
             )
-        check_sizes(patch=self.patch, patches=1 if self.most is None else self.most)
+        check_sizes(patch=self.patch, merges=self.merges, patches=1 if self.most is None else self.most)
         if self.edges is not None:
             check_sizes(**dict(zip(("shortest edge", "longest edge"), self.edges, strict=True)))
         if self.edges is not None and not self.patch <= self.edges[0] <= self.edges[1]:
             raise ConfigError(
                 f"image edges are the shortest, of a patch ({self.patch}) at least, and the longest; found {self.edges}"
             )
-        side = self.reduction.side
+        side = self.side
         if self.area is not None:
             room = math.isqrt(self.area[1]) // self.patch
         else:
@@ -81,16 +85,21 @@ class NativeTransform(Transform):
             )
 
     @property
+    def side(self) -> int:
+        """In patches, of the squares that a picture is resized to whole ones of: those of the connector, and of the encoder."""
+        return math.lcm(self.reduction.side, self.merges)
+
+    @property
     def unit(self) -> int:
         """Side in pixels of a square of patches."""
-        return self.patch * self.reduction.side
+        return self.patch * self.side
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that a picture is resized to."""
         if self.most is not None:
             from lit_eemllm.compat.transformers import naflex_size
 
-            height, width = naflex_size(height, width, self.unit, self.most // self.reduction.side**2)
+            height, width = naflex_size(height, width, self.unit, self.most // self.side**2)
             return width, height
         if self.area is not None:
             return self._within_area(width, height, *self.area)
@@ -115,7 +124,7 @@ class NativeTransform(Transform):
         return columns * unit, rows * unit
 
     def view_grids(self, sizes: Sequence[tuple[int, int]]) -> Grids:
-        side, fitted = self.reduction.side, [self.resized(*size) for size in sizes]
+        side, fitted = self.side, [self.resized(*size) for size in sizes]
         return tuple((height // self.unit * side, width // self.unit * side) for width, height in fitted)
 
     def num_tokens(self, width: int, height: int) -> int:
@@ -130,7 +139,7 @@ class NativeTransform(Transform):
             rows = range(math.ceil(math.sqrt(squares / 200)), math.isqrt(squares) + 1)
             most = max(rows, key=lambda n: squares // n * n)
             return squares // most * self.unit, most * self.unit
-        return self.unit, self.unit * ((self.most or 1) // self.reduction.side**2)
+        return self.unit, self.unit * ((self.most or 1) // self.side**2)
 
     def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
         _, height, width = picture.shape
@@ -141,8 +150,8 @@ class NativeTransform(Transform):
     def within(self, most: int) -> NativeTransform:
         """The same with at most so many tokens."""
         if self.area is not None:
-            area = most * self.unit**2
-            return replace(self, area=(min(self.area[0], area), area))
+            area = most * self.unit**2  # with room between the two, so that rounding up to the least stays below
+            return replace(self, area=(min(self.area[0], area // 4), area))
         if self.edges is None:
             return replace(self, most=most)
         longest = math.isqrt(most) * self.patch

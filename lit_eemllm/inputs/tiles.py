@@ -15,7 +15,7 @@ from PIL import Image
 
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.inputs.chat import Pieces
-from lit_eemllm.inputs.images import WHOLE, ImageTransform, Transform, resized, within_max_side
+from lit_eemllm.inputs.images import LATER, WHOLE, ImageTransform, Transform, resized, within_max_side
 from lit_eemllm.inputs.reduction import EACH, Grids, Order, Reduction
 from lit_eemllm.layout import Pixels
 
@@ -113,8 +113,8 @@ class AnyresTransform(Tiled):
     """
 
     grids: tuple[tuple[int, int], ...] = GRIDS
-    most: int | None = None
-    lone: bool = False
+    most: int | None = field(default=None, metadata=LATER)
+    lone: bool = field(default=False, metadata=LATER)
     policy: str = "anyres"
 
     def __post_init__(self) -> None:
@@ -122,6 +122,11 @@ class AnyresTransform(Tiled):
         object.__setattr__(self, "grids", tuple((int(rows), int(columns)) for rows, columns in self.grids))
         if not self.grids or any(min(grid) < 1 for grid in self.grids):
             raise ConfigError(f"image policy 'anyres' needs grids of 1 x 1 tile at least, found {self.grids}")
+        if len(self.grids) > MOST_TILES or any(math.prod(grid) > MOST_TILES for grid in self.grids):
+            raise ConfigError(
+                f"image policy 'anyres' takes {MOST_TILES} grids of {MOST_TILES} tiles at most, found {len(self.grids)}, the largest of "
+                f"{max(map(math.prod, self.grids)):,}"
+            )
         if self.most is not None and self.most < 1:
             raise ConfigError(f"image policy 'anyres' keeps the tokens of 1 tile at least, found {self.most}")
 

@@ -215,6 +215,8 @@ class Mechanism:
 
     def refuses(self, connector: Connector) -> str:
         """Why a connector cannot make the visual tokens of this mechanism; empty = it can."""
+        if connector.deep and self.visual_source == "layerwise":
+            return f"found {connector.name}, which adds to visual tokens after the first layers, but every layer has its own: set levels=0"
         return ""
 
     def block(self, layer: int, sizes: Sizes) -> nn.Module | None:

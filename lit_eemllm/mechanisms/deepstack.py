@@ -54,6 +54,8 @@ class DeepStack(Mechanism):
         return self.depths
 
     def refuses(self, connector: Connector) -> str:
+        if connector.deep:
+            return f"found {connector.name}, which reads layers inside the encoder itself: set levels=0"
         if connector.spatial:
             return ""
         return f"found {connector.name}, but deepstack adds tokens that stand for places: set mlp, linear, average or pixel_shuffle"

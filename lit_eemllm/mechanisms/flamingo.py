@@ -65,6 +65,8 @@ class Flamingo(Mechanism):
         return type(self), replace(self.gated, every=0, immediate=True)
 
     def refuses(self, connector: Connector) -> str:
+        if connector.deep:
+            return f"found {connector.name}, which adds to visual tokens after the first layers, but none go through them: set levels=0"
         if connector == DEFAULT or not self.gated.latents:
             return ""
         return (

@@ -163,9 +163,12 @@ class Merger(Squares):
         return self.levels
 
     def problems(self) -> list[tuple[str, str]]:
-        return super().problems() + [("levels", f"found {self.levels}, expected 0 to 16")] * (
-            not 0 <= self.levels <= 16
-        )
+        bounds = {"factor": (1, 4), "levels": (0, 16)}  # a matrix is factor^2 features wide and high
+        return [
+            (name, f"found {getattr(self, name)}, expected {least} to {most}")
+            for name, (least, most) in bounds.items()
+            if not least <= getattr(self, name) <= most
+        ]
 
     def module(self, sizes: Sizes) -> ConnectorModule:
         return MergerModule(sizes, self)

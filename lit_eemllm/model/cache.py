@@ -219,6 +219,13 @@ class WindowPass(CachedPass):
     def grid(self, view: str, lengths: list[int]) -> Grid:
         return self._window_grid
 
+    def marked(self, name: str, grid: Grid, mark_R: Tensor) -> Tensor:
+        """Likewise; of the columns that are dropped, marks are too."""
+        assert self.cache is not None
+        mark_BL = super().marked(f"window, {name}", grid, mark_R)
+        self.cache.masks[f"window, {name}"] = mark_BL[:, self._dropped :]
+        return mark_BL
+
     def update(self, k_BKWH: Tensor, v_BKWH: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         assert self.cache is not None
         if self.past:

@@ -89,7 +89,8 @@ class Packed(ModelParts):
         if self.image_rotary is None or pixels is None:
             return layout, None
         transform = self.vision.transform
-        grids = [transform.reduction.grid(*grid) for grid in transform.view_grids(sizes)]
+        found = transform.view_grids([(1, 1)] * len(pixels) if transform.fixed else sizes)
+        grids = [transform.reduction.grid(*grid) for grid in found]
         return layout.with_grid_positions(grids), [max(grid) for grid in grids]
 
     def _stream(self, x_Th: Tensor, layout: SequenceLayout, cached: CachedPass | None = None) -> Stream:

@@ -24,6 +24,7 @@ from ..core.families import check_decoder, table_problems
 from ..core.stream import rotate
 from ..core.table import Table, by_encoder, executed, ranked_in
 from ..errors import ConfigError
+from ..inputs.tiles import Tiled
 from ..mechanisms import Added, Mechanism, Sizes, build_connector
 from ..mechanisms.build import read_mechanism
 from ..mechanisms.connectors import Beside
@@ -61,6 +62,13 @@ class ModelParts(PreTrainedModel):
         if reason := self.mechanism.refuses(self.connector):
             raise ConfigError(f"model.connector.name: {reason}")
         self.vision.transform = self.vision.transform.with_reduction(self.connector)
+        self.image_rotary = ImageRotary.of(config.text_config)
+        if self.image_rotary and (isinstance(self.vision.transform, Tiled) or not self.connector.spatial):
+            found = f"policy {self.vision.transform.policy} and connector {self.connector.name}"
+            raise ConfigError(
+                f"model.vision.policy: found {found}, but this decoder gives an image's tokens positions by row and column (image_rotary): "
+                "set pad, resize, crop or native, and a connector whose tokens stand for places"
+            )
         adopt(self.language_model)
         self._take(self.mechanism)
         self._connect()
@@ -69,7 +77,6 @@ class ModelParts(PreTrainedModel):
         self.activation_checkpointing = self.activation_offload = False
         self._fused_loss: nn.Module | None = None
         self._rotate = rotate
-        self.image_rotary = ImageRotary.of(config.text_config)
         self.post_init()
 
     def _connect(self) -> None:

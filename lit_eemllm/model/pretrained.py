@@ -191,6 +191,8 @@ class ImageRotary(NamedTuple):
             raise ConfigError(
                 f"image_rotary: found {told!r:.99}, expected sections, three numbers that add up to {half}"
             )
+        if getattr(decoder, "sliding_window", None) and getattr(decoder, "use_sliding_window", True):
+            raise ConfigError("image_rotary: a window counts positions, expected a decoder without a sliding window")
         return cls(tuple(sections), bool(told.get("interleaved")))
 
     def axes(self) -> Tensor:

@@ -44,7 +44,7 @@ class QwenVision(VisionEncoder):
         transform: of pictures in whole squares of patches.
     """
 
-    name = "qwen_vl"
+    name, select_layer = "qwen_vl", None
     FAMILIES = ("qwen2_5_vl_vision", "qwen3_vl_vision")
 
     def __init__(self, model: nn.Module, transform: Transform) -> None:
@@ -60,7 +60,10 @@ class QwenVision(VisionEncoder):
 
     @classmethod
     def from_path(cls, path: str, *, select_layer: int | None, policy: str, **options: Any) -> QwenVision:
-        """Of a folder that `convert` wrote. The other arguments say nothing here but ``max_tokens``."""
+        """Of a folder that `convert` wrote."""
+        if policy != "native" or select_layer is not None:
+            found = f"policy={policy} and select_layer={select_layer}"
+            raise ConfigError(f"model.vision: found {found}, this encoder has policy=native and select_layer=null")
         whole = load_pretrained(AutoConfig, path, KEY)
         if whole.model_type != "eemllm" or whole.vision["encoder"] != cls.name:
             raise ConfigError(

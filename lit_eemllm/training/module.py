@@ -312,7 +312,8 @@ def with_blank_image(batch: PackedBatch, transform: Transform) -> PackedBatch:
     layout = SequenceLayout.of([*batch.layout.documents, document], answers).to(batch.input_ids.device)
     ids = torch.cat([batch.input_ids, batch.input_ids.new_zeros(layout.num_tokens - len(batch.input_ids))])
     pixels = torch.zeros_like(transform(picture)[None], device=ids.device)
-    return replace(batch, input_ids=ids, pixel_values=pixels, layout=layout, image_sizes=[picture.size])
+    sizes, runs = [picture.size], [len(document) - 1]
+    return replace(batch, input_ids=ids, pixel_values=pixels, layout=layout, image_sizes=sizes, image_runs=runs)
 
 
 def has_numbers(found: Any, own: Any) -> bool:

@@ -12,10 +12,12 @@ from lib.vlms import KINDS, TALKS, conversation, messages, write
 from lit_eemllm.data.packing import collate
 from lit_eemllm.data.samples import EncodedSample, TokenSample
 from lit_eemllm.errors import ConfigError, SampleError
+from lit_eemllm.formats.mechanism import change_mechanism
 from lit_eemllm.formats.vlm import check_vlm, format_of, load_vlm, save_vlm
 from lit_eemllm.inputs.chat import IMAGE_SLOT
 from lit_eemllm.inputs.processor import Processor
-from lit_eemllm.mechanisms import PRESETS
+from lit_eemllm.mechanisms import PRESETS, Connector
+from lit_eemllm.mechanisms.pooling import AttentionPool, Average, PixelShuffle
 from lit_eemllm.model import EEMLLM, QwenVision
 from lit_eemllm.model.image_cache import ImageCache
 
@@ -219,3 +221,85 @@ def test_configurations_as_they_were_published(tmp_path):
     assert found.image_rotary == true.image_rotary and found.image_rotary.sections == (1, 1, 2)
     ids = torch.tensor([[5, 6, 7, 8]])
     assert found(ids).logits.equal(true(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_encoders_by_their_names_of_before(name, tmp_path):
+    """transformers wrote the whole model's type for the encoder's before version 5."""
+    folder = change(write(name, tmp_path), lambda config: config["vision_config"].update(model_type=name))
+    model, tokenizer = load_vlm(folder)
+    (tmp_path / "out").mkdir()
+    save_vlm(model, tokenizer, tmp_path / "out")
+    assert "logits differ" in check_vlm(model, tmp_path / "out")
+
+
+def change(folder, how, file="config.json"):
+    values = json.loads((folder / file).read_text())
+    how(values)
+    (folder / file).write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "message"),
+    [
+        ("internvl", lambda c: c.update(downsample_ratio=0.0), "downsample_ratio: 0.0, expected one over"),
+        ("internvl", lambda c: c.update(downsample_ratio=0.3), "downsample_ratio: 0.3, expected one over"),
+        ("idefics3", lambda c: c.update(scale_factor=3), "scale_factor: 3, expected a divisor of 4"),
+        ("llava_onevision", lambda c: c.update(vision_aspect_ratio="anyres"), "expected anyres_max_ and a number"),
+        ("qwen2_5_vl", lambda c: c["vision_config"].update(out_hidden_size=64), "out_hidden_size: 64, expected 32"),
+        ("qwen2_5_vl", lambda c: c["text_config"].update(use_sliding_window=True), "use_sliding_window: true"),
+        ("qwen2_5_vl", lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[1, 1, 1]), "add up to 4"),
+        (
+            "qwen3_vl",
+            lambda c: c["vision_config"].update(deepstack_visual_indexes=[0, 99]),
+            "expected layers from 0 to 3",
+        ),
+        (
+            "qwen3_vl",
+            lambda c: c["vision_config"].update(deepstack_visual_indexes=[2, 0]),
+            r"\[2, 0\], expected layers",
+        ),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(name, how, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load_vlm(change(write(name, tmp_path), how))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (lambda c: c.update(merge_size=4), "which is not the encoder's"),
+        (lambda c: c.update(do_rescale=False), "do_rescale=False"),
+        (lambda c: c.update(resample=None), "resample is missing"),
+        (lambda c: c.pop("image_mean"), "image_mean is missing"),
+    ],
+)
+def test_a_preprocessor_that_does_something_else_is_refused(how, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load_vlm(change(write("qwen2_5_vl", tmp_path), how, "preprocessor_config.json"))
+
+
+def test_what_a_merger_of_lower_layers_cannot_be_joined_with(tmp_path):
+    model = load_vlm(write("qwen3_vl", tmp_path))[0]
+    for preset in ("saisa", "flamingo", "deepstack"):
+        with pytest.raises(ConfigError, match=r"found merger, .*levels=0|QwenVision lacks reads_depths"):
+            change_mechanism(model, PRESETS[preset].stretched(3), 0, model.connector)
+
+
+def test_a_qwen_encoder_behind_another_connector(tmp_path):
+    """Its pictures stay whole squares of its own."""
+    model, tokenizer = load_vlm(write("qwen2_5_vl", tmp_path))
+    for connector in (Connector(), PixelShuffle(3), Average(2)):
+        other, _ = change_mechanism(load_vlm(tmp_path)[0], model.mechanism, 0, connector)
+        processor = Processor(tokenizer, "jinja", other.vision.transform, other.config.image_token_id)
+        asked, pictures = conversation([[(40, 20), (33, 50), "What?"]])
+        assert other(**processor.prompts([asked], [pictures])).logits.isfinite().any()
+        with pytest.raises(ConfigError, match=r"model.connector: found .*Qwen25VL's format holds merger"):
+            format_of(other)
+    with pytest.raises(ConfigError, match="positions by row and column"):
+        change_mechanism(load_vlm(tmp_path)[0], model.mechanism, 0, AttentionPool(2, 1))
+    model.config.text_config.image_rotary["interleaved"] = True
+    with pytest.raises(ConfigError, match="with interleaved=False"):
+        format_of(model)

@@ -77,6 +77,9 @@ def test_qwen(width, height):
     if max(width, height) <= 200 * min(width, height):
         assert ours.num_tokens(width, height) == theirs.get_number_of_image_patches(height, width) // 4 <= 1280
     assert ours.num_tokens(*ours.largest) == 1280
+    few = NativeTransform(14, HALF, HALF, area=(256 * 28**2, 16384 * 28**2)).with_reduction(Merger(2)).within(64)
+    if max(width, height) <= 200 * min(width, height):
+        assert few.num_tokens(width, height) <= 64 == few.num_tokens(*few.largest)
 
 
 @pytest.mark.parametrize("policy", TILED)
@@ -84,6 +87,8 @@ def test_transforms_go_through_files_and_policies(policy):
     made = with_policy(view(16, 4), policy)
     assert transform_from_dict(made.to_dict()) == made and with_policy(made, policy) is made
     assert with_policy(made, "resize") == view(16, 4)
+    later = {"most", "lone"} & made.to_dict().keys()  # a folder of an earlier version has none of them
+    assert not later or policy == "tiles"
     assert made.num_tokens(*made.largest) >= max(
         made.num_tokens(*size) for size in [(1, 1), (900, 3), (70, 70), (3, 900)]
     )
@@ -95,6 +100,8 @@ def test_transforms_go_through_files_and_policies(policy):
         (lambda: TilesTransform(view(16, 4), least=3, most=2), "found 3 to 2"),
         (lambda: TilesTransform(view(16, 4), most=129), "1 to 128 tiles"),
         (lambda: AnyresTransform(view(16, 4), most=0), "1 tile at least"),
+        (lambda: AnyresTransform(view(16, 4), ((1, 2), (10**6, 10**6))), "the largest of 1,000,000,000,000"),
+        (lambda: AnyresTransform(view(16, 4), ((1, 2),) * 129), "found 129"),
         (lambda: NativeTransform(4, HALF, HALF, area=(64, 16)), "least and the most"),
         (lambda: NativeTransform(4, HALF, HALF, 9, area=(64, 160)), "patches, edges or area"),
         (lambda: SplitTransform(ImageTransform(16, 20, 4, HALF, HALF)), "square"),

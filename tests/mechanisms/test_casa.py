@@ -67,9 +67,10 @@ def in_passes(model, documents, cuts, of_pass):
     return held, cache
 
 
-def test_the_cache_holds_the_last_window_alone():
+@pytest.mark.parametrize("decoder", ["llama-gqa", "mistral-window"])
+def test_the_cache_holds_the_last_window_alone(decoder):
     """Of a batch whose sequences get an image at different times, twice or never: as in one pass."""
-    model = tiny.model("llama-gqa", "casa")
+    model = tiny.model(decoder, "casa")
     documents = [[4, 0, 3, 0, 5], [24, 0, 4], [2, 0, 26], [38]]
     held, cache = in_passes(model, documents, [20, 22, 42, 43, 44], [[0, 3], [], [1, 2], [], []])
     assert held == [

@@ -178,7 +178,9 @@ def trace(
     transform, dtype = model.vision.transform, compute_dtype(config)
     images = document.visual / transform.num_tokens(*transform.largest)
     shape = transform(Image.new("RGB", transform.largest)).shape
-    grids = grids_of(transform, document.visual)
+    one = document.visual == transform.num_tokens(*transform.largest)
+    cut = transform.order([transform.largest]) if one else None
+    grids = grids_of(transform, document.visual) if cut is None else transform.view_grids([transform.largest])
     with mode:
         pixels = torch.empty(1, *shape)
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
@@ -188,9 +190,11 @@ def trace(
     # As many as make the document's tokens, whatever the encoder gives.
     features = features.new_empty(EACH.count(grids), features.shape[-1], requires_grad=features.requires_grad)
     made = transform.reduction.count(grids)
-    cut = None if made == document.visual else Order(torch.arange(document.visual), made)
+    if cut is None and made != document.visual:
+        cut = Order(torch.arange(document.visual), made)
     given = Features(features, cut, grids, features.new_empty(document.visual))
     model._features = lambda pixels, sizes, layout: given  # type: ignore[method-assign]
+    model.image_rotary = None  # positions of rows and columns cost what others do, and these grids are no picture's
     with autocast, recording(model) as rest:
         logits = model.packed_logits(pack(document, pixels))
     if mechanism.encoder_depths or any(

@@ -19,7 +19,8 @@ from ..mechanisms import Connector, Mechanism, configured_connector
 from ..mechanisms.connectors import DEFAULT
 from ..model import EEMLLM, EEMLLMConfig
 from ..model.configuration import load_decoder_config
-from ..model.vision import TransformersVision, VisionEncoder, get_vision_encoder, ranking_problem
+from ..model.qwen_vision import QwenVision
+from ..model.vision import NATIVE, TransformersVision, VisionEncoder, get_vision_encoder, ranking_problem, sides
 from ..training.tuning import apply_tuning, set_modes
 
 if TYPE_CHECKING:
@@ -103,11 +104,14 @@ def parts_of_config(config: ModelConfig) -> Parts:
     decoder, _ = load_decoder_config(config.decoder)
     connector = configured_connector(config.connector)
     given, encoder = config.vision, get_vision_encoder(config.vision.encoder)
+    if encoder is QwenVision:
+        return Parts(decoder, given.encoder, QwenVision.read_config(given.path or "", given.max_tokens), connector)
     if encoder is not TransformersVision:
         made = encoder.from_path(given.path or "", select_layer=given.select_layer, policy=given.policy)
         return Parts(decoder, given.encoder, made.to_config(), connector)
-    vision, _ = TransformersVision.read_config(given.path or "")
-    vision = _vision(vision, given.select_layer, given.policy, given.max_tokens)
+    vision, saved = TransformersVision.read_config(given.path or "")
+    transform = transform_from_dict(saved["transform"]) if saved else None
+    vision = _vision(vision, given.select_layer, given.policy, given.max_tokens, transform)
     return Parts(decoder, given.encoder, vision, connector)
 
 
@@ -119,18 +123,23 @@ def parts_of(config: Config, shape: str | None) -> Parts:
 
 
 def _vision(
-    vision: Any, select_layer: int | None, policy: str = "pad", max_tokens: int | None = None
+    vision: Any,
+    select_layer: int | None,
+    policy: str = "pad",
+    max_tokens: int | None = None,
+    transform: Transform | None = None,
 ) -> dict[str, Any]:
-    """As `TransformersVision.to_config`; of the transform only the sizes are used here, and they are the encoder's."""
-    half, patch = (0.5, 0.5, 0.5), vision.patch_size
-    transform: Transform
-    if vision.model_type == "siglip2_vision_model":
-        transform = NativeTransform(patch, half, half, most=max_tokens or vision.num_patches)
-    elif vision.model_type == "idefics2_vision":
-        transform = NativeTransform(patch, half, half, edges=(patch, vision.image_size))
-        transform = transform if max_tokens is None else transform.within(max_tokens)
-    else:
-        transform = ImageTransform(vision.image_size, vision.image_size, patch, half, half)
+    """As `TransformersVision.to_config`; of a transform that is not known only the sizes are used here, and they are the encoder's."""
+    if transform is None:
+        half, (side, patch) = (0.5, 0.5, 0.5), sides(vision)
+        if side is None:
+            transform = NativeTransform(patch, half, half, most=max_tokens or vision.num_patches)
+        elif vision.model_type in NATIVE:
+            transform = NativeTransform(patch, half, half, edges=(patch, side))
+        else:
+            transform = ImageTransform(side, side, patch, half, half)
+    if max_tokens is not None and isinstance(transform, NativeTransform):
+        transform = transform.within(max_tokens)
     transform = with_policy(transform, policy)
     model = {**vision.to_diff_dict(), "model_type": vision.model_type}
     return {"model": model, "transform": transform.to_dict(), "select_layer": select_layer}

@@ -64,22 +64,30 @@ class QwenVision(VisionEncoder):
         if policy != "native" or select_layer is not None:
             found = f"policy={policy} and select_layer={select_layer}"
             raise ConfigError(f"model.vision: found {found}, this encoder has policy=native and select_layer=null")
-        whole = load_pretrained(AutoConfig, path, KEY)
-        if whole.model_type != "eemllm" or whole.vision["encoder"] != cls.name:
-            raise ConfigError(
-                f"{KEY}: {path} holds no Qwen encoder; make the folder of such a model with lit-eemllm convert"
-            )
         with naming(KEY, cls.__name__, path):
-            made = cls.from_config(whole.vision["config"])
+            made = cls.from_config(cls.read_config(path, options.get("max_tokens")))
         mapping = {r"^vision\.model\.": ""}
         made.model, info = load_model(
             AutoModel, path, KEY, torch.float32, config=made.model.config, key_mapping=mapping
         )
         missing = {name for name in info["missing_keys"] if not name.startswith(MERGERS)}
         refuse_missing(made.model, {**info, "missing_keys": missing}, KEY, path)
-        most = options.get("max_tokens")
-        assert isinstance(made.transform, NativeTransform)
-        return cls(made.model, made.transform if most is None else made.transform.within(most))
+        return cls(made.model, made.transform)
+
+    @staticmethod
+    def read_config(path: str, max_tokens: int | None = None) -> dict[str, Any]:
+        """What `to_config` gave, of a folder that `convert` wrote, with at most so many patches of a picture. Raises ConfigError."""
+        whole = load_pretrained(AutoConfig, path, KEY)
+        if whole.model_type != "eemllm" or whole.vision["encoder"] != QwenVision.name:
+            raise ConfigError(
+                f"{KEY}: {path} holds no Qwen encoder; make the folder of such a model with lit-eemllm convert"
+            )
+        told: dict[str, Any] = whole.vision["config"]
+        if max_tokens is None:
+            return told
+        transform = transform_from_dict(told["transform"])
+        assert isinstance(transform, NativeTransform)
+        return {**told, "transform": transform.within(max_tokens).to_dict()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QwenVision:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, get_type_hints
 
 from omegaconf import MISSING
 
-from lit_eemllm import limits
 from lit_eemllm.config.bounds import (
     BELOW_1,
     DROP,
@@ -234,12 +233,12 @@ class OptimConfig:
 
 @dataclass
 class VideoConfig:
-    frames: Annotated[int, within(1, limits.ROW_IMAGES)] = 8
+    frames: Annotated[int, within(1, 1000)] = 8
     """Most frames of a video, each of which is an image."""
     rate: Annotated[float | None, more_than(0)] = None
     """Frames for each second of a video, up to video.frames; null = video.frames of any video."""
     markers: Annotated[str, one_of("plain", "internvl", "smolvlm", "qwen3_vl")] = "plain"
-    """Text that tells a frame's time, as these families of models write it; plain = none."""
+    """Text that tells the time of each frame: as "internvl", "smolvlm" or "qwen3_vl" write it, or "plain", none."""
 
 
 @dataclass

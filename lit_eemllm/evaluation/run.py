@@ -25,7 +25,7 @@ from ..data.module import ShardDataModule
 from ..errors import CheckpointError, SampleError, UserError
 from ..inputs.chat import IMAGE, Conversation, Turn
 from ..inputs.images import open_image, read_file
-from ..inputs.rows import show
+from ..inputs.rows import VIDEO, show
 from ..inputs.video import read_clip, with_frames
 from ..model.image_cache import ImageCache
 from ..terminal import say
@@ -145,7 +145,8 @@ def generate(
         if not path.is_file():
             raise UserError(f"{option} {path}: no such file")
     video, most = config.eval.video, config.data.max_image_pixels
-    row: dict[str, Any] = {"question": show(prompt, IMAGE, len(images)), "video": [str(path) for path in videos]}
+    text = show(show(prompt, VIDEO, len(videos)), IMAGE, len(images))
+    row: dict[str, Any] = {"question": text, "video": [str(path) for path in videos]}
     row, files = with_frames(
         row,
         "prompt",

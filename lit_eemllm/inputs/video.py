@@ -196,12 +196,7 @@ def read_clip(path: Path, name: str, video: VideoConfig, max_pixels: int) -> Cli
             frames = dict(_frames(file, name, max_pixels, timeline, wanted))
         except SampleError:
             raise
-        except (
-            av.FFmpegError,
-            ValueError,
-            LookupError,
-            OverflowError,
-        ) as error:  # PyAV too stumbles over damaged files
+        except (av.FFmpegError, ValueError, LookupError, OverflowError) as error:  # the last three are PyAV's own
             raise _bad(name, f"cannot be read: {str(getattr(error, 'strerror', None) or error)[:300]}") from None
     seconds = [float((time - timeline.times[0]) * timeline.unit) for time in frames]
     return Clip(list(frames.values()), seconds, float(timeline.span * timeline.unit))
@@ -292,6 +287,7 @@ def _frames(
                 if frame.pts is None or frame.pts < wanted[number_wanted] or frame.pts == last:
                     continue
                 last = frame.pts
+                _check_size(name, frame.width, frame.height, max_pixels)  # which may change on the way
                 if frame.is_corrupt:
                     raise _bad(name, f"is damaged at {float((last - timeline.times[0]) * timeline.unit):.1f} seconds")
                 yield last, _as_jpeg(frame)
@@ -313,11 +309,12 @@ def _opened(file: BinaryIO, name: str, max_pixels: int) -> Iterator[tuple[InputC
     """The container and its first video, of an accepted size, on one thread."""
     import av
 
+    room = str(2 * max_pixels + 2**20)  # FFmpeg counts what it adds on the sides
     options = {
         "format_whitelist": FORMATS,
         "codec_whitelist": DECODERS,
         "protocol_whitelist": "none",
-        "max_pixels": str(max_pixels),
+        "max_pixels": room,
         "max_streams": "64",
     }
     with av.open(file, "r", options=options, metadata_errors="replace") as container:
@@ -327,12 +324,17 @@ def _opened(file: BinaryIO, name: str, max_pixels: int) -> Iterator[tuple[InputC
         codec = stream.codec_context
         if codec is None or codec.name not in DECODERS.split(","):
             raise _bad(name, f"is coded as {codec and codec.name!r}; read are {DECODERS.replace(',', ', ')}")
-        if codec.width * codec.height > max_pixels:
-            found = f"{codec.width} x {codec.height} pixels, more than {max_pixels}"
-            raise _too_large(name, f"{found}; shrink it or allow more, as for images")
-        codec.options = {"max_pixels": str(max_pixels)}
+        _check_size(name, codec.width, codec.height, max_pixels)
+        codec.options = {"max_pixels": room}
         codec.thread_count = 1
         yield container, stream
+
+
+def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise _too_large(
+            name, f"{width} x {height} pixels, more than {max_pixels}; shrink it or allow more, as for images"
+        )
 
 
 def _too_large(name: str, found: str) -> SampleError:

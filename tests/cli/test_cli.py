@@ -20,6 +20,7 @@ from lib.pages import PAGES, REPOSITORY, commands
 
 from lit_eemllm import cli
 from lit_eemllm.config import Config, flat, is_key, load_config, to_yaml
+from lit_eemllm.config.keys import VideoConfig
 from lit_eemllm.console import COMMAND, quiet_libraries
 from lit_eemllm.errors import UserError
 from lit_eemllm.names import check_names
@@ -93,7 +94,10 @@ def test_verbs_hand_on_what_they_were_given(folder, calls, capsys):
     assert cli.main(["validate", "good.yaml", "--checkpoint", "a.ckpt", "eval.samples=7"]) == 0
     line = ["generate", "seed=4", "--image", "a.png", "good.yaml", "--image", "b.png", "--prompt", "Hi?", "out=x=y"]
     assert cli.main(line) == 0
-    assert cli.main([*line, "--max-new-tokens", "5", "--temperature", "0.5", "--checkpoint", "b.ckpt"]) == 0
+    assert (
+        cli.main([*line, "--max-new-tokens", "5", "--temperature", "0.5", "--checkpoint", "b.ckpt", "--video", "c.mp4"])
+        == 0
+    )
     assert cli.main(["report", "runs/a", "runs/b", "--out", "r"]) == 0
     assert cli.main(["doctor"]) == 0
     assert cli.main(["doctor", "--json", "--head-size", "128", "--device", "cuda:1"]) == 0
@@ -104,8 +108,8 @@ def test_verbs_hand_on_what_they_were_given(folder, calls, capsys):
     assert [(name, args[1:] if args[0] in configs else args) for name, args, _ in calls] == [
         ("fit", ()),
         ("validate", ("a.ckpt",)),
-        ("generate", (None, images, "Hi?", configs[2].eval.max_new_tokens, 0.0)),
-        ("generate", ("b.ckpt", images, "Hi?", 5, 0.5)),
+        ("generate", (None, images, "Hi?", configs[2].eval.max_new_tokens, 0.0, [])),
+        ("generate", ("b.ckpt", images, "Hi?", 5, 0.5, [Path("c.mp4")])),
         ("report", ([Path("runs/a"), Path("runs/b")], Path("r"))),
         ("doctor", (None, 64, False)),
         ("doctor", ("cuda:1", 128, True)),
@@ -128,7 +132,8 @@ def test_a_run_directory_stands_for_its_configuration_where_it_lies_now(folder, 
 
 def test_shards_verbs(folder, calls, capsys):
     rows = ["--rows", "train=t=1.json", "--rows", "val=v.json"]
-    assert cli.main(["shards", "make", *rows, "--images", "i", "--out", "o", "--shard-size", "9"]) == 0
+    video = ["--frames", "3", "--frame-rate", "0.5", "--markers", "internvl"]
+    assert cli.main(["shards", "make", *rows, "--images", "i", "--out", "o", "--shard-size", "9", *video]) == 0
     assert cli.main(["shards", "prepare", "o"]) == 0
     assert cli.main(["shards", "check", "o"]) == 0
     assert cli.main(["shards", "check", "o", "good.yaml", "data.max_length=99"]) == 0
@@ -139,7 +144,12 @@ def test_shards_verbs(folder, calls, capsys):
         (
             "make",
             ({"train": Path("t=1.json"), "val": Path("v.json")}, Path("i"), Path("o")),
-            {"shard_size": 9, "follow_links": False, "max_image_pixels": 50_000_000},
+            {
+                "shard_size": 9,
+                "follow_links": False,
+                "max_image_pixels": 50_000_000,
+                "video": VideoConfig(3, 0.5, "internvl"),
+            },
         ),
         ("prepare", (Path("o"),), {}),
         ("check", (Path("o"), None), {}),

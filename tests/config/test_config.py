@@ -583,4 +583,4 @@ def test_the_meaning_of_a_key_names_the_words_that_it_takes():
             taken[key] = problem.partition(", expected ")[2].split(" or ")
             meaning = meanings[load._KINDS[section].__name__, name]
             assert [word for word in taken[key] if f'"{word}"' not in meaning] == [], key
-    assert len(taken) == 12 and taken["model.dtype"] == ["float32", "bfloat16"]
+    assert len(taken) == 13 and taken["model.dtype"] == ["float32", "bfloat16"]

@@ -134,7 +134,8 @@ def test_unusable_rows_are_named_by_reason(files, tmp_path):
         "unknown_metric": [{**good, "metric": "bleu"}],
         "bad_truth": [{**good, "metric": "pope"}, {**good, "metric": "multiple_choice", "choices": ["a", "b"]}],
         "bad_conversation": [{"conversations": "x"}, {"conversations": []}, {**good, "type": ["x"]}, {**good, "image": [3]}],
-        "unread_key": [{**good, "video": "a.mp4"}, {**good, "imgae": "a.png"}],
+        "missing_video": [{**good, "video": "a.mp4"}],
+        "unread_key": [{**good, "audio": "a.wav"}, {**good, "imgae": "a.png"}],
         "placeholder_mismatch": [{**good, "question": "<image> What?"}],
     }  # fmt: skip
     lines = [json.dumps(row) for rows in bad.values() for row in rows]

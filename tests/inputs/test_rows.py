@@ -85,8 +85,8 @@ TEXT = {"conversations": LLAVA["conversations"][2:]}
         ({**TEXT, "img_path": "cat"}, "img_path"),
         ({**TEXT, "file": "scans/1.TIFF"}, "file"),
         ({**TEXT, "picture": {"bytes": "…"}}, "picture"),
-        ({**TEXT, "video": "a.mp4"}, "video"),
-        ({**LLAVA, "videos": ["a.mp4"]}, "videos"),
+        ({**TEXT, "video": "a.mp4", "videos": ["b.mp4"]}, "videos"),
+        ({**TEXT, "video_path": "a.mp4"}, "video_path"),
         ({**TEXT, "audios": ["a.wav"]}, "audios"),
         ({**TEXT, "rejected_response": "no"}, "rejected_response"),
         ({**TEXT, "tools": "[{}]"}, "tools"),
@@ -94,7 +94,9 @@ TEXT = {"conversations": LLAVA["conversations"][2:]}
         ({**TEXT, "messages": MESSAGES[2:]}, "messages"),
         ({**TEXT, "system": 7}, "system"),
         ({"images": ["a.png", {"bytes": "…"}], "messages": MESSAGES}, "bytes"),
-        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "video"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]}, "audio"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4", "fps": 2}]}]}, "fps"),
+        ({"videos": ["b.mp4"], "messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "videos"),
         ({"messages": [{**MESSAGES[2], "tool_calls": [{"id": 1}]}, MESSAGES[3]]}, "tool_calls"),
         ({**LLAVA, "image_path": ["/d/b/c.png", "/d/a.png"]}, "image_path"),
         ({**LLAVA, "image_path": ["/d/a.png"]}, "image_path"),
@@ -128,7 +130,7 @@ def test_other_fields_stay_as_they_are() -> None:
     row = {**TEXT, "id": "a.png", "model": "gpt4", "page": "3", "message": "hello", "image": None, "has_image": False, "image_id": 3,
            "usage": "x", "source": {"name": "web"}, "image_size": [3, 4], "video": "", "url": "http://a.org",
            "is_image": "no", "image_ids": "000", "image_name": "none", "pixels": "12", "photos_of": ["cats"]}  # fmt: skip
-    assert as_llava(row, "k") == {name: value for name, value in row.items() if name != "image"}
+    assert as_llava(row, "k") == {name: value for name, value in row.items() if name not in ("image", "video")}
     with_picture = {**LLAVA, "image_url": "http://a.org/a.png", "thumbnail": "t.jpg"}
     assert as_llava(with_picture, "k") == with_picture
     question = {"question": "What?", "answer": "red", "image_path": "a.png"}
@@ -154,11 +156,11 @@ def test_every_verb_reads_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "images" / "b").mkdir(parents=True)
     for number, name in enumerate(LLAVA["image"]):
         (tmp_path / "images" / name).write_bytes(picture(number))
-    content = [*FORMS.values(), {**TEXT, "imgae": "a.png"}, {**TEXT, "video": "a.mp4"}]
+    content = [*FORMS.values(), {**TEXT, "imgae": "a.png"}, {**TEXT, "video_file": "a.mp4"}]
     (tmp_path / "rows.json").write_text(json.dumps(content))
     report = make({"train": tmp_path / "rows.json"}, tmp_path / "images", tmp_path / "made")
     assert report.good == {"train": len(FORMS)} and report.images == 2 * len(FORMS) and report.bad == {"unread_key": 2}
-    assert "'imgae'" in str(report) and "'video'" in str(report)
+    assert "'imgae'" in str(report) and "'video_file'" in str(report)
     checked = check(tmp_path / "made", encoder())
     assert checked.ok and checked.images == report.images
     asked, told = read_questions(QuestionSet("q", tmp_path / "rows.json", tmp_path / "images", None, 8), None, 10_000)

@@ -222,7 +222,7 @@ def test_evaluation(read: Callable[[str], Reader]) -> None:
     ("page", "number"),
     [
         ("docs/backends.md", 8),
-        ("docs/data.md", 4),
+        ("docs/data.md", 5),
         ("docs/sweeps.md", 3),
         ("docs/vision.md", 5),
         ("docs/mechanisms.md", 8),

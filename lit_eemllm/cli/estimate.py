@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,19 +34,28 @@ def add(verbs: Any) -> None:
 
 def _takes_shape(made: ArgumentParser) -> ArgumentParser:
     text = (
-        "vicuna-7b or vicuna-13b with CLIP-L/14-336, in place of the configuration's parts; a CONFIG is then optional"
+        "a published model, such as vicuna-7b (with CLIP-L/14-336) or qwen2.5-vl-7b (docs/models.md), or a folder with a model's config files, "
+        "in place of the configuration's parts; a CONFIG is then optional"
     )
     made.add_argument("--shape", metavar="NAME", help=text)
     made.add_argument("--text", type=int, default=64, metavar="N", help="text tokens of a document, default 64")
-    made.add_argument("--visual", type=int, metavar="N", help="its visual tokens, default: those of one image")
+    made.add_argument("--visual", type=int, metavar="N", help="its visual tokens, default: those of one image, at most")
+    made.add_argument("--image", type=_size, metavar="WIDTHxHEIGHT", help="those of an image of this size")
     return made
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if found is None:
+        raise ArgumentTypeError(f"found {text!r}, expected width and height in pixels, such as 640x480")
+    return int(found[1]), int(found[2])
 
 
 def _estimate(args: Namespace) -> None:
     config = _config(args)
     from lit_eemllm.cost.estimate import estimate
 
-    names = ("shape", "text", "visual", "targets", "documents", "gpus", "memory", "only")
+    names = ("shape", "text", "visual", "image", "targets", "documents", "gpus", "memory", "only")
     estimate(config, **{name: getattr(args, name) for name in names}, as_json=args.json)
 
 
@@ -53,7 +63,7 @@ def _explain(args: Namespace) -> None:
     config = _config(args)
     from lit_eemllm.cost.explain import explain
 
-    names = ("shape", "text", "visual", "out")
+    names = ("shape", "text", "visual", "image", "out")
     explain(config, **{name: getattr(args, name) for name in names})
 
 

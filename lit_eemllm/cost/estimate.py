@@ -36,6 +36,7 @@ def estimate(
     shape: str | None = None,
     text: int = 64,
     visual: int | None = None,
+    image: tuple[int, int] | None = None,
     targets: int | None = None,
     documents: int | None = None,
     gpus: int = 8,
@@ -47,9 +48,10 @@ def estimate(
 
     Args:
         config: parts, tuning, types and precision.
-        shape: a name of `weightless.SHAPES`, instead of the parts of the configuration.
+        shape: what `weightless.parts_of_shape` takes, instead of the parts of the configuration.
         text: text tokens of a document.
         visual: its visual tokens; None = as many as the encoder makes of an image, at most.
+        image: width and height of its image, in place of `visual`.
         targets: its supervised tokens; None = all its text.
         documents: in a pack, and sequences in a cache; None = as many as fill ``data.pack_tokens``.
         gpus: how many there are.
@@ -65,7 +67,7 @@ def estimate(
 
     quiet_libraries()
     parts = parts_of(config, shape)
-    visual = prompt_of(parts, text, visual)
+    visual = prompt_of(parts, text, visual, image)
     if documents is None:
         documents = min(
             config.data.pack_tokens // max(1, text + visual), config.data.pack_samples or config.data.pack_tokens
@@ -81,7 +83,7 @@ def estimate(
     llava = build_mechanism("llava", layers)
     mechanisms, configured = mechanisms_of(config, layers, only, parts)
     schedule = Schedule.of(config, mechanisms[configured], parts.decoder)
-    document, rows = Document(text, visual, targets), {}
+    document, rows = Document(text, visual, targets, image), {}
 
     def figures(entry: Entry) -> dict[str, Any]:
         step = trace(config, parts, entry.mechanism, document, entry.teacher)
@@ -121,9 +123,13 @@ def estimate(
         show(found)
 
 
-def prompt_of(parts: Parts, text: int, visual: int | None) -> int:
-    """Visual tokens of a document: as many as asked for, or as the encoder makes of an image, at most. Raises UserError."""
-    if visual is None:
+def prompt_of(parts: Parts, text: int, visual: int | None, image: tuple[int, int] | None) -> int:
+    """Visual tokens of a document: as many as asked for, or as the encoder makes of this image, or of one at most. Raises UserError."""
+    if image is not None and visual is not None:
+        raise UserError(f"--image and --visual {visual}: give one of them, the image's size or its tokens")
+    if image is not None:
+        visual = parts.transform.num_tokens(*image)
+    elif visual is None:
         visual = parts.transform.num_tokens(*parts.transform.largest)
     _one_or_more("text", text)
     _one_or_more("visual", visual)

@@ -43,15 +43,24 @@ COLUMNS = {
 MOST_MASKS = 4  # kinds of layers whose mask is drawn
 
 
-def explain(config: Config, *, shape: str | None, text: int, visual: int | None, out: Path | None) -> None:
+def explain(
+    config: Config,
+    *,
+    shape: str | None,
+    text: int,
+    visual: int | None,
+    out: Path | None,
+    image: tuple[int, int] | None = None,
+) -> None:
     """Print the table of the configured mechanism, and draw it.
 
     Args:
         config: parts and mechanism; needs their config files, no weights.
-        shape: a name of `weightless.SHAPES`, instead of the parts of the configuration.
+        shape: what `weightless.parts_of_shape` takes, instead of the parts of the configuration.
         text: text tokens of the document whose FLOPs are counted.
         visual: its visual tokens; None = as many as the encoder makes of an image, at most.
         out: a picture (.png, .svg or .pdf); None = none.
+        image: width and height of its image, in place of `visual`.
     """
     from .weightless import parts_of
 
@@ -59,7 +68,7 @@ def explain(config: Config, *, shape: str | None, text: int, visual: int | None,
     parts = parts_of(config, shape)
     preset, layers = config.model.mechanism.preset, parts.decoder.num_hidden_layers
     mechanism = configured_mechanism(config.model.mechanism, layers)
-    visual = prompt_of(parts, text, visual)
+    visual = prompt_of(parts, text, visual, image)
     sizes = Sizes.of(parts.decoder, parts.vision_width)
     with torch.device("meta"):
         blocks = [mechanism.block(layer, sizes) for layer in range(layers)]

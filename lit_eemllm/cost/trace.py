@@ -41,11 +41,17 @@ KL_BYTES = 16
 
 @dataclass(frozen=True)
 class Document:
-    """One image of so many visual tokens, then text, of which so many tokens are supervised."""
+    """One image of so many visual tokens, then text, of which so many tokens are supervised.
+
+    Attributes:
+        size: width and height of the image, whose tokens these are; None: the encoder computes the share of the largest image that has
+            as many.
+    """
 
     text: int
     visual: int
     targets: int
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,11 +182,10 @@ def trace(
     """Take a document through a step with the tuning, the types and the precision of `config`, and perhaps with a teacher."""
     model, mode = build_weightless(config, parts, mechanism)
     transform, dtype = model.vision.transform, compute_dtype(config)
-    images = document.visual / transform.num_tokens(*transform.largest)
-    shape = transform(Image.new("RGB", transform.largest)).shape
-    one = document.visual == transform.num_tokens(*transform.largest)
-    cut = transform.order([transform.largest]) if one else None
-    grids = grids_of(transform, document.visual) if cut is None else transform.view_grids([transform.largest])
+    size = document.size or transform.largest
+    images = document.visual / transform.num_tokens(*size)
+    shape = transform(Image.new("RGB", size)).shape
+    grids, cut = grids_of(transform, document)
     with mode:
         pixels = torch.empty(1, *shape)
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
@@ -189,14 +194,10 @@ def trace(
     encoder_backward = backward(features) if features.requires_grad else 0
     # As many as make the document's tokens, whatever the encoder gives.
     features = features.new_empty(EACH.count(grids), features.shape[-1], requires_grad=features.requires_grad)
-    made = transform.reduction.count(grids)
-    if cut is None and made != document.visual:
-        cut = Order(torch.arange(document.visual), made)
     given = Features(features, cut, grids, features.new_empty(document.visual))
     model._features = lambda pixels, sizes, layout: given  # type: ignore[method-assign]
-    model.image_rotary = None  # positions of rows and columns cost what others do, and these grids are no picture's
     with autocast, recording(model) as rest:
-        logits = model.packed_logits(pack(document, pixels))
+        logits = model.packed_logits(pack(document, model.image_rotary is not None))
     if mechanism.encoder_depths or any(
         row.source == "own" for row in model.table
     ):  # layers take it from where it is, not from their input
@@ -239,12 +240,17 @@ def trace(
     )
 
 
-def grids_of(transform: Transform, visual: int) -> Grids:
-    """Grids of features that become so many visual tokens: a line of squares, or as many views of the largest image as give enough."""
-    side, view = transform.reduction.side, transform.largest_view
+def grids_of(transform: Transform, document: Document) -> tuple[Grids, Order | None]:
+    """Grids of features that become the document's visual tokens: those of its image; else a line of squares, or as many views of the
+    largest image as give enough."""
+    if document.size is not None:
+        return transform.view_grids([document.size]), transform.order([document.size])
+    side, view, visual = transform.reduction.side, transform.largest_view, document.visual
     if type(transform.reduction).grid is Reduction.grid:
-        return ((side, side * visual),)
-    return (view,) * -(-visual // transform.reduction.count((view,)))
+        return ((side, side * visual),), None
+    grids = (view,) * -(-visual // transform.reduction.count((view,)))
+    made = transform.reduction.count(grids)
+    return grids, None if made == visual else Order(torch.arange(visual), made)
 
 
 def passing(model: EEMLLM, autocast: torch.autocast, units: list[Part]) -> int:
@@ -268,10 +274,12 @@ def passing(model: EEMLLM, autocast: torch.autocast, units: list[Part]) -> int:
     return max(0, live.peak - there - nbytes(unit.saved) - unit.copies)
 
 
-def pack(document: Document, pixels: Tensor) -> PackedBatch:
+def pack(document: Document, by_place: bool) -> PackedBatch:
+    """The document without pixels, as its features are given; with positions of rows and columns, of a line."""
     layout = SequenceLayout.of([[Run(True, document.visual), Run(False, document.text)]])
-    rows = torch.arange(document.targets)
-    return PackedBatch(torch.zeros_like(layout.positions), rows, torch.zeros_like(rows), pixels, layout, [])
+    ids, rows = torch.zeros_like(layout.positions), torch.arange(document.targets)
+    layout = layout.with_grid_positions([(1, document.visual)]) if by_place else layout
+    return PackedBatch(ids, rows, torch.zeros_like(rows), None, layout, [])
 
 
 def backward(output: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,12 +88,27 @@ class Parts:
             return get_vision_encoder(self.encoder).from_config(self.vision)
 
 
-def parts_of_shape(name: str, connector: Connector = DEFAULT) -> Parts:
-    """Raises ConfigError naming the shapes."""
-    if name not in SHAPES:
-        raise ConfigError(f"--shape: unknown shape {name!r}; choose one of {sorted(SHAPES)}")
-    decoder = LlamaConfig(**SHAPES[name], vocab_size=32000)
-    return Parts(decoder, "transformers", _vision(CLIPVisionConfig(**CLIP_L), select_layer=-2), connector)
+def parts_of_shape(name: str, connector: Connector = DEFAULT, max_tokens: int | None = None) -> Parts:
+    """Of LLaVA-1.5, or of a model of images and text (`shapes`), whose own connector stands for the default.
+
+    Raises:
+        ConfigError: no such shape; names them.
+    """
+    if name in SHAPES:
+        decoder = LlamaConfig(**SHAPES[name], vocab_size=32000)
+        return Parts(decoder, "transformers", _vision(CLIPVisionConfig(**CLIP_L), select_layer=-2), connector)
+    from .shapes import PUBLISHED, read_shape
+
+    if name not in PUBLISHED and not Path(name).is_dir():
+        known = ", ".join(sorted([*SHAPES, *PUBLISHED]))
+        raise ConfigError(
+            f"--shape: {name!r} is neither a folder with a model's config files nor a shape that is known here: {known}"
+        )
+    decoder, encoder, vision, own = read_shape(name)
+    transform = transform_from_dict(vision["transform"])
+    if max_tokens is not None and isinstance(transform, NativeTransform):
+        vision["transform"] = transform.within(max_tokens).to_dict()
+    return Parts(decoder, encoder, vision, own if connector == DEFAULT else connector)
 
 
 def parts_of_config(config: ModelConfig) -> Parts:
@@ -119,7 +135,7 @@ def parts_of(config: Config, shape: str | None) -> Parts:
     """Of a shape with the configuration's connector or, without one, of the configuration."""
     if shape is None:
         return parts_of_config(config.model)
-    return parts_of_shape(shape, configured_connector(config.model.connector))
+    return parts_of_shape(shape, configured_connector(config.model.connector), config.model.vision.max_tokens)
 
 
 def _vision(

@@ -111,7 +111,7 @@ def _load_vlm(folder: Path) -> tuple[EEMLLM, PreTrainedTokenizerBase]:
             f"{folder}: image_token_index is {token}, but the tokenizer has {IMAGE} as "
             f"{tokenizer.convert_tokens_to_ids(IMAGE)}; expected the tokenizer's {IMAGE} to stand for an image"
         )
-    transform = _read_transform(folder, form, config)
+    transform = read_transform(folder, form, config)
     theirs = load_whole(form.model_class, folder, config=config)
 
     tensors, text_config = theirs.state_dict(), form.decoder_config(theirs.config)
@@ -158,7 +158,7 @@ def read_format(folder: Path) -> tuple[Format, PretrainedConfig]:
     return form, config
 
 
-def _read_transform(folder: Path, form: Format, config: PretrainedConfig) -> Transform:
+def read_transform(folder: Path, form: Format, config: PretrainedConfig) -> Transform:
     """From preprocessor_config.json or, since transformers 5, a section of processor_config.json."""
     file = folder / "preprocessor_config.json"
     if file.is_file():

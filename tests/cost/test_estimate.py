@@ -293,7 +293,7 @@ def test_a_schedule_is_what_its_steps_cost(written, capsys):
         ("--gpus 0", "--gpus 0: expected 1 or more"),
         ("--memory nan", "--memory nan: expected 1 or more"),
         ("--targets 65", "--targets 65: expected 1 to 64, the text tokens of a document"),
-        ("--shape vicuna-70b", "--shape: unknown shape 'vicuna-70b'; choose one of ['vicuna-13b', 'vicuna-7b']"),
+        ("--shape vicuna-70b", "--shape: 'vicuna-70b' is neither a folder with a model's config files nor a shape"),
         ("model.decoder=gone", "model.decoder: AutoConfig cannot load 'gone'"),
         (
             "model.vision.path=PARTS/decoder",

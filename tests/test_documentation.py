@@ -40,6 +40,12 @@ ELSEWHERE = {
     "NNODES=2": "tests/training/test_distributed_runs.py",
     "sbatch --nodes=2 --gpus-per-node=8 tools/slurm.sh configs/stages": "tests/training/test_distributed_runs.py",
     "lit-eemllm fit CONFIG...": "tests/training/test_distributed_runs.py",
+    "lit-eemllm convert InternVL3-8B-hf": "tests/test_checkpoints.py",
+    "lit-eemllm convert Qwen3-VL-8B-Instruct": "tests/test_checkpoints.py",
+    "lit-eemllm convert models/": "tests/test_checkpoints.py",
+    "lit-eemllm fit models/": "tests/test_checkpoints.py",
+    "lit-eemllm estimate configs/checkpoints": "tests/test_checkpoints.py",
+    "python tools/check_model.py": "tests/tools/test_check_model.py",
     # two processes
     "lit-eemllm fit configs/demo/ee_mllm.yaml configs/distributed/cpu.yaml": "tests/training/test_distributed_runs.py",
     # flash-attn needs a GPU

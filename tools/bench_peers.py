@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lit_eemllm.console import console, progress, write_atomically
-from lit_eemllm.formats.llava import NAMES
+from lit_eemllm.formats.llava import Llava
 from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import PRESETS, build_mechanism
@@ -103,8 +103,8 @@ class Pair:
                 made = EEMLLM(settings, vision=vision).eval()
             theirs = dict(self.hf.named_parameters())
             for name, parameter in made.named_parameters():
-                prefix = next((own for own in NAMES if name.startswith(own)), None)
-                if prefix and (same := theirs.get(name.replace(prefix, NAMES[prefix], 1))) is not None:
+                prefix = next((own for own in Llava.names if name.startswith(own)), None)
+                if prefix and (same := theirs.get(name.replace(prefix, Llava.names[prefix], 1))) is not None:
                     parameter.data = same.data
             self.ours[kind] = made
         model = self.ours[kind]

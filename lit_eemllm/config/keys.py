@@ -47,11 +47,11 @@ class VisionConfig:
 @dataclass
 class ConnectorConfig:
     name: str = "mlp"
-    """What makes visual tokens of the encoder's features: "mlp" or "linear", a token of each; "pixel_shuffle" or "average", one of each
-    square of them; "attention", a number of learned queries; or one of your own."""
+    """What makes visual tokens of the encoder's features: "mlp" or "linear", a token of each; "pixel_shuffle", "linear_shuffle", "merger" or
+    "average", one of each square of them; "attention", a number of learned queries; or one of your own."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options that only this connector has, by name: factor, the side of a square (2), of pixel_shuffle and average; tokens (64) of an
-    image or tile and heads (8), of attention."""
+    """Options that only this connector has, by name: factor, the side of a square (2), of those that take squares; rms (false) and levels
+    (0) of merger; tokens (64) of an image or tile and heads (8), of attention."""
 
 
 @dataclass

@@ -243,9 +243,12 @@ def trace(
 def grids_of(transform: Transform, document: Document) -> tuple[Grids, Order | None]:
     """Grids of features that become the document's visual tokens: those of its image; else a line of squares, or as many views of the
     largest image as give enough."""
-    if document.size is not None:
-        return transform.view_grids([document.size]), transform.order([document.size])
-    side, view, visual = transform.reduction.side, transform.largest_view, document.visual
+    visual, largest = document.visual, transform.largest
+    tiled = transform.order([]) is not None  # a newline is no feature
+    size = largest if document.size is None and tiled and visual == transform.num_tokens(*largest) else document.size
+    if size is not None:
+        return transform.view_grids([size]), transform.order([size])
+    side, view = transform.reduction.side, transform.largest_view
     if type(transform.reduction).grid is Reduction.grid:
         return ((side, side * visual),), None
     grids = (view,) * -(-visual // transform.reduction.count((view,)))

@@ -105,9 +105,7 @@ def parts_of_shape(name: str, connector: Connector = DEFAULT, max_tokens: int | 
             f"--shape: {name!r} is neither a folder with a model's config files nor a shape that is known here: {known}"
         )
     decoder, encoder, vision, own = read_shape(name)
-    transform = transform_from_dict(vision["transform"])
-    if max_tokens is not None and isinstance(transform, NativeTransform):
-        vision["transform"] = transform.within(max_tokens).to_dict()
+    vision["transform"] = _within(transform_from_dict(vision["transform"]), max_tokens).to_dict()
     return Parts(decoder, encoder, vision, own if connector == DEFAULT else connector)
 
 
@@ -138,6 +136,11 @@ def parts_of(config: Config, shape: str | None) -> Parts:
     return parts_of_shape(shape, configured_connector(config.model.connector), config.model.vision.max_tokens)
 
 
+def _within(transform: Transform, max_tokens: int | None) -> Transform:
+    """With at most so many features, of pictures in their own aspect ratio."""
+    return transform.within(max_tokens) if max_tokens and isinstance(transform, NativeTransform) else transform
+
+
 def _vision(
     vision: Any,
     select_layer: int | None,
@@ -154,9 +157,7 @@ def _vision(
             transform = NativeTransform(patch, half, half, edges=(patch, side))
         else:
             transform = ImageTransform(side, side, patch, half, half)
-    if max_tokens is not None and isinstance(transform, NativeTransform):
-        transform = transform.within(max_tokens)
-    transform = with_policy(transform, policy)
+    transform = with_policy(_within(transform, max_tokens), policy)
     model = {**vision.to_diff_dict(), "model_type": vision.model_type}
     return {"model": model, "transform": transform.to_dict(), "select_layer": select_layer}
 

@@ -1,6 +1,7 @@
 """Models of images and text without weights: their numbers against transformers' own models and what is published of them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lit_eemllm.compat.torch import flop_counter
 from lit_eemllm.config import load_config
 from lit_eemllm.cost.shapes import PUBLISHED
 from lit_eemllm.cost.trace import Document, trace
-from lit_eemllm.cost.weightless import build_weightless, parts_of_shape
+from lit_eemllm.cost.weightless import build_weightless, parts_of_config, parts_of_shape
 from lit_eemllm.formats.vlm import FORMATS
 from lit_eemllm.mechanisms import build_mechanism
 
@@ -75,6 +76,19 @@ def test_the_encoder_and_the_connector_cost_what_transformers_own_do(kind, tmp_p
         return
     step = trace(load_config([], GIVEN), parts, build_mechanism("ee_mllm", 3), Document(5, visual, 5, size))
     assert step.encoder_flops + step.connector_flops == counted.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["internvl", "qwen2_5_vl"])
+def test_what_convert_writes_costs_what_the_folder_does_that_it_was_made_of(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", str(write(kind, Path("theirs"), num_hidden_layers=3)), "--out", "ours"]) == 0
+    (Path("ours") / "model.safetensors").unlink()
+    config = load_config(["ours/config.yaml"], ["data.train=none", "optim.lr=1e-3", "optim.max_steps=1"])
+    found, true = parts_of_config(config.model), parts_of_shape("theirs")
+    assert (found.connector, found.transform, found.encoder) == (true.connector, true.transform, true.encoder)
+    size = (40, 20)
+    mechanism, document = build_mechanism("llava", 3), Document(5, true.transform.num_tokens(*size), 5, size)
+    assert trace(config, found, mechanism, document) == trace(config, true, mechanism, document)
 
 
 def test_mistakes_of_an_image(capsys):

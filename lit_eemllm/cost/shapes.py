@@ -40,7 +40,9 @@ QWEN_VISION = {
     "num_heads": 16,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
-SQUARE = {"resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+SQUARE = {"resample": 3, **HALF}
 
 
 def _split(side: int, tiles: int) -> dict[str, Any]:
@@ -114,7 +116,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
                 "num_key_value_heads": 2, "vocab_size": 151936,
             },
         },
-        {"min_pixels": 4 * 28**2, "max_pixels": 16384 * 28**2},
+        {**CLIP, "min_pixels": 4 * 28**2, "max_pixels": 16384 * 28**2},
     ),
     # Qwen/Qwen2.5-VL-7B-Instruct
     "qwen2.5-vl-7b": (
@@ -123,7 +125,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "vision_config": {**QWEN_VISION, "out_hidden_size": 3584},
             "text_config": {**QWEN_7B, "model_type": "qwen2_5_vl_text", "vocab_size": 152064},
         },
-        {"min_pixels": 4 * 28**2, "max_pixels": 16384 * 28**2},
+        {**CLIP, "min_pixels": 4 * 28**2, "max_pixels": 16384 * 28**2},
     ),
     # Qwen/Qwen3-VL-4B-Instruct
     "qwen3-vl-4b": (
@@ -136,13 +138,13 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             },
             "text_config": {**QWEN3, "hidden_size": 2560, "intermediate_size": 9728},
         },
-        {"min_pixels": 64 * 32**2, "max_pixels": 16384 * 32**2},
+        {**HALF, "min_pixels": 64 * 32**2, "max_pixels": 16384 * 32**2},
     ),
     # Qwen/Qwen3-VL-8B-Instruct
     "qwen3-vl-8b": (
         "qwen3_vl",
         {"vision_config": {"out_hidden_size": 4096}, "text_config": {**QWEN3, "hidden_size": 4096, "intermediate_size": 12288}},
-        {"min_pixels": 64 * 32**2, "max_pixels": 16384 * 32**2},
+        {**HALF, "min_pixels": 64 * 32**2, "max_pixels": 16384 * 32**2},
     ),
 }  # fmt: skip
 """Name -> model_type, what of config.json is not as transformers' defaults, and what preprocessor_config.json says. Each was compared

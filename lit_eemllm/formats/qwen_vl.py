@@ -64,6 +64,10 @@ class Qwen25VL(Format):
         text = config.text_config
         rope = dict(text.rope_parameters)
         sections = rope.pop("mrope_section", None) or self.sections
+        if not isinstance(sections, list | tuple):
+            raise ConfigError(
+                f"text_config.rope_parameters.mrope_section: found {sections!r:.99}, expected three numbers"
+            )
         rope.pop("mrope_interleaved", None)
         known = set(self.decoder_class.__dataclass_fields__)
         kept = {key: value for key, value in text.to_dict().items() if key in known and key != "model_type"}

@@ -62,7 +62,8 @@ class NativeTransform(Transform):
         check_normalisation(self.mean, self.std, self.resample)
         if [self.most, self.edges, self.area].count(None) != 2:
             raise ConfigError(f"an image in its own aspect ratio is bounded by patches, edges or area, found {self}")
-        if self.area is not None and not 1 <= self.area[0] <= self.area[1] <= LARGEST_SIZE**2:
+        numbers = self.area is None or (len(self.area) == 2 and {type(length) for length in self.area} == {int})
+        if not numbers or (self.area is not None and not 1 <= self.area[0] <= self.area[1] <= LARGEST_SIZE**2):
             raise ConfigError(
                 f"image area: found {self.area}, expected the least and the most pixels, 1 to {LARGEST_SIZE**2}"
             )
@@ -148,9 +149,11 @@ class NativeTransform(Transform):
         return resized(within_max_side(picture), *size, self.resample)[:, :height, :width].contiguous()
 
     def within(self, most: int) -> NativeTransform:
-        """The same with at most so many tokens."""
+        """The same with at most so many features."""
         if self.area is not None:
-            area = most * self.unit**2  # with room between the two, so that rounding up to the least stays below
+            area = max(
+                most * self.patch**2, self.unit**2
+            )  # with room between the two, so that rounding up to the least stays below
             return replace(self, area=(min(self.area[0], area // 4), area))
         if self.edges is None:
             return replace(self, most=most)

@@ -119,16 +119,17 @@ class AnyresTransform(Tiled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "grids", tuple((int(rows), int(columns)) for rows, columns in self.grids))
-        if not self.grids or any(min(grid) < 1 for grid in self.grids):
-            raise ConfigError(f"image policy 'anyres' needs grids of 1 x 1 tile at least, found {self.grids}")
-        if len(self.grids) > MOST_TILES or any(math.prod(grid) > MOST_TILES for grid in self.grids):
+        object.__setattr__(self, "grids", tuple(map(tuple, self.grids)))
+        wrong = [
+            grid for grid in self.grids if len(grid) != 2 or not all(map(_count, grid)) or math.prod(grid) > MOST_TILES
+        ]
+        if not 1 <= len(self.grids) <= MOST_TILES or wrong:
             raise ConfigError(
-                f"image policy 'anyres' takes {MOST_TILES} grids of {MOST_TILES} tiles at most, found {len(self.grids)}, the largest of "
-                f"{max(map(math.prod, self.grids)):,}"
+                f"image policy 'anyres' chooses from 1 to {MOST_TILES} grids, (rows, columns), of 1 to {MOST_TILES} tiles each; found "
+                f"{len(self.grids)} grids" + (f", such as {wrong[0]!r:.99}" if wrong else "")
             )
-        if self.most is not None and self.most < 1:
-            raise ConfigError(f"image policy 'anyres' keeps the tokens of 1 tile at least, found {self.most}")
+        if self.most is not None and not _count(self.most):
+            raise ConfigError(f"image policy 'anyres' keeps the tokens of 1 tile at least, found {self.most!r}")
 
     def size_among(self, size: tuple[int, int], pictures: int) -> tuple[int, int]:
         return WHOLE if self.lone and pictures > 1 else size
@@ -217,6 +218,11 @@ class AnyresTransform(Tiled):
         return Order(index[:, 0], start) if single else Order(index, start, weights)
 
 
+def _count(value: object) -> bool:
+    """Whether a value of a configuration is a whole number from 1."""
+    return type(value) is int and value >= 1
+
+
 NEWLINE = torch.tensor([-1])
 
 
@@ -254,10 +260,12 @@ class TilesTransform(Tiled):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "around", tuple(self.around))
-        if not 1 <= self.least <= self.most <= MOST_TILES:
+        if not (_count(self.least) and _count(self.most) and self.least <= self.most <= MOST_TILES):
             raise ConfigError(
-                f"image policy 'tiles' cuts pictures into 1 to {MOST_TILES} tiles, found {self.least} to {self.most}"
+                f"image policy 'tiles' cuts pictures into 1 to {MOST_TILES} tiles, found {self.least!r} to {self.most!r}"
             )
+        if len(self.around) != 2 or not all(isinstance(text, str) and len(text) <= 99 for text in self.around):
+            raise ConfigError(f"image policy 'tiles' puts two short texts around an image, found {self.around!r:.99}")
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         from lit_eemllm.compat.transformers import nearest_grid
@@ -304,12 +312,12 @@ class SplitTransform(Tiled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.longest:
+        if self.longest == 0:
             object.__setattr__(self, "longest", 4 * self.view.width)
         most = min(MOST_LONGEST, 6 * self.view.width)
-        if not 1 <= self.longest <= most:
+        if not _count(self.longest) or self.longest > most:
             raise ConfigError(
-                f"image policy 'split' resizes pictures to a longer side of 1 to {most} pixels, six tiles, found {self.longest}"
+                f"image policy 'split' resizes pictures to a longer side of 1 to {most} pixels, six tiles, found {self.longest!r}"
             )
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:

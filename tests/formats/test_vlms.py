@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -303,3 +304,19 @@ def test_a_qwen_encoder_behind_another_connector(tmp_path):
     model.config.text_config.image_rotary["interleaved"] = True
     with pytest.raises(ConfigError, match="with interleaved=False"):
         format_of(model)
+
+
+def test_what_a_familys_encoder_or_decoder_cannot_do_is_named(name, both, folder, tmp_path):
+    if not isinstance(both[0].vision, QwenVision):
+        return
+    for sections, told in (
+        (8, "mrope_section: found 8"),
+        ([1, 2], r"found .*\[1, 2\].* three numbers"),
+        ([10**9, 0, 0], "add up to"),
+    ):
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        values = json.loads((tmp_path / "config.json").read_text())
+        values["text_config"]["rope_parameters"]["mrope_section"] = sections
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ConfigError, match=told):
+            load_vlm(tmp_path)

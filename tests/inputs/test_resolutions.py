@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.inputs.images import MAX_SIDE, ImageTransform, image_size, open_image
 from lit_eemllm.inputs.resolutions import NativeTransform, transform_from_dict, with_policy
-from lit_eemllm.inputs.tiles import AnyresTransform, SplitTransform
+from lit_eemllm.inputs.tiles import AnyresTransform, SplitTransform, TilesTransform
 from lit_eemllm.model.vision import patches_of
 
 HALF = (0.5, 0.5, 0.5)
@@ -169,14 +170,36 @@ def test_kinds_of_transforms_are_stored_and_changed():
     ("make", "message"),
     [
         (lambda: NativeTransform(14, HALF, HALF), "bounded by patches, edges or area"),
+        *(
+            (lambda area=area: NativeTransform(14, HALF, HALF, area=area), "image area: found")
+            for area in ([1], ["1", 2], [1, 2, 3], [5, 4], [1, 2**40], [0, 9])
+        ),
+        *(
+            (lambda grids=grids: replace(tiled(), grids=grids), "'anyres' chooses from 1 to 128 grids")
+            for grids in ([], [[1, 1]] * 129, [[10**4, 10**4]], [[1, 129]], [["1", "2"]], [[1, 2, 3]], [[0, 1]])
+        ),
+        (lambda: replace(tiled(), most=True), "tokens of 1 tile at least, found True"),
+        *(
+            (lambda sizes=sizes: TilesTransform(tiled().view, *sizes), "into 1 to 128 tiles, found")
+            for sizes in ((0, 4), (3, 2), (1, 129), ("1", 2), (1, None), (1, 0.5))
+        ),
+        *(
+            (lambda texts=texts: TilesTransform(tiled().view, around=texts), "'tiles' puts two short texts around")
+            for texts in ("a", ["a", 1], ["a" * 10**6, ""], [])
+        ),
+        *(
+            (
+                lambda longest=longest: SplitTransform(tiled().view, longest),
+                "a longer side of 1 to 144 pixels, six tiles, found",
+            )
+            for longest in (-1, 145, "9", None, True, [9])
+        ),
         (lambda: NativeTransform(14, HALF, HALF, most=0), "image patches: found 0, expected a whole number from 1"),
         (lambda: NativeTransform(14, HALF, HALF, edges=(9, 20)), r"\(9, 20\)"),
         (lambda: NativeTransform(14, HALF, HALF, edges=(50, 20)), r"\(50, 20\)"),
         (lambda: NativeTransform(14, HALF, (0, 1, 1), most=4), "std above 0"),
         (lambda: NativeTransform.from_preprocessor_config({"size": {"height": 9, "width": 9}}, 3), "max_num_patches"),
         (lambda: AnyresTransform(ImageTransform(20, 24, 4, HALF, HALF)), "square"),
-        (lambda: AnyresTransform(tiled().view, ()), "1 x 1"),
-        (lambda: AnyresTransform(tiled().view, ((0, 1),)), "1 x 1"),
     ],
 )
 def test_impossible_transforms_are_refused(make, message):

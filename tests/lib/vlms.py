@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -21,7 +22,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from lib.chat import build
 from lib.llava import shake
 from lib.vision import picture
+from lit_eemllm.formats.vlm import load_vlm
 from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
+from lit_eemllm.mechanisms import PRESETS
+from lit_eemllm.model import EEMLLM
 
 TOWER = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
@@ -213,6 +217,15 @@ def write(name: str, folder: Path, **text: Any) -> Path:
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(kind.preprocessor))
     return folder
+
+
+def model_of(name: str, mechanism: str) -> EEMLLM:
+    """The same model as an EEMLLM, of three layers, attention through the reference."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_vlm(write(name, Path(folder)))[0]
+    model.set_mechanism(PRESETS[mechanism])
+    model.set_attention("reference")
+    return model
 
 
 Part = str | tuple[int, int]

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from lib import connectors, vision
+from lib import connectors, vision, vlms
 from lib.processes import run_ranks
 from lightning import Trainer
 from torch.distributed.device_mesh import init_device_mesh
@@ -59,6 +59,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "olmo2": ("ee_mllm", ()),
     "smollm3": ("ee_mllm", ()),
     "gemma3_text": ("ee_mllm", ()),
+    "internvl": ("ee_mllm", ("optim.tuning.vision=lora", "optim.tuning.projector=lora", *LORA)),
+    "qwen3_vl": ("llava", ("optim.tuning.vision=full",)),
 }
 ENCODERS = {"many sizes": "siglip2", "tiles": "anyres", "pixel_shuffle": "siglip2", "attention": "anyres"}
 SIZES = [(40, 20), (9, 30), (5, 5), (64, 17)]
@@ -81,6 +83,8 @@ SHARED = (
     "olmo2",
     "smollm3",
     "gemma3_text",
+    "internvl",
+    "qwen3_vl",
 )
 MIXED = (
     "ee_mllm", "saisa", "flamingo", "visual_experts", "vision", "recomputed lora", "taught", "lora", "pixel_shuffle", "smollm3",
@@ -154,7 +158,10 @@ def train(
         more = (*more, "trainer.precision=bf16-mixed", "model.dtype=bfloat16")
     decoder = case if case in tiny.DECODERS else "llama-gqa"
     connector = connectors.case(case) if case in connectors.CASES else DEFAULT
-    model = tiny.model(decoder, preset, encoder=ENCODERS.get(case, "clip"), connector=connector)
+    if case in vlms.KINDS:
+        model = vlms.model_of(case, preset)
+    else:
+        model = tiny.model(decoder, preset, encoder=ENCODERS.get(case, "clip"), connector=connector)
     steps = [[[packed(model, docs, 7 * s + 3 * m + r) for r, docs in enumerate(ranks)] for m, ranks in enumerate(micros)]
              for s, micros in enumerate(STEPS)]  # fmt: skip
     packs = [pack for step in steps for ranks in step for r, pack in enumerate(ranks) if rank in (None, r)]

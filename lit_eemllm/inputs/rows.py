@@ -192,7 +192,7 @@ def _turn(message: Any, key: str, pictures: list[str], videos: list[str], order:
             added = _mapping(part, "a part of text", {"type", "text", "index"}, key).get("text")
             if not isinstance(added, str):
                 raise _error("bad_conversation", key, f"the 'text' of a part is {str(added)[:80]!a}, expected a text")
-            separate = text.endswith((IMAGE, VIDEO)) and not added.startswith("\n")
+            separate = text.endswith(IMAGE) and not added.startswith("\n")
             text += "\n" * separate + added
         elif kind in ("image", "image_url"):
             part = _mapping(part, "a part of an image", {"type", "image", "path", "url", "image_url", "index"}, key)
@@ -201,11 +201,11 @@ def _turn(message: Any, key: str, pictures: list[str], videos: list[str], order:
             pictures += _paths(
                 {"path": path.get("url")} if kind == "image_url" and isinstance(path, Mapping) else path, kind, key
             )
-            text += "\n" * text.endswith((IMAGE, VIDEO)) + IMAGE
+            text += "\n" * text.endswith(IMAGE) + IMAGE
         elif kind == "video":
             part = _mapping(part, "a part of a video", {"type", "video", "path", "url"}, key)
             videos += _paths(next((part[name] for name in ("video", "path", "url") if part.get(name)), None), kind, key)
-            text += "\n" * text.endswith((IMAGE, VIDEO)) + VIDEO
+            text += "\n" * text.endswith(IMAGE) + VIDEO
         else:
             found = f"a part of a message has the type {str(kind)[:80]!r}; only text, image and video are read"
             raise _error("unread_key", key, found)

@@ -62,6 +62,16 @@ def test_times_are_those_of_the_frames_where_they_vary(tmp_path: Path) -> None:
     assert 9.2 <= found.duration <= 9.5
 
 
+def test_frames_that_a_cut_hides_are_not_shown(tmp_path: Path) -> None:
+    """Its edit list begins 0.6 seconds later than the first frame, which those after it need."""
+    data = film()
+    place = data.index(b"elst") + 16
+    later = int.from_bytes(data[place : place + 4], "big") + 3 * 2048  # of 10,240 in a second
+    found = clip(data[:place] + later.to_bytes(4, "big") + data[place + 4 :], tmp_path, 10)
+    assert [number(image) for image in found.frames] == [3, 4, 5, 6, 7, 8, 9]
+    assert found.seconds == pytest.approx([0.2 * i for i in range(7)])
+
+
 def test_a_film_that_was_turned_is_shown_upright(tmp_path: Path) -> None:
     picture = Image.new("RGB", SIZE, "red")
     picture.paste("blue", (SIZE[0] // 2, 0, *SIZE))
@@ -115,6 +125,8 @@ DAMAGED = {
     "a list of files": b"ffconcat version 1.0\nfile film.mp4\n",
     "sound alone": film("mp4", frames=0, sound=True),
     "a codec of few": film("avi", "ffv1"),
+    "a container of few": film("nut", "libx264"),
+    "without its key frame": film("mpegts", frames=30, keys=60)[188 * 30 :],
 }
 
 
@@ -127,6 +139,8 @@ def test_what_is_damaged_is_a_bad_video(name: str, tmp_path: Path) -> None:
 def test_sizes_are_bounded_in_the_header_and_on_the_way(tmp_path: Path) -> None:
     huge = overwritten(film("gif", "gif"), b"GIF89a", (30_000).to_bytes(2, "little") * 2)
     assert refused(huge, tmp_path).reason == "bad_video"  # FFmpeg's own word, before it takes memory
+    damaged = overwritten(film(), b"mdat", b"\xff" * 900)
+    assert refused(damaged, tmp_path, most=100).reason == "video_too_large"  # before anything is decoded
     growing = film("mpegts") + film("mpegts", size=(320, 240), times=range(2000, 4000, 200))
     assert len(clip(growing, tmp_path, most=320 * 240).frames) == 5
     assert refused(growing, tmp_path, most=320 * 240 - 1).reason == "video_too_large"
@@ -210,6 +224,7 @@ FRAMES = f"<0.0 seconds>{IMAGE}\n<1.0 seconds>{IMAGE}\n"
         (asked(f"{IMAGE}\nWhat?", video="a"), [], f"{FRAMES}What?", "aa"),  # LLaVA-Video's form
         (asked(f"{IMAGE}\n{VIDEO}{IMAGE} so? {VIDEO}", image=["x", "y"], video=["a", "b"]), ["x", "y"],
          f"{IMAGE}\n{FRAMES}{IMAGE} so? {FRAMES}", "xaaybb"),
+        (asked(VIDEO, image="x", video="a"), ["x"], FRAMES, "aax"),  # whose image is missed afterwards
         (asked("What?", videos=["a", "b"]), [], f"{FRAMES}{FRAMES}What?", "aabb"),
         (asked("What?", videos=["a"], images=["x"]), ["x"], f"{IMAGE}\n{FRAMES}What?", "xaa"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a"}, {"type": "text", "text": "What?"}]},

@@ -39,6 +39,9 @@ class Squares(nn.Module):
 class QwenVision(VisionEncoder):
     """States of the last layer before its merger and, of Qwen3-VL, to their right those of the layers that DeepStack reads.
 
+    transformers reads grids and lengths from the device: with its sdpa attention a pass on a GPU waits three times a layer and five
+    (Qwen2.5-VL) or seven times (Qwen3-VL) beside, whatever the number of images.
+
     Args:
         model: transformers' encoder; its mergers are taken out.
         transform: of pictures in whole squares of patches.

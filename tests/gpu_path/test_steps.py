@@ -79,6 +79,43 @@ def test_a_step_behind_any_connector_neither_waits_nor_mixes_devices(name):
                 assert abs(value - expected) <= bound * expected, (encoder, found, true)
 
 
+ENCODERS = {"internvl": 0, "llava_onevision": 0, "idefics3": 1, "qwen2_5_vl": 3 * 4 + 5, "qwen3_vl": 3 * 4 + 7}
+"""How often the encoders of transformers wait in a step: Idefics3's looks at a mask, and see `QwenVision`, of four layers here."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "internvl" else pytest.param(name, marks=pytest.mark.slow) for name in ENCODERS]
+)
+@on_fake_cuda
+def test_a_step_of_a_model_in_tiles_waits_no_more_than_its_encoder(name):
+    import tempfile
+    from pathlib import Path
+
+    from lib import vision, vlms
+    from lib.fake_cuda import steps
+    from lib.fake_cuda.world import World
+
+    steps.stand_in()
+    with tempfile.TemporaryDirectory() as folder:
+        model = vlms.model_of(vlms.write(name, Path(folder)), "ee_mllm")
+    config = steps.configuration("frozen", kind="float32")
+    for documents in ([[3, (40, 20), 4, (9, 30), 2], [5], [(64, 17), 3]], [[5], [4]]):
+        batch = vision.pack(model, documents)
+        true = steps.optimiser_step(steps.training_module(copy.deepcopy(model), config, "cpu"), batch)
+        with World() as world:
+            module = steps.training_module(copy.deepcopy(model), config, "cuda")
+            module.model._backend = steps.backend("sdpa", "float32")
+            world.forget()
+            found = steps.optimiser_step(module, batch)
+        waits = [note for note in steps.unexpected(world, steps.ALLOWED) if note.kind == "wait"]
+        assert sum(world.notes[note] for note in waits) == ENCODERS[name] * (batch.pixel_values is not None), (
+            world.notes
+        )
+        assert all("self.model(" in note.where for note in waits), waits
+        for value, expected, bound in zip(found, true, (0.01, 0.08), strict=True):
+            assert abs(value - expected) <= bound * expected, (name, found, true)
+
+
 @pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 @on_fake_cuda

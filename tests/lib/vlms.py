@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -219,12 +218,12 @@ def write(name: str, folder: Path, **text: Any) -> Path:
     return folder
 
 
-def model_of(name: str, mechanism: str) -> EEMLLM:
-    """The same model as an EEMLLM, of three layers, attention through the reference."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = load_vlm(write(name, Path(folder)))[0]
+def model_of(folder: Path, mechanism: str) -> EEMLLM:
+    """What `write` wrote as an EEMLLM, attention through the reference."""
+    model = load_vlm(folder)[0]
     model.set_mechanism(PRESETS[mechanism])
     model.set_attention("reference")
+    torch.manual_seed(0)  # of adapters
     return model
 
 

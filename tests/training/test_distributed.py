@@ -63,6 +63,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "qwen3_vl": ("llava", ("optim.tuning.vision=full",)),
 }
 ENCODERS = {"many sizes": "siglip2", "tiles": "anyres", "pixel_shuffle": "siglip2", "attention": "anyres"}
+FAMILIES = ("internvl", "qwen3_vl")
 SIZES = [(40, 20), (9, 30), (5, 5), (64, 17)]
 # Each has a part or a batch that is shared out as no other is; naavit, vica and llava have what ee_mllm has.
 SHARED = (
@@ -158,8 +159,8 @@ def train(
         more = (*more, "trainer.precision=bf16-mixed", "model.dtype=bfloat16")
     decoder = case if case in tiny.DECODERS else "llama-gqa"
     connector = connectors.case(case) if case in connectors.CASES else DEFAULT
-    if case in vlms.KINDS:
-        model = vlms.model_of(case, preset)
+    if case in FAMILIES:
+        model = vlms.model_of(folder / case, preset)
     else:
         model = tiny.model(decoder, preset, encoder=ENCODERS.get(case, "clip"), connector=connector)
     steps = [[[packed(model, docs, 7 * s + 3 * m + r) for r, docs in enumerate(ranks)] for m, ranks in enumerate(micros)]
@@ -213,6 +214,8 @@ def train_on_gpu(folder: Path, kind: str) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks got."""
     folder = tmp_path_factory.mktemp("trained")
+    for name in FAMILIES:
+        vlms.write(name, folder / name)
     run_ranks(train_as_rank, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
@@ -226,7 +229,10 @@ def assert_close(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """What one process gets with the packs of both; trained once each."""
-    return functools.cache(functools.partial(train, tmp_path_factory.mktemp("alone")))
+    folder = tmp_path_factory.mktemp("alone")
+    for name in FAMILIES:
+        vlms.write(name, folder / name)
+    return functools.cache(functools.partial(train, folder))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -77,11 +77,6 @@ def test_the_memory_of_the_table(model, mechanism):
     assert estimate_models.line(model, mechanism) in PAGE.splitlines()
 
 
-def test_a_number_of_the_table():
-    (row,) = rows(r"\| `smolvlm2-2.2b` \| `vica` \|")
-    assert f"{estimate_models.memory('smolvlm2-2.2b', 'vica', 'lora_24gb'):.1f}" == row[2]
-
-
 @pytest.mark.slow
 def test_the_commands_of_the_page(shapes, tmp_path, monkeypatch, capsys):
     """With random models for the published ones, on a CPU; transformers' processor without its part for videos, which needs torchvision."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import random
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +146,23 @@ def test_sizes_are_bounded_in_the_header_and_on_the_way(tmp_path: Path) -> None:
     growing = film("mpegts") + film("mpegts", size=(320, 240), times=range(2000, 4000, 200))
     assert len(clip(growing, tmp_path, most=320 * 240).frames) == 5
     assert refused(growing, tmp_path, most=320 * 240 - 1).reason == "video_too_large"
+
+
+def test_any_damage_ends_in_frames_or_in_a_bad_sample(tmp_path: Path) -> None:
+    rng, found = random.Random(0), Counter[str]()
+    whole = film("flv")
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 3, 10, 40])):
+            data[rng.randrange(rng.choice([600, len(data)]))] = rng.randrange(256)
+        try:
+            found["frames"] += len(clip(bytes(data), tmp_path).frames) > 0
+        except SampleError as error:
+            found[error.reason] += 1
+            found["concealed"] += "is damaged at" in error.message
+            found["missing"] += "can be decoded" in error.message
+    assert found["frames"] + found["bad_video"] + found["video_too_large"] == 200
+    assert min(found.values()) > 0 and len(found) == 5, found
 
 
 def test_without_the_extra_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

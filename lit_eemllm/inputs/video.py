@@ -196,7 +196,13 @@ def read_clip(path: Path, name: str, video: VideoConfig, max_pixels: int) -> Cli
             frames = dict(_frames(file, name, max_pixels, timeline, wanted))
         except SampleError:
             raise
-        except (av.FFmpegError, ValueError, LookupError, OverflowError) as error:  # the last three are PyAV's own
+        except (
+            av.FFmpegError,
+            OSError,
+            ValueError,
+            LookupError,
+            OverflowError,
+        ) as error:  # PyAV's own too, as of a seek below 0
             raise _bad(name, f"cannot be read: {str(getattr(error, 'strerror', None) or error)[:300]}") from None
     seconds = [float((time - timeline.times[0]) * timeline.unit) for time in frames]
     return Clip(list(frames.values()), seconds, float(timeline.span * timeline.unit))

@@ -100,7 +100,10 @@ def test_an_encoder(parts: Path, shapes: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "c.yaml").write_text(to_yaml(given))
     line = ["fit", str(tmp_path / "c.yaml"), "model.vision.encoder=mine"]
     assert cli.main(line) == 2
-    assert "model.vision.encoder: unknown encoder 'mine'; registered: ['transformers']" in capsys.readouterr().err
+    assert (
+        "model.vision.encoder: unknown encoder 'mine'; registered: ['qwen_vl', 'transformers']"
+        in capsys.readouterr().err
+    )
     with tiny.forgotten_imports():
         assert cli.main([*line, "--import", str(file)]) == 0
     ask = ["generate", str(tmp_path / "run"), "--prompt", "What?"]

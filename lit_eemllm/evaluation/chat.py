@@ -16,7 +16,6 @@ from urllib.parse import unquote
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from ..compat.transformers import CACHE
 from ..console import quiet_libraries
@@ -68,8 +67,8 @@ class Cost:
         return f"prefill {1e3 * self.prefill:,.0f} ms of {self.text} text and {self.visual} visual tokens, cache {size}{rate}"
 
 
-class Listener(BaseStreamer):
-    """Hands on the text of an answer as its tokens come, and notes when. Half a character waits for its other half."""
+class Listener:
+    """A streamer of transformers' `generate`: hands on the text of an answer as its tokens come, and notes when. Half a character waits for its other half."""
 
     def __init__(self, processor: Processor, write: Callable[[str], None]) -> None:
         self.processor, self.write = processor, write

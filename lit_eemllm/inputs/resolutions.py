@@ -139,7 +139,10 @@ class NativeTransform(Transform):
             squares = self.area[1] // self.unit**2
             rows = range(math.ceil(math.sqrt(squares / 200)), math.isqrt(squares) + 1)
             most = max(rows, key=lambda n: squares // n * n)
-            return squares // most * self.unit, most * self.unit
+            sizes = [(squares // most * self.unit, most * self.unit), (200 * self.unit, self.unit)]
+            return max(
+                sizes, key=lambda size: self.num_tokens(*size)
+            )  # the longest too, of which there is a row at least
         return self.unit, self.unit * ((self.most or 1) // self.side**2)
 
     def _pixels(self, picture: torch.Tensor) -> torch.Tensor:
@@ -149,7 +152,7 @@ class NativeTransform(Transform):
         return resized(within_max_side(picture), *size, self.resample)[:, :height, :width].contiguous()
 
     def within(self, most: int) -> NativeTransform:
-        """The same with at most so many features."""
+        """The same with at most so many features; of an area, a picture that is much longer than wide has at least a row of squares."""
         if self.area is not None:
             area = max(
                 most * self.patch**2, self.unit**2

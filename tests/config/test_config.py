@@ -268,7 +268,7 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
         (["optim.activation_offload=true"], "optim.activation_offload: has no effect without optim.activation_check"),
         (
             ["optim.states=8bit", "trainer.strategy=fsdp2"],
-            "optim.states: found 8bit together with trainer.strategy=fsdp2, which shards weights",
+            "optim.states: found 8bit together with trainer.strategy=fsdp2, and is proved with auto and ddp alone",
         ),
         (["trainer.max_steps=5"], "trainer.max_steps: cannot be set here: set optim.max_steps"),
         (["trainer.gradient_clip_val=5"], "trainer.gradient_clip_val: cannot be set here: set optim.clip_grad"),

@@ -107,7 +107,7 @@ def plain_gated(block, x_Lh, document, media, immediate):
     return torch.stack(out)
 
 
-def plain_casa(block, x_Lh, document, rotary_emb):
+def plain_casa(block, x_Lh, document, decoder, number):
     """`T + XA(T, W)` over T's window W: the last image before it and all that follows, at positions from 0; else T."""
     none = torch.nn.Identity()
     norm1, post1 = getattr(block, "input_layernorm", none), getattr(block, "post_attention_layernorm", none)
@@ -118,9 +118,10 @@ def plain_casa(block, x_Lh, document, rotary_emb):
         first = max((start for start in starts if start <= row), default=None)
         if not visual[row] and first is not None:
             u = norm1(x_Lh[first : row + 1])
-            cos, sin = rotary_emb(u[None], torch.arange(len(u))[None])
-            _, _, q, k, v = tiny.projections(block, u, cos, sin)
-            weights = torch.softmax((q[:, -1:] @ k.mT) * block.self_attn.scaling, -1)
+            places = torch.arange(len(u))
+            _, _, q, k, v = tiny.projections(block, u, *tiny.angles(decoder, places, number))
+            scores = (q[:, -1:] @ k.mT) * block.self_attn.scaling
+            weights = torch.softmax(scores.masked_fill(~tiny.near(decoder, places, number)[-1], -torch.inf), -1)
             x = x + post1(block.self_attn.o_proj((weights @ v).flatten()))
         out.append(x)
     return torch.stack(out)
@@ -340,7 +341,7 @@ def plain(model, batch, prompt=None):
             if gated is not None and number % gated.every == 0:
                 x = plain_gated(model.gated[str(number)], x, document, media, gated.immediate)
             if m.name == "casa" and number % m.every == 0:
-                x = plain_casa(model.casa[str(number)].attention, x, document, decoder.rotary_emb)
+                x = plain_casa(model.casa[str(number)].attention, x, document, decoder, number)
             if m.name == "deepstack" and number in m.layers and of_images:
                 read = round(
                     m.depths[m.layers.index(number)] * 2

@@ -277,5 +277,5 @@ def test_positions_go_on_where_a_column_is_an_image_for_some():
     cache = StreamCache()
     cache.next_position_B = torch.tensor([5, 7])
     layout = SequenceLayout.of([[Run(True, 1)], [Run(False, 1)]]).with_image_positions(0)
-    assert continue_positions(layout, cache, 0).positions.tolist() == [5, 7]
+    assert continue_positions(layout, cache, [0]).positions.tolist() == [5, 7]
     assert cache.next_position_B.tolist() == [5, 8]

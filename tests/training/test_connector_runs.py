@@ -215,7 +215,7 @@ def test_what_it_costs(parts, capsys):
     [
         (["model.connector.name=averge"], "model.connector.name: found 'averge', expected attention or average or"),
         (["model.connector.name=average", "model.connector.options.factr=2"], "options.factr: the connector average has no such option"),
-        (["model.connector.options.factor=2"], "the connector mlp has no such option; use connector=pixel_shuffle or linear_shuffle or average"),
+        (["model.connector.options.factor=2"], "the connector mlp has no such option; use connector=pixel_shuffle or linear_shuffle or merger or average"),
         (["model.connector.name=average", "model.connector.options.factor=0"], "options.factor: found 0, expected 1 to 16"),
     ],
 )  # fmt: skip

@@ -142,6 +142,18 @@ def a_wide_picture_takes_a_wide_grid():
 
 @contract(
     "transformers",
+    "InternVL's tiles: the grid whose aspect ratio is nearest, columns first, of a picture's height and width",
+    lambda patch: patch.setattr(
+        "transformers.models.got_ocr2.image_processing_pil_got_ocr2.get_optimal_tiled_canvas",
+        lambda size, tile, least, most: (1, most),
+    ),
+)
+def a_wide_picture_is_cut_into_columns():
+    assert compat("transformers").nearest_grid((300, 900), 448, 1, 12) == (1, 3)
+
+
+@contract(
+    "transformers",
     "cached_file finds a file of a model, and gives None for one that is not needed and not there",
     lambda patch: patch.setattr("transformers.utils.cached_file", lambda *_, **options: None),
 )

@@ -468,6 +468,9 @@ class JinjaTemplate(ChatTemplate):
         return after[: found.end()]
 
     def _render(self, conversation: Conversation) -> Iterator[Span]:
+        if self.in_parts:
+            turns = [replace(turn, text=re.sub(f"\n?{IMAGE}\n?", IMAGE, turn.text)) for turn in conversation.turns]
+            conversation = replace(conversation, turns=tuple(turns))
         full, marked = self._jinja(conversation, conversation.turns, generation=conversation.turns[-1].role == "human")
         position = 0
         for start, end in marked if self.marked else self._answers(conversation, full):
@@ -547,7 +550,7 @@ class JinjaTemplate(ChatTemplate):
 
 def parts_of(text: str) -> list[dict[str, str]]:
     """A turn's text as the parts that templates of models of images and text take."""
-    pieces = re.split(f"\n?({IMAGE})\n?", text)
+    pieces = re.split(f"({IMAGE})", text)
     return [{"type": "image"} if piece == IMAGE else {"type": "text", "text": piece} for piece in pieces if piece]
 
 

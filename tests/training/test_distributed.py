@@ -61,9 +61,12 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "gemma3_text": ("ee_mllm", ()),
     "internvl": ("ee_mllm", ("optim.tuning.vision=lora", "optim.tuning.projector=lora", *LORA)),
     "qwen3_vl": ("llava", ("optim.tuning.vision=full",)),
+    "qwen2_5_vl": ("ee_mllm", ("optim.tuning.projector=lora", *LORA)),
+    "idefics3": ("vica", ("optim.tuning.vision=full",)),
+    "llava_onevision": ("ee_mllm", ("optim.activation_checkpointing=true",)),
 }
 ENCODERS = {"many sizes": "siglip2", "tiles": "anyres", "pixel_shuffle": "siglip2", "attention": "anyres"}
-FAMILIES = ("internvl", "qwen3_vl")
+FAMILIES = ("internvl", "qwen3_vl", "qwen2_5_vl", "idefics3", "llava_onevision")
 SIZES = [(40, 20), (9, 30), (5, 5), (64, 17)]
 # Each has a part or a batch that is shared out as no other is; naavit, vica and llava have what ee_mllm has.
 SHARED = (
@@ -84,8 +87,7 @@ SHARED = (
     "olmo2",
     "smollm3",
     "gemma3_text",
-    "internvl",
-    "qwen3_vl",
+    *FAMILIES,
 )
 MIXED = (
     "ee_mllm", "saisa", "flamingo", "visual_experts", "vision", "recomputed lora", "taught", "lora", "pixel_shuffle", "smollm3",

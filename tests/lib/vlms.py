@@ -221,7 +221,7 @@ def write(name: str, folder: Path, **text: Any) -> Path:
 def model_of(folder: Path, mechanism: str) -> EEMLLM:
     """What `write` wrote as an EEMLLM, attention through the reference."""
     model = load_vlm(folder)[0]
-    model.set_mechanism(PRESETS[mechanism])
+    model.set_mechanism(PRESETS[mechanism].stretched(len(model.table)))
     model.set_attention("reference")
     torch.manual_seed(0)  # of adapters
     return model

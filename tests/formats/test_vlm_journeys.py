@@ -114,7 +114,7 @@ def test_the_journey_of_a_user(name, folder, shapes, tmp_path, capsys):
             prompt(model, processor.tokenizer, TALK),
         )
         found, true = (words(each, given, use_cache=True) for each in (merged, model))
-        assert tiny.max_error(found, true) < BOUND
+        assert tiny.max_error(found, true) < 2 * BOUND  # a merged weight is rounded once more
 
     capsys.readouterr()
     run("convert", one, "--out", tmp_path / "hf", "--to-transformers", "--mechanism", "llava")

@@ -272,7 +272,7 @@ def test_cached_steps_equal_one_pass(mechanism, decoder, backend):
 @pytest.mark.parametrize("decoder", WITH_GEMMA[1:])  # of llama every mechanism is tried in tests/mechanisms
 @pytest.mark.parametrize("preset", [name for name in KINDS if name not in RANKED])
 def test_greedy_generation_alone_equals_in_a_batch_and_without_cache(preset, decoder):
-    check_generation(tiny.model(decoder, preset))
+    check_generation(tiny.model(decoder, preset, seed=1))  # one with which answers differ
 
 
 def test_sampling_beams_and_penalties_work_with_images():

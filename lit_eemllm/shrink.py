@@ -32,6 +32,7 @@ from transformers import (
 
 from .config import strict_yaml
 from .config.keys import Config
+from .cost.shapes import SO400M
 from .cost.weightless import CLIP_L, SHAPES
 from .data import shards
 from .data.sources import RECIPES, run_recipe
@@ -41,13 +42,6 @@ from .model.vision import NATIVE, TransformersVision
 TOKENIZER = RECIPES / "parts" / "decoder"
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-SO400M = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-}
 # The parts that presets name. Each was compared with a published config.json: its own, an unchanged copy of it, or, where said so,
 # that of a model which was made from it.
 PUBLISHED = {

@@ -52,31 +52,39 @@ def check(mechanism: str, cases: list[Case], *overrides: str) -> None:
             assert abs(value - expected) <= bound * expected, (case, found, true[tuning, kind])
 
 
+def step_with_images(model, documents, case):
+    """(World, batch): a step on the device, whose loss and gradients are held to the same step on a CPU."""
+    from lib import vision
+    from lib.fake_cuda import steps
+    from lib.fake_cuda.world import World
+
+    config, batch = steps.configuration("frozen", kind="float32"), vision.pack(model, documents)
+    true = steps.optimiser_step(steps.training_module(copy.deepcopy(model), config, "cpu"), batch)
+    with World() as world:
+        module = steps.training_module(copy.deepcopy(model), config, "cuda")
+        module.model._backend = steps.backend("sdpa", "float32")
+        world.forget()
+        found = steps.optimiser_step(module, batch)
+    for value, expected, bound in zip(found, true, (0.01, 0.08), strict=True):
+        assert abs(value - expected) <= bound * expected, (case, found, true)
+    return world, batch
+
+
 @pytest.mark.parametrize("name", CONNECTORS)
 @on_fake_cuda
 def test_a_step_behind_any_connector_neither_waits_nor_mixes_devices(name):
     """Images of one size, of many and in tiles, and a pack without any."""
     import tiny
-    from lib import connectors, vision
+    from lib import connectors
     from lib.fake_cuda import steps
-    from lib.fake_cuda.world import World
 
     steps.stand_in()
     for encoder, mechanism in (("clip", "ee_mllm"), ("siglip2", "llava"), ("anyres", "saisa")):
         model = tiny.model("llama-gqa", mechanism, encoder, connector=connectors.case(name))
-        config = steps.configuration("frozen", kind="float32")
         for documents in ([[3, (40, 20), 4, (9, 30), 2], [5], [(64, 17), 3]], [[5], [4]]):
-            batch = vision.pack(model, documents)
-            true = steps.optimiser_step(steps.training_module(copy.deepcopy(model), config, "cpu"), batch)
-            with World() as world:
-                module = steps.training_module(copy.deepcopy(model), config, "cuda")
-                module.model._backend = steps.backend("sdpa", "float32")
-                world.forget()
-                found = steps.optimiser_step(module, batch)
+            world, _ = step_with_images(model, documents, encoder)
             of_encoder = {"lit_eemllm/model/vision.py": "SigLIP 2's positions and masks, whatever is behind it"}
             assert steps.unexpected(world, {**steps.ALLOWED, **of_encoder}) == [], encoder
-            for value, expected, bound in zip(found, true, (0.01, 0.08), strict=True):
-                assert abs(value - expected) <= bound * expected, (encoder, found, true)
 
 
 ENCODERS = {"internvl": 0, "llava_onevision": 0, "idefics3": 1, "qwen2_5_vl": 3 * 4 + 5, "qwen3_vl": 3 * 4 + 7}
@@ -91,29 +99,19 @@ def test_a_step_of_a_model_in_tiles_waits_no_more_than_its_encoder(name):
     import tempfile
     from pathlib import Path
 
-    from lib import vision, vlms
+    from lib import vlms
     from lib.fake_cuda import steps
-    from lib.fake_cuda.world import World
 
     steps.stand_in()
     with tempfile.TemporaryDirectory() as folder:
         model = vlms.model_of(vlms.write(name, Path(folder)), "ee_mllm")
-    config = steps.configuration("frozen", kind="float32")
     for documents in ([[3, (40, 20), 4, (9, 30), 2], [5], [(64, 17), 3]], [[5], [4]]):
-        batch = vision.pack(model, documents)
-        true = steps.optimiser_step(steps.training_module(copy.deepcopy(model), config, "cpu"), batch)
-        with World() as world:
-            module = steps.training_module(copy.deepcopy(model), config, "cuda")
-            module.model._backend = steps.backend("sdpa", "float32")
-            world.forget()
-            found = steps.optimiser_step(module, batch)
+        world, batch = step_with_images(model, documents, name)
         waits = [note for note in steps.unexpected(world, steps.ALLOWED) if note.kind == "wait"]
         assert sum(world.notes[note] for note in waits) == ENCODERS[name] * (batch.pixel_values is not None), (
             world.notes
         )
         assert all("self.model(" in note.where for note in waits), waits
-        for value, expected, bound in zip(found, true, (0.01, 0.08), strict=True):
-            assert abs(value - expected) <= bound * expected, (name, found, true)
 
 
 @pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -1,5 +1,5 @@
 """`lit-eemllm demo`: the whole journey on a CPU: make data, train EE-MLLM and self-attention, ask both about pictures they have
-not seen, compare.
+not seen, compare, and measure what more visual tokens cost.
 
     lit-eemllm demo               one seed each, a few minutes
     lit-eemllm demo compare       longer training, three seeds each
@@ -112,7 +112,11 @@ def stages_of(name: str) -> tuple[list[Stage], list[Path]]:
         work = partial(kill_and_resume, "configs/demo/ee_mllm.yaml", Path("runs/demo/resume"))
         stages.append(("kill a run, continue it, compare it with one that was not killed", 0.8, work))
     report = partial(run, "report", *runs, "--out", Path("runs") / name / "report")
-    return [*stages, ("compare all in a table", 0.2, report)], runs
+    stages.append(("compare all in a table", 0.2, report))
+    if name == "demo":
+        sizes = partial(run, "bench", "--visual", 64, 256, 1024, "--minutes", 1, "--out", Path("runs/demo/bench"))
+        stages.append(("what more visual tokens cost, every mechanism beside transformers", 1.3, sizes))
+    return stages, runs
 
 
 def demo(name: str, force: bool = False) -> None:

@@ -194,12 +194,12 @@ def exactness(out: Path, dry: bool) -> None:
 
 def prefill(out: Path, dry: bool) -> None:
     """Prefill, a second question and decoding at 7B beside transformers' LLaVA."""
-    import bench_peers
+    from lit_eemllm.bench import bench, setting
 
-    words = ["--visual", "576", "4900", "--rounds", "3", "--measures", "prefill", "second", "decode"]
-    small = ["--shape", "tiny", "--layers", "2", "--visual", "4", "--text", "40", "--rounds", "1", "--tokens", "2"]
-    systems = ["--systems", "hf sdpa", "llava", "ee_mllm", "vica"]
-    bench_peers.main([*(small + systems if dry else words), "--out", str(out.parent / "peers")])
+    real: dict[str, Any] = {"visual": [576, 4900], "rounds": 3, "measures": ["prefill", "second", "decode"]}
+    small = {"shape": "small", "layers": 2, "visual": [4], "text": 40, "rounds": 1, "tokens": 2}
+    systems = ["hf sdpa", "llava", "ee_mllm", "vica"] if dry else None
+    bench(setting(**(small if dry else real), systems=systems), out.parent / "peers", "make gpu")
 
 
 def training(out: Path, dry: bool) -> None:

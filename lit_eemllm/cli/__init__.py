@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from lit_eemllm import __version__
 from lit_eemllm.cli import (
+    bench,
     calibrate,
     chat,
     config,
@@ -39,7 +40,7 @@ from lit_eemllm.errors import UserError, did_you_mean
 from lit_eemllm.terminal import VisibleFormatter, say, say_error, visible
 
 FILES = (
-    fit, validate, generate, chat, calibrate, convert, estimate, merge, report, sweep, doctor, shards, config, demo, configs, shrink,
+    fit, validate, generate, chat, calibrate, convert, estimate, bench, merge, report, sweep, doctor, shards, config, demo, configs, shrink,
 )  # fmt: skip
 """In the order of the help."""
 

@@ -21,6 +21,7 @@ from lit_eemllm.cli import (
     bench,
     calibrate,
     chat,
+    completion,
     config,
     configs,
     convert,
@@ -40,7 +41,7 @@ from lit_eemllm.errors import UserError, did_you_mean
 from lit_eemllm.terminal import VisibleFormatter, say, say_error, visible
 
 FILES = (
-    fit, validate, generate, chat, calibrate, convert, estimate, bench, merge, report, sweep, doctor, shards, config, demo, configs, shrink,
+    fit, validate, generate, chat, calibrate, convert, estimate, bench, merge, report, sweep, doctor, shards, config, demo, configs, shrink, completion,
 )  # fmt: skip
 """In the order of the help."""
 

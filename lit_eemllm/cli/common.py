@@ -25,7 +25,7 @@ def group(verbs: Any, name: str, text: str) -> Any:
 
 def verb(verbs: Any, name: str, run: Callable[[Namespace], int | None], text: str, *examples: str) -> ArgumentParser:
     """Add a verb, of which `run` is the function; returns its parser, for its arguments."""
-    looks = {"epilog": "example:\n  " + "\n  ".join(examples), "formatter_class": RawDescriptionHelpFormatter}
+    looks = {"epilog": "examples:\n  " + "\n  ".join(examples), "formatter_class": RawDescriptionHelpFormatter}
     made = verbs.add_parser(name, help=text, description=text, allow_abbrev=False, **looks)
     made.set_defaults(run=run, parser=made, imports=None)
     return made

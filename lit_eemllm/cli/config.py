@@ -12,10 +12,16 @@ from lit_eemllm.terminal import say
 
 def add(verbs: Any) -> None:
     config = group(verbs, "config", "Show or check configurations.")
-    example = "lit-eemllm config show configs/demo/ee_mllm.yaml optim.lr=1e-3"
-    takes_config(verb(config, "show", _show, "Print what `fit` would use, every key explained.", example))
-    example = "lit-eemllm config check configs/demo/ee_mllm.yaml configs/demo/llava.yaml"
-    takes_config(verb(config, "check", _check, "Check each file on its own, list all mistakes.", example))
+    examples = (
+        "lit-eemllm config show configs/demo/ee_mllm.yaml optim.lr=1e-3",
+        "lit-eemllm config show runs/demo/ee_mllm-0",
+    )
+    takes_config(verb(config, "show", _show, "Print what `fit` would use, every key explained.", *examples))
+    examples = (
+        "lit-eemllm config check configs/demo/ee_mllm.yaml configs/demo/llava.yaml",
+        "lit-eemllm config check configs/stages/finetune.yaml optim.tuning.llm=lora",
+    )
+    takes_config(verb(config, "check", _check, "Check each file on its own, list all mistakes.", *examples))
 
 
 def _show(args: Namespace) -> None:

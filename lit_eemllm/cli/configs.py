@@ -14,12 +14,18 @@ from lit_eemllm.terminal import say
 
 def add(verbs: Any) -> None:
     configs = group(verbs, "configs", "List, show or copy the configurations and recipes that come with lit_eemllm.")
-    example = "lit-eemllm configs list configs/sweeps"
-    made = verb(configs, "list", _list, "Print their names, which work in every folder.", example)
+    examples = (
+        "lit-eemllm configs list configs/sweeps",
+        "lit-eemllm configs list data_recipes",
+    )
+    made = verb(configs, "list", _list, "Print their names, which work in every folder.", *examples)
     made.add_argument("start", nargs="?", default="", metavar="NAME", help="those that begin so; default: all")
-    example = "lit-eemllm configs show configs/demo/ee_mllm.yaml"
+    examples = (
+        "lit-eemllm configs show configs/demo/ee_mllm.yaml",
+        "lit-eemllm configs show configs/sweeps/table6_7b.yaml",
+    )
     text = "Print a file as it is; with all that is merged into it: config show."
-    verb(configs, "show", _show, text, example).add_argument("name", metavar="NAME")
+    verb(configs, "show", _show, text, *examples).add_argument("name", metavar="NAME")
     examples = "lit-eemllm configs copy configs/demo", "lit-eemllm configs copy data_recipes/blends --to shards"
     text = "Copy files and folders, to change them: your own file wins over the one of the same name."
     made = verb(configs, "copy", _copy, text, *examples)

@@ -9,9 +9,12 @@ from lit_eemllm.cli.common import takes_imports, verb
 
 
 def add(verbs: Any) -> None:
-    example = "lit-eemllm doctor --head-size 128 --json > bug-report.json"
+    examples = (
+        "lit-eemllm doctor --head-size 128 --json > bug-report.json",
+        "lit-eemllm doctor",
+    )
     text = "Show the machine, versions, and which attention backends really run here."
-    made = takes_imports(verb(verbs, "doctor", _doctor, text, example))
+    made = takes_imports(verb(verbs, "doctor", _doctor, text, *examples))
     text = "such as cpu or cuda:1; default: cuda if there is any, else cpu"
     made.add_argument("--device", metavar="DEVICE", help=text)
     made.add_argument("--head-size", type=int, default=64, metavar="H", help="of the decoder, default 64")

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Any) -> None:
-    example = "lit-eemllm estimate configs/stages/finetune.yaml --shape vicuna-7b --gpus 8 --memory 80"
+    examples = (
+        "lit-eemllm estimate configs/stages/finetune.yaml --shape vicuna-7b --gpus 8 --memory 80",
+        "lit-eemllm estimate --shape qwen2.5-vl-7b --image 1280x960 --gpus 1 --memory 24",
+    )
     text = "Show FLOPs, cache size and training memory of every mechanism; reads config files, no weights."
-    made = _takes_shape(takes_config(verb(verbs, "estimate", _estimate, text, example)))
+    made = _takes_shape(takes_config(verb(verbs, "estimate", _estimate, text, *examples)))
     made.add_argument("--targets", type=int, metavar="N", help="its supervised tokens, default: all its text")
     text = "documents in a pack and sequences in a cache, default: as many as fill data.pack_tokens"
     made.add_argument("--batch", dest="documents", type=int, metavar="N", help=text)
@@ -26,9 +29,12 @@ def add(verbs: Any) -> None:
     made.add_argument("--only", action="store_true", help="the configured mechanism alone")
     made.add_argument("--json", action="store_true", help="all of it as JSON")
 
-    example = "lit-eemllm explain --shape vicuna-7b model.mechanism.preset=vica --out vica.png"
+    examples = (
+        "lit-eemllm explain --shape vicuna-7b model.mechanism.preset=vica --out vica.png",
+        "lit-eemllm explain configs/demo/ee_mllm.yaml",
+    )
     text = "Show what each layer does with visual tokens, and its FLOPs; reads config files, no weights."
-    made = _takes_shape(takes_config(verb(verbs, "explain", _explain, text, example)))
+    made = _takes_shape(takes_config(verb(verbs, "explain", _explain, text, *examples)))
     made.add_argument("--out", type=Path, metavar="FILE", help="draw it too, with masks (.png, .svg or .pdf)")
 
 

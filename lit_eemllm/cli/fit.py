@@ -10,8 +10,11 @@ from lit_eemllm.cli.common import config_of, takes_config, verb
 
 
 def add(verbs: Any) -> None:
-    example = "lit-eemllm fit configs/demo/ee_mllm.yaml optim.lr=1e-3 out=runs/mine"
-    takes_config(verb(verbs, "fit", _fit, "Train, or continue the run found in `out`.", example))
+    examples = (
+        "lit-eemllm fit configs/demo/ee_mllm.yaml optim.lr=1e-3 out=runs/mine",
+        "lit-eemllm fit configs/demo/llava.yaml resume=auto",
+    )
+    takes_config(verb(verbs, "fit", _fit, "Train, or continue the run found in `out`.", *examples))
 
 
 def _fit(args: Namespace) -> None:

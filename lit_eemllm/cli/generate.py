@@ -10,9 +10,12 @@ from lit_eemllm.cli.common import config_of, takes_config, verb
 
 
 def add(verbs: Any) -> None:
-    example = 'lit-eemllm generate runs/demo/ee_mllm-0 --image photo.jpg --prompt "What is this?"'
+    examples = (
+        'lit-eemllm generate runs/demo/ee_mllm-0 --image photo.jpg --prompt "What is this?"',
+        'lit-eemllm generate runs/demo/llava-0 --image left.jpg --image right.jpg --prompt "Which has more?" --temperature 0.7',
+    )
     made = takes_config(
-        verb(verbs, "generate", _generate, "Answer one prompt about images and videos.", example), checkpoint=True
+        verb(verbs, "generate", _generate, "Answer one prompt about images and videos.", *examples), checkpoint=True
     )
     made.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
     made.add_argument(

@@ -10,8 +10,11 @@ from lit_eemllm.cli.common import config_of, takes_config, verb
 
 
 def add(verbs: Any) -> None:
-    example = "lit-eemllm merge runs/demo/ee_mllm-0 --to merged"
-    made = takes_config(verb(verbs, "merge", _merge, "Write a run's trained model.", example), checkpoint=True)
+    examples = (
+        "lit-eemllm merge runs/demo/ee_mllm-0 --to merged",
+        "lit-eemllm merge runs/demo/llava-0 --to merged --checkpoint runs/demo/llava-0/checkpoints/step-1000.ckpt",
+    )
+    made = takes_config(verb(verbs, "merge", _merge, "Write a run's trained model.", *examples), checkpoint=True)
     made.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
     made.add_argument("--adapter", action="store_true", help="only the decoder's LoRA adapter, as peft loads it")
 

@@ -21,18 +21,27 @@ def add(verbs: Any) -> None:
     shards = group(verbs, "shards", "Make, index, check and look at training data.")
     _add_make(shards)
 
-    example = "lit-eemllm shards prepare runs/demo/data"
-    made = verb(shards, "prepare", _prepare, "Index existing shards.", example)
+    examples = (
+        "lit-eemllm shards prepare runs/demo/data",
+        "lit-eemllm shards prepare /data/captions",
+    )
+    made = verb(shards, "prepare", _prepare, "Index existing shards.", *examples)
     made.add_argument("folder", type=Path, metavar="DIR", help="holds the .tar files; val* and test* are such splits")
 
-    example = "lit-eemllm shards check runs/demo/data configs/demo/ee_mllm.yaml"
+    examples = (
+        "lit-eemllm shards check runs/demo/data configs/demo/ee_mllm.yaml",
+        "lit-eemllm shards check data_recipes/blends/llava_v1_5.yaml configs/stages/finetune.yaml",
+    )
     text = "Read every sample, with a configuration as training would. Exit status 1 if any is bad."
-    made = verb(shards, "check", _check, text, example)
+    made = verb(shards, "check", _check, text, *examples)
     made.add_argument("data", type=Path, metavar="DATA", help="a recipe or a folder of shards")
     takes_config(made)
 
-    example = "lit-eemllm shards inspect configs/demo/ee_mllm.yaml --packs 3"
-    made = takes_config(verb(shards, "inspect", _inspect, "Draw packs as the model gets them.", example))
+    examples = (
+        "lit-eemllm shards inspect configs/demo/ee_mllm.yaml --packs 3",
+        "lit-eemllm shards inspect runs/demo/ee_mllm-0 --split val --out inspected",
+    )
+    made = takes_config(verb(shards, "inspect", _inspect, "Draw packs as the model gets them.", *examples))
     made.add_argument("--out", type=Path, metavar="DIR", help="default: inspect/ in the run directory")
     made.add_argument("--split", choices=("train", "val"), default="train")
     made.add_argument("--packs", type=int, default=2, metavar="N")

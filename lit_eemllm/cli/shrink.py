@@ -11,9 +11,12 @@ from lit_eemllm.terminal import say
 
 
 def add(verbs: Any) -> None:
-    example = "lit-eemllm shrink tiny configs/presets/ee_mllm_7b_pretrain.yaml"
+    examples = (
+        "lit-eemllm shrink tiny configs/presets/ee_mllm_7b_pretrain.yaml",
+        "lit-eemllm shrink tiny configs/stages/finetune.yaml optim.tuning.llm=lora",
+    )
     text = "Make a preset small, for two steps on a CPU: tiny parts, data, and overrides to put behind it."
-    made = verb(verbs, "shrink", _shrink, text, example)
+    made = verb(verbs, "shrink", _shrink, text, *examples)
     made.add_argument("out", type=Path, metavar="DIR", help="for the parts, the data and shrink.yaml")
     made.add_argument("inputs", nargs="+", metavar="CONFIG|key=value", help="as for fit")
     text = "config files of the parts in their published size and nothing else: for estimate, where no hub is in reach"

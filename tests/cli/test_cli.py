@@ -86,7 +86,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "example:\n  lit-eemllm fit configs/" in done.stdout
+    assert "examples:\n  lit-eemllm fit configs/" in done.stdout
 
 
 def test_verbs_hand_on_what_they_were_given(folder, calls, capsys):
@@ -418,8 +418,8 @@ def verbs(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 def test_the_examples_in_the_help_name_what_exists():
     """Configurations of the repository, and the runs that `lit-eemllm demo` leaves."""
     for verb in verbs(cli.build_parser()):
-        lines = (verb.epilog or "").partition("example:\n")[2].splitlines()
-        assert lines, verb.prog
+        lines = (verb.epilog or "").partition("examples:\n")[2].splitlines()
+        assert len(lines) >= 2, verb.prog
         for line in lines:
             assert f"{line} ".startswith(f"  {verb.prog} "), line
             words = shlex.split(line.partition(">")[0])[1:]

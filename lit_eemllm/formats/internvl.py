@@ -49,10 +49,9 @@ class InternVL(Format):
         return found
 
     def transform(self, config: Any, values: dict[str, Any]) -> Transform:
-        side, tiles = config.vision_config.image_size[0], {"min_patches": 1, "max_patches": 12}
-        least, most = (
-            values.pop(key, default) for key, default in tiles.items()
-        )  # its processor cuts, whatever a file says
+        side = config.vision_config.image_size[0]
+        # its processor cuts, whatever a file says of cutting
+        least, most = (values.pop(key, default) for key, default in (("min_patches", 1), ("max_patches", 12)))
         view = ImageTransform.from_preprocessor_config(
             {**values, "do_center_crop": False}, config.vision_config.patch_size[0]
         )

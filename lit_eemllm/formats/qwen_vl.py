@@ -29,6 +29,14 @@ from ..model.qwen_vision import QwenVision
 from .base import Format, normalisation
 
 
+def _as(kind: Any, config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
+    """What a configuration has of another class's fields, as one of that class."""
+    known = set(kind.__dataclass_fields__) - {"model_type"}
+    kept = {key: value for key, value in config.to_dict().items() if key in known}
+    made: PretrainedConfig = kind(**{**kept, **changes})
+    return made
+
+
 class Qwen25VL(Format):
     """Its decoder is a Qwen2 in which images have positions of rows and columns."""
 
@@ -69,22 +77,16 @@ class Qwen25VL(Format):
                 f"text_config.rope_parameters.mrope_section: found {sections!r:.99}, expected three numbers"
             )
         rope.pop("mrope_interleaved", None)
-        known = set(self.decoder_class.__dataclass_fields__)
-        kept = {key: value for key, value in text.to_dict().items() if key in known and key != "model_type"}
-        made: PretrainedConfig = self.decoder_class(
-            **{**kept, "rope_parameters": rope, "tie_word_embeddings": config.tie_word_embeddings}
-        )
+        made = _as(self.decoder_class, text, rope_parameters=rope, tie_word_embeddings=config.tie_word_embeddings)
         made.image_rotary = {"sections": list(sections), "interleaved": self.interleaved}
         return made
 
     def text_config(self, model: EEMLLM) -> PretrainedConfig:
         ours, kind = model.config.text_config, type(self.config_class().text_config)
-        known = set(kind.__dataclass_fields__)
-        kept = {key: value for key, value in ours.to_dict().items() if key in known and key != "model_type"}
         rope = {**ours.rope_parameters, "mrope_section": ours.image_rotary["sections"]}
         if self.interleaved:
             rope["mrope_interleaved"] = True
-        return kind(**{**kept, "rope_parameters": rope})
+        return _as(kind, ours, rope_parameters=rope)
 
     def transform(self, config: Any, values: dict[str, Any]) -> Transform:
         vision, size = config.vision_config, dict(values.get("size") or {})

@@ -11,7 +11,7 @@ import tiny
 import torch
 from lib.mechanisms import counted, of_layers
 from lib.vision import picture
-from lib.vlms import KINDS, conversation, messages, write
+from lib.vlms import KINDS, conversation, messages
 from transformers import AutoModelForImageTextToText
 
 from lit_eemllm import cli
@@ -35,16 +35,6 @@ JOURNEYS = {
 }
 """Mechanism, and tuning of all parts."""
 TALK = [[(40, 30), "What is it?"]]
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def name(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folder(name, tmp_path_factory):
-    return write(name, tmp_path_factory.mktemp(name), num_hidden_layers=4)
 
 
 def run(*words) -> None:

@@ -27,16 +27,6 @@ from lit_eemllm.model.image_cache import ImageCache
 BOUND = 1e-5
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def name(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folder(name, tmp_path_factory):
-    return write(name, tmp_path_factory.mktemp(name), num_hidden_layers=4)
-
-
 @pytest.fixture(scope="module")
 def both(name, folder):
     """Our model and processor, and transformers'."""

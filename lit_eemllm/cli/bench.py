@@ -29,7 +29,10 @@ def add(verbs: Any) -> None:
     text = "mechanisms, and hf eager, hf sdpa, hf flash; default: all mechanisms beside hf sdpa"
     made.add_argument("--systems", nargs="+", metavar="NAME", help=text)
     made.add_argument(
-        "--measures", nargs="+", metavar="NAME", help="of prefill, second, decode, training; default: all"
+        "--measures",
+        nargs="+",
+        metavar="NAME",
+        help="of prefill, second, decode, training, and graph on a GPU; default: all",
     )
     made.add_argument("--attention", metavar="NAME", help="this project's backend; default: auto")
     made.add_argument("--rounds", type=int, metavar="N", help="at most; default: 5")

@@ -375,7 +375,7 @@ class Stream:
             if window is None:
                 return mask_BQL
             place_BL = self._once(("places", view.name), lambda: self._places(view, grid))
-            first_BQ = place_BL[:, -grid.shape[1] :] - window
+            first_BQ = grid.columns(view.layout.positions) - window
             return mask_BQL & (first_BQ[:, :, None] <= place_BL[:, None])
 
         return self._once(("mask", view.name, window, both_ways), make)

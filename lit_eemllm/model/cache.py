@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,26 +27,54 @@ class StreamCache(DynamicCache):
         masks: for each view [B, width], True where its columns are no padding; and other marks of its columns, see `CachedPass.marked`.
         next_position_B: the position of the next token of each sequence.
         media: per block that attends, keys and values that new text sees [B, heads, R, H], with their mask [B, R].
+        window_marks: of the columns of windows, likewise.
+        room: columns at the end of all views, and of their keys and values, that are kept for new tokens.
+        room_1: the same number on the device, [1].
+        grows: a block appends to what it holds of a window.
+        replay: the step of one new token for each sequence, recorded; see `Replay`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.columns = 0
+        self.columns, self.room, self.grows = 0, 0, False
         self.masks: dict[str, Tensor] = {}
+        self.window_marks: dict[str, Tensor] = {}
         self.next_position_B: Tensor | None = None
+        self.room_1: Tensor | None = None
         self.media: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.replay: Any = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all keys and values."""
-        pairs = [(layer.keys, layer.values) for layer in self.layers] + [(k, v) for k, v, _ in self.media.values()]
-        return sum(x.nbytes for pair in pairs for x in pair)
+        """Bytes of all keys and values; not of room."""
+        held = [x[:, :, : x.shape[2] - self.room] for layer in self.layers for x in (layer.keys, layer.values)]
+        return sum(x.nbytes for x in (*held, *(x for k, v, _ in self.media.values() for x in (k, v))))
+
+    def make_room(self, columns: int) -> None:
+        """Keep room for so many new tokens of each sequence: as long as it lasts, nothing that a `StepPass` touches moves."""
+        self.settle()
+        for layer in self.layers:
+            layer.keys, layer.values = (pad(x, (0, 0, 0, columns)) for x in (layer.keys, layer.values))
+        self.masks = {name: pad(mask, (0, columns)) for name, mask in self.masks.items()}
+        assert self.next_position_B is not None
+        self.next_position_B = self.next_position_B.clone()
+        self.room, self.room_1 = columns, torch.full((1,), columns, device=self.next_position_B.device)
+
+    def settle(self) -> None:
+        """Give up what is left of the room."""
+        if self.room:
+            for layer in self.layers:
+                layer.keys, layer.values = (x[:, :, : -self.room] for x in (layer.keys, layer.values))
+            self.masks = {name: mask[:, : -self.room] for name, mask in self.masks.items()}
+        self.room, self.room_1, self.replay = 0, None, None
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.replay = None
         self.masks = {view: function(mask) for view, mask in self.masks.items()}
+        self.window_marks = {name: function(mark) for name, mark in self.window_marks.items()}
         self.media = {layer: (function(k), function(v), function(mask)) for layer, (k, v, mask) in self.media.items()}
         if self.next_position_B is not None:
             self.next_position_B = function(self.next_position_B)
@@ -96,9 +125,13 @@ class Grid:
         slots, x_RNH = self._slots(rows), x_BNWH.transpose(1, 2).flatten(0, 1)
         return x_RNH if slots is None else x_RNH[slots]
 
+    def columns(self, mark_R: Tensor) -> Tensor:
+        """One number for each row of the view, in the grid, [B, W]; 0 or False elsewhere."""
+        return self.pad(mark_R[:, None, None])[:, 0, :, 0]
+
     def same(self, number_R: Tensor) -> Tensor:
         """[B, W, past + W], True where a new column sees one of the same number; 0 is none. `number_R`: of the view's rows."""
-        number_BW = self.pad(number_R[:, None, None])[:, 0, :, 0]
+        number_BW = self.columns(number_R)
         same_BWW = (number_BW[:, :, None] == number_BW[:, None]) & (number_BW[:, :, None] > 0)
         return pad(same_BWW, (self.mask_BQL.shape[2] - number_BW.shape[1], 0))
 
@@ -113,10 +146,10 @@ class CachedPass:
     Args:
         cache: the cache to append to, or None.
         mask_BL: [B, L], 1 where a new id is no padding.
-        real_BL: the same on the CPU, bool; None = every sequence has one new token.
+        real_BL: the same on the CPU, bool.
     """
 
-    def __init__(self, cache: StreamCache | None, mask_BL: Tensor, real_BL: Tensor | None) -> None:
+    def __init__(self, cache: StreamCache | None, mask_BL: Tensor, real_BL: Tensor) -> None:
         self.cache = cache
         self.past = cache.columns if cache is not None else 0
         self._mask_BL, self._real_BL = mask_BL, real_BL
@@ -150,34 +183,33 @@ class CachedPass:
         Args:
             mark_R: flags or positions of the view's new rows.
         """
-        new_BW = grid.pad(mark_R[:, None, None])[:, 0, :, 0]
-        if self.cache is not None:
-            past = self.cache.masks.get(name)
-            new_BW = self.cache.masks[name] = new_BW if past is None else torch.cat([past, new_BW], dim=1)
-        return new_BW
+        new_BW = grid.columns(mark_R)
+        return new_BW if self.cache is None else _appended(self.cache.masks, name, new_BW)
 
     def grid(self, view: str, lengths: list[int]) -> Grid:
         """The grid of a view.
 
         Args:
             view: its name; ``all`` takes the columns of the ids.
-            lengths: rows of the view in each sequence; empty when they are one each, or all columns of the ids.
+            lengths: rows of the view in each sequence; empty when they are all columns of the ids.
         """
         if view not in self._grids:
             known_BW, new_BW = self._real_BL, self._mask_BL.bool()
             if lengths:
                 known_BW = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
                 new_BW = upload(known_BW, new_BW.device)
-            full = known_BW is None or bool(known_BW.all())
-            slots_R = None if full else upload(known_BW.flatten().nonzero().flatten(), new_BW.device)
-            real_BL = new_BW
-            if self.cache is not None:
-                past = self.cache.masks.get(view)
-                real_BL = self.cache.masks[view] = new_BW if past is None else torch.cat([past, new_BW], dim=1)
+            slots_R = None if known_BW.all() else upload(known_BW.flatten().nonzero().flatten(), new_BW.device)
+            real_BL = new_BW if self.cache is None else _appended(self.cache.masks, view, new_BW)
             column_L = torch.arange(real_BL.shape[1], device=real_BL.device)
             sees_QL = column_L <= column_L[real_BL.shape[1] - new_BW.shape[1] :, None]
             self._grids[view] = Grid(slots_R, tuple(new_BW.shape), real_BL[:, None] & sees_QL)
         return self._grids[view]
+
+
+def _appended(marks: dict[str, Tensor], name: str, new_BW: Tensor) -> Tensor:
+    """The marks of that name with those of new columns, which they then have."""
+    marks[name] = torch.cat([marks[name], new_BW], dim=1) if name in marks else new_BW
+    return marks[name]
 
 
 class WindowPass(CachedPass):
@@ -204,7 +236,7 @@ class WindowPass(CachedPass):
         self.lengths_B = held_BR.sum(1)
         """Rows of the windows that are held; 0 = none."""
         grid = replace(main, slots_R=row_R if row_R is not None and main.slots_R is None else main._slots(row_R))
-        image_BW = grid.pad(image_R[:, None, None] + 1)[:, 0, :, 0]  # 0 is padding
+        image_BW = grid.columns(image_R + 1)  # 0 is padding
         column_W = torch.arange(main.shape[1], device=image_R.device)
         same_BWW = (image_BW[:, :, None] == image_BW[:, None]) & (image_BW > 0)[:, None]
         new_BWW = same_BWW & (column_W <= column_W[:, None])
@@ -222,8 +254,8 @@ class WindowPass(CachedPass):
     def marked(self, name: str, grid: Grid, mark_R: Tensor) -> Tensor:
         """Likewise; of the columns that are dropped, marks are too."""
         assert self.cache is not None
-        mark_BL = super().marked(f"window, {name}", grid, mark_R)
-        self.cache.masks[f"window, {name}"] = mark_BL[:, self._dropped :]
+        mark_BL = _appended(self.cache.window_marks, name, grid.columns(mark_R))
+        self.cache.window_marks[name] = mark_BL[:, self._dropped :]
         return mark_BL
 
     def update(self, k_BKWH: Tensor, v_BKWH: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -292,8 +324,9 @@ def continue_positions(layout: SequenceLayout, cache: StreamCache, images_take: 
     if (
         layout.num_text == len(layout.documents) == layout.num_tokens
     ):  # one new token each: nothing to copy to the device
-        cache.next_position_B = before_B + 1
-        return replace(layout, positions=layout.positions + before_B)
+        layout = replace(layout, positions=layout.positions + before_B)
+        cache.next_position_B = before_B.add_(1) if cache.room else before_B + 1
+        return layout
     lengths = upload(torch.tensor([sum(run.length for run in document) for document in layout.documents]), device)
     cache.next_position_B = before_B + upload(torch.tensor(taken), device)
     before_S = before_B.repeat_interleave(lengths, output_size=layout.num_tokens)

@@ -31,6 +31,7 @@ from .configuration import EEMLLMConfig, load_decoder_config
 from .folders import HUB, MODEL_FILES, opened
 from .packed import Packed
 from .pretrained import load_weighted, refuse_missing, take_over
+from .steps import ROOM, Replay, StepPass
 from .vision import VisionEncoder
 
 
@@ -139,14 +140,15 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
                 "which visual tokens are dropped is decided once, for a prompt whose keys are kept: use_cache=True"
             )
         new_BL = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask[:, past:]
-        one_each = past > 0 and input_ids.shape[1] == 1 and pixel_values is None
+        if past and input_ids.shape[1] == 1 and pixel_values is None and not torch.is_grad_enabled():
+            assert cache is not None
+            return CausalLMOutputWithPast(logits=self._next(input_ids, new_BL, cache), **{CACHE: cache})
+        if cache is not None:
+            cache.settle()
         runs = [] if pixel_values is None else self._image_runs(pixel_values, image_sizes)
-        real_BL = None
-        if one_each:
-            layout = one_token_each(len(input_ids), input_ids.device)
-        else:  # the one time that a prompt is read from the device: lengths are needed on the CPU
-            visual_BL, real_BL = torch.stack([input_ids == self.config.image_token_id, new_BL.bool()]).cpu()
-            layout = layout_of_padded(visual_BL, real_BL, list(chain(*runs))).to(input_ids.device)
+        # the one time that a prompt is read from the device: lengths are needed on the CPU
+        visual_BL, real_BL = torch.stack([input_ids == self.config.image_token_id, new_BL.bool()]).cpu()
+        layout = layout_of_padded(visual_BL, real_BL, list(chain(*runs))).to(input_ids.device)
         cached = CachedPass(cache, new_BL, real_BL)
         grid = cached.grid("all", [])
         ids_S = input_ids.flatten() if grid.slots_R is None else input_ids.flatten()[grid.slots_R]
@@ -156,10 +158,35 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
         states_BLh = grid.pad(text_Th[:, None], layout.text_index)[:, 0]
         real_BL1 = grid.pad(torch.ones_like(text_Th[:, None, :1]), layout.text_index)[:, 0]
         kept = slice(-logits_to_keep if logits_to_keep else None, None)
-        logits = self.language_model.lm_head(states_BLh[:, kept]) * real_BL1[:, kept]
+        logits = self._scores(states_BLh[:, kept], real_BL1[:, kept])
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+
+    def _scores(self, states_BLh: Tensor, real_BL1: Tensor | None = None) -> Tensor:
+        """Logits of last hidden states; zero where `real_BL1` is."""
+        logits = self.language_model.lm_head(states_BLh)
+        logits = logits if real_BL1 is None else logits * real_BL1
         logits = pad(logits, (0, self.config.vocab_size - logits.shape[-1]))
         logits[..., self.config.image_token_id] = float("-inf")  # is never said
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+        return logits
+
+    def _next(self, ids_B1: Tensor, new_B1: Tensor, cache: StreamCache) -> Tensor:
+        """Logits after one new token for each sequence, [B, 1, vocab_size]: eagerly, or as it was recorded, see `record_steps`."""
+        first = not cache.room
+        if first:
+            cache.make_room(ROOM)
+
+        def step(ids_B1: Tensor, new_B1: Tensor) -> Tensor:
+            layout = one_token_each(len(ids_B1), ids_B1.device)
+            logits = self._scores(self._text_states(ids_B1[:, 0], None, layout, StepPass(cache, new_B1))[:, None])
+            assert cache.room_1 is not None
+            cache.room_1.sub_(1)
+            return logits
+
+        if self.record_steps and not first and not cache.grows and cache.replay is None:
+            cache.replay = Replay(step, ids_B1, new_B1)
+        logits = (step if cache.replay is None else cache.replay)(ids_B1, new_B1)
+        cache.columns, cache.room = cache.columns + 1, cache.room - 1
+        return logits
 
     def prepare_inputs_for_generation(
         self,

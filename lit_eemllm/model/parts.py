@@ -75,6 +75,7 @@ class ModelParts(PreTrainedModel):
         self._backend: AttentionBackend | None = None
         self.image_cache: ImageCache | None = None
         self.activation_checkpointing = self.activation_offload = False
+        self.record_steps = False
         self._fused_loss: nn.Module | None = None
         self._rotate = rotate
         self.post_init()

@@ -15,6 +15,7 @@ MEASURES = {
     "prefill": "Prefill of a prompt",
     "second": "A second question about the same picture",
     "decode": "A new token",
+    "graph": "A new token, as a CUDA graph",
     "training": "A training step, forward and backward",
 }
 Result = dict[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -17,7 +18,7 @@ from lit_eemllm import cli
 from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.errors import ConfigError, SampleError
 from lit_eemllm.evaluation.chat import Chat, Listener, leading_pictures
-from lit_eemllm.evaluation.run import answer, load
+from lit_eemllm.evaluation.run import answer, load, on_cpu
 from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
 
 
@@ -144,3 +145,10 @@ def test_a_session(dense_run, photo, monkeypatch, capsys):
     assert said.count("/image FILE") == 1
     assert cli.main(["chat", dense_run.out, "--max-new-tokens", "0"]) == 2
     assert "expected 1 or more" in capsys.readouterr().err
+
+
+def test_graphs_need_a_device_that_records_them(dense_run):
+    asked = replace(dense_run, eval=replace(dense_run.eval, cuda_graphs=True))
+    with pytest.raises(ConfigError, match=r"eval\.cuda_graphs: needs a CUDA device, and the model is on cpu"):
+        load(asked, None)
+    load(on_cpu(asked), None)  # to merge, say

@@ -46,3 +46,11 @@ RENDER_ALWAYS = 2 * 10**7
 """What a chat template may spend on any conversation: steps of loops at 100, characters at 1; half a second or so."""
 RENDER_PER_CHARACTER = 1000
 """The same, for every character of the conversation."""
+REQUEST_BYTES = 32 * 2**20
+"""Of a request to `serve` or `demo-web`, pictures in base64 among them."""
+REQUEST_CHARACTERS = 2**20
+"""Of all texts in it, which take a second or so to be tokenised."""
+REQUEST_MESSAGES = 1000
+"""Of its conversation."""
+CONNECTIONS = 64
+"""Open at a time, those that wait for an answer among them; more are told to come back later."""

@@ -32,6 +32,7 @@ from lit_eemllm.cli import (
     generate,
     merge,
     report,
+    serve,
     shards,
     shrink,
     sweep,
@@ -41,7 +42,7 @@ from lit_eemllm.errors import UserError, did_you_mean
 from lit_eemllm.terminal import VisibleFormatter, say, say_error, visible
 
 FILES = (
-    fit, validate, generate, chat, calibrate, convert, estimate, bench, merge, report, sweep, doctor, shards, config, demo, configs, shrink, completion,
+    fit, validate, generate, chat, serve, calibrate, convert, estimate, bench, merge, report, sweep, doctor, shards, config, demo, configs, shrink, completion,
 )  # fmt: skip
 """In the order of the help."""
 

@@ -28,18 +28,14 @@ def costs(model: EEMLLM, processor: Processor, questions: Sequence[Question], co
     Args:
         questions: all of them for the FLOPs (every n-th of many); the first 32 that can be opened are measured.
     """
-    transform, decoder, most = model.vision.transform, model.config.text_config, config.data.max_image_pixels
+    transform, most = model.vision.transform, config.data.max_image_pixels
     lengths = []
     for question in questions[:: max(1, len(questions) // 500)]:
         encoded = processor.template.encode(question.conversation, generation=True)
         sizes = [transform.size_among(picture.size, len(question.pictures)) for picture in question.pictures]
         shown = encoded.with_pieces([transform.pieces(*size) for size in sizes], processor.template.text_ids)
         lengths.append((len(shown.ids) - len(shown.runs), sum(shown.runs)))
-    width, view = model.vision.hidden_size, transform.largest_view
-    flops = [
-        prefill_flops(model.mechanism, decoder, *each, vision_width=width, connector=model.connector, view=view)
-        for each in lengths
-    ]
+    flops = [flops_of(model, *each) for each in lengths]
 
     some = questions[:PROMPTS]
     opened = [[open_image(x, q.conversation.key, most) for x in q.images] for q in some]
@@ -62,6 +58,13 @@ def costs(model: EEMLLM, processor: Processor, questions: Sequence[Question], co
         "prompt_text_tokens": sum(text for text, _ in lengths) / len(lengths),
         "prompt_visual_tokens": sum(visual for _, visual in lengths) / len(lengths),
     }
+
+
+def flops_of(model: EEMLLM, text: int, visual: int) -> int:
+    """FLOPs of a prompt's prefill in the decoder, its images seen for the first time. text, visual: its tokens."""
+    decoder, width, view = model.config.text_config, model.vision.hidden_size, model.vision.transform.largest_view
+    made = model.connector
+    return prefill_flops(model.mechanism, decoder, text, visual, vision_width=width, connector=made, view=view)
 
 
 def synchronize(device: torch.device) -> None:

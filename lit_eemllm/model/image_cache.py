@@ -20,11 +20,16 @@ class ImageCache:
 
     Args:
         max_bytes: of all keys and values together; the images of one call are kept whatever they take.
+
+    Attributes:
+        hits, misses: images so far that were there, and that were computed.
+        known: of each image of the last call, whether it was there.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
+        self.known: list[bool] = []
         self._images: OrderedDict[bytes, VisualKeys] = OrderedDict()
         self._stamp: Hashable = None
 
@@ -57,6 +62,7 @@ class ImageCache:
         for i, image in enumerate(pixels):
             kind = f"{tuple(image.shape)}{image.dtype}{sizes[i] if sizes else ''}".encode()
             names.append(sha256(kind + image.contiguous().view(torch.uint8).cpu().numpy().tobytes()).digest())
+        self.known = [name in self._images for name in names]
         new = {name: i for i, name in enumerate(names) if name not in self._images}
         self.misses += len(new)
         self.hits += len(names) - len(new)

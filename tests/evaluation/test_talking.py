@@ -11,14 +11,17 @@ from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
+import tiny
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from lit_eemllm import cli
 from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.errors import ConfigError, SampleError
-from lit_eemllm.evaluation.chat import Chat, Listener, leading_pictures
-from lit_eemllm.evaluation.run import answer, load, on_cpu
+from lit_eemllm.evaluation.chat import Chat, Listener, answer_aloud, leading_pictures
+from lit_eemllm.evaluation.run import UNTRAINED, answer, load, on_cpu
 from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
 
 
@@ -83,6 +86,30 @@ def test_a_mechanism_is_switched_without_a_weight(talk, photo):
     assert all(x.equal(weights[name]) for name, x in talk.model.state_dict().items())
 
 
+@pytest.mark.parametrize(("way", "least", "most"), [("ee_mllm", 0.0, 0.1), ("llava", 1.0, 1.1)])
+def test_a_second_question_about_a_picture_computes_its_text_alone(way, least, most, tmp_path):
+    """Counted in FLOPs, encoder included: of 1,600 visual tokens nothing is computed again where the cache may keep them."""
+    tiny.write_parts(tmp_path, max_position_embeddings=2048)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+    vision = SiglipVisionConfig(**sizes, image_size=160, patch_size=4, vision_use_head=False)
+    SiglipVisionModel(vision).save_pretrained(tmp_path / "encoder")
+    preprocessor = (tmp_path / "encoder" / "preprocessor_config.json").read_text()
+    (tmp_path / "encoder" / "preprocessor_config.json").write_text(preprocessor.replace("16", "160"))
+    config = tiny.config(tmp_path, "nowhere", tmp_path / "run", f"model.mechanism.preset={way}")
+    model, processor, _ = load(config, UNTRAINED)
+    pictures, flops, costs = [[Image.new("RGB", (40, 20), "red")]], [], []
+    for text in ("What is it?", "And which colour does it have?"):
+        asked, listener = Conversation("k", (Turn("human", f"{IMAGE}\n{text}"),), 1), Listener(processor, str, 1)
+        with FlopCounterMode(display=False) as count:
+            costs += answer_aloud(model, processor, config, [asked], pictures, [listener])
+        flops.append(count.get_total_flops())
+    assert least <= flops[1] / flops[0] <= most
+    assert [cost.visual for cost in costs] == [1600, 1600] and [cost.known for cost in costs] == [
+        0,
+        1600 * (way == "ee_mllm"),
+    ]
+
+
 def test_what_cannot_be_asked_leaves_the_conversation(talk, photo):
     talk.show(photo)
     with pytest.raises(SampleError, match="control token"):
@@ -93,12 +120,11 @@ def test_what_cannot_be_asked_leaves_the_conversation(talk, photo):
 def test_half_a_character_waits_for_its_other_half():
     texts = iter(["a", "a\ufffd", "a\u00e9", "a\u00e9\ufffd", "a\u00e9\ufffd"])
     said: list[str] = []
-    listener = Listener(SimpleNamespace(answers=lambda ids, start: [next(texts)]), said.append)
-    listener.put(torch.tensor([[1, 2]]))  # the prompt
-    for token in range(4):
-        listener.put(torch.tensor([token]))
-    listener.end()
-    assert said == ["a", "\u00e9", "\ufffd"] and listener.ids == [0, 1, 2, 3]
+    template = SimpleNamespace(stop_ids=[9])
+    listener = Listener(SimpleNamespace(answers=lambda ids, start: [next(texts)], template=template), said.append, 5)
+    for token in range(6):
+        listener.hear(token)
+    assert said == ["a", "\u00e9", "\ufffd"] and (listener.ids, listener.ended) == ([0, 1, 2, 3, 4], "length")
 
 
 def test_an_answer_that_is_interrupted_stands(talk):

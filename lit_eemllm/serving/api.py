@@ -108,7 +108,7 @@ def parsed(body: bytes) -> Request:
     try:
         return Request.model_validate_json(body)
     except ValidationError as error:
-        wrong = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors(include_input=False)[:5]]
+        wrong = [(".".join(map(str, one["loc"]))[:80], one["msg"]) for one in error.errors(include_input=False)[:5]]
         raise HTTPException(400, "; ".join(f"{key}: {text}" if key else text for key, text in wrong)) from None
 
 

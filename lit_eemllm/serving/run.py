@@ -56,6 +56,7 @@ def server_of(engine: Engine, max_new_tokens: int, host: str, page: bool) -> uvi
     return uvicorn.Server(
         uvicorn.Config(
             Server(engine, max_new_tokens, host, page).app,
+            log_config=None,  # the program's own, which writes out what would steer a terminal
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -139,6 +139,17 @@ def test_an_answer_that_is_interrupted_stands(talk):
     assert talk.turns[-1] == Turn("gpt", "".join(said[:2])) and cost.tokens < 50
 
 
+def test_a_batch_ends_with_the_last_that_somebody_waits_for(talk):
+    """Not with the longest that was allowed, and each answer is as long as it may be."""
+    passes = []
+    talk.model.register_forward_hook(lambda *_: passes.append(1))
+    short = Listener(talk.processor, str, 2)
+    left = Listener(talk.processor, str, 50, lambda: len(left.ids) >= 5)
+    asked = [Conversation("k", (Turn("human", text),), 0) for text in ("What?", "Is it a circle?")]
+    costs = answer_aloud(talk.model, talk.processor, talk.config, asked, [[], []], [short, left])
+    assert (short.ended, costs[0].tokens, left.ended) == ("length", 2, "") and len(passes) in (5, 6)
+
+
 def test_paths_as_terminals_write_them(photo, monkeypatch):
     plain = photo.with_name("a.png")
     Image.new("RGB", (4, 4)).save(plain)

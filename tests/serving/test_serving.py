@@ -122,17 +122,26 @@ def test_a_run_keeps_its_own_options(engine, alone):
 
 
 def test_a_picture_is_computed_once_whoever_asked_in_between(address, engine):
-    """Where its states do not depend on the text; of llava each time."""
+    """Where its states do not depend on the text, for each mechanism; of llava each time."""
 
     def known(picture, question, way):
         usage = json.loads(sent(address, asks(shown(picture), question, model=way))[1])["usage"]
         return usage["prompt_tokens_details"]["cached_tokens"]
 
-    blue, green = file_of("blue"), file_of("green")
+    blue, green, ways = file_of("blue"), file_of("green"), ("ee_mllm", "llava", "naavit")
     asked = [(blue, "What?"), (green, "What?"), (blue, "Is it blue?"), (green, "And this?")]
-    assert [[known(*one, way) for way in ("ee_mllm", "llava")] for one in asked] == [[0, 0], [0, 0], [16, 0], [16, 0]]
+    found = [[known(*one, way) for way in ways] for one in asked]
+    assert found == [[0, 0, 0], [0, 0, 0], [16, 0, 16], [16, 0, 16]]
     both = asks(shown(blue), shown(file_of("black")), "Which is blue?")
     assert json.loads(sent(address, both)[1])["usage"]["prompt_tokens_details"]["cached_tokens"] == 16
+
+
+def test_an_answer_ends_where_the_decoder_knows_no_position(address):
+    red = shown(file_of("red"))
+    one, two = (json.loads(sent(address, asks(*[red] * n, "What?"))[1])["usage"]["prompt_tokens"] for n in (1, 2))
+    pictures = 1 + (511 - one) // (two - one)
+    usage = json.loads(sent(address, asks(*[red] * pictures, "What?", max_tokens=40))[1])["usage"]
+    assert usage["total_tokens"] == 512 and 0 < usage["completion_tokens"] < 40
 
 
 class Asker:
@@ -263,6 +272,9 @@ REFUSED = {
     "tokens": (asks("What?", max_tokens=41), "max_tokens: found 41, expected at most 40"),
     "no tokens": (asks("What?", max_tokens=0), "max_tokens: .*greater than or equal to 1"),
     "unknown": (asks("What?", model="lava"), "found 'lava', expected one of ee_mllm, .*did you mean llava"),
+    "a long key": (asks("What?", **{"k" * 10**6: 1}), "k: Extra inputs"),
+    "a long number": (b'{"model": "llava", "messages": [], "max_tokens": 1' + b"0" * 5000 + b"}", "max_tokens|JSON"),
+    "no text": (b'{"model": "\xff"}', "JSON|unicode"),
     "tools": (asks("What?", tools=[]), "tools: Extra inputs"),
     "two answers": (asks("What?", n=2), "n: Input should be 1"),
     "hot": (asks("What?", temperature=3), "temperature"),

@@ -11,10 +11,15 @@ from lit_eemllm.errors import UserError
 
 
 def add(verbs: Any) -> None:
+    examples = (
+        "lit-eemllm demo-web runs/demo/llava-0",
+        "lit-eemllm demo-web configs/demo/ee_mllm_f.yaml --checkpoint runs/demo/llava-0/checkpoints/step-1500.ckpt --port 0",
+    )
     text = "Ask a model about pictures in the browser: two mechanisms side by side on the same weights, with what each costs."
-    _takes_address(verb(verbs, "demo-web", _serve, text, "lit-eemllm demo-web runs/demo/llava-0"), 7860)
+    _takes_address(verb(verbs, "demo-web", _serve, text, *examples), 7860)
+    examples = ("lit-eemllm serve runs/demo/ee_mllm-0", "lit-eemllm serve runs/demo/ee_mllm-0 --port 8001 --batch 16")
     text = "Answer OpenAI's clients: chat completions with pictures in the requests."
-    made = verb(verbs, "serve", _serve, text, "lit-eemllm serve runs/demo/ee_mllm-0 --port 8001")
+    made = verb(verbs, "serve", _serve, text, *examples)
     _takes_address(made, 8000)
     made.add_argument("--batch", type=int, default=8, metavar="N", help="answers made together (default: %(default)s)")
 

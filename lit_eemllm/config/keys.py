@@ -113,6 +113,8 @@ class ModelConfig:
     """Fused norms, feed-forward networks and loss of liger-kernel in the decoder; needs a CUDA device."""
     compile: bool = False
     """Fuse norms, projections, feed-forward networks and rotation in the decoder by torch.compile, when training; needs a C++ compiler."""
+    fp8: bool = False
+    """Multiply visual rows with the frozen decoder's weights in 8-bit floats; needs torchao and a CUDA device of compute capability 8.9."""
 
 
 @dataclass
@@ -380,9 +382,21 @@ def check(config: Config) -> list[Mistake]:
                 f"found true together with {key}, which torch.compile cannot take into a graph: remove one of the two"
             )
             mistakes.append((("model.compile", key), text))
-    if config.optim.states == "8bit" and config.trainer.get("strategy", "auto") not in ("auto", "ddp"):
+    strategy = config.trainer.get("strategy", "auto")
+    for key, changed in (
+        ("optim.tuning.llm", tuning["llm"] != "frozen"),
+        ("model.quantization", config.model.quantization is not None),
+        ("model.liger", config.model.liger),
+        ("model.compile", config.model.compile),
+        ("trainer.strategy", strategy not in ("auto", "ddp")),
+    ):
+        if config.model.fp8 and changed:
+            found = strategy if key == "trainer.strategy" else str(value(key)).lower()
+            text = f"found true together with {key}={found}, and is for linear layers as they were loaded: change one of the two"
+            mistakes.append((("model.fp8", key), text))
+    if config.optim.states == "8bit" and strategy not in ("auto", "ddp"):
         text = (
-            f"found 8bit together with trainer.strategy={config.trainer['strategy']}, and is proved with auto and ddp alone: bitsandbytes' "
+            f"found 8bit together with trainer.strategy={strategy}, and is proved with auto and ddp alone: bitsandbytes' "
             "AdamW knows no shares of weights. Set optim.states=float32, of which each device has a share, or trainer.strategy=ddp"
         )
         mistakes.append((("optim.states", "trainer.strategy"), text))

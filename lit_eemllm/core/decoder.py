@@ -57,6 +57,8 @@ class DecoderLayer(nn.Module):
     row: LayerPlan
     inner: Inner
     """Belongs to the model, not to the decoder."""
+    narrow: Mapping[str, nn.Module]
+    """What visual rows run through in place of the layer's modules of these names: the same weights in fewer bits."""
     ranks: Top | None
     """The selection that is ranked here, for this layer and later ones or for later ones only; see `Top`."""
 
@@ -66,7 +68,7 @@ class DecoderLayer(nn.Module):
             self.add_module(name, part)
         self.index, self.family, self.rotary, self.window = index, family, rotary, window
         self.row, self.ranks = LayerPlan(), None
-        self.unrotated, self.freeze_prefix = False, False
+        self.unrotated, self.freeze_prefix, self.narrow = False, False, {}
         self.adopt(Inner())
 
     def adopt(self, inner: Inner) -> None:
@@ -146,7 +148,7 @@ class DecoderLayer(nn.Module):
                     x_Rh, u_Rh = (torch.cat([x[:text], x[text:].index_select(0, stay_v)]) for x in (x_Rh, u_Rh))
                     x_Vh = x_Rh[text:]
                 stay_v = None
-        whole = stream.view(here, row.tokens) if row.whole and not self.inner.copies else None
+        whole = stream.view(here, row.tokens) if row.whole and not (self.inner.copies or self.narrow) else None
         if whole is not None:  # every row queries, and all see the same: stream order up to W_o
             u_Rh, k_RKH = whole.of(u_Rh), None if k_RKH is None else whole.of(k_RKH)
         q_RNH = self._heads("q", u_Rh if row.queries else u_Rh[:text], text)
@@ -227,12 +229,13 @@ class DecoderLayer(nn.Module):
 
     def _run(self, name: str, x_Rw: Tensor, text: int) -> Tensor:
         """A module of the layer over rows of which the first `text` are text; over visual ones its copy, if they have one. Without
-        visual rows the copy runs too where gradients are needed: every weight must get one."""
+        visual rows a copy runs too where gradients are needed: every weight must get one."""
         module, inner = self._own(name), self.inner
-        if name not in inner or (len(x_Rw) == text and not torch.is_grad_enabled()):
+        copy = inner[name] if name in inner else self.narrow.get(name)
+        if copy is None or (len(x_Rw) == text and not (name in inner and torch.is_grad_enabled())):
             y_Rw: Tensor = module(x_Rw)
             return y_Rw
-        copy, y_Tw = inner[name], module(x_Rw[:text])
+        y_Tw = module(x_Rw[:text])
         y_vw = copy(x_Rw[text:].to(next(copy.parameters()).dtype))  # the decoder may be frozen in 16 bits
         return torch.cat([y_Tw, y_vw.to(y_Tw.dtype)])
 

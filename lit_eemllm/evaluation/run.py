@@ -27,6 +27,7 @@ from ..inputs.chat import IMAGE, Conversation, Turn
 from ..inputs.images import open_image, read_file
 from ..inputs.rows import VIDEO, show
 from ..inputs.video import read_clip, with_frames
+from ..model.fp8 import use_fp8
 from ..model.image_cache import ImageCache
 from ..terminal import say
 from ..training.checkpoint import newest_checkpoint
@@ -187,6 +188,8 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
     on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator") != "cpu"
     model.to("cuda" if on_gpu else "cpu").eval()
     model.set_attention(config.model.attention, compute_dtype(config), training=False)
+    if config.model.fp8:
+        use_fp8(model)
     model.record_steps = config.eval.cuda_graphs
     if config.eval.cuda_graphs and model.device.type != "cuda":
         raise ConfigError(f"eval.cuda_graphs: needs a CUDA device, and the model is on {model.device}; set it to false")
@@ -197,7 +200,7 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
 
 def on_cpu(config: Config) -> Config:
     """For `load`, where weights are only rewritten: in main memory, which is larger than a GPU's."""
-    model = replace(config.model, attention="reference", liger=False)
+    model = replace(config.model, attention="reference", liger=False, fp8=False)
     trainer, asked = {**config.trainer, "accelerator": "cpu"}, replace(config.eval, cuda_graphs=False)
     return replace(config, model=model, trainer=trainer, eval=asked)
 

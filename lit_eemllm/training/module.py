@@ -29,6 +29,7 @@ from ..layout import PackedBatch, Run, SequenceLayout
 from ..mechanisms.base import Mechanism
 from ..mechanisms.schedule import Schedule
 from ..model.build import fingerprint
+from ..model.fp8 import use_fp8
 from .adapters import MARK, WHOLE
 from .checkpoint import tensors, using
 from .fsdp2 import FSDP2, shard
@@ -93,6 +94,8 @@ class LitEEMLLM(LightningModule):
                 console.print(f"loss: logits of {self.model.loss_rows:,} supervised tokens at a time")
         if self.config.model.compile:
             self.model.compile_layers()
+        if self.config.model.fp8:
+            use_fp8(self.model)
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
         self.step.ended = time.perf_counter()  # after all callbacks, so also after a checkpoint was written

@@ -136,7 +136,7 @@ def state(task: Task, wanted: bool) -> tuple[str, str]:
         return what, f"not trained: {task.checkpoint}"
     if task.last_checkpoint.is_file():
         return what, "trained already"
-    step, _ = logged(task.folder)
+    step, *_ = logged(task.folder)
     return what, f"was interrupted after step {step}" if step else "new"
 
 

@@ -22,14 +22,14 @@ from .plan import Plan, Task
 TAIL = 12  # lines of a log that are shown of a run that failed
 
 
-def logged(run: Path) -> tuple[int, float | None]:
-    """Steps taken and seconds a step, as last logged."""
+def logged(run: Path) -> tuple[int, float | None, str]:
+    """Steps taken, seconds a step and the loss, as last logged."""
     for file in reversed(metrics_files(run)):
         with suppress(ValueError, csv.Error), file.open(encoding="utf-8") as lines:  # being written, or torn by a crash
             rows = [row for row in csv.DictReader(lines) if row.get("loss") and row.get("step_seconds")]
             if rows:
-                return int(rows[-1]["step"]), float(rows[-1]["step_seconds"])
-    return 0, None
+                return int(rows[-1]["step"]), float(rows[-1]["step_seconds"]), f"{float(rows[-1]['loss']):.3f}"
+    return 0, None, ""
 
 
 def last_lines(log: Path) -> str:
@@ -77,13 +77,13 @@ class Board:
         console.print(f"{time.strftime('%H:%M:%S')} {text}")
 
     def started(self, task: Task) -> None:
-        step = self._look(task)
+        step, _ = self._look(task)
         self._started[task.name] = time.monotonic(), step
         self.event(f"started  {task.name}{f', continues at step {step}' if step else ''}")
 
     def finished(self, task: Task) -> None:
         start, first = self._started[task.name]
-        seconds, step = time.monotonic() - start, self._look(task)
+        seconds, (step, _) = time.monotonic() - start, self._look(task)
         if task.row in self._rates:
             self._besides.append(max(0.0, seconds - (step - first) * self._rates[task.row]))
         self.event(f"finished {task.name}{' (diverged)' if task.diverged else ''}, {duration(seconds)}")
@@ -112,10 +112,15 @@ class Board:
         if len(active) > 1:
             return f"{len(active)} running"
         for task in active:
-            step = self._look(task)
+            step, loss = self._look(task)
             if not task.commands() or task.commands()[0][0] != "fit":
                 return "evaluation"
-            return f"step {step}/{task.steps}" + (f", {duration(seconds)}" if (seconds := self._training(task)) else "")
+            seconds = self._training(task)
+            return (
+                f"step {step}/{task.steps}"
+                + f", loss {loss}" * bool(loss)
+                + (f", {duration(seconds)}" if seconds else "")
+            )
         if any(task.name in failed for task in tasks):
             return "failed"
         done = [task for task in tasks if task.done]
@@ -129,12 +134,12 @@ class Board:
             return "done" if average is None else f"{average:.3f}"
         return "done" if tasks else ""
 
-    def _look(self, task: Task) -> int:
-        """Steps taken; keeps the time they take."""
-        step, seconds = logged(task.folder)
+    def _look(self, task: Task) -> tuple[int, str]:
+        """Steps taken and the loss; keeps the time they take."""
+        step, seconds, loss = logged(task.folder)
         if seconds is not None:
             self._rates[task.row] = seconds
-        return step
+        return step, loss
 
     def _training(self, task: Task) -> float:
         """Seconds of training that are left of a task; 0 if nothing is known yet."""

@@ -174,7 +174,12 @@ def test_the_table_on_a_terminal(reports, monkeypatch):
     wish(seconds=1.5, fail=["v-o/seed0"])
     assert run(SWEEP + SEARCH.replace("1e-4, 1e-3, 1e-2", "1e-3"), jobs=2) == 1
     shown = console.export_text()
-    assert "step 3/5, " in shown and "step 3/10, 2 s" in shown and "0.990" in shown and "failed" in shown
+    assert (
+        "step 3/5, loss 1.500" in shown
+        and "step 3/10, loss 1.500, 2 s" in shown
+        and "0.990" in shown
+        and "failed" in shown
+    )
     assert "min left" in shown or "s left" in shown
 
 

@@ -236,6 +236,7 @@ def test_evaluation(read: Callable[[str], Reader]) -> None:
         ("docs/vision.md", 5),
         ("docs/mechanisms.md", 8),
         ("docs/decoders.md", 2),
+        ("docs/watching.md", 2),
     ],
 )
 def test_other_pages(read: Callable[[str], Reader], page: str, number: int) -> None:
@@ -253,7 +254,17 @@ def test_no_page_is_left_out() -> None:
         "README.md",
         *(
             f"docs/{name}.md"
-            for name in ("cluster", "evaluation", "backends", "data", "sweeps", "vision", "mechanisms", "decoders")
+            for name in (
+                "cluster",
+                "evaluation",
+                "backends",
+                "data",
+                "sweeps",
+                "vision",
+                "mechanisms",
+                "decoders",
+                "watching",
+            )
         ),
     }
     for page in set(PAGES) - tested:

@@ -74,6 +74,16 @@ TEXT = _expect("text that is not empty", lambda value: bool(value.strip()))
 LAYERS = _expect("all, none, null or a list of distinct layer numbers such as [0, 1]", _are_layers)
 DROP = _expect("pairs of a layer number and a share between 0 and 1, such as [[7, 0.25]]", _is_drop)
 
+_LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
+
+
+def LOGGERS(names: list[str]) -> str:
+    wrong = each(one_of(*_LOGGERS))(names)
+    if not wrong and ("csv" not in names or len(set(names)) < len(names)):
+        wrong = f"found {names!r}, expected csv, which `report` and `sweep` read, and others once each: {', '.join(_LOGGERS[1:])}"
+    return wrong
+
+
 _POSITIVE = _expect("a number, more than 0 and less than 1e9", _is_positive)
 _SECTION = _expect("keys of model.mechanism, such as {preset: llava}", lambda value: isinstance(value, dict))
 _ENTRY: dict[str, Bound] = {

@@ -13,6 +13,7 @@ from lit_eemllm.config.bounds import (
     BELOW_1,
     DROP,
     LAYERS,
+    LOGGERS,
     NON_NEGATIVE,
     SCHEDULE,
     SHARE,
@@ -223,8 +224,14 @@ class OptimConfig:
     """Packs per validation and device."""
     log_every: Annotated[int, at_least(1)] = 10
     """Optimiser steps between log lines; fewer in a short run, so that it has ten lines."""
+    samples_every: Annotated[int | None, at_least(1)] = None
+    """Optimiser steps between answers to eight questions, always the same, of eval.data, eval.suite or data.val: in the log, in
+    `out`/samples.html and as pictures; null = none."""
     keep: Annotated[int, at_least(1)] = 2
-    """Newest checkpoints kept; older ones are deleted."""
+    """Newest checkpoints kept; older ones are deleted, but not the best one (eval.during_training, optim.patience)."""
+    patience: Annotated[int | None, at_least(1)] = None
+    """Validations in a row without a better score (eval.during_training; else without a lower loss) after which the run ends; null = it
+    goes on to its last step."""
 
     @property
     def steps(self) -> int:
@@ -259,6 +266,9 @@ class EvalConfig:
     """Most tokens generated per answer."""
     samples: Annotated[int | None, at_least(0)] = None
     """Questions asked of each set, evenly spread over it; null = all, 0 = none, only the loss."""
+    during_training: Annotated[int | None, at_least(1)] = None
+    """Questions asked of each set with each validation of `fit`, evenly spread over it: their score is logged, and the checkpoint with the
+    best is kept as checkpoints/best.ckpt; null = none, only the loss."""
     image_cache: Annotated[float, at_least(0)] = 1.0
     """GiB for cached keys and values of images that recur, where the mechanism allows reuse; 0 = no cache."""
     cuda_graphs: bool = False
@@ -282,6 +292,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    logger: Annotated[list[str], LOGGERS] = field(default_factory=lambda: ["csv", "tensorboard"])
+    """Where a run is logged: csv, in any case, tensorboard, wandb, mlflow (docs/watching.md)."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of lightning.Trainer, such as accelerator, devices, precision; strategy is auto, ddp, fsdp2, hsdp or fsdp2_offload."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -328,7 +340,7 @@ NOT_FOR_TRAINER = {
     "limit_test_batches": _EVALUATION,
     "limit_predict_batches": _EVALUATION,
     "log_every_n_steps": "set optim.log_every",
-    "logger": f"{_OWN}: CSV and TensorBoard files in `out`/logs",
+    "logger": "set logger",
     "enable_checkpointing": "set optim.save_every",
     "enable_progress_bar": f"{_OWN}, on a terminal only",
     "enable_model_summary": f"{_OWN}, at the start",
@@ -418,6 +430,14 @@ def check(config: Config) -> list[Mistake]:
         mistakes.append((("eval.suite", "eval.data", "eval.images"), text))
     elif config.eval.images is not None and config.eval.data is None:
         mistakes.append((("eval.images", "eval.data"), "belongs to the rows of eval.data, which is not set"))
+    for key in ("eval.during_training", "optim.patience"):
+        if value(key) is not None and config.data.val is None:
+            mistakes.append(
+                ((key, "data.val"), f"belongs to validations, of which there are none: set data.val, or {key}=null")
+            )
+    if config.optim.samples_every is not None and not (config.eval.suite or config.eval.data or config.data.val):
+        text = "there are no questions to ask: set data.val, eval.data or eval.suite"
+        mistakes.append((("optim.samples_every", "data.val"), text))
     precision = config.trainer.get("precision")
     if precision not in _PRECISIONS:
         text = f"found {precision!r}, expected {', '.join(map(str, _PRECISIONS[1:]))}: trained weights are float32"

@@ -1,11 +1,14 @@
-"""`gallery.html`: the worst and the best answers of every set and type, with their images, on one page without scripts."""
+"""`gallery.html`, the worst and the best answers of every set and type, and `samples.html`, what a model said of a few while it was
+trained: questions with their images, on one page without scripts."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
@@ -20,6 +23,17 @@ CASES = 200  # shown at most, shared out among the types
 EACH = 6  # of the worst, and of the best, answers of a type at most
 SIDE = 220  # pixels of a thumbnail
 LONGEST = 600  # characters of a text
+CHANGES = 30  # answers to one question at most, the newest
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a model said in a step of its training to the question of that key, and the score of it."""
+
+    step: int
+    key: str
+    answer: str
+    score: float
 
 
 def write_gallery(answered: Sequence[Answered], title: str, max_pixels: int, path: Path) -> None:
@@ -29,12 +43,32 @@ def write_gallery(answered: Sequence[Answered], title: str, max_pixels: int, pat
     sections = []
     for name, mine in sorted(groups.items()):
         worst, best = extremes(mine, each)
-        parts = [f"<h3>{word}</h3>" + "".join(card(one, max_pixels) for one in some)
+        parts = [f"<h3>{word}</h3>" + "".join(card(one, answers(one), max_pixels) for one in some)
                  for word, some in (("worst", worst), ("best", best)) if some]  # fmt: skip
         mean = sum(one.score for one in mine) / len(mine)
         note = f"{len(mine):,} questions, {escape(mine[0].question.metric or '')}, mean score of an answer {mean:.3f}"
         sections.append(f'<section><h2>{escape(name)}</h2><p class="note">{note}</p>{"".join(parts)}</section>')
-    page = _PAGE.format(policy=PAGE_POLICY, title=escape(title), body="\n".join(sections))
+    _write_page(title, "\n".join(sections), path)
+
+
+def write_history(shown: Sequence[Answered], past: Sequence[Past], title: str, max_pixels: int, path: Path) -> None:
+    """A page likewise: to each question the answers of all steps, the newest first, equal ones after each other as one."""
+    cards = []
+    for one in shown:
+        mine = [each for each in past if each.key == one.question.conversation.key]
+        runs = [list(same) for _, same in groupby(mine, lambda each: (each.answer, each.score))]
+        lines = [answer_line(same[0].answer, same[0].score, steps(same)) for same in runs[: -CHANGES - 1 : -1]]
+        cards.append(card(one, lines, max_pixels))
+    _write_page(title, "\n".join(cards), path)
+
+
+def steps(same: Sequence[Past]) -> str:
+    first, last = same[0].step, same[-1].step
+    return f"step {first:,}" if first == last else f"steps {first:,} – {last:,}"
+
+
+def _write_page(title: str, body: str, path: Path) -> None:
+    page = _PAGE.format(policy=PAGE_POLICY, title=escape(title), body=body)
     write_atomically(path, page.encode("ascii", "xmlcharrefreplace"))  # UTF-8 has no lone surrogates, an answer may
 
 
@@ -46,18 +80,24 @@ def extremes(answered: Sequence[Answered], each: int) -> tuple[list[Answered], l
     return worst, [one for one in best[:each] if one.score > 0]
 
 
-def card(one: Answered, max_pixels: int) -> str:
+def answer_line(answer: str, score: float, note: str) -> str:
+    right = "right" if score >= 1 else "wrong" if score <= 0 else "partly"
+    return f'<p class="{right}">{shown(answer)}<b>{note}</b></p>'
+
+
+def answers(one: Answered) -> list[str]:
+    """The answer with its score, and those with other images."""
+    others = [f'<p class="other"><i>with other images</i> {shown(other)}</p>' for other in one.others[:3]]
+    return [answer_line(one.answer, one.score, f"{one.score:.2f}"), *others]
+
+
+def card(one: Answered, answers: Sequence[str], max_pixels: int) -> str:
+    """A question with its images, the truth and what was answered."""
     question = one.question
     pictures = "".join(thumbnail(picture, max_pixels) for picture in question.pictures[:4])
     asked = question.prompt.replace(IMAGE, "").strip()
     truths = " | ".join(dict.fromkeys(question.truth.answers))
-    right = "right" if one.score >= 1 else "wrong" if one.score <= 0 else "partly"
-    lines = [
-        f'<p class="asked">{shown(asked)}</p>',
-        f'<p class="{right}">{shown(one.answer)}<b>{one.score:.2f}</b></p>',
-    ]
-    lines.append(f"<p><i>truth</i> {shown(truths)}</p>")
-    lines += [f'<p class="other"><i>with other images</i> {shown(other)}</p>' for other in one.others[:3]]
+    lines = [f'<p class="asked">{shown(asked)}</p>', f"<p><i>truth</i> {shown(truths)}</p>", *answers]
     return f'<article>{pictures}<div>{"".join(lines)}<p class="note">{shown(question.conversation.key)}</p></div></article>'
 
 

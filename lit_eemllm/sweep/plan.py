@@ -317,6 +317,12 @@ class _Planner:
         if loaded[0].optim.max_steps is None:  # what is done is known by the number of the last step
             self.note("optim.epochs: a sweep sets optim.max_steps; `fit` says how many steps an epoch has", cell.name)
             return None
+        if loaded[0].optim.patience is not None:
+            self.note(
+                "optim.patience: the runs of a sweep have equally many steps, by which it knows what is done; set it to null",
+                cell.name,
+            )
+            return None
         return loaded
 
     def note(self, mistake: str, cell: str) -> None:

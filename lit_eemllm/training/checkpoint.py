@@ -307,7 +307,7 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
     """Refuse to continue a run with another configuration. Raises CheckpointError naming every key that may not change.
 
     May change: ``trainer.*`` but the precision and the packs per step (gradient accumulation x ranks), the attention backend,
-    activation checkpointing and where that keeps inputs, the number of steps, and how often the run logs, saves and validates. The data module checks its
+    activation checkpointing and where that keeps inputs, the number of steps, how often the run logs, saves, validates and shows samples, and its patience. The data module checks its
     own keys.
     """
     packs_seen = saved_packs(checkpoint)["current"]
@@ -327,6 +327,8 @@ def refuse_changes(checkpoint: dict[str, Any], config: Config, ranks: int) -> No
         "val_batches",
         "log_every",
         "keep",
+        "samples_every",
+        "patience",
     }
     was, now = checkpoint["lit_eemllm"]["config"], asdict(config)
     pairs: dict[str, Any] = {"trainer.precision": (was["trainer"].get("precision"), now["trainer"].get("precision"))}

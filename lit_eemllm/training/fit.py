@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.profiler import profile, schedule
 
 from ..compat.lightning import around_restoring, set_max_steps, validation_pending
 from ..config.keys import Config
@@ -50,22 +51,38 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 """Values of `trainer.strategy` that Lightning does not have, or that mean something else there."""
 
 
-PROFILERS: dict[str, type[Profiler]] = {
+class Trace(PyTorchProfiler):
+    """Records the packs 11 to 13 that a process trains on, each rank in a file that Perfetto and chrome://tracing open. Lightning's own
+    also counts packs of validations, and where these are few it records the whole run, until the memory is full."""
+
+    STEP_FUNCTIONS = {"training_step"}
+
+    def __init__(self, dirpath: str, filename: str) -> None:
+        moments = schedule(wait=8, warmup=2, active=3, repeat=1)
+        super().__init__(dirpath, filename, schedule=moments, on_trace_ready=self._write)
+
+    def _write(self, recorded: profile) -> None:
+        recorded.export_chrome_trace(f"{self.dirpath}/fit-{self.filename}-{self.local_rank}.json.gz")
+
+
+PROFILERS: dict[str, Callable[..., Profiler]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
-    "pytorch": PyTorchProfiler,
+    "pytorch": Trace,
 }
 
 
-def fit(config: Config) -> None:
+def fit(config: Config, callbacks: Sequence[Callback] = ()) -> None:
     """Train, or continue the run found in `config.out`.
+
+    callbacks: what `evaluation.during` makes of `eval.during_training` and `optim.samples_every`.
 
     Raises:
         UserError: the configuration, data or checkpoint cannot be used, or another process trains in `config.out`.
     """
     quiet_libraries()
     runlog = RunLog(config)
-    trainer = make_trainer(config, runlog)
+    trainer = make_trainer(config, runlog, callbacks)
     console.quiet = not trainer.is_global_zero
     # not flock, which loader processes inherit: they may briefly outlive a killed process
     alone = locked(Path(config.out), "training", ".fit.lock", fcntl.lockf) if trainer.is_global_zero else nullcontext()
@@ -86,7 +103,7 @@ def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     model, processor, loaded = initial_model(config)  # on resume too: checkpoints leave out what is frozen
     if loaded is not None:
         console.print(loaded)
-    module = LitEEMLLM(model, config, processor.fingerprint())
+    module = LitEEMLLM(model, config, processor)
     flops = None
     if config.data.pack_by == "flops":
         from ..cost.utilisation import RunFlops
@@ -177,7 +194,7 @@ def accept(resume: Path, config: Config, trainer: Trainer) -> int:
         return int(checkpoint["lit_eemllm"]["config"]["optim"]["max_steps"])
 
 
-def make_trainer(config: Config, runlog: RunLog) -> Trainer:
+def make_trainer(config: Config, runlog: RunLog, callbacks: Sequence[Callback] = ()) -> Trainer:
     """Lightning's Trainer with the arguments in `config.trainer`, `STRATEGIES` resolved, and what this project decides added."""
     optim, options = config.optim, dict(config.trainer)
     strategy = str(options.get("strategy", "auto"))
@@ -213,7 +230,7 @@ def make_trainer(config: Config, runlog: RunLog) -> Trainer:
         "use_distributed_sampler": False,
         **validation,
         **options,
-        "callbacks": [runlog, Checkpoints(config)],
+        "callbacks": [runlog, *callbacks, Checkpoints(config)],  # what comes after runlog is no training time
         "plugins": [AtomicCheckpointIO()],
     }
     try:

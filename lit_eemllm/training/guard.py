@@ -22,10 +22,11 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ..compat.lightning import begin_validation_anew, set_max_steps, validate_now, validation_ahead
 from ..compat.torch import lost_rank
-from ..console import console
+from ..console import console, writing
 from ..data.loader import lost_worker
 from ..errors import UserError, WriteError
-from .checkpoint import FOLDER, all_checkpoints, save, set_aside
+from .best import Best
+from .checkpoint import FOLDER, all_checkpoints, save, set_aside, step_of
 from .fsdp2 import settle
 from .sharded import forget_unfinished
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SLURM = "SLURM_JOB_ID"
+BEST = "best.ckpt"
+"""Beside the checkpoints, a link to the best."""
 
 
 class Stopped(SystemExit):
@@ -44,7 +47,8 @@ class Stopped(SystemExit):
 
 
 class Checkpoints(Checkpoint):
-    """Saves every `optim.save_every` steps, keeps the newest `optim.keep`, and stops the run when a signal asks for it.
+    """Saves every `optim.save_every` steps, keeps the newest `optim.keep` and the best, and stops the run when a signal asks for it or no
+    validation has been better for `optim.patience` of them.
 
     After the first SIGTERM or SIGINT all ranks finish the optimiser step (`check_step` tells them), save and exit. In a validation,
     which may be long, they finish one pack; it begins anew on resume. A second signal stops at once. Lightning's own handlers, which
@@ -55,6 +59,7 @@ class Checkpoints(Checkpoint):
         self.config = config
         self.folder = Path(config.out) / FOLDER
         self.asked: signal.Signals | None = None
+        self.best = Best(config)
         self._module: Any = None
         self._process = os.getpid()
         self._step = 0
@@ -62,6 +67,12 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self._module, self.config = pl_module, pl_module.config  # where `fit` has turned epochs into steps
         self._listen()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.best.state() if self.best.wanted else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best.restore(state)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._listen()  # again: Lightning has installed its own handlers since
@@ -77,6 +88,8 @@ class Checkpoints(Checkpoint):
             )
             if folder is not None:
                 console.print(f"the run went back to step {self._step}: its later checkpoints were moved to {folder}")
+        self._link_best(trainer)
+        trainer.should_stop = self.best.exhausted
         if self._somebody_was_asked(trainer):
             self._stop(trainer, "before this process trained anything")
         if self._step == self.config.optim.steps:  # all steps are done, only the last validation is left
@@ -108,8 +121,17 @@ class Checkpoints(Checkpoint):
         set_max_steps(trainer, self.config.optim.steps)
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.config.optim.steps:
+        if trainer.sanity_checking:
+            return
+        step, better = trainer.global_step, False
+        if self.best.wanted:
+            better = self.best.note(float(trainer.callback_metrics[self.best.of]), step)
+            trainer.should_stop = self.best.exhausted
+        if better or trainer.should_stop or step == self.config.optim.steps:
             self._save(trainer)  # without a validation that is pending
+        if better:
+            settle(trainer)
+            self._link_best(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if not trainer.sanity_checking and self._somebody_was_asked(trainer):
@@ -121,6 +143,11 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         settle(trainer)
         self._remove_old(trainer)
+        if self.best.exhausted and trainer.global_step < self.config.optim.steps:
+            console.print(
+                f"stopped early: {self.best.waited} validations since step {self.best.step} were no better, and optim.patience is "
+                f"{self.best.patience}; a larger one continues the run"
+            )
 
     def _save(self, trainer: Trainer) -> Path:
         path = self.folder / f"step-{trainer.global_step}.ckpt"
@@ -129,10 +156,20 @@ class Checkpoints(Checkpoint):
         return path
 
     def _remove_old(self, trainer: Trainer) -> None:
-        """Delete checkpoints but the newest `optim.keep`; one that is still being written does not count."""
+        """Delete checkpoints but the best and the newest `optim.keep`; one that is still being written does not count."""
         if trainer.is_global_zero:
             for old in all_checkpoints(Path(self.config.out))[: -self.config.optim.keep]:
-                trainer.strategy.remove_checkpoint(old)
+                if step_of(old) != self.best.step:
+                    trainer.strategy.remove_checkpoint(old)
+
+    def _link_best(self, trainer: Trainer) -> None:
+        """Let `BEST` name the best checkpoint; there may be none, or it is another run's."""
+        link, best = self.folder / BEST, self.folder / f"step-{self.best.step}.ckpt"
+        if trainer.is_global_zero and self.best.wanted:
+            with writing(link):
+                link.unlink(missing_ok=True)
+                if best.is_file():
+                    link.symlink_to(best.name)
 
     def _somebody_was_asked(self, trainer: Trainer) -> bool:
         asked = torch.tensor(int(self.asked is not None or trainer.received_sigterm), device=self._module.device)

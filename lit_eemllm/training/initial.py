@@ -74,7 +74,7 @@ def trained_model(config: Config, checkpoint: Path | None, chain: tuple[Path, ..
     """
     seed_everything(config.seed, verbose=False)
     model, processor, _ = initial_model(config, needed=False, chain=chain)
-    module = LitEEMLLM(model, config, processor.fingerprint())
+    module = LitEEMLLM(model, config, processor)
     if checkpoint is not None:
         trained = read_checkpoint(checkpoint, shares=["state_dict"])
         with using(checkpoint):

@@ -39,6 +39,7 @@ from .tuning import adamw, apply_tuning, parameter_groups, schedule, set_modes, 
 if TYPE_CHECKING:
     from ..config.keys import Config
     from ..inputs.images import Transform
+    from ..inputs.processor import Processor
     from ..model import EEMLLM
 
 
@@ -56,12 +57,13 @@ class LitEEMLLM(LightningModule):
     Args:
         model: the model; frozen, cast and moved here as the config says.
         config: the whole configuration, kept in every checkpoint.
-        tokenizer: `Processor.fingerprint`, kept and compared likewise; "" = unknown.
+        processor: of the model; its fingerprint is kept and compared likewise. None = unknown.
     """
 
-    def __init__(self, model: EEMLLM, config: Config, tokenizer: str = "") -> None:
+    def __init__(self, model: EEMLLM, config: Config, processor: Processor | None = None) -> None:
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.processor = config, processor
+        self.tokenizer = "" if processor is None else processor.fingerprint()
         self.trained = apply_tuning(model, config.optim, config.model.dtype)
         model.activation_checkpointing = config.optim.activation_checkpointing
         model.activation_offload = config.optim.activation_offload

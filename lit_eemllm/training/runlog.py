@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,12 @@ from rich.table import Table
 
 from ..config import flat, to_yaml
 from ..console import console, progress_bar, write_atomically
+from ..core.table import LayerPlan
+from ..core.table import Table as Rows
 from ..layout import PackedBatch
 from ..mechanisms.connectors import DEFAULT
 from ..plugins import record
+from .best import MONITORED
 from .logs import Logs, quiet_threads
 from .tuning import COMPONENTS, component
 
@@ -95,6 +99,16 @@ def unseen_positions(config: Config, decoder: Any) -> str | None:
     )
 
 
+def grouped(table: Rows) -> tuple[list[str], list[list[str]]]:
+    """The columns of a mechanism's table and its rows as texts, one for each stretch of equal layers."""
+    rows: list[list[str]] = []
+    for row, same in groupby(enumerate(table), key=lambda pair: pair[1]):
+        layers = [layer for layer, _ in same]
+        where = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+        rows.append([where, *map(str, row.to_dict().values())])
+    return ["layers", *LayerPlan().to_dict()], rows
+
+
 class RunLog(Callback):
     """Writes one line and one row of metrics per logged step, and keeps a progress bar over all steps.
 
@@ -103,7 +117,7 @@ class RunLog(Callback):
     """
 
     def __init__(self, config: Config) -> None:
-        self.config, self.logs = config, Logs(Path(config.out))
+        self.config, self.logs = config, Logs(Path(config.out), config.logger)
         self._bar = progress_bar()
         self._flops_of, self._peak = (lambda entry, layout: 0.0), 0.0
         self._start_window()
@@ -129,6 +143,9 @@ class RunLog(Callback):
             write_atomically(Path(self.config.out) / "config.yaml", to_yaml(self.config, comments=True))
             record(Path(self.config.out))
             self.logs.log_hyperparams(asdict(self.config))
+            model = pl_module.model
+            table = model.mechanism.table(len(model.language_model.model.layers))
+            self.logs.log_table("mechanism", *grouped(table))
             if (
                 torch.cuda.is_available() and pl_module.device.type == "cuda"
             ):  # no MFU on a CPU, which the loader uses too
@@ -185,10 +202,11 @@ class RunLog(Callback):
         self._callbacks_start = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        loss = trainer.callback_metrics.get("val_loss")
-        if trainer.is_global_zero and loss is not None and not trainer.sanity_checking:
-            self.logs.log_metrics({"val_loss": float(loss)}, trainer.global_step)
-            self._print(f"step {trainer.global_step:>6}  validation loss {loss:.4f}")
+        found = {name: float(trainer.callback_metrics[name]) for name in MONITORED if name in trainer.callback_metrics}
+        if trainer.is_global_zero and found and not trainer.sanity_checking:
+            self.logs.log_metrics(found, trainer.global_step)
+            score = f"  score {found['val_score']:.3f}" if "val_score" in found else ""
+            self._print(f"step {trainer.global_step:>6}  validation loss {found['val_loss']:.4f}{score}")
         self._validation_end = time.perf_counter()
         # Neither validation nor starting its loader is training time; a resumed run may validate before its first step.
         self._window_start += self._validation_end - max(pl_module.step.ended, self._window_start)

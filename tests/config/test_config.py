@@ -232,7 +232,7 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
             "b.yaml:4: betas: unknown key; did you mean optim.betas?",
             "command line: optim.betas: found [1, 'x'] (a list), expected a list of numbers",
             "command line: quality: unknown key; the top level has: seed, out, resume, init_from, model, data, optim, "
-            "trainer, eval",
+            "logger, trainer, eval",
             "command line: eval.batch_size: found 0, expected 1 or more",
             "command line: =3: expected key=value",
         ]
@@ -270,6 +270,20 @@ data: {workers: many, truncation: cut, pack_samples: 0, max_length: 9000}
             ["optim.states=8bit", "trainer.strategy=fsdp2"],
             "optim.states: found 8bit together with trainer.strategy=fsdp2, and is proved with auto and ddp alone",
         ),
+        (
+            ["logger=[csv, wandb, tensorbord]"],
+            "logger: found 'tensorbord', expected csv or tensorboard or wandb or mlflow; did you mean tens",
+        ),
+        (
+            ["logger=[wandb]"],
+            "logger: found ['wandb'], expected csv, which `report` and `sweep` read, and others once each",
+        ),
+        (["logger=[csv, csv]"], "logger: found ['csv', 'csv'], expected csv"),
+        (["optim.patience=0"], "optim.patience: found 0, expected 1 or more"),
+        (["optim.patience=2"], "optim.patience: belongs to validations, of which there are none: set data.val"),
+        (["eval.during_training=0"], "eval.during_training: found 0, expected 1 or more"),
+        (["eval.during_training=9"], "eval.during_training: belongs to validations, of which there are none"),
+        (["optim.samples_every=9"], "optim.samples_every: there are no questions to ask: set data.val, eval.data or"),
         (["trainer.max_steps=5"], "trainer.max_steps: cannot be set here: set optim.max_steps"),
         (["trainer.gradient_clip_val=5"], "trainer.gradient_clip_val: cannot be set here: set optim.clip_grad"),
         (["trainer=5"], "trainer: found 5 (a whole number), expected a section"),

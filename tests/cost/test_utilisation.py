@@ -39,7 +39,7 @@ def counted(model, batch) -> int:
 )
 def test_flops_are_those_of_a_real_step(tmp_path, preset, tuning):
     model = tiny.model(mechanism=preset)
-    module = LitEEMLLM(model, tiny.config(tmp_path, "unused", tmp_path, f"optim.tuning.llm={tuning}"), "")
+    module = LitEEMLLM(model, tiny.config(tmp_path, "unused", tmp_path, f"optim.tuning.llm={tuning}"))
     flops = StepFlops(module.config, model, module.entry)
     for text in TEXTS:
         pack = tiny.pack([[0, text]])
@@ -79,7 +79,7 @@ def test_other_documents_at_the_widths_of_a_large_model(tmp_path, monkeypatch, p
 @pytest.mark.slow
 def test_flops_of_a_run_are_those_of_its_steps_by_their_shares(tmp_path):
     schedule = ["optim.mechanisms=[{weight: 3, mechanism: {preset: llava}}, {weight: 1}]"]
-    module = LitEEMLLM(tiny.model(), tiny.config(tmp_path, "unused", tmp_path, *schedule), "")
+    module = LitEEMLLM(tiny.model(), tiny.config(tmp_path, "unused", tmp_path, *schedule))
     found = RunFlops(module.config, module.model, module.mechanisms)
     assert pickle.dumps(found), "loader processes get it"
     pack, by_hand = tiny.pack([[0, 30]]), 0.0

@@ -203,3 +203,8 @@ def test_a_sweep_may_be_moved(reports):
     assert run(SWEEP + STAGES, "out=elsewhere/out") == 0
     assert ran()[count:] == [("fit", "all/seed1"), ("validate", "all/seed1")]
     assert load_config(["elsewhere/out/all/seed1/config.yaml"]).init_from == "elsewhere/out/all/middle/seed1"
+
+
+def test_runs_of_a_sweep_do_not_end_early(reports):
+    with pytest.raises(ConfigError, match=r"all cells: optim\.patience: the runs of a sweep have equally many steps"):
+        run(SWEEP, "optim.patience=2")

@@ -1,5 +1,7 @@
 """Arguments of lightning.Trainer that a configuration may set do what they say, and change nothing else; and what Slurm asks for."""
 
+import gzip
+import json
 import os
 import shutil
 import signal
@@ -75,6 +77,17 @@ def test_what_can_be_set_works(tmp_path, parts, shapes, plain, monkeypatch):
     assert set(metrics(tmp_path)) == {1, 2, 3, 4}
     with pytest.raises(ConfigError, match=r"trainer.profiler: found 'xla', expected simple or advanced or pytorch"):
         fit(tiny.config(parts, shapes, tmp_path, *OPTIONS, "trainer.profiler=xla"))
+
+
+def test_a_trace_is_of_three_packs(tmp_path, parts, shapes):
+    """Whatever is validated before and meanwhile."""
+    options = ("optim.max_steps=14", "optim.val_every=4", "optim.val_batches=1", "optim.save_every=99")
+    fit(tiny.config(parts, shapes, tmp_path, *options, "trainer.profiler=pytorch"))
+    with gzip.open(tmp_path / "fit-pytorch-0.json.gz") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert [name for name in names if name.startswith("ProfilerStep")] == [f"ProfilerStep#{n}" for n in (10, 11, 12)]
+    assert names.count("[pl][profile]run_training_batch") == 3 and any("self_attn.q_proj" in name for name in names)
+    assert "run_training_batch" in (tmp_path / "fit-pytorch.txt").read_text()
 
 
 def test_under_slurm_a_run_is_saved_after_a_step_and_begins_from_none_of_others(

@@ -323,7 +323,7 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
     )  # fmt: skip
     step = Step(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0))
     step.rates = {"llm": 0.5, "projector": 0.25, "vision": 0.5}
-    module = SimpleNamespace(step=step, config=config, entry=None)
+    module = SimpleNamespace(step=step, config=config, entry=None, model=tiny.model())
     batch = tiny.pack([[3, 0, 4], [5]])  # 28 tokens, 2 + 3 + 4 = 9 targets
     log.on_train_start(trainer, module)
     for micro in range(4):
@@ -490,7 +490,7 @@ def test_another_vocabulary_is_refused(tmp_path, parts, blend):
     assert held["lit_eemllm"]["tokenizer"] == processor.fingerprint()
     assert held["lit_eemllm"]["mechanism"] == model.config.mechanism
     processor.tokenizer.add_tokens(["more"])
-    module = LitEEMLLM(model, config, processor.fingerprint())
+    module = LitEEMLLM(model, config, processor)
     with pytest.raises(CheckpointError, match="trained with another vocabulary"):
         module.on_load_checkpoint(held)
 

@@ -1,0 +1,78 @@
+"""The best checkpoint is kept, a run ends when validations get no better, and both go on as they were."""
+
+import pytest
+import tiny
+from lib.runs import Killed, assert_same, fit_until, metrics, validation_losses
+
+from lit_eemllm.training.checkpoint import read_checkpoint
+from lit_eemllm.training.fit import fit
+from lit_eemllm.training.module import LitEEMLLM
+
+FOUND = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0, 10: 2.25, 12: 1.0, 14: 1.5, 16: 1.75}
+OPTIONS = ("optim.max_steps=16", "optim.val_every=2", "optim.val_batches=1", "optim.save_every=3", "optim.keep=1")
+SECTIONS = ("state_dict", "optimizer_states", "rng", "lr_schedulers", "ShardDataModule", "callbacks")
+
+
+@pytest.fixture
+def config(monkeypatch, parts, shapes, tmp_path):
+    """A run by its name and its patience, whose validations find `FOUND`."""
+
+    def found(module):
+        module.val_loss.reset()
+        module.log("val_loss", FOUND[module.global_step], logger=False)
+
+    monkeypatch.setattr(LitEEMLLM, "on_validation_epoch_end", found)
+    return lambda name, patience, *more: tiny.config(
+        parts, shapes, tmp_path / name, *OPTIONS, f"optim.patience={patience}", *more
+    )
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def assert_same_end(run, other, step):
+    ends = [read_checkpoint(one / "checkpoints" / f"step-{step}.ckpt") for one in (run, other)]
+    for section in SECTIONS:
+        assert_same(ends[0][section], ends[1][section], section)
+
+
+def test_a_run_ends_early_and_a_larger_patience_goes_on(config, tmp_path, capsys):
+    """An equal loss is no better. Repeated, the command does nothing; the best stays where newer ones are deleted."""
+    run = tmp_path / "run"
+    fit(config("run", 2))
+    assert validation_losses(run) == {step: FOUND[step] for step in (2, 4, 6, 8)} and max(metrics(run)) == 8
+    assert names(run) == ["best.ckpt", "step-4.ckpt", "step-8.ckpt"]
+    assert read_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 4
+    text = "stopped early: 2 validations since step 4 were no better, and optim.patience is 2; a larger one continues the run"
+    assert text in capsys.readouterr().out
+    fit(config("run", 2))
+    assert text in capsys.readouterr().out and max(metrics(run)) == 8 and len(validation_losses(run)) == 4
+    fit(config("run", 4))
+    assert validation_losses(run) == FOUND and names(run) == ["best.ckpt", "step-12.ckpt", "step-16.ckpt"]
+    assert read_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 12
+    fit(config("whole", 4))
+    assert_same_end(run, tmp_path / "whole", 16)
+
+
+@pytest.mark.parametrize("step", [7, 9])
+def test_a_killed_run_remembers_what_was_best(config, tmp_path, step):
+    """From step 6, which was saved before its validation; and from step 9, after it has waited twice."""
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        fit_until(step, config("run", 3))
+    fit(config("run", 3))
+    fit(config("whole", 3))
+    assert max(metrics(run)) == 10
+    assert_same_end(run, tmp_path / "whole", 10)
+    assert names(run) == names(tmp_path / "whole")
+
+
+def test_the_best_can_be_gone_on_from(config, tmp_path):
+    """It was saved within the validation."""
+    fit(config("whole", 9, "optim.max_steps=6", "optim.keep=9"))
+    best = tmp_path / "whole" / "checkpoints" / "best.ckpt"
+    fit(config("again", 9, "optim.max_steps=6", f"resume={best}"))
+    assert sorted(metrics(tmp_path / "again")) == [5, 6] and validation_losses(tmp_path / "again") == {6: FOUND[6]}
+    assert_same_end(tmp_path / "again", tmp_path / "whole", 6)
+    assert best.resolve().name == "step-4.ckpt"

@@ -520,7 +520,7 @@ model:
 """
     assert mistakes(write(good=GOOD, own=own), checks=[check_options]) == [
         "own.yaml:6: model.nonsense: unknown key; model has: decoder, tokenizer, vision, connector, mechanism, attention, template, dtype, "
-        "quantization, liger, compile",
+        "quantization, liger, compile, fp8",
         "own.yaml:5: model.mechanism.options.gated.every: found 'two', expected a whole number",
         "own.yaml:5: model.mechanism.options.gated.evry: the preset flamingo has no such option; found 'evry', expected every or latents or heads or "
         "head_size or depth or immediate; did you mean every?",

@@ -14,7 +14,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
 
 from lit_eemllm import __version__
 from lit_eemllm.cli import (
@@ -48,7 +49,19 @@ FILES = (
 
 
 class Parser(ArgumentParser):
-    """Tells mistakes in what was typed, which a shell may have filled in from names of files."""
+    """Tells mistakes in what was typed, which a shell may have filled in from names of files.
+
+    Attributes:
+        files: arguments of all parsers that are names of files.
+    """
+
+    files: ClassVar[list[Any]] = []
+
+    def add_argument(self, *args: Any, **options: Any) -> Any:
+        made = super().add_argument(*args, **options)
+        if made.type is Path or made.dest == "inputs":
+            self.files.append(made)
+        return made
 
     def error(self, message: str) -> NoReturn:
         """With what was probably meant, where one of a few words was expected."""

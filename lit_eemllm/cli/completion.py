@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace, _SubParsersAction
-from pathlib import Path
+from argparse import Namespace
 from typing import Any
 
 from lit_eemllm.cli.common import verb
@@ -23,18 +22,9 @@ def add(verbs: Any) -> None:
 def _completion(args: Namespace) -> None:
     import shtab
 
-    from lit_eemllm.cli import build_parser
+    from lit_eemllm.cli import Parser, build_parser
 
     parser = build_parser()
-    _complete_files(parser, shtab.FILE)
+    for argument in Parser.files:
+        argument.complete = shtab.FILE
     sys.stdout.write(shtab.complete(parser, shell=args.shell))
-
-
-def _complete_files(parser: ArgumentParser, files: Any) -> None:
-    """Mark in all verbs what takes names of files: paths, and configurations, which may be folders too."""
-    for action in parser._actions:
-        if isinstance(action, _SubParsersAction):
-            for made in action.choices.values():
-                _complete_files(made, files)
-        elif action.type is Path or action.dest == "inputs":
-            action.complete = files  # type: ignore[attr-defined]

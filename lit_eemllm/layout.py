@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,12 @@ class Run(NamedTuple):
 
 Stretches = tuple[tuple[int, int], ...]
 """Pairs of a first row and the one after the last."""
+
+
+def stretches(rows: Sequence[int]) -> Stretches:
+    """Ascending rows as pairs of the first of each stretch and the one after its last."""
+    groups = groupby(enumerate(rows), key=lambda each: each[1] - each[0])
+    return tuple((part[0][1], part[-1][1] + 1) for part in (list(group) for _, group in groups))
 
 
 def visual_flags(runs: Sequence[Run]) -> Tensor:

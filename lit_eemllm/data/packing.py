@@ -10,7 +10,7 @@ import torch
 
 from lit_eemllm.data.samples import EncodedSample, TokenSample
 from lit_eemllm.inputs.chat import IMAGE_SLOT
-from lit_eemllm.layout import PackedBatch, Run, SequenceLayout, Stretches, join_images
+from lit_eemllm.layout import PackedBatch, Run, SequenceLayout, join_images, stretches
 
 
 def plan_packs(lengths: Sequence[int], budget: int, most: int | None = None) -> list[list[int]]:
@@ -123,12 +123,6 @@ def collate(samples: Sequence[EncodedSample]) -> PackedBatch:
             sample.tokens.ids[first:end].count(IMAGE_SLOT) for sample in samples for first, end in sample.tokens.entries
         ],
     )
-
-
-def stretches(rows: Sequence[int]) -> Stretches:
-    """Ascending rows as pairs of the first of each stretch and the one after its last."""
-    groups = groupby(enumerate(rows), key=lambda each: each[1] - each[0])
-    return tuple((part[0][1], part[-1][1] + 1) for part in (list(group) for _, group in groups))
 
 
 def document_runs(sample: TokenSample) -> list[Run]:

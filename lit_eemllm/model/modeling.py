@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Cache,
     GenerationMixin,
 )
@@ -29,13 +30,13 @@ from ..mechanisms.connectors import DEFAULT
 from .cache import CachedPass, StreamCache, layout_of_padded, one_token_each
 from .configuration import EEMLLMConfig, load_decoder_config
 from .folders import HUB, MODEL_FILES, opened
-from .packed import Packed
+from .padded import Padded
 from .pretrained import load_weighted, refuse_missing, take_over
 from .steps import ROOM, Replay, StepPass
 from .vision import VisionEncoder
 
 
-class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants to see by name
+class EEMLLM(Padded, Generating, GenerationMixin):  # which transformers wants to see by name
     """A multimodal LLM whose treatment of visual tokens is a `Mechanism`; made by `from_parts` or `from_pretrained`."""
 
     @classmethod
@@ -107,6 +108,8 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
         return_dict: bool | None = None,
         image_sizes: Sequence[tuple[int, int]] = (),
         past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits for left-padded ids in which every image is its `image_token_id`, repeated once per visual token.
 
@@ -119,11 +122,16 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
             image_sizes: original (width, height) of each image, unlike transformers, which has the height first; needed where
                 images differ in size.
             past_key_values: what transformers before 5.24 calls `cache`.
+            labels: [B, L], to train; ids may then be padded on either side, there is no cache, and logits are the decoder's own. A label
+                counts that is not -100, no image token, and right behind text.
+            num_items_in_batch: labels of the optimiser step, by which the sum of the losses is divided; default: those that count here.
 
         Returns:
             logits [B, kept, vocab_size], zero at padding and at image tokens: nothing is predicted from an image row.
-            The image token has the logit -inf.
+            The image token has the logit -inf. With labels also the loss.
         """
+        if labels is not None:
+            return self.with_loss(input_ids, labels, attention_mask, pixel_values, image_sizes, num_items_in_batch)
         cache = past_key_values if cache is None else cache
         if cache is not None and not isinstance(cache, StreamCache):
             if cache.get_seq_length():
@@ -220,3 +228,6 @@ class EEMLLM(Packed, Generating, GenerationMixin):  # which transformers wants t
                 chosen += [*range(first, image)] * times
             pixels, sizes = take_images(pixels, chosen), [sizes[i] for i in chosen] if sizes else sizes
         return {"pixel_values": pixels, "image_sizes": sizes}
+
+
+AutoModelForImageTextToText.register(EEMLLMConfig, EEMLLM)

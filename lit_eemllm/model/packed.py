@@ -211,7 +211,7 @@ class Packed(ModelParts):
                 importance = order.of(torch.cat([importance, importance.new_full((1,), -1.0)]))
         return Features(features, order, grids, importance)
 
-    # FSDP2 wraps each of the three methods below (`fsdp2.shard`), so none calls another.
+    # FSDP2 wraps `packed_logits`, `packed_loss` and `packed_loss_and_kl` (`fsdp2.shard`), so none calls another.
     def _supervised_states(self, batch: PackedBatch) -> Tensor:
         """The last hidden states at the supervised positions, [n, h]."""
         text_Th = self._text_states(batch.input_ids, batch.pixel_values, batch.layout, sizes=batch.image_sizes)
@@ -223,10 +223,14 @@ class Packed(ModelParts):
 
     def packed_loss(self, batch: PackedBatch) -> Tensor:
         """Cross-entropy summed over the supervised tokens of the pack, a float32 scalar."""
-        x_nh, head = self._supervised_states(batch), self.language_model.lm_head
-        if self._fused_loss is not None and len(batch.targets):  # it divides by their number
-            return self._fused_loss(head.weight, x_nh, batch.targets, head.bias)
-        return summed_loss(head, x_nh, batch.targets, self.loss_rows if x_nh.is_cuda else None)
+        return self.loss_of(self._supervised_states(batch), batch.targets)
+
+    def loss_of(self, x_nh: Tensor, targets_n: Tensor) -> Tensor:
+        """The same from last hidden states."""
+        head = self.language_model.lm_head
+        if self._fused_loss is not None and len(targets_n):  # it divides by their number
+            return self._fused_loss(head.weight, x_nh, targets_n, head.bias)
+        return summed_loss(head, x_nh, targets_n, self.loss_rows if x_nh.is_cuda else None)
 
     @property
     def loss_rows(self) -> int:

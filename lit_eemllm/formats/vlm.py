@@ -23,19 +23,19 @@ from ..core.families import check_decoder
 from ..errors import CheckpointError, ConfigError
 from ..inputs.chat import IMAGE, Conversation, Turn, get_template
 from ..inputs.images import Transform
-from ..inputs.processor import Processor
+from ..inputs.jinja import jinja_of
 from ..mechanisms import PRESETS
 from ..model.configuration import EEMLLMConfig
 from ..model.folders import naming, read_config
 from ..model.modeling import EEMLLM
 from ..model.pretrained import load_model, load_pretrained, take_over, without_weights
+from ..model.processor import Processor
 from ..model.qwen_vision import QwenVision
 from ..model.vision import TransformersVision, encoder_name
 from .base import Format
 from .idefics3 import Idefics3, SmolVLM
 from .internvl import InternVL
 from .llava import Llava, LlavaNext, LlavaOnevision
-from .llava_template import jinja_of
 from .qwen_vl import Qwen3VL, Qwen25VL
 
 FORWARD_UP_TO = 1_000_000_000

@@ -1,8 +1,8 @@
 """The model: vision encoder -> connector -> pretrained decoder whose layers execute any mechanism."""
 
-from ..inputs.processor import Processor
 from .configuration import EEMLLMConfig
 from .modeling import EEMLLM
+from .processor import Processor
 from .qwen_vision import QwenVision
 from .vision import VisionEncoder, register_vision_encoder
 

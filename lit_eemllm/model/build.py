@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 
 from ..errors import ConfigError
 from ..inputs.chat import IMAGE
-from ..inputs.processor import Processor
 from ..mechanisms import configured_connector, configured_mechanism
 from .configuration import load_decoder_config
 from .folders import naming
 from .modeling import EEMLLM
 from .pretrained import load_pretrained, quantized
+from .processor import Processor
 from .vision import VisionEncoder, get_vision_encoder
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from ..core.families import check_decoder
-from .folders import naming
+from .folders import clean_config, naming
 from .pretrained import load_pretrained
 
 
@@ -45,6 +45,11 @@ class EEMLLMConfig(PretrainedConfig):
             kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """Of a folder's config.json, which `AutoConfig` hands on as it is, the keys that are read of any folder (`clean_config`)."""
+        return super().from_dict(clean_config(config_dict, "config.json"), **options)
+
     @property
     def vocab_size(self) -> int:
         """Columns of the logits that `forward` returns: the decoder's vocabulary, and the image token if it lies past it."""
@@ -59,7 +64,7 @@ class EEMLLMConfig(PretrainedConfig):
         return text_config
 
 
-AutoConfig.register("eemllm", EEMLLMConfig)
+AutoConfig.register("eemllm", EEMLLMConfig, exist_ok=True)  # in place of the door
 
 
 def load_decoder_config(path: str) -> tuple[PretrainedConfig, dict[str, Any]]:

@@ -48,7 +48,7 @@ CONFIG = {
     "use_absolute_position_embeddings", "projection_dropout", "norm_type", "use_qk_norm", "use_mean_pooling", "hidden_dropout_prob",
     "layer_scale_init_value", "fullatt_block_indexes", "deepstack_visual_indexes", "image_rotary", "vision", "mechanism", "connector",
 }  # fmt: skip
-"""Keys of config.json. Those that an EEMLLM adds, the last three, we read ourselves, but see `_config`."""
+"""Keys of config.json. Those that an EEMLLM adds, the last three, we read ourselves, but see `clean_config`."""
 ROPE = {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
     "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
@@ -87,6 +87,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
 MODEL_FILES = ("config.json", "generation_config.json")
+PROCESSOR = "processor_config.json"
 HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 """Options of ``from_pretrained`` that say where a file is; for a local folder only ``subfolder`` has an effect."""
 INDEX = "model.safetensors.index.json"
@@ -230,7 +231,7 @@ def _plain(value: Any, where: str) -> Any:
 # --- configurations
 
 
-def _config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def clean_config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """config.json with the keys in `CONFIG`. Raises ConfigError; also for a key that cannot be ignored, quantization_config."""
     if values.get("quantization_config"):
         raise ConfigError(
@@ -246,7 +247,7 @@ def _config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
                 raise ConfigError(f"{where}: {name}: found {number!r:.99}, expected {expected}")
     for name in ("text_config", "vision_config"):
         if kept.get(name) is not None:
-            kept[name] = _config(_mapping(kept[name], where, name), f"{where}: {name}")
+            kept[name] = clean_config(_mapping(kept[name], where, name), f"{where}: {name}")
     for name in ("rope_parameters", "rope_scaling"):
         if kept.get(name) is not None:
             kept[name] = _rope(_mapping(kept[name], where, name))
@@ -256,7 +257,7 @@ def _config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         and own.get("encoder") in ("transformers", "qwen_vl")
         and isinstance(own.get("config"), dict)
     ):
-        model = _config(_mapping(own["config"].get("model"), where, "vision: config: model"), f"{where}: vision")
+        model = clean_config(_mapping(own["config"].get("model"), where, "vision: config: model"), f"{where}: vision")
         kept["vision"] = {**own, "config": {**own["config"], "model": model}}
     return {**kept, **_class(kept, where)}
 
@@ -265,6 +266,10 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of rotary positions: the keys in `ROPE`, perhaps for each type of layer."""
     types = {name: _rope(value) for name, value in values.items() if name in LAYER_TYPES and isinstance(value, dict)}
     return types or {name: value for name, value in values.items() if name in ROPE}
+
+
+def _processor(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name == "template"}
 
 
 def _generation(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -324,7 +329,8 @@ def _mapping(value: Any, where: str, name: str) -> dict[str, Any]:
 
 
 _CLEANED: dict[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
-    "config.json": _config,
+    "config.json": clean_config,
+    PROCESSOR: _processor,
     "generation_config.json": _generation,
     "tokenizer_config.json": _tokenizer,
     "special_tokens_map.json": _tokenizer,

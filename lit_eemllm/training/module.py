@@ -39,8 +39,7 @@ from .tuning import adamw, apply_tuning, parameter_groups, schedule, set_modes, 
 if TYPE_CHECKING:
     from ..config.keys import Config
     from ..inputs.images import Transform
-    from ..inputs.processor import Processor
-    from ..model import EEMLLM
+    from ..model import EEMLLM, Processor
 
 
 def compute_dtype(config: Config) -> torch.dtype | None:

@@ -11,8 +11,8 @@ import tiny
 import torch
 from lib.mechanisms import counted, of_layers
 from lib.vision import picture
-from lib.vlms import KINDS, conversation, messages
-from transformers import AutoModelForImageTextToText
+from lib.vlms import KINDS, TALKS, conversation, messages
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lit_eemllm import cli
 from lit_eemllm.config import load_config
@@ -20,9 +20,8 @@ from lit_eemllm.cost.trace import Document, trace
 from lit_eemllm.cost.weightless import parts_of_config
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.formats.vlm import load_vlm
-from lit_eemllm.inputs.processor import Processor
 from lit_eemllm.mechanisms import build_mechanism
-from lit_eemllm.model import EEMLLM, QwenVision
+from lit_eemllm.model import EEMLLM, Processor, QwenVision
 
 BOUND = 1e-5
 JOURNEYS = {
@@ -66,6 +65,27 @@ def both_words(model, theirs, tokenizer, kind):
     views = torch.cat([model.vision.patches(x) for x in views]) if isinstance(model.vision, QwenVision) else views
     given["pixel_values"] = views.view(given["pixel_values"].shape)
     return words(model, ours), words(theirs, given)
+
+
+def test_its_folder_opens_by_transformers_doors(folder, tmp_path):
+    """As an EEMLLM, with tiles, texts between them and pictures of many sizes: the ids of training, token for token the same answers."""
+    model, tokenizer = load_vlm(folder)
+    Processor(tokenizer, "jinja", model.vision.transform, model.config.image_token_id).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    found, theirs = (
+        AutoProcessor.from_pretrained(tmp_path),
+        AutoModelForImageTextToText.from_pretrained(tmp_path).eval(),
+    )
+    for talk in ("no image", "text between", "turns"):
+        ours, pictures = prompt(model, tokenizer, TALKS[talk])
+        told, left = messages(TALKS[talk]), iter(pictures)
+        for part in (part for message in told for part in message["content"] if part["type"] == "image"):
+            part["image"] = next(left)
+        given = found.apply_chat_template(told, tokenize=True, return_dict=True)
+        again = found(text=found.apply_chat_template(told), images=pictures)
+        assert all(x["input_ids"].equal(ours["input_ids"]) and x.keys() == ours.keys() for x in (given, again)), talk
+        answers = [x.generate(**y, max_new_tokens=3, do_sample=False) for x, y in ((theirs, given), (model, ours))]
+        assert answers[0].equal(answers[1])
 
 
 @pytest.mark.slow

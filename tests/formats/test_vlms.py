@@ -18,10 +18,9 @@ from lit_eemllm.errors import ConfigError, SampleError
 from lit_eemllm.formats.mechanism import change_mechanism
 from lit_eemllm.formats.vlm import check_vlm, format_of, load_vlm, save_vlm
 from lit_eemllm.inputs.chat import IMAGE_SLOT
-from lit_eemllm.inputs.processor import Processor
 from lit_eemllm.mechanisms import PRESETS, Connector
 from lit_eemllm.mechanisms.pooling import AttentionPool, Average, PixelShuffle
-from lit_eemllm.model import EEMLLM, QwenVision
+from lit_eemllm.model import EEMLLM, Processor, QwenVision
 from lit_eemllm.model.image_cache import ImageCache
 
 BOUND = 1e-5

@@ -9,7 +9,7 @@ from tokenizers import normalizers
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.inputs import rendering
 from lit_eemllm.inputs.chat import IMAGE, get_template
-from lit_eemllm.inputs.processor import Processor
+from lit_eemllm.model import Processor
 
 
 def test_generation_marks_say_what_is_trained() -> None:

@@ -9,14 +9,14 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_eemllm.core.families import FAMILIES
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.formats.vlm import FORMATS, load_vlm, save_vlm
 from lit_eemllm.mechanisms import PRESETS
-from lit_eemllm.model import EEMLLM
+from lit_eemllm.model import EEMLLM, EEMLLMConfig, Processor
 from lit_eemllm.model.build import build, build_processor
 from lit_eemllm.model.configuration import load_decoder_config
 from lit_eemllm.model.folders import CONFIG
@@ -156,6 +156,35 @@ def test_whole_models_are_read_likewise(folder):
         )  # a LLaVA embeds the image token
         assert all(t.equal(state[n][: len(t)] if rows and t.ndim else state[n]) for n, t in model.state_dict().items())
         assert CANARY not in json.dumps(found.config.to_dict(), default=str)
+
+
+def test_transformers_auto_classes_read_likewise(folder):
+    """And what they read before they ask us runs nothing either."""
+    model, processor = build(model_of(folder))
+    model.save_pretrained("whole")
+    processor.save_pretrained("whole")
+    shutil.copy(f"{CANARY}.py", "whole")
+    before = AutoConfig.from_pretrained("whole").to_dict()
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        add(folder / "whole" / name, **{key: value for key, value in HOSTILE.items() if key != "processor_class"})
+    raw = json.loads((folder / "whole" / "config.json").read_text())
+    for section in (raw["text_config"], raw["vision"]["config"]["model"]):
+        section |= HOSTILE
+    add(folder / "whole" / "config.json", **raw)
+    assert AutoConfig.from_pretrained("whole").to_dict() == before
+    assert EEMLLMConfig.from_pretrained("whole").to_dict() == {**before, "_name_or_path": ""}
+    found = AutoModelForImageTextToText.from_pretrained("whole")
+    assert all(tensor.equal(found.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert CANARY not in json.dumps(found.generation_config.to_dict(), default=str)
+    again = AutoProcessor.from_pretrained("whole", trust_remote_code=True)
+    assert again.template.fingerprint() == processor.template.fingerprint()
+    add(folder / "whole" / "processor_config.json", **HOSTILE)
+    with pytest.raises(ValueError, match="contains custom code"):
+        AutoProcessor.from_pretrained("whole")
+    assert Processor.from_pretrained("whole").to_dict() == {"template": "vicuna_v1"}
+    add(folder / "whole" / "processor_config.json", template="gone")
+    with pytest.raises(ConfigError, match="unknown chat template 'gone'; known: jinja, plain, vicuna_v1"):
+        Processor.from_pretrained("whole")
 
 
 def test_options_of_the_hub_choose_the_files(tmp_path, monkeypatch):

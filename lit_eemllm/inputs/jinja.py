@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from ..inputs.chat import DAY, VICUNA_SYSTEM, ChatTemplate, JinjaTemplate
+from .chat import DAY, VICUNA_SYSTEM, ChatTemplate, JinjaTemplate
 
 # Messages of transformers may hold a list of typed parts: put together as `lit_eemllm.inputs.rows` does.
 _PARTS = """\

@@ -25,7 +25,8 @@ def add(verbs: Any) -> None:
     made.add_argument("inputs", nargs="*", metavar="SOURCE|key=value", help=text)
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     made.add_argument("--mechanism", metavar="PRESET", help="such as ee_mllm or saisa; default: the source's own")
-    text = "write one of transformers' own models and check that it computes the same; mechanism llava"
+    text = "write one of transformers' own models, which loads anywhere without this package, and check that it computes the same; "
+    text += "mechanism llava"
     made.add_argument("--to-transformers", "--to-llava", action="store_true", help=text)
 
 

@@ -19,8 +19,10 @@ from ..mechanisms.build import without_nulls
 from ..mechanisms.connectors import DEFAULT
 from ..model import EEMLLM, Processor
 from ..model.folders import finder, read_config, refuse_adapter
+from ..model.processor import template_of
 from ..names import check_names
 from ..plugins import warn_if_changed
+from ..report.card import write_card
 from ..training.adapters import merge_adapters
 from ..training.checkpoint import new_folder, newest_checkpoint
 from .mechanism import Fate, change_mechanism, choose_connector, choose_mechanism, mechanism_settings
@@ -43,6 +45,7 @@ class Source:
         tokenizer: None if the source holds none.
         config: keys of a configuration that goes with the model.
         template: name of the chat template that it was trained with; None if that is the one that its tokenizer has.
+        checkpoint: of the run, if it is one.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Source:
     tokenizer: PreTrainedTokenizerBase | None
     config: dict[str, Any]
     template: str | None
+    checkpoint: str = ""
 
     def processor(self, model: EEMLLM) -> Processor | None:
         """What made the prompts in training, if that is known."""
@@ -87,6 +91,8 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_transformers: 
             )
         if to_transformers and found.tokenizer is None:
             raise ConfigError(f"--to-transformers: {source} holds no tokenizer; convert the run it was made from")
+        same = (mechanism, connector) == (found.model.mechanism, found.model.connector)
+        scored = (source, found.checkpoint) if same and found.checkpoint else None
         advance(1)
         model, fates = change_mechanism(found.model, mechanism, seed, connector)
         advance(1)
@@ -97,9 +103,9 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_transformers: 
             checked = check_vlm(model, folder, found.processor(model))
         else:
             model.save_pretrained(folder)
-            if found.tokenizer is not None:
-                found.tokenizer.save_pretrained(folder)
+            _save_texts(found, model, folder)
             (folder / "config.yaml").write_text(_configuration(found.config, model, source, out))
+        write_card(folder, out.name, model, found.config, scored, foreign=to_transformers)
         advance(1)
     behind = f", connector {connector}" if connector != DEFAULT else ""
     console.print(_table(fates, f"{found.name} -> {out}, mechanism {named}{behind}"))
@@ -108,6 +114,17 @@ def convert(source: Path, out: Path, overrides: Sequence[str], to_transformers: 
         begins = f"; {mechanism.blocks_begin}" if mechanism.blocks_name in fresh and mechanism.blocks_begin else ""
         console.print(f"fresh is untrained, from seed {seed}: {', '.join(sorted(fresh))}{begins}")
     console.print(checked or f"to train it further: lit-eemllm fit {out} out=runs/NAME")
+
+
+def _save_texts(found: Source, model: EEMLLM, folder: Path) -> None:
+    """The processor, or the tokenizer alone where that has no chat template that could be used."""
+    if found.tokenizer is None:
+        return
+    try:
+        told = found.template or "jinja", model.vision.transform, model.config.image_token_id
+        Processor(found.tokenizer, *told).save_pretrained(folder)
+    except UserError:
+        found.tokenizer.save_pretrained(folder)
 
 
 def _wanted(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -158,7 +175,9 @@ def _open_run(path: Path, checkpoint: Path) -> Source:
     model, processor, _ = load(on_cpu(config), str(checkpoint))
     merged = merge_adapters(model)
     name = f"run {checkpoint}" + (f", {merged} adapters folded in" if merged else "")
-    return Source(name, model, processor.tokenizer, _read_yaml(path / "config.yaml"), config.model.template)
+    return Source(
+        name, model, processor.tokenizer, _read_yaml(path / "config.yaml"), config.model.template, str(checkpoint)
+    )
 
 
 def _open_eemllm(path: Path) -> Source:
@@ -170,7 +189,8 @@ def _open_eemllm(path: Path) -> Source:
         load_config([file], _REQUIRED, checks=[check_names])  # refuses what is none
         config = _read_yaml(file) or {}
     given = {name: value for name, value in (config.get("model") or {}).items() if value is not None}
-    template = given.get("template", None if tokenizer is not None and tokenizer.chat_template else "vicuna_v1")
+    told = "vicuna_v1" if tokenizer is None else template_of(path, tokenizer)
+    template = given.get("template", None if told == "jinja" else told)
     config["model"] = {**_parts(model, path), **given}
     return Source(f"EEMLLM {path}", model, tokenizer, config, template)
 

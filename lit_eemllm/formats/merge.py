@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..config import to_yaml
@@ -11,6 +11,7 @@ from ..console import console, quiet_libraries, write_atomically
 from ..errors import UserError
 from ..evaluation.run import load, on_cpu
 from ..model.configuration import load_decoder_config
+from ..report.card import write_card
 from ..training.adapters import drop_adapters, merge_adapters, save_adapter
 from ..training.checkpoint import new_folder
 from ..training.initial import stored_weights
@@ -51,10 +52,11 @@ def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> N
         else:
             done = f"model, {merge_adapters(model)} adapters folded in"
             model.save_pretrained(folder)
-            processor.tokenizer.save_pretrained(folder)
+            processor.save_pretrained(folder)
             whole = replace(config, init_from=str(out), out=str(out), resume="auto")
             whole.model = replace(config.model, quantization=None)
             write_atomically(folder / "config.yaml", to_yaml(whole, comments=True))
+            write_card(folder, out.name, model, asdict(config), (Path(config.out), source))
     console.print(f"{done}: {source} -> {out}")
 
 

@@ -5,7 +5,7 @@ Every number comes from a run directory that is named beside it: below the table
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -14,7 +14,7 @@ from .machine import provenance
 from .page import page
 from .plots import draw
 from .runs import Comparison, compare, read_run
-from .tables import numbers_csv, print_tables, report_csv, tables
+from .tables import Lines, numbers_csv, print_tables, report_csv, tables
 from .words import caption, incomparable, incomplete, search_heading, searches
 
 __all__ = ["provenance", "read_run", "report"]
@@ -53,14 +53,7 @@ def markdown(compared: Comparison, warnings: Sequence[str], notes: Sequence[str]
     """The tables, what they mean, what was searched, and where all of it comes from."""
     parts = [f"# {plain(compared.title)}"]
     headings = {row.group for row in compared.rows}
-    for lines in tables(compared):
-        table = []
-        for line in lines:
-            cells = [plain(cell).replace("|", "\\|") for cell in line]
-            if line[0] in headings and not any(line[1:]):
-                cells[0] = f"**{cells[0]}**"
-            table.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join([table[0], "|" + "---|" * len(lines[0]), *table[1:]]))
+    parts += [markdown_table(lines, headings) for lines in tables(compared)]
     parts += map(plain, warnings)
     parts.append(plain(" ".join(caption(compared))))
     parts.append("![score against FLOPs, learning curves, scores by question type](report.png)")
@@ -68,6 +61,17 @@ def markdown(compared: Comparison, warnings: Sequence[str], notes: Sequence[str]
         parts += [plain(search_heading(compared)), "\n".join(f"- {line}" for line in searched)]
     parts.append("\n".join(f"- {plain(note)}" for note in notes))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_table(lines: Lines, headings: Collection[str | None] = ()) -> str:
+    """Lines of cells as a table, of which `headings` alone on their line stand out."""
+    table = []
+    for line in lines:
+        cells = [plain(cell).replace("|", "\\|") for cell in line]
+        if line[0] in headings and not any(line[1:]):
+            cells[0] = f"**{cells[0]}**"
+        table.append("| " + " | ".join(cells) + " |")
+    return "\n".join([table[0], "|" + "---|" * len(lines[0]), *table[1:]])
 
 
 def plain(text: str) -> str:

@@ -56,6 +56,12 @@ def test_from_a_run_to_saisas_second_stage(first_stage, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert table(printed) == {("vision", "kept"): 53, ("language_model", "kept"): 30, ("projector", "copied"): 12}
     assert f"lit-eemllm fit {two} out=" in printed
+    for name, *more in (("dense", "model.mechanism.dense_layers=all"), ("same",)):
+        assert cli.main(["convert", str(elsewhere), "--out", str(tmp_path / name), *more]) == 0
+        scored = "Not evaluated yet" in (tmp_path / name / "README.md").read_text()
+        assert scored == (name == "same"), "scores of another mechanism are not its own"
+        shutil.rmtree(tmp_path / name)
+    assert (two / "processor_config.json").read_text() == '{"template": "vicuna_v1"}'
     state = load_file(two / "model.safetensors")
     trained = torch.load(first_stage / "checkpoints" / "step-2.ckpt", weights_only=True)["state_dict"]
     for name, tensor in trained.items():
@@ -218,6 +224,7 @@ def test_an_export_keeps_a_chat_template_that_nothing_contradicts(tmp_path, toke
     model.config.image_token_id = image
     model.save_pretrained(source)
     own.save_pretrained(source)
+    assert open_source(source).template is None
     for out, *to_llava in (tmp_path / "llava", "--to-llava"), (tmp_path / "ours",):
         assert cli.main(["convert", str(source), "--out", str(out), *to_llava]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "llava").chat_template == own.chat_template

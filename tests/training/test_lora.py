@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from lit_eemllm import cli
 from lit_eemllm.compat.peft import is_quantized
@@ -136,6 +136,11 @@ def test_merge_gives_a_whole_model_with_equal_logits_and_init_from_takes_a_run(t
     assert modes["model.safetensors"] == 0o640 and set(modes.values()) == {0o640}, "as the umask says"
     assert (tmp_path / "merged").stat().st_mode & 0o777 == 0o750
     assert tiny.max_error(packed_logits(EEMLLM.from_pretrained(tmp_path / "merged")), true) <= 1e-5
+    whole, found = EEMLLM.from_pretrained(tmp_path / "merged"), tmp_path / "merged"
+    theirs = AutoModelForImageTextToText.from_pretrained(found).state_dict()
+    assert all(tensor.equal(theirs[name]) for name, tensor in whole.state_dict().items())
+    assert AutoProcessor.from_pretrained(found).template.name == run.model.template
+    assert f"Not evaluated yet (`lit-eemllm validate {run.out}`)" in (found / "README.md").read_text()
     merged = load_config([tmp_path / "merged" / "config.yaml"])
     assert tiny.max_error(packed_logits(load(merged, None)[0]), true) <= 1e-5  # as the command line opens it
     parts = Path(run.model.decoder).parent
@@ -233,6 +238,7 @@ def test_merging_takes_no_memory_of_a_gpu(trained, tmp_path, monkeypatch):
     """Folding is in float32: twice the size of weights that fitted. The folder's configuration is as the run's."""
     config, moved = replace(trained, trainer={"devices": 1}), []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("lit_eemllm.report.card.provenance", lambda: "")  # which asks for the GPU's name
     monkeypatch.setattr(EEMLLM, "to", lambda self, device: moved.append(device) or self)
     merge(config, None, tmp_path / "merged", adapter=False)
     assert moved == ["cpu"]

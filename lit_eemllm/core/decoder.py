@@ -66,6 +66,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         for name, part in layer.named_children():
             self.add_module(name, part)
+        self._of_attention = {name for name, _ in self.self_attn.named_children()}
         self.index, self.family, self.rotary, self.window = index, family, rotary, window
         self.row, self.ranks = LayerPlan(), None
         self.unrotated, self.freeze_prefix, self.narrow = False, False, {}
@@ -96,7 +97,7 @@ class DecoderLayer(nn.Module):
 
     def _own(self, name: str, *default: None) -> Any:
         """A module of the layer or of its attention."""
-        return getattr(self.self_attn if hasattr(self.self_attn, name) else self, name, *default)
+        return getattr(self.self_attn if name in self._of_attention else self, name, *default)
 
     def forward(
         self, x_Th: Tensor, x_Vh: Tensor, stream: Stream, kept: Tokens | None = None
@@ -248,7 +249,7 @@ class DecoderLayer(nn.Module):
         """Queries, keys or values (q, k, v) by head, before rotation; q and k are normalised as `Family.qk_norm` says."""
         heads, name = (-1, self.self_attn.head_dim), f"{kind}_norm"
         x_Rw = self._run(f"{kind}_proj", u_Rh, text)
-        if not hasattr(self.self_attn, name):
+        if name not in self._of_attention:
             return torch.unflatten(x_Rw, -1, heads)
         if self.family.qk_norm == "width":
             return torch.unflatten(self._run(name, x_Rw, text), -1, heads)

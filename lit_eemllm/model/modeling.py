@@ -6,6 +6,7 @@ The decoder is an ordinary causal LM of transformers under its own weight names;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from inspect import signature
 from itertools import chain
 from os import PathLike
@@ -210,7 +211,7 @@ class EEMLLM(Padded, Generating, GenerationMixin):  # which transformers wants t
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
-        inputs = {name: inputs[name] for name in inputs if name in signature(self.forward).parameters}  # no tokenizer
+        inputs = {name: inputs[name] for name in inputs if name in _arguments(type(self))}  # no tokenizer
         again = is_first_iteration or not kwargs.get("use_cache", True)
         return {**inputs, "pixel_values": pixel_values if again else None, "image_sizes": image_sizes}
 
@@ -231,3 +232,9 @@ class EEMLLM(Padded, Generating, GenerationMixin):  # which transformers wants t
 
 
 AutoModelForImageTextToText.register(EEMLLMConfig, EEMLLM)
+
+
+@cache
+def _arguments(model: type[EEMLLM]) -> frozenset[str]:
+    """Names that `forward` takes."""
+    return frozenset(signature(model.forward).parameters)

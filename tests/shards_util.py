@@ -31,8 +31,9 @@ from lit_eemllm.config.keys import DataConfig
 from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.data.samples import SampleEncoder
 from lit_eemllm.data.shards import make
-from lit_eemllm.inputs.chat import IMAGE, IMAGE_SLOT, Conversation, EncodedText
+from lit_eemllm.inputs.conversation import IMAGE, Conversation
 from lit_eemllm.inputs.images import ImageTransform
+from lit_eemllm.inputs.spans import IMAGE_SLOT, EncodedText
 from lit_eemllm.layout import PackedBatch
 
 BEGIN, END = 1, 2

@@ -25,8 +25,10 @@ from lit_eemllm.data.recipe import read_recipe, read_yaml
 from lit_eemllm.data.shards import make, prepare
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.evaluation.sets import QuestionSet, read_questions
-from lit_eemllm.inputs.chat import IMAGE, Conversation, SpanTokenizer, Turn, get_template
+from lit_eemllm.inputs.chat import get_template
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 from lit_eemllm.inputs.images import image_size, read_file, read_picture
+from lit_eemllm.inputs.spans import SpanTokenizer
 
 PIXELS = 10_000  # as the encoder of the tests has it
 

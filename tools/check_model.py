@@ -28,7 +28,7 @@ from transformers import AutoProcessor
 from lit_eemllm.console import console, quiet_libraries
 from lit_eemllm.errors import UserError
 from lit_eemllm.formats.vlm import load_vlm, read_format
-from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 from lit_eemllm.model import Processor
 
 SIZES = ((640, 480), (300, 1000), (1600, 400), (90, 60))

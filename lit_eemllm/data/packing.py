@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 
 from lit_eemllm.data.samples import EncodedSample, TokenSample
-from lit_eemllm.inputs.chat import IMAGE_SLOT
+from lit_eemllm.inputs.spans import IMAGE_SLOT
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout, join_images, stretches
 
 

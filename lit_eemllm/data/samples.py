@@ -18,9 +18,11 @@ from torch import Tensor
 
 from lit_eemllm import limits
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.inputs.chat import IMAGE, IMAGE_SLOT, ChatTemplate, Conversation, Turn, parse_conversation
+from lit_eemllm.inputs.chat import ChatTemplate
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn, parse_conversation
 from lit_eemllm.inputs.images import Transform, image_size, read_picture
 from lit_eemllm.inputs.rows import as_llava
+from lit_eemllm.inputs.spans import IMAGE_SLOT
 
 OVERSIZE = "oversize"
 """The one member of a sample of more bytes than are read: it says how many."""

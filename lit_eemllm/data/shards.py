@@ -31,7 +31,7 @@ from lit_eemllm.data.recipe import CRUDE, META, beyond_the_end, read_folder
 from lit_eemllm.data.samples import OVERSIZE
 from lit_eemllm.data.writing import DONE, Options, Report, write
 from lit_eemllm.errors import UserError
-from lit_eemllm.inputs.chat import SURROGATE
+from lit_eemllm.inputs.conversation import SURROGATE
 
 SPLITS = ("train", "val", "test")
 

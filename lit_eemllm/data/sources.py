@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lit_eemllm.data.json_rows import read_json
 from lit_eemllm.errors import SampleError, UserError, not_one_of
-from lit_eemllm.inputs.chat import IMAGE, leading_answer
+from lit_eemllm.inputs.conversation import IMAGE, leading_answer
 from lit_eemllm.shipped import ROOT
 
 if TYPE_CHECKING:

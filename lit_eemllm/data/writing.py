@@ -34,7 +34,7 @@ from lit_eemllm import limits
 from lit_eemllm.config.keys import VideoConfig
 from lit_eemllm.console import progress, progress_bar, write_atomically, writing
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.inputs.chat import leading_answer, parse_conversation
+from lit_eemllm.inputs.conversation import leading_answer, parse_conversation
 from lit_eemllm.inputs.images import read_file, read_picture
 from lit_eemllm.inputs.rows import as_llava, encoded, paths_of
 from lit_eemllm.inputs.video import Clip, read_clip, with_frames

@@ -21,7 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from ..compat.transformers import CACHE
 from ..console import quiet_libraries
 from ..errors import ConfigError, SampleError, UserError, did_you_mean
-from ..inputs.chat import IMAGE, Conversation, Turn
+from ..inputs.conversation import IMAGE, Conversation, Turn
 from ..inputs.images import open_image, read_file
 from ..layout import upload
 from ..mechanisms import PRESETS, Mechanism

@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
 from ..console import console, write_atomically
-from ..inputs.chat import IMAGE
+from ..inputs.conversation import IMAGE
 from ..training.fsdp2 import FSDP2
 from ..training.module import rng_state, set_rng_state
 from .asking import in_batches

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..console import PAGE_POLICY, write_atomically
-from ..inputs.chat import IMAGE
+from ..inputs.conversation import IMAGE
 from ..inputs.images import open_image
 from .questions import Picture
 from .scoring import Answered, by

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 
 from ..console import writing
-from ..inputs.chat import IMAGE
+from ..inputs.conversation import IMAGE
 from ..inputs.images import open_image
 from .scoring import Answered
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.sources import lettered
 from ..errors import SampleError
-from ..inputs.chat import IMAGE, SURROGATE, Conversation, Turn, parse_conversation
+from ..inputs.conversation import IMAGE, SURROGATE, Conversation, Turn, parse_conversation
 from ..inputs.rows import show
 from .metrics import Truth
 

@@ -23,7 +23,7 @@ from ..config import to_yaml
 from ..console import console, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
 from ..errors import CheckpointError, ConfigError, SampleError, UserError
-from ..inputs.chat import IMAGE, Conversation, Turn
+from ..inputs.conversation import IMAGE, Conversation, Turn
 from ..inputs.images import open_image, read_file
 from ..inputs.rows import VIDEO, show
 from ..inputs.video import read_clip, with_frames

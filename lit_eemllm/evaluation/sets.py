@@ -30,7 +30,7 @@ from ..data.samples import read_row
 from ..data.shards import read_shard
 from ..data.writing import Options, Report, clip, image_bytes
 from ..errors import ConfigError, SampleError, UserError, did_you_mean, not_one_of
-from ..inputs.chat import IMAGE
+from ..inputs.conversation import IMAGE
 from ..inputs.images import image_size
 from ..inputs.rows import as_llava, encoded, paths_of
 from ..inputs.video import with_frames

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Pre
 
 from ..core.families import check_decoder
 from ..errors import CheckpointError, ConfigError
-from ..inputs.chat import IMAGE, Conversation, Turn, get_template
+from ..inputs.chat import get_template
+from ..inputs.conversation import IMAGE, Conversation, Turn
 from ..inputs.images import Transform
 from ..inputs.jinja import jinja_of
 from ..mechanisms import PRESETS

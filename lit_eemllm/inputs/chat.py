@@ -1,12 +1,9 @@
-"""Conversation -> token ids, and which of them are trained.
+"""Templates: a conversation as text, and which of it is trained.
 
-    LLaVA row --parse_conversation--> Conversation --render--> spans of text --encode--> ids, supervised
+    Conversation --render--> spans of text --encode--> ids, supervised
 
-A template says which *text* is trained: the answers and their end-of-turn. `SpanTokenizer` turns spans into tokens such
-that (1) a border of spans is a border of tokens: nothing is re-tokenised and subtracted; (2) the tokens before a border
-do not depend on the text after it: the ids of a generation prompt are a prefix of the training ids.
-
-A text with a special token of the tokenizer in it ("</s>", "<|im_end|>", ...) is refused: it would act as that token.
+A template says which *text* is trained: the answers and their end-of-turn. A text with a special token of the tokenizer in it ("</s>",
+"<|im_end|>", ...) is refused: it would act as that token.
 """
 
 from __future__ import annotations
@@ -14,27 +11,22 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 from hashlib import sha256
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
-from lit_eemllm import limits
-from lit_eemllm.errors import ConfigError, SampleError, UserError, is_panic
+from lit_eemllm.errors import ConfigError, SampleError, UserError
+
+from .conversation import IMAGE, Conversation, Turn
+from .spans import IMAGE_SLOT, EncodedText, Span, SpanTokenizer, panics_are_errors
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
-IMAGE = "<image>"  # placeholder of one image in the text of a human turn
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold and no tokenizer takes
-IMAGE_SLOT = -1  # the one entry that stands for a run of visual tokens in `EncodedText.ids`
-Pieces = tuple[str | int, ...]
-"""What stands for an image: how many visual tokens, or the runs of them that it has, with the text that the model's family writes around
-and between."""
 DAY = date(2024, 7, 26)
 """Today, for templates that ask for it: a run must not change at midnight. (Llama 3's own, without a clock.)"""
 
@@ -42,211 +34,6 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-
-
-@dataclass(frozen=True)
-class Turn:
-    role: str  # "system" | "human" | "gpt"
-    text: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Turns human, gpt, ... (system may come first), one placeholder per image in human turns; else SampleError."""
-
-    key: str
-    turns: tuple[Turn, ...]
-    num_images: int
-    type: str | None = None
-
-    def __post_init__(self) -> None:
-        speakers = self.roles[1:] if self.roles[:1] == ["system"] else self.roles
-        if not speakers or speakers != [("human", "gpt")[i % 2] for i in range(len(speakers))]:
-            found = f"turns must alternate human, gpt, ... (system may come first), not {self.roles}"
-            raise self.refusal("bad_conversation", found)
-        if any(turn.role != "human" and IMAGE in turn.text for turn in self.turns):
-            raise self.refusal("bad_conversation", f"{IMAGE} in a gpt or system turn; only human turns show images")
-        placeholders = sum(turn.text.count(IMAGE) for turn in self.turns)
-        if placeholders != self.num_images:
-            found = f"{placeholders} {IMAGE} placeholders in the text but {self.num_images} images"
-            raise self.refusal("placeholder_mismatch", f"{found}; each image needs one in a human turn")
-
-    @property
-    def roles(self) -> list[str]:
-        return [turn.role for turn in self.turns]
-
-    def refusal(self, reason: str, message: str) -> SampleError:
-        return SampleError(reason, f"sample {self.key!r}: {message}")
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of rendered text; images stand in it as `IMAGE`."""
-
-    text: str
-    supervised: bool
-
-
-@dataclass(frozen=True)
-class EncodedText:
-    """Token ids with `IMAGE_SLOT` for each image, or once it has its pieces for each run of visual tokens, and for each entry whether it is
-    a target of the loss.
-
-    Attributes:
-        images: of each image that has its pieces, its first entry and the one after its last.
-        runs: visual tokens of each of their slots.
-    """
-
-    ids: list[int]
-    supervised: list[bool]
-    images: list[tuple[int, int]] = field(default_factory=list)
-    runs: list[int] = field(default_factory=list)
-
-    def with_pieces(self, images: Sequence[Pieces], text_ids: Callable[[str], list[int]]) -> EncodedText:
-        """The same with each image's slot replaced by its pieces: a slot for each run of visual tokens, and the ids of the text around and
-        between them, which is never a target."""
-        ids, supervised, shown, left = list[int](), list[bool](), list[tuple[int, int]](), iter(images)
-        runs = [piece for pieces in images for piece in pieces if isinstance(piece, int)]
-        for entry, flag in zip(self.ids, self.supervised, strict=True):
-            first = len(ids)
-            if entry != IMAGE_SLOT:
-                ids.append(entry)
-            else:
-                for piece in next(left):
-                    ids += text_ids(piece) if isinstance(piece, str) else [IMAGE_SLOT]
-                shown.append((first, len(ids)))
-            supervised += [flag] * (len(ids) - first)
-        return EncodedText(ids, supervised, shown, runs)
-
-
-def leading_answer(turns: Sequence[Any]) -> bool:
-    """Whether a row's turns begin with an answer, to nothing, and go on. `parse_conversation` drops it, as LLaVA's code does."""
-    return len(turns) > 1 and isinstance(turns[0], Mapping) and turns[0].get("from") == "gpt"
-
-
-def parse_conversation(row: Mapping[str, Any], num_images: int, key: str) -> Conversation:
-    """Check a row in LLaVA's JSON form and return its conversation, without a `leading_answer`.
-
-    Args:
-        row: ``{"conversations": [{"from": "human"|"gpt"|"system", "value": str}, ...], "type": str (optional)}``.
-        num_images: images that come with the row; human turns must hold as many placeholders.
-        key: names the sample in messages.
-
-    Raises:
-        SampleError: ``bad_conversation``, ``placeholder_mismatch``, ``missing_image``, ``missing_video``, ``too_many_images`` or ``no_target`` (all
-            answers are white space).
-    """
-    if num_images > limits.ROW_IMAGES:
-        raise SampleError(
-            "too_many_images", f"sample {key!r}: {num_images:,} images, at most {limits.ROW_IMAGES:,} are read"
-        )
-    expected = f"sample {key!r}: expected a list 'conversations' of mappings with strings 'from' and 'value'"
-    entries = row.get("conversations") if isinstance(row, Mapping) else None
-    if not isinstance(entries, list):
-        raise SampleError("bad_conversation", f"{expected}, found {str(row)[:80]!r}")
-    turns = []
-    for entry in entries:
-        role, value = (entry.get("from"), entry.get("value")) if isinstance(entry, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(value, str) or SURROGATE.search(value):
-            raise SampleError("bad_conversation", f"{expected}, one turn is {str(entry)[:80]!a}")
-        turns.append(Turn(role, value))
-    turns = turns[leading_answer(entries) :]
-    kind = row.get("type")
-    if kind is not None and not isinstance(kind, str):
-        raise SampleError("bad_conversation", f"sample {key!r}: 'type' must be a string, found {str(kind)[:80]!r}")
-    conversation = Conversation(key, tuple(turns), num_images, kind)
-    if not num_images and row.get("image"):
-        raise conversation.refusal(
-            "missing_image", f"its row names {str(row['image'])[:80]!a}, but no image comes with it"
-        )
-    if row.get("video"):
-        raise conversation.refusal(
-            "missing_video",
-            f"its row names {str(row['video'])[:80]!a}, but no frames come with it; `shards make` makes them",
-        )
-    if not any(turn.role == "gpt" and turn.text.strip() for turn in turns):
-        raise conversation.refusal("no_target", "no gpt turn holds an answer, so there is nothing to train on")
-    return conversation
-
-
-class SpanTokenizer:
-    """Tokenises spans one after the other; what is emitted for a span never changes when more spans follow.
-
-    A span is tokenised together with the text before it, its context: the common case is the tokenizer's own
-    tokenisation of the whole text. Only if the context's tokens are not a prefix of the result (the prompt's last
-    character merged with the answer's first) is the text cut there, and the span tokenised after a neutral newline,
-    which keeps SentencePiece from inventing a leading space, or alone where even that merges. Tokenizers split text at
-    special tokens themselves, so after one the context starts anew from it, and the cost stays linear.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, special: Mapping[str, int] | None = None) -> None:
-        """`special`: tokens that are to count as special, though the tokenizer only has them as added."""
-        self.tokenizer = tokenizer
-        self.special: dict[str, int] = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self.special |= special or {}
-        self.special |= {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._endings = tuple(sorted(self.special, key=len, reverse=True))
-        self._special_ids = frozenset(self.special.values()) - {tokenizer.unk_token_id}
-        # matches any special token in a text
-        self.control = re.compile("|".join(re.escape(text) for text in self._endings if text != IMAGE) or "(?!)")
-        self._newline = self._encodings(["\n"])[0].ids
-
-    def __call__(self, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
-        """Token ids and supervised flags; a span that is `IMAGE` gives one `IMAGE_SLOT`, text after it starts anew."""
-        uncut, context = [], ""  # what is to be tokenised if no border needs a cut: nearly always all, in one call
-        for span in spans:
-            uncut += [context + span.text] * (span.text != IMAGE)
-            context = "" if span.text == IMAGE else self.ending(span.text) or context + span.text
-        known = dict(zip(uncut, self._encodings(uncut) if uncut else [], strict=True))
-        ids, supervised = list[int](), list[bool]()
-        before: tuple[str, list[int]] = ("", [])
-        for span in spans:
-            if span.text == IMAGE:
-                ids.append(IMAGE_SLOT)
-                supervised.append(False)
-                before = ("", [])
-                continue
-            for context, head in (before, ("\n", self._newline), ("", [])):
-                text = context + span.text
-                encoding = known[text] if text in known else self._encodings([text])[0]
-                whole = encoding.ids
-                if self._continues(encoding, whole, head, len(context)):
-                    break
-            ids += whole[len(head) :]
-            supervised += [span.supervised] * (len(whole) - len(head))
-            ending = self.ending(text)
-            restart = ending and whole[-1:] == [self.special[ending]]
-            before = (ending, whole[-1:]) if restart else (text, whole)
-        return ids, supervised
-
-    def ending(self, text: str) -> str:
-        """The special token with which the text ends, or ""."""
-        return next((e for e in self._endings if text.endswith(e)), "") if text.endswith(self._endings) else ""
-
-    def _continues(self, encoding: Encoding, whole: list[int], head: list[int], border: int) -> bool:
-        """Whether `head`, the tokens of the first `border` characters, are the first tokens of the whole text."""
-        if whole[: len(head)] != head:
-            return False
-        if not head or head[-1] in self._special_ids:  # a special token may swallow white space that follows it
-            return True
-        # the same ids may cover more text: unknown characters in a row are fused into one token
-        return encoding.offsets[len(head) - 1][1] <= border
-
-    def _encodings(self, texts: list[str]) -> list[Encoding]:
-        # not verbose: texts over the tokenizer's model_max_length are the concern of data.max_length
-        with panics_are_errors():
-            return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
-
-
-@contextmanager
-def panics_are_errors() -> Iterator[None]:
-    """A panic of a tokenizer, whose pattern gives up on a text, is no Exception. Raises SampleError in its place."""
-    try:
-        yield
-    except BaseException as error:
-        if not is_panic(error):
-            raise
-        raise SampleError("tokenizer", f"the tokenizer broke on a text: {str(error)[:300]}") from None
 
 
 class ChatTemplate(ABC):

@@ -29,8 +29,8 @@ from torch.nn.functional import interpolate
 
 from lit_eemllm import limits
 from lit_eemllm.errors import ConfigError, SampleError
-from lit_eemllm.inputs.chat import Pieces
 from lit_eemllm.inputs.reduction import EACH, Grids, Order, Reduction
+from lit_eemllm.inputs.spans import Pieces
 from lit_eemllm.layout import Pixels, map_images, upload
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import Any
 
 from lit_eemllm import limits
 from lit_eemllm.errors import SampleError
-from lit_eemllm.inputs.chat import IMAGE
+from lit_eemllm.inputs.conversation import IMAGE
 
 ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 PICTURES = ("image", "images", "image_path")

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.inputs.chat import Pieces
 from lit_eemllm.inputs.images import LATER, WHOLE, ImageTransform, Transform, resized, within_max_side
 from lit_eemllm.inputs.reduction import EACH, Grids, Order, Reduction
+from lit_eemllm.inputs.spans import Pieces
 from lit_eemllm.layout import Pixels
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))

@@ -30,7 +30,7 @@ from PIL import Image
 
 from lit_eemllm import limits
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.inputs.chat import IMAGE
+from lit_eemllm.inputs.conversation import IMAGE
 from lit_eemllm.inputs.rows import VIDEO, show, videos_of
 
 if TYPE_CHECKING:

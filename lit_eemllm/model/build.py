@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..errors import ConfigError
-from ..inputs.chat import IMAGE
+from ..inputs.conversation import IMAGE
 from ..mechanisms import configured_connector, configured_mechanism
 from .configuration import load_decoder_config
 from .folders import naming

@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config.keys import DataConfig
-from ..inputs.chat import IMAGE, IMAGE_SLOT, ChatTemplate, Conversation, EncodedText, Span, Turn, get_template
+from ..inputs.chat import ChatTemplate, get_template
+from ..inputs.conversation import IMAGE, Conversation, Turn
 from ..inputs.images import Transform, open_image, read_file
 from ..inputs.jinja import jinja_of
 from ..inputs.rows import as_llava
+from ..inputs.spans import IMAGE_SLOT, EncodedText, Span
 from ..layout import join_images, upload
 from ..mechanisms import build_connector
 from .configuration import EEMLLMConfig

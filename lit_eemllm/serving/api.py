@@ -30,7 +30,7 @@ from starlette.routing import Route
 
 from .. import limits
 from ..errors import UserError, did_you_mean
-from ..inputs.chat import IMAGE, Conversation, Turn
+from ..inputs.conversation import IMAGE, Conversation, Turn
 from .engine import End, Engine, Failed, Question
 
 PAGE = Path(__file__).with_name("page.html")

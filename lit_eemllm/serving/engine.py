@@ -18,7 +18,7 @@ from PIL import Image
 from ..errors import SampleError, UserError
 from ..evaluation.chat import Chat, Cost, Listener, answer_aloud
 from ..evaluation.cost import flops_of
-from ..inputs.chat import Conversation
+from ..inputs.conversation import Conversation
 from ..inputs.images import image_size, open_image
 from ..model.image_cache import ImageCache
 

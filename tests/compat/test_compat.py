@@ -100,7 +100,7 @@ def test_private_names_of_others_are_used_in_compat_alone():
 
 
 DOCUMENTED = {
-    "torch": r"torch(\.(nn|utils|distributed|optim)(\..*)?)?",
+    "torch": r"torch(\.(nn|utils|distributed|optim|profiler)(\..*)?)?",
     "transformers": r"transformers(\.(modeling_outputs|utils))?",
     "lightning": r"lightning(\.pytorch|\.fabric)?(\.(callbacks|loggers|profilers|strategies|utilities\..*|plugins\.io|core\.optimizer))?",
     "megatron": r"megatron\.energon",

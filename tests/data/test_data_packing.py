@@ -16,8 +16,8 @@ from shards_util import BEGIN, END, IMAGE_TOKENS, TRANSFORM, encoder, picture, r
 from lit_eemllm.data.packing import balance_packs, collate, plan_packs
 from lit_eemllm.data.samples import TokenSample
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.inputs.chat import IMAGE_SLOT
 from lit_eemllm.inputs.images import open_image
+from lit_eemllm.inputs.spans import IMAGE_SLOT
 
 
 @pytest.mark.parametrize("most", [None, 3])

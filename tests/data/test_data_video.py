@@ -23,7 +23,7 @@ from lit_eemllm.data.sources import held_out
 from lit_eemllm.errors import UserError
 from lit_eemllm.evaluation import run
 from lit_eemllm.evaluation.sets import QuestionSet, read_questions
-from lit_eemllm.inputs.chat import IMAGE
+from lit_eemllm.inputs.conversation import IMAGE
 
 VIDEO = VideoConfig(3, None, "internvl")
 ANSWER = {"from": "gpt", "value": "a"}

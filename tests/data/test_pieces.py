@@ -15,8 +15,9 @@ from lit_eemllm.data.preview import read_pack
 from lit_eemllm.data.samples import EncodedSample, SampleEncoder, TokenSample
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation.loss import with_moved_images
-from lit_eemllm.inputs.chat import IMAGE, IMAGE_SLOT, Conversation, Turn
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 from lit_eemllm.inputs.images import WHOLE, ImageTransform
+from lit_eemllm.inputs.spans import IMAGE_SLOT
 from lit_eemllm.inputs.tiles import AnyresTransform, SplitTransform
 
 VIEW = ImageTransform(height=8, width=8, patch=4, mean=(0.5,) * 3, std=(0.5,) * 3)

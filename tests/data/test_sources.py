@@ -20,7 +20,7 @@ from lit_eemllm.data.shards import make, read_shard
 from lit_eemllm.data.sources import SHORT, SOURCES, Question, conversations, convert, held_out, mended
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.evaluation.metrics import METRICS
-from lit_eemllm.inputs.chat import parse_conversation
+from lit_eemllm.inputs.conversation import parse_conversation
 
 
 def read(row: dict[str, Any]) -> list[str]:

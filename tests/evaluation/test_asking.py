@@ -19,7 +19,7 @@ from lit_eemllm.errors import ConfigError
 from lit_eemllm.evaluation import run
 from lit_eemllm.evaluation.asking import Answers, in_batches, start_ranks
 from lit_eemllm.evaluation.questions import Picture
-from lit_eemllm.inputs.chat import Conversation, Turn
+from lit_eemllm.inputs.conversation import Conversation, Turn
 from lit_eemllm.training.fit import fit
 
 

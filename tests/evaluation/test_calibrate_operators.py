@@ -22,7 +22,7 @@ from lit_eemllm.errors import UserError
 from lit_eemllm.evaluation.calibrate.bench import Bench, mean_prompt
 from lit_eemllm.evaluation.calibrate.measure import compared
 from lit_eemllm.evaluation.calibrate.operators import OPERATORS, Choice, Operator, presets
-from lit_eemllm.inputs.chat import IMAGE_SLOT
+from lit_eemllm.inputs.spans import IMAGE_SLOT
 from lit_eemllm.mechanisms import PRESETS, Mechanism, build_mechanism
 
 DENSE = Mechanism(dense_layers="all")

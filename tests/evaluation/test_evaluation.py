@@ -29,7 +29,7 @@ from lit_eemllm.evaluation.pictures import draw_samples
 from lit_eemllm.evaluation.questions import Picture, Question, shuffle_images
 from lit_eemllm.evaluation.scoring import Answered, score
 from lit_eemllm.evaluation.text import normalise
-from lit_eemllm.inputs.chat import Conversation, Turn
+from lit_eemllm.inputs.conversation import Conversation, Turn
 from lit_eemllm.report import read_run
 from lit_eemllm.terminal import visible
 

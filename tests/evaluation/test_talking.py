@@ -22,7 +22,7 @@ from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.errors import ConfigError, SampleError
 from lit_eemllm.evaluation.chat import Chat, Listener, answer_aloud, leading_pictures
 from lit_eemllm.evaluation.run import UNTRAINED, answer, load, on_cpu
-from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
 
 from lit_eemllm.errors import CheckpointError
 from lit_eemllm.formats.vlm import check_vlm, save_vlm
-from lit_eemllm.inputs.chat import Conversation, Turn
+from lit_eemllm.inputs.conversation import Conversation, Turn
 from lit_eemllm.model.build import build
 
 OWN = (

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from lit_eemllm import cli
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.formats.vlm import check_vlm, load_vlm, save_vlm
-from lit_eemllm.inputs.chat import Conversation, Turn
+from lit_eemllm.inputs.conversation import Conversation, Turn
 from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.mechanisms import PRESETS, Mechanism
 from lit_eemllm.model import EEMLLM, Processor

@@ -17,7 +17,7 @@ from lit_eemllm.data.samples import EncodedSample, TokenSample
 from lit_eemllm.errors import ConfigError, SampleError
 from lit_eemllm.formats.mechanism import change_mechanism
 from lit_eemllm.formats.vlm import check_vlm, format_of, load_vlm, save_vlm
-from lit_eemllm.inputs.chat import IMAGE_SLOT
+from lit_eemllm.inputs.spans import IMAGE_SLOT
 from lit_eemllm.mechanisms import PRESETS, Connector
 from lit_eemllm.mechanisms.pooling import AttentionPool, Average, PixelShuffle
 from lit_eemllm.model import EEMLLM, Processor, QwenVision

@@ -23,7 +23,7 @@ from PIL import Image
 
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.formats.vlm import load_vlm, save_vlm
-from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.model.build import build_processor

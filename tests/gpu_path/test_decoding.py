@@ -118,7 +118,7 @@ def test_questions(parts):
     from PIL import Image
 
     from lit_eemllm.evaluation.run import generated
-    from lit_eemllm.inputs.chat import Conversation, Turn
+    from lit_eemllm.inputs.conversation import Conversation, Turn
     from lit_eemllm.model.build import build
     from lit_eemllm.model.image_cache import ImageCache
 

@@ -29,16 +29,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lit_eemllm.errors import ConfigError, SampleError, UserError
-from lit_eemllm.inputs.chat import (
-    IMAGE,
-    IMAGE_SLOT,
-    Conversation,
-    Span,
-    SpanTokenizer,
-    Turn,
-    get_template,
-    parse_conversation,
-)
+from lit_eemllm.inputs.chat import get_template
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn, parse_conversation
+from lit_eemllm.inputs.spans import IMAGE_SLOT, Span, SpanTokenizer
 
 # --------------------------------------------------------------------------------------------- what is trained (1, 2)
 

@@ -8,7 +8,8 @@ from tokenizers import normalizers
 
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.inputs import rendering
-from lit_eemllm.inputs.chat import IMAGE, get_template
+from lit_eemllm.inputs.chat import get_template
+from lit_eemllm.inputs.conversation import IMAGE
 from lit_eemllm.model import Processor
 
 

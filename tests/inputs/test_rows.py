@@ -13,7 +13,7 @@ from lit_eemllm.data.check import check
 from lit_eemllm.data.shards import make, prepare
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.evaluation.sets import QuestionSet, read_questions
-from lit_eemllm.inputs.chat import IMAGE, parse_conversation
+from lit_eemllm.inputs.conversation import IMAGE, parse_conversation
 from lit_eemllm.inputs.rows import as_llava, paths_of
 
 SAID = [("human", f"{IMAGE}\nWhat? {IMAGE}"), ("gpt", "red"), ("human", "Sure?"), ("gpt", "yes")]

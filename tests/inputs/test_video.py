@@ -22,7 +22,8 @@ from transformers.models.smolvlm import processing_smolvlm
 from lit_eemllm import limits
 from lit_eemllm.config.keys import VideoConfig
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.inputs.chat import IMAGE, get_template, parse_conversation
+from lit_eemllm.inputs.chat import get_template
+from lit_eemllm.inputs.conversation import IMAGE, parse_conversation
 from lit_eemllm.inputs.rows import VIDEO, as_llava
 from lit_eemllm.inputs.video import MARKERS, Clip, in_words, read_clip, with_frames
 

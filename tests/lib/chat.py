@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 
 SENTENCE = "a red cube stands left of two green balls while the cat sleeps on an old sofa near what colour is it"
 WORDS = SENTENCE.split()

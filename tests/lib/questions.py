@@ -6,7 +6,7 @@ from dataclasses import replace
 from lit_eemllm.evaluation.metrics import Truth
 from lit_eemllm.evaluation.questions import Picture, Question
 from lit_eemllm.evaluation.sets import QuestionSet, question_sets, read_questions
-from lit_eemllm.inputs.chat import Conversation, Turn
+from lit_eemllm.inputs.conversation import Conversation, Turn
 
 
 def picture(data):

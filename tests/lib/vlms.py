@@ -22,7 +22,7 @@ from lib.chat import build
 from lib.llava import shake
 from lib.vision import picture
 from lit_eemllm.formats.vlm import load_vlm
-from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 from lit_eemllm.mechanisms import PRESETS
 from lit_eemllm.model import EEMLLM
 

@@ -32,7 +32,8 @@ from lit_eemllm import doors
 from lit_eemllm.data.packing import collate
 from lit_eemllm.data.samples import EncodedSample, TokenSample
 from lit_eemllm.errors import ConfigError, SampleError
-from lit_eemllm.inputs.chat import IMAGE_SLOT, Conversation, Turn
+from lit_eemllm.inputs.conversation import Conversation, Turn
+from lit_eemllm.inputs.spans import IMAGE_SLOT
 from lit_eemllm.layout import PackedBatch
 from lit_eemllm.model import EEMLLM, EEMLLMConfig, Processor
 from lit_eemllm.model.build import build

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from lit_eemllm.data.packing import collate
 from lit_eemllm.data.samples import EncodedSample, TokenSample
-from lit_eemllm.inputs.chat import IMAGE_SLOT
+from lit_eemllm.inputs.spans import IMAGE_SLOT
 
 IMAGE = -1
 DOCUMENTS = [

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lit_eemllm.config import to_yaml
 from lit_eemllm.evaluation.run import answer
-from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 
 pytestmark = pytest.mark.slow
 # As the command line, but it tells of every file that is opened to be written.

@@ -16,7 +16,7 @@ from PIL import Image
 from lit_eemllm import cli, limits
 from lit_eemllm.config import to_yaml
 from lit_eemllm.evaluation.run import answer
-from lit_eemllm.inputs.chat import IMAGE, Conversation, Turn
+from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 from lit_eemllm.serving import api
 from lit_eemllm.serving.engine import Failed, Question
 

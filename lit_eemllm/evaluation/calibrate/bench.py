@@ -20,7 +20,7 @@ from ...data.recipe import Recipe
 from ...data.samples import EncodedSample, SampleEncoder, TokenSample
 from ...data.shards import read_shard
 from ...errors import ConfigError, SampleError, UserError
-from ...inputs.chat import IMAGE_SLOT
+from ...inputs.spans import IMAGE_SLOT
 from ...layout import PackedBatch
 from ...mechanisms import Mechanism
 from ...report import provenance

@@ -20,7 +20,7 @@ from ...data.packing import collate
 from ...data.samples import EncodedSample, TokenSample
 from ...errors import SampleError, UserError
 from ...formats.mechanism import mechanism_settings
-from ...inputs.chat import IMAGE, Conversation, Turn
+from ...inputs.conversation import IMAGE, Conversation, Turn
 from ...inputs.images import open_image, read_file
 from ...mechanisms.build import read_mechanism
 from ...names import check_names

@@ -7,9 +7,10 @@ WORKERS ?= auto
 BIN := $(VENV)/bin
 # The environment is made once, and again when the dependencies change.
 INSTALLED := $(VENV)/.installed
+DOCUMENTED := $(VENV)/.documented
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare mechanisms test slow stress check newest lowest lock gpu gpu-dry fmt clean
+.PHONY: help demo compare mechanisms test slow stress check docs newest lowest lock gpu gpu-dry fmt clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -19,6 +20,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  || { echo "Python 3.10 or newer is needed; try: make PYTHON=python3.12"; exit 1; }; $(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(DOCUMENTED): $(INSTALLED)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test,docs]'
 	@touch $@
 
 demo: $(INSTALLED) ## train and ask a tiny model, from nothing, on a CPU
@@ -44,6 +49,9 @@ check: $(INSTALLED) ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(DOCUMENTED) ## the documentation as a site, build/site/docs/index.html; Python 3.11 or newer
+	$(BIN)/python -m sphinx -W --keep-going --quiet -c docs . build/site
+
 newest: $(INSTALLED) ## a short job with the newest version of every dependency; names the one that breaks it
 	$(BIN)/python tools/versions.py newest
 
@@ -52,7 +60,7 @@ lowest: $(INSTALLED) ## the same with the lowest versions that pyproject.toml al
 
 lock: $(INSTALLED) ## look up the newest versions that pyproject.toml allows, and lock them in constraints.txt
 	$(BIN)/python -m pip install 'uv>=0.13,<0.14'
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra test --no-annotate --no-header pyproject.toml -o .lock.unfinished
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra test --extra docs --no-annotate --no-header pyproject.toml -o .lock.unfinished
 	{ grep '^#' constraints.txt; grep -vE '^(nvidia-|cuda-|triton)' .lock.unfinished; } > .constraints.unfinished
 	mv .constraints.unfinished constraints.txt && rm .lock.unfinished
 

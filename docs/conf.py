@@ -12,10 +12,14 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "docs/tour.ipynb", "*.md", "benchmarks/**.md", "data_recipes/**.md"]
 exclude_patterns = [".*", "build", "runs"]
-suppress_warnings = ["toc.not_included"]  # reports of benchmarks and the like; tests/test_docs_site.py looks for those in docs/
+suppress_warnings = [
+    "toc.not_included"
+]  # reports of benchmarks and the like; tests/test_docs_site.py looks for those in docs/
 html_theme = "furo"
 html_title = "lit_eemllm"
 html_copy_source = False
+html_show_copyright = False
+toc_object_entries = False
 myst_heading_anchors = 4
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
@@ -26,6 +30,5 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 600
-nb_merge_streams = True
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -55,7 +55,7 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_quoted_messages_are_the_programs() -> None:
-    quotes, texts = re.findall(r"^- `([^`]+)`$", PAGE, re.MULTILINE), said()
+    quotes, texts = re.findall(r"^- `([^`]+)`\\$", PAGE, re.MULTILINE), said()
     assert len(quotes) > 80
     assert not [quote for quote in quotes if not any(map(matching(quote).search, texts))]
 

@@ -100,7 +100,7 @@ def test_the_sdist_holds_sources_and_tests_and_gives_the_same_wheel(wheel: Path,
     found = {str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()}
     folders = ("lit_eemllm", "configs", "data_recipes", "tools", "tests", "docs", ".ci")
     alone = {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml", "constraints.txt", "PKG-INFO"}
-    alone.add(".gitignore")
+    alone |= {".gitignore", "Dockerfile", ".dockerignore"}
     assert found == files_below(*folders) | alone, "no benchmarks, whose results are large"
     assert contents(build_wheel(source, tmp_path / "wheel")) == contents(wheel)
 

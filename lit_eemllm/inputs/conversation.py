@@ -16,7 +16,9 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can ho
 
 @dataclass(frozen=True)
 class Turn:
-    role: str  # "system" | "human" | "gpt"
+    """What one says: the role is ``system``, ``human`` or ``gpt``."""
+
+    role: str
     text: str
 
 

@@ -7,11 +7,11 @@
 # address of its wheels, which PyTorch's installation page has, or an image that has it already; then `docker run --gpus all`:
 #
 #   docker build --build-arg TORCH_INDEX=... .
-#   docker build --build-arg BASE=... --build-arg EXTRAS=video,eval,qlora,liger,xformers .
+#   docker build --build-arg BASE=... --build-arg EXTRAS=video,eval,serve,qlora,liger,xformers .
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 ARG TORCH_INDEX=""
-ARG EXTRAS=video,eval
+ARG EXTRAS=video,eval,serve
 # The sources are there for this command alone, and not in the image.
 RUN --mount=type=bind,target=/src,rw \
     pip install --no-cache-dir --constraint /src/constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} "/src[${EXTRAS}]" \

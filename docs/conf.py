@@ -12,9 +12,8 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "docs/tour.ipynb", "*.md", "benchmarks/**.md", "data_recipes/**.md"]
 exclude_patterns = [".*", "build", "runs"]
-suppress_warnings = [
-    "toc.not_included"
-]  # reports of benchmarks and the like; tests/test_docs_site.py looks for those in docs/
+# Reports of benchmarks and the like are in no index; that the pages of docs/ are is a test, tests/test_docs_site.py.
+suppress_warnings = ["toc.not_included"]
 html_theme = "furo"
 html_title = "lit_eemllm"
 html_copy_source = False

@@ -10,6 +10,10 @@ ROW_IMAGES = 1000
 """Of a row."""
 IMAGE_BYTES = 256 * 2**20
 """Of an image's file, whatever it has behind its picture."""
+PARQUET_ROWS = 10**7
+"""Of a file."""
+PARQUET_MEMORY = 4 * 2**30
+"""What reading a row of a file may take beside what the process has, on Linux: a file of 600 bytes can unpack to terabytes."""
 IMAGE_SCANS = 20
 """Passes over data.max_image_pixels pixels that a JPEG may take; a progressive one has some ten of its own."""
 VIDEO_BYTES = 2**31

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lib.pages import PAGES, commands
 from lib.releases import RELEASES
@@ -155,6 +157,15 @@ def own_rows(*names: str) -> None:
         Path(name).write_text(json.dumps([row | {"conversations": row["conversations"][:2]} for row in rows]))
 
 
+def own_parquet(folder: Path, image: str, *texts: str) -> None:
+    """A data set of the hub's with these columns."""
+    folder.mkdir(parents=True)
+    rows = [
+        {image: {"bytes": picture(number), "path": None}, **dict.fromkeys(texts, str(number))} for number in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
+
+
 def write_arcee(folder: Path) -> None:
     """A decoder of the family of docs/my_decoder.py, with the tokenizer of the demo's."""
     config = ArceeConfig(vocab_size=832, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -231,7 +242,7 @@ def test_evaluation(read: Callable[[str], Reader]) -> None:
     ("page", "number"),
     [
         ("docs/backends.md", 8),
-        ("docs/data.md", 5),
+        ("docs/data.md", 7),
         ("docs/sweeps.md", 3),
         ("docs/vision.md", 5),
         ("docs/mechanisms.md", 8),
@@ -242,6 +253,8 @@ def test_evaluation(read: Callable[[str], Reader]) -> None:
 def test_other_pages(read: Callable[[str], Reader], page: str, number: int) -> None:
     reader = read(page)
     own_rows("train.json")
+    own_parquet(Path("ai2d"), "image", "caption")
+    own_parquet(Path("ChartQA/data"), "image", "query", "label", "human_or_machine")
     Path("my_config.yaml").write_text("defaults: [configs/demo/ee_mllm.yaml]\nout: runs/vision\n")
     write_arcee(Path("AFM-4.5B"))
     Path("docs").symlink_to(REPOSITORY / "docs")

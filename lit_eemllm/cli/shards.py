@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -56,10 +55,15 @@ def _add_make(shards: Any) -> None:
     text = "Turn rows of JSON and images into shards; every image is decoded once, damaged ones are left out."
     made = takes_imports(verb(shards, "make", _make, text, *examples))
     what = made.add_mutually_exclusive_group(required=True)
-    text = "rows (JSON or JSON lines) of train, val or test, in the form of LLaVA, LLaMA-Factory, ms-swift or TRL; repeatable"
-    what.add_argument("--rows", type=_rows, action="append", default=[], metavar="SPLIT=JSON", help=text)
+    text = (
+        "rows (JSON or JSON lines) of train, val or test, in the form of LLaVA, LLaMA-Factory, ms-swift or TRL, or parquet with the "
+        "images inside, a file or a folder; a folder alone: each split that its files' names say; repeatable"
+    )
+    what.add_argument("--rows", type=_rows, action="append", default=[], metavar="SPLIT=FILE", help=text)
     text = "instead of files, a procedural set, or a published one, or one of your own, as it was released, found in --root"
     what.add_argument("--source", metavar="NAME", help=text)
+    text = "of parquet: those to read, by their names or under others, such as image,question=query,answer=label; default: all"
+    made.add_argument("--columns", type=_columns, metavar="NAME=COLUMN,...", help=text)
     made.add_argument("--root", type=Path, metavar="DIR", help="with --source: the folder of the release")
     text = "with --root: those to convert, such as train,val; default: all that the release has"
     made.add_argument("--splits", type=lambda text: text.split(","), metavar="SPLIT,...", help=text)
@@ -93,9 +97,11 @@ def _add_make(shards: Any) -> None:
 
 def _rows(text: str) -> tuple[str, str]:
     split, equals, file = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected SPLIT=JSON, such as train={text}")
-    return split, file
+    return (split, file) if equals else ("", text)
+
+
+def _columns(text: str) -> dict[str, str]:
+    return {name: column or name for name, _, column in (item.partition("=") for item in text.split(","))}
 
 
 def _make(args: Namespace) -> None:
@@ -123,14 +129,20 @@ def _make(args: Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows, images = {split: Path(path) for split, path in args.rows}, args.images
         if len(rows) < len(args.rows):
-            raise UserError("shards make: a split is given twice; join its JSON files first")
+            raise UserError(
+                "shards make: a split is given twice; join its JSON files first, or put parquet files into a folder"
+            )
+        if "" in rows and not rows[""].is_dir():
+            raise UserError(
+                f"shards make: --rows: found {str(rows[''])!r}, expected SPLIT=FILE, such as train={rows['']}"
+            )
         if args.source is not None:
             file, _, function = PROCEDURAL[args.source].partition(":")
             write = getattr(run_recipe(file), function)
             counts = {"train": args.train, "val": args.val}
             rows = {split: write(Path(folder), split, count) for split, count in counts.items() if count}
             images = Path(folder) / "images"
-        say(make(rows, images, args.out, **options))
+        say(make(rows, images, args.out, columns=args.columns, **options))
 
 
 def _prepare(args: Namespace) -> None:

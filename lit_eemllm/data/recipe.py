@@ -41,6 +41,9 @@ HEADER = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_LOCAL = (
+    "Copy the shards to a local folder (aws s3 sync, rclone copy), or mount them (rclone mount), and name that folder."
+)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _SHARES = {"blend": "weight", "blend_epochized": "repetitions"}
 
@@ -125,9 +128,7 @@ def read_recipe(path: str | Path, split: str) -> Recipe:
     """
     path = Path(path)
     if _URL.match(str(path)) or _URL.match(str(path).replace(":/", "://", 1)):
-        raise UserError(
-            f"{path}: remote data is not supported. Copy the shards to a local folder and name that folder."
-        )
+        raise UserError(f"{path}: remote data is not supported. {_LOCAL}")
     file = find(path)
     if file.is_dir():
         return Recipe(path, "weight", (read_folder(file.absolute(), split, 1.0),))
@@ -138,7 +139,9 @@ def read_recipe(path: str | Path, split: str) -> Recipe:
         )
     with file.open("rb") as opened:
         begin = opened.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    rows = begin.startswith(b"[") or (begin.startswith(b"{") and re.search(rb'"(conversations|messages|image)"', begin))
+    rows = begin.startswith((b"[", b"PAR1")) or (
+        begin.startswith(b"{") and re.search(rb'"(conversations|messages|image)"', begin)
+    )
     if rows or path.suffix == ".jsonl":
         raise UserError(
             f"{path}: rows, expected a recipe or a folder of shards. Make shards of them first: "
@@ -201,9 +204,7 @@ def _source(entry: Any, recipe: Path, where: str, split: str, share: str | None)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise UserError(f"{recipe}: '{where}.{share}' is {value!r:.200}, expected a number above 0.")
     if _URL.match(text):
-        raise UserError(
-            f"{recipe}: '{where}.path' is {text!r:.200}; remote data is not supported, name a local folder."
-        )
+        raise UserError(f"{recipe}: '{where}.path' is {text!r:.200}; remote data is not supported. {_LOCAL}")
     folder = Path(text)
     if not folder.is_absolute():
         base = recipe.absolute().parent

@@ -27,6 +27,7 @@ from lit_eemllm import limits
 from lit_eemllm.config.keys import VideoConfig, bounds_of
 from lit_eemllm.console import progress, write_atomically, writing
 from lit_eemllm.data.json_rows import read_json
+from lit_eemllm.data.parquet import files_of, stored
 from lit_eemllm.data.recipe import CRUDE, META, beyond_the_end, read_folder
 from lit_eemllm.data.samples import OVERSIZE
 from lit_eemllm.data.writing import DONE, Options, Report, write
@@ -40,23 +41,36 @@ def make(
     rows: Mapping[str, Path],
     images: Path | None,
     out: Path,
+    columns: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Report:
     """Write a folder of prepared shards. Every image is decoded once, so that a damaged one is found here.
 
     Args:
-        rows: by split ("train", "val", "test"), a JSON list or JSON lines file of LLaVA rows.
+        rows: by split ("train", "val", "test"), a JSON list or JSON lines file of LLaVA rows, a parquet file, or a folder of such;
+            by "" a folder of parquet files whose names say their splits.
+        columns: of parquet files, those that are read, by the names that `data.parquet` has for them; default: all, by their own.
         images, out, options: as for `make_from`.
 
     Returns:
         What was written, and what was dropped and why.
 
     Raises:
-        UserError: wrong arguments, unreadable JSON, `out` exists, or no row is usable.
+        UserError: wrong arguments, unreadable JSON or parquet, `out` exists, or no row is usable.
     """
-    if missing := [path for path in rows.values() if not path.is_file()]:
-        raise UserError(f"{missing[0]}: no such file of rows.")
-    readers = {split: partial(read_json, path) for split, path in rows.items()}
+    readers: dict[str, Callable[[], Iterable[Any]]] = {}
+    for split, path in rows.items():
+        if not path.exists():
+            raise UserError(f"{path}: no such file of rows.")
+        if not path.is_dir() and path.suffix != ".parquet":
+            if columns:
+                raise UserError(f"{path}: --columns names columns of parquet; rows of JSON have keys.")
+            readers[split] = partial(read_json, path)
+            continue
+        for part, files in (files_of(path, split) if path.is_dir() else {split: [path]}).items():
+            if part in readers:
+                raise UserError(f"{path}: its split {part!r} is given twice.")
+            readers[part] = partial(stored, files, tuple((columns or {}).items()))
     return make_from(readers, images, out, {"source": "rows"}, **options)
 
 

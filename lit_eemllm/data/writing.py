@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 from lit_eemllm import limits
 from lit_eemllm.config.keys import VideoConfig
 from lit_eemllm.console import progress, progress_bar, write_atomically, writing
+from lit_eemllm.data.parquet import Stored
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.inputs.conversation import leading_answer, parse_conversation
 from lit_eemllm.inputs.images import read_file, read_picture
@@ -137,7 +138,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that become one shard, each with its number in the split. A `SampleError` is a row that its source refused."""
+    """Rows that become one shard, each with its number in the split. A `SampleError` is a row that its source refused, a `Stored` one
+    that is read where the shard is written."""
 
     split: str
     index: int
@@ -292,8 +294,11 @@ def _write_shard(block: Block, folder: Path, options: Options, report: Report) -
         TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar,
     ):
         for number, row in block.rows:
+            inside = dict[str, bytes]()
             try:
-                row, members = _members(row, _name(block.split, number, row), options)
+                if isinstance(row, Stored):
+                    row, inside = row.read()
+                row, members = _members(row, _name(block.split, number, row), options, inside)
             except SampleError as error:
                 message = f"{block.split}: {error.message}" if error is row else error.message
                 report.drop(error.reason, message)
@@ -333,8 +338,10 @@ def _name(split: str, number: int, row: Any) -> str:
     return f"{split} row {number} ({id})"
 
 
-def _members(row: Any, name: str, options: Options) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The row in LLaVA's form, and what is written of it."""
+def _members(
+    row: Any, name: str, options: Options, inside: Mapping[str, bytes]
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The row in LLaVA's form, and what is written of it; images that came with the row are `inside`."""
     if isinstance(row, SampleError):
         raise row
     if not isinstance(row, dict):
@@ -346,9 +353,8 @@ def _members(row: Any, name: str, options: Options) -> tuple[dict[str, Any], dic
     parse_conversation(row, len(pictures), name)
     members = {"json": encoded(row, name)}
     for number, picture in enumerate(pictures):
-        path, data = (
-            (picture, image_bytes(picture, name, options)) if isinstance(picture, str) else ("a frame", picture)
-        )
+        path, data = (picture, inside.get(picture)) if isinstance(picture, str) else ("a frame", picture)
+        data = image_bytes(path, name, options) if data is None else data
         extension = next((extension for extension, magic in _MAGIC if magic.match(data)), None)
         if extension is None:
             raise SampleError("bad_image", f"{name}: {path} begins with {data[:8]!r}, which is no known image format")

@@ -149,6 +149,7 @@ def test_shards_verbs(folder, calls, capsys):
                 "follow_links": False,
                 "max_image_pixels": 50_000_000,
                 "video": VideoConfig(3, 0.5, "internvl"),
+                "columns": None,
             },
         ),
         ("prepare", (Path("o"),), {}),
@@ -184,7 +185,7 @@ def test_shards_verbs(folder, calls, capsys):
         ),
         ("config check configs/sweeps/aligner.yaml", "lit-eemllm sweep configs/sweeps/aligner.yaml --dry-run"),
         ("config check suite.yaml", "in which it is named: eval.suite=suite.yaml"),
-        ("shards make --rows train.json --out x", "found 'train.json', expected SPLIT=JSON, such as train=train.json"),
+        ("shards make --rows train.json --out x", "found 'train.json', expected SPLIT=FILE, such as train=train.json"),
         (
             "shards check pictures",
             "Make shards of rows and images: lit-eemllm shards make --rows train=ROWS.json --images pictures",

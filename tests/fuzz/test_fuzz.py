@@ -1,4 +1,4 @@
-"""Over a thousand malformed samples, shards, recipes and configurations from a seeded fuzzer.
+"""Over a thousand malformed samples, shards, parquet files, recipes and configurations from a seeded fuzzer.
 
 None may crash without a named cause (a `UserError`, or a counted skip by `SampleError`), hang, or execute anything; the good
 samples around the bad ones are all trained on, and the counts are right. FUZZ_SEED and FUZZ_TIMES take it further.
@@ -12,6 +12,7 @@ import io
 import json
 import pickle
 import random
+import re
 import shutil
 import signal
 import struct
@@ -22,6 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import yaml
@@ -32,11 +35,12 @@ from transformers import AutoTokenizer
 
 from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.data.check import check
+from lit_eemllm.data.parquet import stored
 from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.samples import SampleEncoder
 from lit_eemllm.data.shards import prepare
 from lit_eemllm.errors import ConfigError, SampleError, UserError
-from lit_eemllm.inputs.chat import get_template
+from lit_eemllm.inputs.chat import IMAGE, get_template
 
 YAML_TAGS = (
     f'!!python/object/apply:os.system ["touch {CANARY}"]',
@@ -299,6 +303,43 @@ def test_shards(tmp_path: Path) -> None:
                     read_some(folder)
         shutil.rmtree(folder)
     assert outcomes.keys() == {"refused", "read", "damaged later"} and min(outcomes.values()) > 5, outcomes
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """A damaged footer may not end the process, which pyarrow's own reading of it does."""
+    said = [{"from": "human", "value": f"{IMAGE}\nWhat?"}, {"from": "gpt", "value": "It."}]
+    rows = [{"image": {"bytes": picture(number), "path": None}, "conversations": said} for number in range(5)]
+    path, files = tmp_path / "a.parquet", list[bytes]()
+    for compression in ("none", "snappy", "zstd"):
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2, compression=compression)
+        files.append(path.read_bytes())
+
+    def damaged(draw: random.Random) -> bytes:
+        data = bytearray(draw.choice(files))
+        if draw.random() < 0.3:  # a field of the schema that may be null may no longer
+            data[draw.choice([match.start() + 1 for match in re.finditer(b"\x25\x02", data)])] = 0
+            return bytes(data)
+        for _ in range(draw.choice((1, 1, 5))):
+            data[draw.randrange(draw.choice((0, len(data) - 2000)), len(data))] = draw.choice(
+                (0, 255, draw.randrange(256))
+            )
+        return bytes(data)
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        bad: SampleError | None = None
+        for reference in stored([path], ()):
+            try:
+                reference.read()
+            except SampleError as error:
+                bad = error
+        if bad:
+            raise bad
+
+    outcomes = fuzz(300, damaged, read, 90)
+    assert (
+        set(outcomes) <= {"good", "SampleError", "UserError"} and min(outcomes["good"], outcomes["UserError"]) > 50
+    ), outcomes
 
 
 def break_index(draw: random.Random, folder: Path) -> None:

@@ -114,6 +114,8 @@ def _make(args: Namespace) -> None:
 
     if args.source is not None and args.source not in names():
         args.parser.error(f"argument --source: {not_one_of(args.source, names())}; one of your own needs --import FILE")
+    if args.columns is not None and args.source is not None:
+        raise UserError("shards make: --columns are those of parquet files in --rows; a --source reads its own")
     if args.source is not None and args.source not in PROCEDURAL:
         if args.root is None:
             hint = f"; lit-eemllm configs show data_recipes/{args.source}.py says what is expected there"

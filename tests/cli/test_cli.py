@@ -244,6 +244,7 @@ def test_shards_of_the_procedural_set(folder):
         ("fit good.yaml --import gone.py", "error: gone.py: no such Python file (.py)"),
         ("fit good.yaml --import good.yaml", "error: good.yaml: no such Python file (.py)"),
         ("shards make --rows val=a --rows val=b --out x", "a split is given twice"),
+        ("shards make --source shapes --columns image --out x", "--columns are those of parquet files in --rows"),
         ("config show good.yaml seed=x optim.lr=y", "error: 2 mistakes in the configuration:"),
     ],
 )

@@ -124,7 +124,7 @@ def draw(result: Result) -> bytes:
         for number, system in enumerate(order):
             shared = [v for v in times[system] if v in times[BASE]]
             looks: Any = {"c": "k", "ls": "--", "lw": 2} if system == BASE else {"c": colours[number % 20]}
-            marker = "osD^v"[number % 5]
+            marker = "osD^vPX"[number % 7]  # with 20 colours no two are alike
             axis.plot(
                 shared,
                 [times[BASE][v] / times[system][v] for v in shared],

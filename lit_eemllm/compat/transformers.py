@@ -26,6 +26,7 @@ __all__ = [
     "naflex_size",
     "nearest_grid",
     "template_names",
+    "vision_arguments",
 ]
 
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -111,3 +112,28 @@ def nearest_grid(size: tuple[int, int], side: int, least: int, most: int) -> tup
 
     columns, rows = get_optimal_tiled_canvas(size, (side, side), least, most)
     return rows, columns
+
+
+def vision_arguments(encoder: Any, grid_thw: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a pass of Qwen's encoders takes beside patches, for images whose frames, rows and columns of patches are on the CPU: tensors that go
+    to the device, and those that stay, of which the encoder reads lengths. Versions that take the grids alone compute all on the
+    device, and wait for it."""
+    try:
+        from transformers import vision_utils as known
+    except ImportError:
+        return {"grid_thw": grid_thw}, {}
+    if not hasattr(known, "get_vision_interpolation_indices_and_weights"):
+        return {"grid_thw": grid_thw}, {}
+    side = encoder.config.spatial_merge_size
+    sent = {"position_ids": known.get_vision_position_ids(grid_thw, side)}
+    kept = {"grid_thw": grid_thw, "cu_seqlens": known.get_vision_cu_seqlens(grid_thw)}
+    if hasattr(encoder, "window_size"):
+        sent["window_index"], kept["cu_window_seqlens"] = known.get_vision_window_index(
+            grid_thw, side, encoder.window_size, encoder.patch_size
+        )
+    if hasattr(encoder, "interpolation_mode"):
+        how = encoder.num_grid_per_side, encoder.interpolation_mode, encoder.interpolation_align_corners, side
+        sent["interp_indices"], sent["interp_weights"] = known.get_vision_interpolation_indices_and_weights(
+            grid_thw, *how
+        )
+    return sent, kept

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
+from ..compat.transformers import vision_arguments
 from ..errors import ConfigError
 from ..inputs.images import Transform
 from ..inputs.resolutions import NativeTransform, transform_from_dict
@@ -39,8 +40,7 @@ class Squares(nn.Module):
 class QwenVision(VisionEncoder):
     """States of the last layer before its merger and, of Qwen3-VL, to their right those of the layers that DeepStack reads.
 
-    transformers reads grids and lengths from the device: with its sdpa attention a pass on a GPU waits three times a layer and five
-    (Qwen2.5-VL) or seven times (Qwen3-VL) beside, whatever the number of images.
+    Lengths are on the CPU, where its attention, PyTorch's, reads them (`vision_arguments`).
 
     Args:
         model: transformers' encoder; its mergers are taken out.
@@ -112,8 +112,9 @@ class QwenVision(VisionEncoder):
         images, side = list(pixels), self.side
         grids = tuple((image.shape[-2] // self.patch, image.shape[-1] // self.patch) for image in images)
         patches = torch.cat([self.patches(image) for image in images])
-        shapes = upload(torch.tensor([(1, *grid) for grid in grids]), patches.device)
-        output = self.model(patches, grid_thw=shapes)
+        sent, kept = vision_arguments(self.model, torch.tensor([(1, *grid) for grid in grids]))
+        sent = {name: upload(x, patches.device) for name, x in sent.items()}
+        output = self.model(patches, **sent, **kept)
         layers = [output.pooler_output, *(output.deepstack_features if self.levels else ())]
         raster = upload(torch.from_numpy(squares(grids, side)).flatten().argsort(), patches.device)
         return torch.cat([x.view(len(patches), -1).index_select(0, raster) for x in layers], dim=1)

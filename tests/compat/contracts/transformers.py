@@ -207,3 +207,44 @@ def an_encoder_stands_alone():
     )
     encoder = compat("transformers").Idefics2VisionTransformer(transformers.Idefics2VisionConfig(**sizes))
     assert encoder(torch.zeros(2, 3, 8, 4)).last_hidden_state.shape == (2, 2, 8)
+
+
+def wrong_places(patch: pytest.MonkeyPatch) -> None:
+    """In versions that compute them beforehand; in others the grids themselves are wrong."""
+    module = compat("transformers")
+    made = module.vision_arguments
+
+    def wrong(encoder: Any, grid_thw: torch.Tensor) -> Any:
+        sent, kept = made(encoder, grid_thw)
+        return (
+            {**sent, "position_ids": torch.zeros_like(sent["position_ids"])} if kept else {"grid_thw": grid_thw.flip(1)}
+        ), kept
+
+    patch.setattr(module, "vision_arguments", wrong)
+
+
+@contract("transformers", "Qwen's encoders take what they would compute from grids", wrong_places)
+def grids_are_read_beforehand():
+    from transformers import AutoConfig, AutoModel
+
+    grids = torch.tensor([[1, 4, 6], [1, 8, 2]])
+    small = {
+        "hidden_size": 32,
+        "num_heads": 2,
+        "depth": 2,
+        "patch_size": 2,
+        "intermediate_size": 32,
+        "out_hidden_size": 32,
+    }
+    of = {
+        "qwen2_5_vl_vision": {"window_size": 8, "fullatt_block_indexes": [1]},
+        "qwen3_vl_vision": {"deepstack_visual_indexes": [0]},
+    }
+    for kind, more in of.items():
+        torch.manual_seed(0)
+        encoder = AutoModel.from_config(AutoConfig.for_model(kind, **small, **more)).eval()
+        patches = torch.randn(40, 3 * 2 * 2 * 2)
+        sent, kept = compat("transformers").vision_arguments(encoder, grids)
+        with torch.no_grad():
+            found, true = encoder(patches, **sent, **kept), encoder(patches, grid_thw=grids)
+        assert torch.equal(found.last_hidden_state, true.last_hidden_state), kind

@@ -22,16 +22,23 @@ AUTO = "transformers.models.auto.configuration_auto"
 class _Watch(MetaPathFinder):
     """Waits for `AUTO` to be imported, and then tells it."""
 
+    asking = False  # where it is, of the others
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != AUTO:
+        if name != AUTO or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        self.asking = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_tell(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 tell()
 
             spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]

@@ -191,6 +191,8 @@ class SequenceLayout:
 
     def with_image_positions(self, taken: int) -> SequenceLayout:
         """The layout where each image takes `taken` positions in all (0 or 1), not one for each token: its tokens share one."""
+        if not self.num_visual:
+            return self
         positions = []
         for document in self.documents:
             start = 0
@@ -198,7 +200,7 @@ class SequenceLayout:
                 positions.append(torch.full((run.length,), start) if run.visual else start + torch.arange(run.length))
                 start += taken if run.visual else run.length
         positions_S = upload(torch.cat(positions), self.positions.device)
-        return replace(self, positions=positions_S, stepwise=self.stepwise and not self.num_visual)
+        return replace(self, positions=positions_S, stepwise=False)
 
     def with_grid_positions(self, grids: Sequence[tuple[int, int]]) -> SequenceLayout:
         """The layout with positions [S, 3], of time, row and column (multimodal rotary positions, Qwen2-VL): a text token's are the same

@@ -56,5 +56,7 @@ REQUEST_CHARACTERS = 2**20
 """Of all texts in it, which take a second or so to be tokenised."""
 REQUEST_MESSAGES = 1000
 """Of its conversation."""
+REQUEST_SECONDS = 60
+"""In which it must have been sent."""
 CONNECTIONS = 64
 """Open at a time, those that wait for an answer among them; more are told to come back later."""

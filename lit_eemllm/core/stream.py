@@ -145,8 +145,9 @@ class Stream:
     @cached_property
     def prefix_T1(self) -> Tensor:
         """True for text before the first image of its document; False for all that follows cached tokens."""
-        prefix_T = self.layout.prefix()
-        return (torch.zeros_like(prefix_T) if self.cached is not None and self.cached.past else prefix_T)[:, None]
+        if self.cached is not None and self.cached.past:
+            return torch.zeros(self.layout.num_text, 1, dtype=torch.bool, device=self.layout.positions.device)
+        return self.layout.prefix()[:, None]
 
     # --- which rows
     def tokens(self, select: Select) -> Tokens:
@@ -388,8 +389,10 @@ class Stream:
     def _marked(self, here: Tokens, seen: Select, view: View, grid: Grid) -> Tensor:
         """[B, past + W] bool, True for the columns of a cached view that text sees."""
         assert self.cached is not None
-        seen_V = upload(seen.flags(self.layout.image_lengths), self.layout.positions.device)
-        seen_R = torch.cat([seen_V.new_ones(self.layout.num_text), here.among(seen_V)])
+        seen_R = torch.ones(self.layout.num_text, dtype=torch.bool, device=self.layout.positions.device)
+        if self.layout.num_visual:
+            seen_V = upload(seen.flags(self.layout.image_lengths), seen_R.device)
+            seen_R = torch.cat([seen_R, here.among(seen_V)])
         return self.cached.marked(f"{view.name}, {seen}", grid, view.of(seen_R))
 
     def _grid(self, view: View) -> Grid:

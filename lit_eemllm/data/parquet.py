@@ -138,6 +138,8 @@ class _Reader:
             raise UserError(f"{self.path}: {found}. Write it as several.")
         self.names = dict(table.columns) or {name: name for name in fields}
         has = f"{self.path}: its columns are {', '.join(map(ascii, fields))[:400]}"
+        if len(fields) < len(self.file.schema_arrow.names):
+            raise UserError(f"{has}, some of them twice. Write it with a name for each.")
         if missing := next((column for column in self.names.values() if column not in fields), None):
             raise UserError(f"{has}; there is no {missing!a}, which --columns names.")
         how = "Name what is read: --columns image=COLUMN,question=COLUMN,answer=COLUMN"
@@ -183,7 +185,11 @@ class _Reader:
         try:
             (record,) = batch.to_pylist()
             return self._as_row({name: record[column] for name, column in self.names.items()}, where)
-        except (ValueError, RecursionError) as error:  # a text that is not UTF-8
+        except (
+            ValueError,
+            OverflowError,
+            RecursionError,
+        ) as error:  # a text that is not UTF-8, a date that Python has not
             raise SampleError("bad_record", f"{where}: {error}") from None
 
     def _check_size(self, batch: Any, where: str) -> None:

@@ -112,6 +112,8 @@ class Listener:
 
     def _hand_on(self) -> None:
         (text,) = self.processor.answers(torch.tensor([self.ids], dtype=torch.long), 0)
+        if not self.ended and self.processor.template.lead.startswith(text):
+            return  # perhaps what the model says before its answer proper
         if text.startswith(self.text) and (self.ended or not text.endswith("\ufffd")):
             self.write(text[len(self.text) :])
             self.text = text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
 from ..console import console, write_atomically
+from ..errors import UserError
 from ..inputs.conversation import IMAGE
 from ..training.fsdp2 import FSDP2
 from ..training.module import rng_state, set_rng_state
@@ -122,6 +124,12 @@ class Asking(Callback):
             for question, (text, _) in zip(batch, replies[i], strict=True)
             if text is not None
         ]
+        if not answered:
+            why = Counter(str(reason) for each in replies.values() for _, reason in each)
+            raise UserError(
+                f"none of the questions of {', '.join(one.name for one, _ in asked)} can be asked: {', '.join(why)}; set eval.during_training=null "
+                "optim.samples_every=null, or ask others (eval.data)"
+            )
         return sorted(answered, key=lambda one: one.question.number)
 
     def _show(self, answered: Sequence[Answered], step: int, logs: Any) -> None:

@@ -34,6 +34,19 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+PARTS = """\
+{%- set ns = namespace(messages=[], text='', prompt='') -%}
+{%- for m in messages -%}
+  {%- set ns.text = m['content'] if m['content'] is string else '' -%}
+  {%- for part in m['content'] if m['content'] is not string -%}
+    {%- set added = '<image>' if part['type'] == 'image' else part['text'] -%}
+    {%- set ns.text = ns.text + ('\\n' if ns.text.endswith('<image>') and not added.startswith('\\n') else '') + added -%}
+  {%- endfor -%}
+  {%- set ns.messages = ns.messages + [{'role': m['role'], 'content': ns.text}] -%}
+{%- endfor -%}
+{%- set messages = ns.messages -%}
+"""
+"""What an exported template begins with: messages of transformers may hold a list of typed parts, put together as `inputs.rows` does."""
 
 
 class ChatTemplate(ABC):
@@ -196,7 +209,7 @@ class JinjaTemplate(ChatTemplate):
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template of its own; choose template 'vicuna_v1' or 'plain'")
         try:
-            self.source: str = tokenizer.get_chat_template()
+            self.source: str = tokenizer.get_chat_template().removeprefix(PARTS)  # as it was before it was exported
         except ValueError:
             raise UserError(
                 f"the tokenizer has several chat templates, {', '.join(map(repr, tokenizer.chat_template))}, and none is called "

@@ -5,21 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from .chat import DAY, VICUNA_SYSTEM, ChatTemplate, JinjaTemplate
+from .chat import DAY, PARTS, VICUNA_SYSTEM, ChatTemplate, JinjaTemplate
 
-# Messages of transformers may hold a list of typed parts: put together as `lit_eemllm.inputs.rows` does.
-_PARTS = """\
-{%- set ns = namespace(messages=[], text='', prompt='') -%}
-{%- for m in messages -%}
-  {%- set ns.text = m['content'] if m['content'] is string else '' -%}
-  {%- for part in m['content'] if m['content'] is not string -%}
-    {%- set added = '<image>' if part['type'] == 'image' else part['text'] -%}
-    {%- set ns.text = ns.text + ('\\n' if ns.text.endswith('<image>') and not added.startswith('\\n') else '') + added -%}
-  {%- endfor -%}
-  {%- set ns.messages = ns.messages + [{'role': m['role'], 'content': ns.text}] -%}
-{%- endfor -%}
-{%- set messages = ns.messages -%}
-"""
 _BODIES = {
     "plain": """\
 {%- for m in messages -%}
@@ -54,6 +41,6 @@ _BODIES = {
 def jinja_of(template: ChatTemplate) -> str:
     """Of messages with texts or typed parts; what the tokenizer puts first is left to it, but for its own template, which writes it."""
     if not isinstance(template, JinjaTemplate):
-        return _PARTS + _BODIES[template.name]
+        return PARTS + _BODIES[template.name]
     day = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda m: repr(DAY.strftime(m[2])), template.source)
-    return day if template.in_parts else _PARTS + day
+    return day if template.in_parts else PARTS + day

@@ -42,6 +42,7 @@ SECURE = {
     "Referrer-Policy": "no-referrer",
 }
 """Of the page: the browser itself lets it reach this server alone."""
+MOST_ERRORS = 100  # of a request that are looked at
 PATIENCE = 1.0  # seconds between two looks whether somebody who waits is still there
 _DATA = re.compile(r"data:image/[\w.+-]+;base64")
 _ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -68,7 +69,12 @@ class ImagePart(Strict):
 
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: (
+        str
+        | Annotated[
+            list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=2 * limits.ROW_IMAGES)
+        ]
+    )
 
 
 class StreamOptions(Strict):
@@ -94,12 +100,19 @@ async def body_of(request: Received) -> bytes:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "content-type: expected application/json")
     found = bytearray()
-    async for chunk in request.stream():
-        found += chunk
-        if len(found) > limits.REQUEST_BYTES:
-            raise HTTPException(
-                413, f"the request has more than {limits.REQUEST_BYTES:,} bytes: send smaller or fewer pictures"
-            )
+
+    async def read() -> None:
+        async for chunk in request.stream():
+            found.extend(chunk)
+            if len(found) > limits.REQUEST_BYTES:
+                raise HTTPException(
+                    413, f"the request has more than {limits.REQUEST_BYTES:,} bytes: send smaller or fewer pictures"
+                )
+
+    try:
+        await asyncio.wait_for(read(), limits.REQUEST_SECONDS)
+    except asyncio.TimeoutError:
+        raise HTTPException(408, f"the request was not there after {limits.REQUEST_SECONDS} s") from None
     return bytes(found)
 
 
@@ -108,6 +121,8 @@ def parsed(body: bytes) -> Request:
     try:
         return Request.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > MOST_ERRORS:  # to tell them would take gigabytes
+            raise HTTPException(400, f"{error.error_count():,} values are not as OpenAI's interface has them") from None
         wrong = [(".".join(map(str, one["loc"]))[:80], one["msg"]) for one in error.errors(include_input=False)[:5]]
         raise HTTPException(400, "; ".join(f"{key}: {text}" if key else text for key, text in wrong)) from None
 

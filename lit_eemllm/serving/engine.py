@@ -92,6 +92,7 @@ class Engine:
     def ask(self, question: Question) -> None:
         """Put a question into the line; its `way` is one of `ways`."""
         with self._change:
+            self._line = deque(one for one in self._line if not one.gone.is_set())  # with their pictures
             self._line.append(question)
             self._change.notify()
 
@@ -102,7 +103,7 @@ class Engine:
                 batch = self._together()
             try:
                 self._answer(batch)
-            except Exception:  # noqa: BLE001  memory may run out, say: they hear of it, and the others are answered
+            except BaseException:  # noqa: BLE001  memory may run out, or a tokenizer panic: they hear of it, and the others are answered
                 _log.exception("questions of %s", batch[0].way)
                 for question in batch:
                     question.tell(Failed("the model could not answer; what is printed where it runs says why"))

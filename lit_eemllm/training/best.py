@@ -16,6 +16,8 @@ class Best:
     """Compares validations: by their score if `eval.during_training` asks for one, else by their loss.
 
     Attributes:
+        monitored: which of `MONITORED` it is.
+        of: what is compared: that, and of which questions or packs.
         wanted: whether anybody asks which is best.
         value: the best score, or minus the lowest loss.
         step: of that validation; 0 = there was none.
@@ -24,7 +26,9 @@ class Best:
 
     def __init__(self, config: Config) -> None:
         scored = config.eval.during_training is not None
-        self.of, self.sign = ("val_score", 1) if scored else ("val_loss", -1)
+        self.monitored, self.sign = ("val_score", 1) if scored else ("val_loss", -1)
+        asked = (config.eval.during_training, config.eval.suite, config.eval.data, config.eval.metric) if scored else ()
+        self.of = " ".join(map(str, (self.monitored, config.data.val, *asked)))
         self.patience = config.optim.patience
         self.wanted = scored or self.patience is not None
         self.value, self.step, self.waited = -math.inf, 0, 0

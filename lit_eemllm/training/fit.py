@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import Strategy
@@ -21,7 +22,7 @@ from ..compat.lightning import around_restoring, set_max_steps, validation_pendi
 from ..config.keys import Config
 from ..console import console, quiet_libraries
 from ..data.module import ShardDataModule
-from ..errors import CheckpointError, ConfigError, not_one_of
+from ..errors import CheckpointError, ConfigError, UserError, not_one_of
 from ..locks import locked
 from ..model.build import build_processor
 from .checkpoint import (
@@ -62,7 +63,8 @@ class Trace(PyTorchProfiler):
         super().__init__(dirpath, filename, schedule=moments, on_trace_ready=self._write)
 
     def _write(self, recorded: profile) -> None:
-        recorded.export_chrome_trace(f"{self.dirpath}/fit-{self.filename}-{self.local_rank}.json.gz")
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        recorded.export_chrome_trace(f"{self.dirpath}/fit-{self.filename}-{rank}.json.gz")
 
 
 PROFILERS: dict[str, Callable[..., Profiler]] = {
@@ -80,6 +82,10 @@ def fit(config: Config, callbacks: Sequence[Callback] = ()) -> None:
     Raises:
         UserError: the configuration, data or checkpoint cannot be used, or another process trains in `config.out`.
     """
+    if not callbacks and (config.eval.during_training, config.optim.samples_every) != (None, None):
+        raise UserError(
+            "eval.during_training and optim.samples_every ask while it trains: fit(config, [lit_eemllm.evaluation.during.Asking(config)])"
+        )
     quiet_libraries()
     runlog = RunLog(config)
     trainer = make_trainer(config, runlog, callbacks)

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ..compat.lightning import begin_validation_anew, set_max_steps, validate_now, validation_ahead
 from ..compat.torch import lost_rank
-from ..console import console, writing
+from ..console import console, unfinished
 from ..data.loader import lost_worker
 from ..errors import UserError, WriteError
 from .best import Best
@@ -125,13 +125,15 @@ class Checkpoints(Checkpoint):
             return
         step, better = trainer.global_step, False
         if self.best.wanted:
-            better = self.best.note(float(trainer.callback_metrics[self.best.of]), step)
+            better = self.best.note(float(trainer.callback_metrics[self.best.monitored]), step)
             trainer.should_stop = self.best.exhausted
-        if better or trainer.should_stop or step == self.config.optim.steps:
-            self._save(trainer)  # without a validation that is pending
-        if better:
+        if better:  # the one before is there until this one is
+            save(trainer, self.folder / f"step-{step}.ckpt")
             settle(trainer)
             self._link_best(trainer)
+            self._remove_old(trainer)
+        elif trainer.should_stop or step == self.config.optim.steps:
+            self._save(trainer)  # without a validation that is pending
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if not trainer.sanity_checking and self._somebody_was_asked(trainer):
@@ -166,10 +168,16 @@ class Checkpoints(Checkpoint):
         """Let `BEST` name the best checkpoint; there may be none, or it is another run's."""
         link, best = self.folder / BEST, self.folder / f"step-{self.best.step}.ckpt"
         if trainer.is_global_zero and self.best.wanted:
-            with writing(link):
-                link.unlink(missing_ok=True)
-                if best.is_file():
-                    link.symlink_to(best.name)
+            new = unfinished(link)
+            try:
+                if not best.is_file():
+                    link.unlink(missing_ok=True)
+                    return
+                new.unlink(missing_ok=True)
+                new.symlink_to(best.name)
+                os.replace(new, link)
+            except OSError as error:  # a file system without links: the run knows which is best
+                console.print(f"{link} could not be made: {error.strerror}; the best checkpoint is {best}")
 
     def _somebody_was_asked(self, trainer: Trainer) -> bool:
         asked = torch.tensor(int(self.asked is not None or trainer.received_sigterm), device=self._module.device)

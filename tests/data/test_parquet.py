@@ -247,6 +247,16 @@ def test_bad_rows_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert report.bad == {"oversize": 1} and report.good == {"train": 1}
 
 
+def test_a_date_that_python_has_not_is_a_bad_row_and_a_name_twice_an_error(tmp_path: Path) -> None:
+    columns = [pa.array([inside(0), inside(1)], FILE), pa.array(["a", "b"]), pa.array([10**15, 0], pa.timestamp("s"))]
+    pq.write_table(pa.table(columns, names=["image", "caption", "when"]), tmp_path / "dated.parquet")
+    report = make({"train": tmp_path / "dated.parquet"}, None, tmp_path / "dated")
+    assert report.bad == {"bad_record": 1} and report.good == {"train": 1}
+    pq.write_table(pa.table(columns, names=["image", "caption", "caption"]), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"caption.*some of them twice\. Write it with a name for each"):
+        make({"train": tmp_path / "twice.parquet"}, None, tmp_path / "twice")
+
+
 def test_what_is_no_parquet_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [SHAPES["LLaVA"](number) for number in range(ROWS)]
     whole = write(tmp_path / "whole.parquet", rows, compression="none").read_bytes()

@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_eemllm.config import load_config, to_yaml
 from lit_eemllm.console import metrics_files
+from lit_eemllm.errors import UserError
+from lit_eemllm.evaluation import during
 from lit_eemllm.evaluation.during import Asking, read_past
 from lit_eemllm.evaluation.gallery import CHANGES, Past, write_history
 from lit_eemllm.evaluation.metrics import METRICS, AnswerMetric
@@ -82,6 +84,17 @@ def test_nothing_of_it_reaches_the_training(asked, tmp_path, parts, shapes):
     fit(config(parts, shapes, tmp_path))
     for section in SECTIONS:
         assert_same(end(folder(asked))[section], end(tmp_path)[section], section)
+
+
+def test_who_asks_is_needed_and_somebody_must_be_asked(tmp_path, parts, shapes, monkeypatch):
+    made = config(parts, shapes, tmp_path, *ASKED, "optim.max_steps=2")
+    with pytest.raises(UserError, match=r"fit\(config, \[lit_eemllm\.evaluation\.during\.Asking\(config\)\]\)"):
+        fit(made)
+    monkeypatch.setattr(during, "ask", lambda *args: [(None, "bad_image") for _ in args[-1]])
+    with pytest.raises(
+        UserError, match=r"none of the questions of .* can be asked: bad_image; set eval\.during_training=null"
+    ):
+        fit(made, [Asking(made)])
 
 
 def test_the_score_is_that_of_validate(asked, tmp_path):

@@ -120,11 +120,27 @@ def test_what_cannot_be_asked_leaves_the_conversation(talk, photo):
 def test_half_a_character_waits_for_its_other_half():
     texts = iter(["a", "a\ufffd", "a\u00e9", "a\u00e9\ufffd", "a\u00e9\ufffd"])
     said: list[str] = []
-    template = SimpleNamespace(stop_ids=[9])
+    template = SimpleNamespace(stop_ids=[9], lead="")
     listener = Listener(SimpleNamespace(answers=lambda ids, start: [next(texts)], template=template), said.append, 5)
     for token in range(6):
         listener.hear(token)
     assert said == ["a", "\u00e9", "\ufffd"] and (listener.ids, listener.ended) == ([0, 1, 2, 3, 4], "length")
+
+
+def test_what_comes_before_an_answer_proper_is_not_said():
+    """Qwen3's empty block of thoughts, which `answers` takes off; what only begins like it is."""
+    for texts, heard in (
+        (["<think>", "<think>\n", "<think>\n\n</think>", "", "Yes", "Yes."], ["Yes", "."]),
+        (["<thi", "<this", "<this>"], ["<this", ">"]),
+        (["<thi", "<thi"], ["<thi"]),
+    ):
+        left, said = iter(texts), list[str]()
+        template = SimpleNamespace(stop_ids=[9], lead="<think>\n\n</think>")
+        processor = SimpleNamespace(answers=lambda ids, start, left=left: [next(left)], template=template)
+        listener = Listener(processor, said.append, len(texts))
+        for token in range(len(texts)):
+            listener.hear(token)
+        assert said == heard
 
 
 def test_an_answer_that_is_interrupted_stands(talk):

@@ -6,13 +6,18 @@ outside must lie where it lay.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lit_eemllm import layout
+from lit_eemllm.core import stream
+from lit_eemllm.model import cache
 
 
 class Graph(TorchDispatchMode):
@@ -43,7 +48,14 @@ class Graph(TorchDispatchMode):
 @contextmanager
 def graph(recorded: Graph) -> Any:
     """In place of `torch.cuda.graph`."""
-    with recorded:
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a copy from the host cannot be recorded")
+
+    with ExitStack() as stack:
+        for module in (layout, stream, cache):
+            stack.enter_context(patch.object(module, "upload", refuse))
+        stack.enter_context(recorded)
         yield
     for tensor, value in recorded.before.values():
         tensor.copy_(value)

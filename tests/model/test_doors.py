@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,7 @@ def test_the_watch_leaves_when_it_has_told(monkeypatch: pytest.MonkeyPatch) -> N
     doors.open_doors()
     import_module("wave" if sys.version_info < (3, 13) else "this")
     assert told == [] and len(sys.meta_path) == len(before) + 1
+    assert find_spec("colorsys") is not None and told == []  # somebody only looks
     assert import_module("colorsys").rgb_to_hls(0, 0, 0) == (0, 0, 0)
     assert told == [1] and sys.meta_path == before
     doors.open_doors()  # it is there already
@@ -173,6 +175,7 @@ def test_processors_of_all_kinds(kind: str, encoder: str, tmp_path: Path) -> Non
     processor.save_pretrained(tmp_path)
     found = AutoProcessor.from_pretrained(tmp_path)
     assert found.transform == processor.transform and found.to_dict() == {"template": template}
+    assert found.template.fingerprint() == processor.template.fingerprint()
     options = dict(tokenize=True, return_dict=True)
     for i, (one, shown) in enumerate(zip(conversations(), PICTURES, strict=True)):
         if template == "plain" and i:

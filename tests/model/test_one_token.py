@@ -18,6 +18,7 @@ SOME = [
     "vica",
     "flamingo",
     "casa",
+    "vica frozen prefix",
     "pyramid_drop",
     "dense, text sees every third",
     "shared positions, dense",

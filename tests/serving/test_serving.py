@@ -220,6 +220,8 @@ def test_who_goes_away_holds_nobody_up(address, engine):
             connection.close()
         for question in asked[1:]:
             assert question.gone.wait(5)
+        ask(asked[1])  # whoever asks next sees them out
+        assert list(engine._line) == [asked[1]]
         slow.may_go.set()
         slow.answer()
     finally:
@@ -291,6 +293,11 @@ REFUSED = {
     ),
     "nothing": ({}, "model: Field required; messages: Field required"),
     "no JSON": (b"{", "JSON"),
+    "wrong all over": (
+        asks("What?") | {"messages": [{"role": "user", "content": [1] * 300}]},
+        "30[01] values are not as",
+    ),
+    "many parts": (asks("What?") | {"messages": [{"role": "user", "content": [1] * 10**5}]}, "content.*at most"),
     "deep": (b"[" * 10**6, "JSON|recursion"),
     "surrogate": (b'{"model": "llava", "messages": [{"role": "user", "content": "\\ud800"}]}', "JSON|string|unicode"),
 }

@@ -4,6 +4,8 @@ import pytest
 import tiny
 from lib.runs import Killed, assert_same, fit_until, metrics, validation_losses
 
+from lit_eemllm.training import guard
+from lit_eemllm.training.best import Best
 from lit_eemllm.training.checkpoint import read_checkpoint
 from lit_eemllm.training.fit import fit
 from lit_eemllm.training.module import LitEEMLLM
@@ -53,6 +55,36 @@ def test_a_run_ends_early_and_a_larger_patience_goes_on(config, tmp_path, capsys
     assert read_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 12
     fit(config("whole", 4))
     assert_same_end(run, tmp_path / "whole", 16)
+
+
+def test_the_best_before_is_there_until_the_new_one_is(config, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(guard, "settle", lambda trainer: seen.append(names(tmp_path / "run")))
+    fit(config("run", 9, "optim.max_steps=4", "optim.save_every=9"))
+    assert "step-2.ckpt" in seen[1] and names(tmp_path / "run") == ["best.ckpt", "step-4.ckpt"]
+
+
+def test_where_there_are_no_links_a_run_goes_on(config, tmp_path, monkeypatch, capsys):
+    link = tiny.Path.symlink_to
+
+    def refuse(self, target):
+        if "best.ckpt" in self.name:
+            raise PermissionError(1, "Operation not permitted")
+        link(self, target)
+
+    monkeypatch.setattr(tiny.Path, "symlink_to", refuse)
+    fit(config("run", 9, "optim.max_steps=2"))
+    assert names(tmp_path / "run") == ["step-2.ckpt"]
+    assert "best.ckpt could not be made: Operation not permitted; the best checkpoint is " in capsys.readouterr().out
+
+
+def test_scores_of_other_questions_are_not_compared(parts, shapes, tmp_path):
+    few, many = (Best(tiny.config(parts, shapes, tmp_path, f"eval.during_training={number}")) for number in (16, 500))
+    few.note(0.9, 10)
+    many.restore(few.state())
+    assert many.note(0.5, 20) and many.step == 20
+    few.restore(few.state())
+    assert not few.note(0.5, 20) and few.waited == 1
 
 
 @pytest.mark.parametrize("step", [7, 9])

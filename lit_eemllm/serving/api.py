@@ -31,7 +31,7 @@ from starlette.routing import Route
 from .. import limits
 from ..errors import UserError, did_you_mean
 from ..inputs.conversation import IMAGE, Conversation, Turn
-from .engine import End, Engine, Failed, Question
+from .engine import End, Engine, Failed, Job
 
 PAGE = Path(__file__).with_name("page.html")
 SECURE = {
@@ -254,7 +254,7 @@ class Server:
             with suppress(RuntimeError):  # the server has ended
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        question = Question(request.model, conversation, pictures, most, round(request.temperature, 2), tell)
+        question = Job(request.model, conversation, pictures, most, round(request.temperature, 2), tell)
         self.engine.ask(question)
         try:
             event: str | End | Exception = ""

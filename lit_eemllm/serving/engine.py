@@ -51,7 +51,7 @@ class End:
 
 
 @dataclass(eq=False)
-class Question:
+class Job:
     """What somebody waits for.
 
     Attributes:
@@ -86,10 +86,10 @@ class Engine:
         self._chat = Chat(model, processor, config, config.model.mechanism.preset)
         self.ways = list(self._chat.ways())
         self._images = {way: ImageCache(int(config.eval.image_cache * 2**30)) for way in self.ways}
-        self._line, self._change = deque[Question](), threading.Condition()
+        self._line, self._change = deque[Job](), threading.Condition()
         threading.Thread(target=self._work, daemon=True).start()
 
-    def ask(self, question: Question) -> None:
+    def ask(self, question: Job) -> None:
         """Put a question into the line; its `way` is one of `ways`."""
         with self._change:
             self._line = deque(one for one in self._line if not one.gone.is_set())  # with their pictures
@@ -108,7 +108,7 @@ class Engine:
                 for question in batch:
                     question.tell(Failed("the model could not answer; what is printed where it runs says why"))
 
-    def _together(self) -> list[Question]:
+    def _together(self) -> list[Job]:
         """Take from the line who is first, and with it those that wait for the same; those that are gone leave."""
         waiting = [question for question in self._line if not question.gone.is_set()]
         kinds = [(question.way, question.temperature) for question in waiting]
@@ -116,8 +116,8 @@ class Engine:
         self._line = deque(question for question in waiting if question not in batch)
         return batch
 
-    def _answer(self, batch: Sequence[Question]) -> None:
-        asked, pictures, listeners = list[Question](), list[list[Image.Image]](), list[Listener]()
+    def _answer(self, batch: Sequence[Job]) -> None:
+        asked, pictures, listeners = list[Job](), list[list[Image.Image]](), list[Listener]()
         for question in batch:
             try:
                 shown, most = self._opened(question)
@@ -137,7 +137,7 @@ class Engine:
             flops = flops_of(self.model, cost.text, cost.visual)
             question.tell(End(listener.ended, cost, flops, len(asked)))
 
-    def _opened(self, question: Question) -> tuple[list[Image.Image], int]:
+    def _opened(self, question: Job) -> tuple[list[Image.Image], int]:
         """Its pictures, and the tokens that its answer may have. Raises SampleError; before it opens what is too much."""
         transform, allowed, room = self.processor.transform, self.config.data.max_image_pixels, self.context
         names = [f"{number} of the request" for number in range(1, len(question.pictures) + 1)]

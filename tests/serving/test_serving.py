@@ -18,7 +18,7 @@ from lit_eemllm.config import to_yaml
 from lit_eemllm.evaluation.run import answer
 from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 from lit_eemllm.serving import api
-from lit_eemllm.serving.engine import Failed, Question
+from lit_eemllm.serving.engine import Failed, Job
 
 
 def file_of(colour, size=(40, 20)):
@@ -150,7 +150,7 @@ class Asker:
     def __init__(self, engine, way, text, picture, most=5):
         self.heard, self.done = [], threading.Event()
         conversation = Conversation("k", (Turn("human", f"{IMAGE}\n{text}"),), 1)
-        self.question = Question(way, conversation, [picture], most, 0.0, self.hear)
+        self.question = Job(way, conversation, [picture], most, 0.0, self.hear)
         engine.ask(self.question)
 
     def hear(self, event):

@@ -11,7 +11,9 @@ HOOKS = {
     "lightning": {
         "lit_eemllm.training.fsdp2.FSDP2": "model_to_device optimizer_state load_checkpoint setup_environment",
         "lit_eemllm.training.checkpoint.AtomicCheckpointIO": "save_checkpoint load_checkpoint",
-        "lit_eemllm.training.guard.Checkpoints": "setup on_train_start on_train_batch_end on_validation_batch_end",
+        "lit_eemllm.training.guard.Checkpoints": "setup on_train_start on_train_batch_end on_validation_start on_validation_batch_end on_validation_end "
+        "on_train_end state_dict load_state_dict",
+        "lit_eemllm.evaluation.during.Asking": "on_train_start on_validation_epoch_end on_train_batch_end",
         "lit_eemllm.training.runlog.RunLog": "on_train_start on_train_batch_start on_train_batch_end on_validation_end on_train_end",
         "lit_eemllm.training.module.LitEEMLLM": "configure_model on_fit_start on_train_epoch_start on_train_batch_end training_step "
         "on_before_optimizer_step configure_gradient_clipping configure_optimizers lr_scheduler_step validation_step "
@@ -25,7 +27,7 @@ HOOKS = {
     },
     "transformers": {
         "lit_eemllm.model.modeling.EEMLLM": "config_class base_model_prefix main_input_name _no_split_modules _init_weights train "
-        "get_input_embeddings get_output_embeddings prepare_inputs_for_generation",
+        "get_input_embeddings get_output_embeddings prepare_inputs_for_generation base_model",
         "lit_eemllm.model.modeling.EEMLLMConfig": "model_type sub_configs get_text_config",
         "lit_eemllm.model.cache.StreamCache": "get_seq_length reorder_cache batch_repeat_interleave batch_select_indices crop update",
     },

@@ -111,10 +111,10 @@ def bytes_of_a_layer(mechanism: str | None, backend: str, visual: int) -> Counte
                 model.model(inputs_embeds=states, use_cache=False)
             else:
                 model._backend = Sdpa() if backend == "sdpa" else Flash("PyTorch")
-                half = Run(False, TEXT // 2)
-                layout = SequenceLayout.of([[half, Run(True, visual), half]])
+                half, images = Run(False, TEXT // 2), visual // VISUAL
+                layout = SequenceLayout.of([[half, *[Run(True, VISUAL)] * images, half]])
                 rows, ids = torch.arange(TEXT), torch.zeros(layout.num_tokens, dtype=torch.long)
-                batch = PackedBatch(ids, rows, torch.zeros_like(rows), torch.zeros(1, 3, 336, 336), layout, [])
+                batch = PackedBatch(ids, rows, torch.zeros_like(rows), torch.zeros(images, 3, 336, 336), layout, [])
                 batch = batch.pin_memory().to(model.device)
                 world.forget()
                 model.packed_logits(batch)
@@ -137,3 +137,13 @@ def test_a_layer_moves_hardly_more_bytes_than_transformers_own():
         for case in MOVED
     }
     assert found == pytest.approx(MOVED, abs=5e-4)
+
+
+@pytest.mark.slow
+@on_fake_cuda
+def test_what_a_layer_moves_beside_products_and_attention_at_4_608_visual_tokens():
+    """In gigabytes; docs/performance.md makes milliseconds of it."""
+    for mechanism, expected in (("llava", 3.26), ("ee_mllm", 3.13)):
+        found = bytes_of_a_layer(mechanism, "flash", 8 * VISUAL)
+        rest = sum(moved for name, moved in found.items() if "mm" not in name and "attn" not in name)
+        assert rest == pytest.approx(1e9 * expected, rel=5e-3), mechanism

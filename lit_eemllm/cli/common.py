@@ -83,7 +83,7 @@ def files_and_overrides(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def _no_run(folder: Path) -> str:
     """What a folder is that stands where a run directory could."""
-    if next(folder.rglob("*.tar"), None) is not None:
+    if any(folder.glob("*.tar")):
         return f"{folder}: a folder of shards, expected a configuration or a run directory; data are named by a key: CONFIG data.train={folder}"
     files = sorted(str(file) for file in folder.glob("*.yaml"))
     inside = f" Configurations in it: {', '.join(files[:3])}{', ...' * (len(files) > 3)}" if files else ""

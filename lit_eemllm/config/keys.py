@@ -272,7 +272,7 @@ class EvalConfig:
     image_cache: Annotated[float, at_least(0)] = 1.0
     """GiB for cached keys and values of images that recur, where the mechanism allows reuse; 0 = no cache."""
     cuda_graphs: bool = False
-    """Record the kernels of a new token once and launch them together, as a CUDA graph; needs a CUDA device."""
+    """Record the kernels of a new token once and launch them together, as a CUDA graph; without a CUDA device as before."""
     control: Annotated[int, at_least(0)] = 1
     """Passes with the images shuffled among the questions, as a control: the score of a model that does not look. 0 = none."""
     video: VideoConfig = field(default_factory=VideoConfig)

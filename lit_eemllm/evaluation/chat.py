@@ -40,6 +40,8 @@ Ask anything; a line that begins with the path of a picture, typed or dropped he
   /reset             forget pictures and turns
   /help              this
   /exit              leave (or Ctrl-D)"""
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+"""Endings of names that are no words."""
 _WORD = re.compile(r"""\s*((?:'[^']*'|"[^"]*"|\\.|[^\s'"\\])+)(?=\s|$)""")
 """Of a shell."""
 
@@ -67,8 +69,8 @@ class Cost:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second after the first; None of a single one."""
-        return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds else None
+        """Tokens a second after the first; None of fewer than eight, which the clock hardly tells."""
+        return (self.tokens - 1) / self.seconds if self.tokens >= 8 and self.seconds else None
 
     def __str__(self) -> str:
         rate = f", {self.rate:.1f} tokens/s" if self.rate else ""
@@ -316,6 +318,8 @@ def _obey(talk: Chat, line: str, max_new_tokens: int) -> None:
     elif command.startswith("/") and not paths:
         hint = did_you_mean(command, ["/image", "/mechanism", "/reset", "/help", "/exit"])
         raise UserError(f"{command}: no such command; {hint or '/help tells those that there are'}")
+    if (word := _WORD.match(question)) and Path(name := shlex.split(word[1])[0]).suffix.lower() in PICTURES:
+        raise UserError(f"{name}: no such file")
     for path in paths:
         talk.show(path)
         size: Any = talk.shown[-1].size

@@ -22,7 +22,7 @@ from PIL import Image
 from ..config import to_yaml
 from ..console import console, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
-from ..errors import CheckpointError, ConfigError, SampleError, UserError
+from ..errors import CheckpointError, SampleError, UserError
 from ..inputs.conversation import IMAGE, Conversation, Turn
 from ..inputs.images import open_image, read_file
 from ..inputs.rows import VIDEO, show
@@ -190,9 +190,7 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
     model.set_attention(config.model.attention, compute_dtype(config), training=False)
     if config.model.fp8:
         use_fp8(model)
-    model.record_steps = config.eval.cuda_graphs
-    if config.eval.cuda_graphs and model.device.type != "cuda":
-        raise ConfigError(f"eval.cuda_graphs: needs a CUDA device, and the model is on {model.device}; set it to false")
+    model.record_steps = config.eval.cuda_graphs and model.device.type == "cuda"
     if config.eval.image_cache:
         model.image_cache = ImageCache(int(config.eval.image_cache * 2**30))
     return model, processor, source
@@ -201,8 +199,7 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
 def on_cpu(config: Config) -> Config:
     """For `load`, where weights are only rewritten: in main memory, which is larger than a GPU's."""
     model = replace(config.model, attention="reference", liger=False, fp8=False)
-    trainer, asked = {**config.trainer, "accelerator": "cpu"}, replace(config.eval, cuda_graphs=False)
-    return replace(config, model=model, trainer=trainer, eval=asked)
+    return replace(config, model=model, trainer={**config.trainer, "accelerator": "cpu"})
 
 
 def answer(

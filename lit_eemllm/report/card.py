@@ -58,13 +58,14 @@ def _use(name: str, foreign: bool) -> str:
     lines = ["import lit_eemllm"] * (not foreign)
     return "\n".join(
         [
+            *["It needs the package lit_eemllm beside transformers.", ""] * (not foreign),
             "```python",
             *lines,
             "from transformers import pipeline",
             "",
             f"ask = pipeline('image-text-to-text', model={name!r})",
             "content = [{'type': 'image', 'image': 'cat.jpg'}, {'type': 'text', 'text': 'What is it?'}]",
-            "print(ask(text=[{'role': 'user', 'content': content}], max_new_tokens=64, return_full_text=False))",
+            "print(ask(text=[{'role': 'user', 'content': content}], max_new_tokens=64, return_full_text=False)[0]['generated_text'])",
             "```",
         ]
     )

@@ -70,10 +70,10 @@ def report(result: Result) -> str:
         "![how many times as fast as transformers, over visual tokens](report.png)",
         "",
         f"Milliseconds; in brackets, how many times as fast as transformers' own LLaVA (`{BASE}`) in this run. A decoder of the shape "
-        f"{result['shape']}, {result['layers']} layers, {result['dtype']}, {result['threads']} threads; prompts of T = {result['text']} text tokens and one "
+        f"{result['shape']}, {result['layers']} layers, {result['dtype']}, threads: {result['threads']}; prompts of T = {result['text']} text tokens and one "
         f"picture of V visual tokens; a training step has a picture with each of the texts of {texts} tokens, padded to the longest by "
-        f"transformers and packed here. Random weights, the same for all; the systems take turns, medians of {min(rounds)} to {max(rounds)} "
-        "rounds. Exponent: of time over V, fitted. Largest relative difference of llava's logits and loss from "
+        f"transformers and packed here. Random weights, the same for all; the systems take turns, medians of "
+        f"{' to '.join(map(str, sorted({min(rounds), max(rounds)})))} rounds. Exponent: of time over V, fitted. Largest relative difference of llava's logits and loss from "
         f"`{BASE}`: " + ", ".join(f"{name} {value:.0e}" for name, value in result["differences"].items())
         + f". Load of the machine before it began: {result['load']:.1f} processes.",
         "",
@@ -124,7 +124,8 @@ def draw(result: Result) -> bytes:
         for number, system in enumerate(order):
             shared = [v for v in times[system] if v in times[BASE]]
             looks: Any = {"c": "k", "ls": "--", "lw": 2} if system == BASE else {"c": colours[number % 20]}
-            marker = "osD^vPX"[number % 7]  # with 20 colours no two are alike
+            looks |= {"ls": ":"} if number >= 20 and system != BASE else {}
+            marker = "osD^v<>"[number % 7]
             axis.plot(
                 shared,
                 [times[BASE][v] / times[system][v] for v in shared],
@@ -136,8 +137,10 @@ def draw(result: Result) -> bytes:
         axis.set(xscale="log", yscale="log", title=MEASURES[what], xlabel="visual tokens of a picture")
         axis.set_xticks(sizes, [f"{v:,}" for v in sizes])
         axis.set_xticks([], minor=True)
-        ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if axis.get_ylim()[0] <= t <= axis.get_ylim()[1]]
-        axis.set_yticks(ticks, [f"{t:g}x" for t in ticks])
+        low, high = axis.get_ylim()
+        steps = (1, 1.2, 1.4, 1.7) if high / low < 8 else (1,)
+        ticks = [t for power in range(-6, 10) for step in steps if low <= (t := step * 2.0**power) <= high]
+        axis.set_yticks(ticks, [f"{t:.2g}x" for t in ticks])
         axis.set_yticks([], minor=True)
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -81,8 +81,26 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+NEUTRAL: dict[str, Any] = {
+    "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "stop": [], "tools": [], "logit_bias": {},
+    "response_format": {"type": "text"}, "store": False, "metadata": {},
+}  # fmt: skip
+"""Values that ask for nothing, of what is not read."""
+
+
 class Request(Strict):
-    """A request for an answer, as OpenAI's clients write it; `user` and `detail` change nothing."""
+    """A request for an answer, as OpenAI's clients write it; `user` and `detail` change nothing, nor do null and `NEUTRAL` values."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_asks(cls, told: Any) -> Any:
+        if not isinstance(told, dict):
+            return told
+        return {
+            key: value
+            for key, value in told.items()
+            if value is not None and not (key in NEUTRAL and value == NEUTRAL[key])
+        }
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=limits.REQUEST_MESSAGES)
@@ -123,7 +141,13 @@ def parsed(body: bytes) -> Request:
     except ValidationError as error:
         if error.error_count() > MOST_ERRORS:  # to tell them would take gigabytes
             raise HTTPException(400, f"{error.error_count():,} values are not as OpenAI's interface has them") from None
-        wrong = [(".".join(map(str, one["loc"]))[:80], one["msg"]) for one in error.errors(include_input=False)[:5]]
+        wrong = [
+            (
+                ".".join(map(str, one["loc"]))[:80],
+                "not read here; leave it out" if one["type"] == "extra_forbidden" else one["msg"],
+            )
+            for one in error.errors(include_input=False)[:5]
+        ]
         raise HTTPException(400, "; ".join(f"{key}: {text}" if key else text for key, text in wrong)) from None
 
 

@@ -19,6 +19,7 @@ import pytest
 from lib.pages import PAGES, REPOSITORY, commands
 
 from lit_eemllm import cli
+from lit_eemllm.cli.common import files_and_overrides
 from lit_eemllm.config import Config, flat, is_key, load_config, to_yaml
 from lit_eemllm.config.keys import VideoConfig
 from lit_eemllm.console import COMMAND, quiet_libraries
@@ -519,3 +520,12 @@ def test_libraries_keep_to_themselves_what_concerns_nobody(capfd) -> None:
         logger.error("an error of %s", name)
         logger.removeHandler(handler)
     assert "chatter" not in (said := capfd.readouterr().out) and said.count("an error of") == 3
+
+
+def test_a_folder_of_runs_is_no_folder_of_shards(folder):
+    """Wherever below it shards lie."""
+    Path("runs/demo/data").mkdir(parents=True)
+    Path("runs/demo/data/train-0.tar").touch()
+    for name, text in (("runs", "no run directory"), ("runs/demo/data", "a folder of shards, expected")):
+        with pytest.raises(ConfigError, match=f"^{name}: {text}"):
+            files_and_overrides([name])

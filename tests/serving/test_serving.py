@@ -274,10 +274,10 @@ REFUSED = {
     "tokens": (asks("What?", max_tokens=41), "max_tokens: found 41, expected at most 40"),
     "no tokens": (asks("What?", max_tokens=0), "max_tokens: .*greater than or equal to 1"),
     "unknown": (asks("What?", model="lava"), "found 'lava', expected one of ee_mllm, .*did you mean llava"),
-    "a long key": (asks("What?", **{"k" * 10**6: 1}), "k: Extra inputs"),
+    "a long key": (asks("What?", **{"k" * 10**6: 1}), "k: not read here"),
     "a long number": (b'{"model": "llava", "messages": [], "max_tokens": 1' + b"0" * 5000 + b"}", "max_tokens|JSON"),
     "no text": (b'{"model": "\xff"}', "JSON|unicode"),
-    "tools": (asks("What?", tools=[]), "tools: Extra inputs"),
+    "tools": (asks("What?", tools=[{}]), "tools: not read here"),
     "two answers": (asks("What?", n=2), "n: Input should be 1"),
     "hot": (asks("What?", temperature=3), "temperature"),
     "not a number": (
@@ -310,6 +310,21 @@ def test_what_is_refused(name, address):
     error = json.loads(text)["error"]
     assert status == (404 if name == "unknown" else 400) and error["type"] == "invalid_request_error"
     assert re.search(pattern, error["message"]) and len(error["message"]) < 500
+
+
+def test_values_that_ask_for_nothing_are_taken_and_others_named(address):
+    """Some clients send all that they know."""
+    neutral = {
+        "top_p": 1.0,
+        "stop": None,
+        "presence_penalty": 0,
+        "tools": [],
+        "response_format": {"type": "text"},
+        "seed": None,
+    }
+    assert sent(address, asks("What?") | neutral)[0] == 200
+    status, text = sent(address, asks("What?") | {"top_p": 0.5})
+    assert status == 400 and json.loads(text)["error"]["message"] == "top_p: not read here; leave it out"
 
 
 def test_what_reaches_it(address, monkeypatch):

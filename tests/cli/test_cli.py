@@ -23,7 +23,7 @@ from lit_eemllm.cli.common import files_and_overrides
 from lit_eemllm.config import Config, flat, is_key, load_config, to_yaml
 from lit_eemllm.config.keys import VideoConfig
 from lit_eemllm.console import COMMAND, quiet_libraries
-from lit_eemllm.errors import UserError
+from lit_eemllm.errors import ConfigError, UserError
 from lit_eemllm.names import check_names
 
 GOOD = """

@@ -47,6 +47,8 @@ PARTS = """\
 {%- set messages = ns.messages -%}
 """
 """What an exported template begins with: messages of transformers may hold a list of typed parts, put together as `inputs.rows` does."""
+WRAPPED = PARTS + "{# what follows takes texts alone #}"
+"""With which a tokenizer's own template begins that is exported so."""
 
 
 class ChatTemplate(ABC):
@@ -209,7 +211,7 @@ class JinjaTemplate(ChatTemplate):
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template of its own; choose template 'vicuna_v1' or 'plain'")
         try:
-            self.source: str = tokenizer.get_chat_template().removeprefix(PARTS)  # as it was before it was exported
+            self.source: str = tokenizer.get_chat_template().removeprefix(WRAPPED)  # as it was before it was exported
         except ValueError:
             raise UserError(
                 f"the tokenizer has several chat templates, {', '.join(map(repr, tokenizer.chat_template))}, and none is called "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from .chat import DAY, PARTS, VICUNA_SYSTEM, ChatTemplate, JinjaTemplate
+from .chat import DAY, PARTS, VICUNA_SYSTEM, WRAPPED, ChatTemplate, JinjaTemplate
 
 _BODIES = {
     "plain": """\
@@ -43,4 +43,4 @@ def jinja_of(template: ChatTemplate) -> str:
     if not isinstance(template, JinjaTemplate):
         return PARTS + _BODIES[template.name]
     day = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda m: repr(DAY.strftime(m[2])), template.source)
-    return day if template.in_parts else PARTS + day
+    return day if template.in_parts else WRAPPED + day

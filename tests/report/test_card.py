@@ -25,7 +25,9 @@ def test_a_plain_one_says_what_the_model_is(tmp_path: Path) -> None:
     assert yaml.safe_load(head) == {
         "library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["lit_eemllm", "eemllm"],
     }  # fmt: skip
-    assert body.startswith("\n# mine\n\n```python\nimport lit_eemllm")
+    assert body.startswith(
+        "\n# mine\n\nIt needs the package lit_eemllm beside transformers.\n\n```python\nimport lit_eemllm"
+    )
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert rows == [
         "| layers | visual tokens here | they see | updated by | text sees | come from |",

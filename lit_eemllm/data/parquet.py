@@ -31,7 +31,7 @@ from typing import Any
 from lit_eemllm import limits
 from lit_eemllm.data.sources import DESCRIBE
 from lit_eemllm.errors import SampleError, UserError
-from lit_eemllm.inputs.chat import IMAGE
+from lit_eemllm.inputs.conversation import IMAGE
 from lit_eemllm.inputs.rows import PICTURES, show
 
 SHAPES = (
@@ -185,11 +185,8 @@ class _Reader:
         try:
             (record,) = batch.to_pylist()
             return self._as_row({name: record[column] for name, column in self.names.items()}, where)
-        except (
-            ValueError,
-            OverflowError,
-            RecursionError,
-        ) as error:  # a text that is not UTF-8, a date that Python has not
+        # a text that is not UTF-8, a date that Python has not
+        except (ValueError, OverflowError, RecursionError) as error:
             raise SampleError("bad_record", f"{where}: {error}") from None
 
     def _check_size(self, batch: Any, where: str) -> None:

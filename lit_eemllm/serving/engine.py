@@ -92,8 +92,7 @@ class Engine:
     def ask(self, question: Job) -> None:
         """Put a question into the line; its `way` is one of `ways`."""
         with self._change:
-            self._line = deque(one for one in self._line if not one.gone.is_set())  # with their pictures
-            self._line.append(question)
+            self._line = deque([*self._waiting(), question])
             self._change.notify()
 
     def _work(self) -> None:
@@ -108,9 +107,13 @@ class Engine:
                 for question in batch:
                     question.tell(Failed("the model could not answer; what is printed where it runs says why"))
 
+    def _waiting(self) -> list[Job]:
+        """The line without those that are gone, and their pictures."""
+        return [question for question in self._line if not question.gone.is_set()]
+
     def _together(self) -> list[Job]:
         """Take from the line who is first, and with it those that wait for the same; those that are gone leave."""
-        waiting = [question for question in self._line if not question.gone.is_set()]
+        waiting = self._waiting()
         kinds = [(question.way, question.temperature) for question in waiting]
         batch = [one for one, kind in zip(waiting, kinds, strict=True) if kind == kinds[0]][: self.most]
         self._line = deque(question for question in waiting if question not in batch)

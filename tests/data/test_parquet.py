@@ -22,7 +22,7 @@ from lit_eemllm.data.parquet import _reader, stored
 from lit_eemllm.data.shards import make, read_shard
 from lit_eemllm.data.sources import DESCRIBE
 from lit_eemllm.errors import UserError
-from lit_eemllm.inputs.chat import IMAGE
+from lit_eemllm.inputs.conversation import IMAGE
 
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 ROWS = 7

@@ -40,7 +40,8 @@ from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.samples import SampleEncoder
 from lit_eemllm.data.shards import prepare
 from lit_eemllm.errors import ConfigError, SampleError, UserError
-from lit_eemllm.inputs.chat import IMAGE, get_template
+from lit_eemllm.inputs.chat import get_template
+from lit_eemllm.inputs.conversation import IMAGE
 
 YAML_TAGS = (
     f'!!python/object/apply:os.system ["touch {CANARY}"]',

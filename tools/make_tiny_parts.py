@@ -25,7 +25,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -64,13 +64,16 @@ class Subject:
 
     Args:
         source: its module.
+        size: pixels of a picture, both ways.
         patch: pixels of a patch, both ways.
         labels: the classes of a patch; the first of each means nothing.
         patches: what each patch of a scene shows, in reading order.
         word: a patch in the shorthand.
         drilled: types of a third of the encoder's pictures: what is hardest to read.
         told: types of the decoder's questions, in turns.
+        told_as: of `rows_and_scenes`, for scenes that are told.
         asked: questions about each of its scenes, at most.
+        pictures: of a step of the encoder's training.
         alone: the encoder sees each patch alone.
         layers: of the encoder and of the decoder.
         steps: of the encoder and of the decoder.
@@ -79,13 +82,16 @@ class Subject:
     """
 
     source: ModuleType
+    size: int
     patch: int
     labels: dict[str, tuple[Any, ...]]
     patches: Callable[[shapes.Scene], list[Patch]]
     word: Callable[[Patch], str]
     drilled: tuple[str, ...]
     told: tuple[str, ...]
+    told_as: dict[str, int]
     asked: int
+    pictures: int
     alone: bool
     layers: tuple[int, int]
     steps: tuple[int, int]
@@ -130,12 +136,13 @@ def puzzles_patches(scene: shapes.Scene) -> list[Patch]:
 
 
 def puzzles_word(patch: Patch) -> str:
-    return patch["letter"] if "letter" in patch else patch.get("colour", "") + patch.get("part", "") or "empty"
+    return patch.get("colour", "") + patch.get("part", patch.get("letter", "")) or "empty"
 
 
 SUBJECTS = {
     "shapes": Subject(
         source=shapes,
+        size=shapes.SIZE,
         patch=shapes.CELL,
         labels={
             "colour": ("", *shapes.COLOURS),
@@ -148,7 +155,9 @@ SUBJECTS = {
         word=shapes_word,
         drilled=("word",),
         told=("colour", "shape", "position", "count", "colour", "shape", "position", "chart", "word", "compare"),
+        told_as={},
         asked=1,
+        pictures=128,
         alone=False,
         layers=(3, 3),
         steps=(1500, 3000),
@@ -157,6 +166,7 @@ SUBJECTS = {
     ),
     "puzzles": Subject(
         source=puzzles,
+        size=shapes.CELL * puzzles.GRID,
         patch=puzzles.PATCH,
         labels={
             "colour": ("", *puzzles.COLOURS),
@@ -165,17 +175,19 @@ SUBJECTS = {
                 *(half + corner for half in puzzles.HALVES[1:] for corner in puzzles.QUADRANTS),
             ),
             "letter": ("", *sorted({*puzzles.LETTERS, *"".join(puzzles.WORDS)})),
-            "row": ("", *range(puzzles.SIDE)),
-            "column": ("", *range(puzzles.SIDE)),
+            "row": ("", *range(2 * puzzles.GRID)),
+            "column": ("", *range(2 * puzzles.GRID)),
         },
         patches=puzzles_patches,
         word=puzzles_word,
-        drilled=("word", "value", "beside"),
+        drilled=("word", "label", "beside"),
         told=(*puzzles.TYPES, *puzzles.HARDER),
+        told_as={"grid": 4, "pictures": 2},  # a quarter of the patches
         asked=2 + puzzles.FURTHER_TURNS,
+        pictures=32,
         alone=True,
-        layers=(2, 3),
-        steps=(800, 3500),
+        layers=(1, 3),
+        steps=(1200, 2000),
         decoder_lr=1.5e-3,
         folder="parts_hard",
     ),
@@ -202,8 +214,9 @@ def make_tokenizer(out: Path, subject: Subject) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    usual = replace(subject, told_as={})  # pictures as the encoder sees them have words that told ones lack
     tokenizer.train_from_iterator(
-        (t for _, *texts in told_rows(subject, "train", 8000, tuple(dict.fromkeys(subject.told))) for t in texts),
+        (t for _, *texts in told_rows(usual, "train", 8000, tuple(dict.fromkeys(subject.told))) for t in texts),
         trainer,
     )
     fast = PreTrainedTokenizerFast(
@@ -225,11 +238,11 @@ def make_tokenizer(out: Path, subject: Subject) -> None:
 def labelled_batches(
     subject: Subject, size: int, seed: int = SEED, split: str = "train"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (pixels [size, 3, 64, 64] in -1..1, classes [size, patches, labels]) of the scenes of a split."""
+    """Endless (pixels [size, 3, height, width] in -1..1, classes [size, patches, labels]) of the scenes of a split."""
     source = subject.source
     every, drilled = (
         (scene for _, items in source.rows_and_scenes(split, sys.maxsize, seed, types) for scene in items)
-        for types in (source.TYPES, subject.drilled)
+        for types in ((*source.TYPES, *getattr(source, "HARDER", ())), subject.drilled)
     )
     while True:
         batch = [*islice(every, size - size // 3), *islice(drilled, size // 3)]
@@ -238,7 +251,7 @@ def labelled_batches(
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, torch.from_numpy(labels)
 
 
-def make_encoder(out: Path, subject: Subject, batch: int = 128, lr: float = 1.5e-3) -> None:
+def make_encoder(out: Path, subject: Subject, lr: float = 1.5e-3) -> None:
     """A SigLIP vision tower trained to tell, from its last hidden state of a patch, what the patch shows."""
     torch.manual_seed(SEED)
     steps, labelled = subject.steps[0], subject.labels
@@ -247,7 +260,7 @@ def make_encoder(out: Path, subject: Subject, batch: int = 128, lr: float = 1.5e
         intermediate_size=384,
         num_hidden_layers=subject.layers[0],
         num_attention_heads=4,
-        image_size=shapes.SIZE,
+        image_size=subject.size,
         patch_size=subject.patch,
         vision_use_head=False,
     )
@@ -258,7 +271,7 @@ def make_encoder(out: Path, subject: Subject, batch: int = 128, lr: float = 1.5e
     heads = nn.ModuleList(nn.Linear(config.hidden_size, len(classes)) for classes in labelled.values())
     optimiser, schedule = adamw([p for m in (model, heads) for p in m.parameters() if p.requires_grad], lr, steps)
     start = time.monotonic()
-    for step, (pixels, labels) in enumerate(islice(labelled_batches(subject, batch), steps), start=1):
+    for step, (pixels, labels) in enumerate(islice(labelled_batches(subject, subject.pictures), steps), start=1):
         states = model(pixels, output_hidden_states=True).hidden_states[-1]
         loss = sum(cross_entropy(head(states).flatten(0, 1), labels[..., n].flatten()) for n, head in enumerate(heads))
         loss = loss + 0.05 * states.square().mean()  # lean features
@@ -266,7 +279,7 @@ def make_encoder(out: Path, subject: Subject, batch: int = 128, lr: float = 1.5e
         if step % 250 == 0:
             print(f"encoder step {step} loss {loss.item():.4f} ({time.monotonic() - start:.0f} s)", flush=True)
     with torch.no_grad():  # reported only: nothing is chosen by it
-        pixels, labels = next(labelled_batches(subject, 1000, split="val"))
+        pixels, labels = next(labelled_batches(subject, 400, split="val"))
         states = model(pixels, output_hidden_states=True).hidden_states[-1]
         for n, (name, head) in enumerate(zip(labelled, heads, strict=True)):
             something = labels[..., n] > 0
@@ -276,7 +289,7 @@ def make_encoder(out: Path, subject: Subject, batch: int = 128, lr: float = 1.5e
     preprocessor = {
         "image_processor_type": "SiglipImageProcessor",
         "do_resize": True,
-        "size": {"height": shapes.SIZE, "width": shapes.SIZE},
+        "size": {"height": subject.size, "width": subject.size},
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -294,7 +307,7 @@ def told_rows(
     subject: Subject, split: str, count: int, types: Sequence[str], seed: int = SEED
 ) -> Iterator[tuple[str, ...]]:
     """(type, question, answer, ...) of rows, each picture replaced by the words of its patches (" empty redbar ...")."""
-    for row, shown in subject.source.rows_and_scenes(split, count, seed, types):
+    for row, shown in subject.source.rows_and_scenes(split, count, seed, types, **subject.told_as):
         question, *texts = (turn["value"] for turn in row["conversations"][: 2 * subject.asked])
         for scene in shown:
             told = "".join(f" {subject.word(patch)}" for patch in subject.patches(scene))

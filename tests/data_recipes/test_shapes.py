@@ -216,10 +216,11 @@ def test_a_token_of_the_hard_encoder_knows_its_patch_alone(tool):
     model = SiglipVisionModel.from_pretrained(SOURCE.parent / "parts_hard" / "encoder")
     pixels, other = next(tool.labelled_batches(tool.SUBJECTS["puzzles"], 2, 1, "val"))[0]
     mixed = other.clone()
-    mixed[:, 16:24, 24:32] = pixels[:, 16:24, 24:32]
+    pixels[:, 16:24, 24:32] = mixed[:, 16:24, 24:32] = torch.linspace(-1, 1, 8)
     with torch.no_grad():
         states = model(torch.stack([pixels, other, mixed]), output_hidden_states=True).hidden_states[-1]
-    same, others = 2 * 8 + 3, [n for n in range(64) if n != 2 * 8 + 3]
+    same, others = 2 * 16 + 3, [n for n in range(256) if n != 2 * 16 + 3]
+    assert (states[0, same] - states[1, same]).abs().max() > 0.1
     torch.testing.assert_close(states[2, same], states[0, same], rtol=0, atol=1e-6)
     torch.testing.assert_close(states[2, others], states[1, others], rtol=0, atol=1e-6)
 

@@ -1,0 +1,115 @@
+"""tools/evidence.py: power by hand and by drawing seeds, answers that are kept and can be scored again, curves of difficulty."""
+
+import csv
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lit_eemllm.report.difference import t95
+
+SOURCE = Path(__file__).parents[2] / "tools" / "evidence.py"
+spec = importlib.util.spec_from_file_location("evidence", SOURCE)
+evidence = importlib.util.module_from_spec(spec)
+sys.modules["evidence"] = evidence
+spec.loader.exec_module(evidence)
+
+
+def row(label, *seeds):
+    """A row whose run of each seed scored questions like this: {type: scores}."""
+    runs = []
+    for seed, types in enumerate(seeds):
+        asked = [(kind, i, float(score)) for kind, scores in types.items() for i, score in enumerate(scores)]
+        predictions = {((kind, i), 0): ("set", kind, score) for kind, i, score in asked}
+        runs.append(SimpleNamespace(config=SimpleNamespace(seed=seed), predictions=predictions))
+    return SimpleNamespace(label=label, runs=runs)
+
+
+def test_variances_by_hand():
+    """Differences of averages 0.5 and 0; of type b the pairs differ by 1, 0, 1, 0: 1/3 / 4, and a fourth of that for two types."""
+    ours = row("ours", {"a": [1, 1, 1, 1], "b": [1, 0, 1, 0]}, {"a": [0, 1, 0, 1], "b": [1, 1, 1, 1]})
+    base = row("base", {"a": [0.5] * 4, "b": [0, 0, 0, 0]}, {"a": [0, 1, 0, 1], "b": [1, 1, 1, 1]})
+    of_seeds, of_questions = evidence.variances(ours, base)
+    assert of_seeds == pytest.approx(0.5**2 / 2) and of_questions == pytest.approx(1 / 3 / 4 / 4 / 2)
+    assert evidence.variances(row("one", {"a": [1, 0]}), base) is None
+
+
+def test_half_width_is_what_is_found_when_seeds_are_drawn():
+    """Seeds of deviation 0.02 and fresh questions: the interval's mean square is what is foretold."""
+    rng = np.random.default_rng(0)
+    for seeds, times in ((3, 1), (5, 2), (8, 4)):
+        drawn = rng.normal(0, np.sqrt(0.02**2 + 0.015**2 / times), (20000, seeds))
+        squares = t95(seeds - 1) ** 2 * drawn.var(1, ddof=1) / seeds
+        told = evidence.half_width(0.02**2 + 0.015**2, 0.015**2, seeds, times)
+        assert told == pytest.approx(np.sqrt(squares.mean()), rel=0.02)
+    assert evidence.half_width(0.001, 0.002, 4, 1) == pytest.approx(t95(3) * np.sqrt(0.002 / 4))
+
+
+def test_power_names_each_row():
+    ours = row("ours", {"a": [1, 0]}, {"a": [1, 1]})
+    base = row("base", {"a": [0, 0]}, {"a": [1, 0]})
+    head, _, line = evidence.power([base, ours]).splitlines()
+    assert "3 seeds, 1 x" in head and line.startswith("| ours (2 seeds)") and line.count("|") == head.count("|")
+
+
+def test_kept_answers_are_those_of_the_runs(tmp_path):
+    """Scores from the file alone are those of the predictions, whatever order the runs had."""
+    rows = []
+    for number, given in enumerate((["red", "blue"], ["blue", "blue"])):
+        at = tmp_path / f"run{number}"
+        (at / "eval").mkdir(parents=True)
+        asked = [
+            {"set": "data", "key": f"q{i}", "type": "colour", "truth": "blue", "answer": answer, "prompt": "é\n,"}
+            for i, answer in enumerate(given)
+        ]
+        (at / "eval" / "predictions.jsonl").write_text(
+            "".join(json.dumps(one) + "\n" for one in asked[:: 1 - 2 * number])
+        )
+        rows.append(
+            SimpleNamespace(label=f"m{number}", runs=[SimpleNamespace(config=SimpleNamespace(seed=7), path=at)])
+        )
+    (tmp_path / "sweep" / "report").mkdir(parents=True)
+    (tmp_path / "sweep" / "report" / "report.md").write_text("# Title\n")
+    for again in range(2):
+        evidence.keep(tmp_path / "sweep", rows, tmp_path / f"kept{again}")
+    data = (tmp_path / "kept0" / "predictions.csv.gz").read_bytes()
+    assert data == (tmp_path / "kept1" / "predictions.csv.gz").read_bytes()
+    lines = list(csv.DictReader(gzip.decompress(data).decode().splitlines()))
+    right = {name: [line[name] == line["truth"] for line in lines] for name in ("m0/7", "m1/7")}
+    assert right == {"m0/7": [False, True], "m1/7": [True, True]}
+    assert (tmp_path / "kept0" / "report.md").read_text() == "# Title\n"
+
+
+def test_questions_are_as_difficult_as_their_set_says(tmp_path):
+    sets = json.loads(evidence.questions(tmp_path, 1).read_text())["sets"]
+    assert [*sets] == [*(f"things {n}" for n in evidence.THINGS), *(f"pictures {n}" for n in evidence.PICTURES)]
+    for name, one in sets.items():
+        asked = json.loads((tmp_path / one["data"]).read_text())
+        kinds = evidence.OF_OBJECTS if name.startswith("things") else ("picture",)
+        assert [question["type"] for question in asked] == [*kinds]
+        names = asked[0]["image"] if isinstance(asked[0]["image"], list) else [asked[0]["image"]]
+        assert all((tmp_path / one["images"] / image).is_file() for image in names)
+        assert name.startswith("things") or len(names) == int(name.split()[1])
+
+
+def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):
+    """Two rows, two of three seeds: each run is asked once."""
+    rows = [
+        SimpleNamespace(label=label, runs=[SimpleNamespace(config=SimpleNamespace(seed=seed)) for seed in range(3)])
+        for label in ("a", "b")
+    ]
+    scores = {f"things {n}/shape": {"questions": 1, "score": 1 / n} for n in evidence.THINGS}
+    scores |= {f"pictures {n}": {"questions": 1, "score": 0.5} for n in evidence.PICTURES}
+    asked = []
+    monkeypatch.setattr(evidence, "ask", lambda run, suite, folder: asked.append(run) or scores)
+    evidence.curves(rows, 1, [0, 2], tmp_path)
+    lines = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
+    assert len(asked) == 4 and len(lines) == 4 * len(scores)
+    assert {(line["row"], line["seed"]) for line in lines} == {("a", "0"), ("a", "2"), ("b", "0"), ("b", "2")}
+    assert {(line["value"], line["score"]) for line in lines if line["type"] == "shape"} >= {("4", "0.250000")}
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,257 @@
+"""What a sweep needs beside its report to be evidence: its power beforehand, curves of difficulty, and its answers kept.
+
+    python tools/evidence.py power SWEEP                  # of a pilot: the differences that more seeds and questions would show
+    python tools/evidence.py curves SWEEP --out FOLDER    # the hard set's questions with more objects, or among more pictures
+    python tools/evidence.py keep SWEEP --out FOLDER      # its report, and each answer of each run, compressed
+
+**Power.** The difference of two rows varies with the seed and with the choice of questions. Of a pilot, s^2 is the variance
+of the paired differences over seeds and q^2 what of it the questions make (the variance of the paired differences of one
+question's scores, type by type, divided by their number). With n seeds and m times as many questions the 95 % interval is
+to either side::
+
+    t(n - 1) * sqrt((s^2 - q^2 + q^2 / m) / n)        (s^2 - q^2 is taken to be no less than 0)
+
+if all seeds are asked the same questions it says nothing of other questions, as the report's does not.
+
+**Curves.** Each run is asked questions of data_recipes/puzzles.py with a fixed number of objects (`THINGS`), and of one to
+four pictures, of which one is asked about (256 visual tokens each). Writes curves.csv and curves.png.
+
+**Keep.** Copies report.md, .csv and .png, numbers.csv and search.csv, and writes predictions.csv.gz: a line for each question,
+with its type, the right answer, and what each run (a column) answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from lit_eemllm.console import COMMAND, console, progress, write_atomically
+from lit_eemllm.errors import UserError
+from lit_eemllm.report.difference import t95
+from lit_eemllm.report.runs import Row, Run, read_sweep
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_recipes"))
+import puzzles
+
+SEEDS = (3, 5, 8, 12)
+TIMES = (1, 2, 4)  # as many questions
+THINGS = (2, 4, 8, 16, 24)  # objects of a picture
+OF_OBJECTS = ("outermost", "shape", "beside", "count_colour")
+PICTURES = (1, 2, 3, 4)
+TOKENS = (2 * puzzles.GRID) ** 2  # visual tokens of a picture
+KEPT = ("report.md", "report.csv", "report.png", "numbers.csv")
+
+
+# ---------------------------------------------------------------- power
+
+
+def by_question(row: Row) -> dict[int, dict[Any, tuple[str, float]]]:
+    """Seed -> question -> its type and the answer's score."""
+    return {
+        run.config.seed: {key: (kind, score) for key, (_, kind, score) in run.predictions.items()} for run in row.runs
+    }
+
+
+def variances(row: Row, baseline: Row) -> tuple[float, float] | None:
+    """Of the difference of the averages of two rows: over seeds, and what of it the questions make. None below two common seeds."""
+    own, other = by_question(row), by_question(baseline)
+    differences, of_questions = [], []
+    for seed in sorted(own.keys() & other.keys()):
+        gaps: dict[str, list[float]] = defaultdict(list)
+        for key, (kind, score) in own[seed].items():
+            gaps[kind].append(score - other[seed][key][1])
+        differences.append(mean(map(mean, gaps.values())))
+        of_questions.append(sum(stdev(one) ** 2 / len(one) for one in gaps.values()) / len(gaps) ** 2)
+    return (stdev(differences) ** 2, mean(of_questions)) if len(differences) > 1 else None
+
+
+def half_width(seed_variance: float, question_variance: float, seeds: int, times: float) -> float:
+    """Of the 95 % interval of a difference, see above."""
+    rest = max(0.0, seed_variance - question_variance)
+    return t95(seeds - 1) * sqrt((rest + question_variance / times) / seeds)
+
+
+def power(rows: Sequence[Row]) -> str:
+    """The table, in Markdown."""
+    baseline, *others = rows
+    lines = [
+        f"| against {baseline.label}, half of the 95 % interval | "
+        + " | ".join(f"{n} seeds, {m} x" for n in SEEDS for m in TIMES)
+        + " |",
+        "|---|" + "---|" * (len(SEEDS) * len(TIMES)),
+    ]
+    for row in others:
+        if found := variances(row, baseline):
+            cells = (f"{half_width(*found, n, m):.3f}" for n in SEEDS for m in TIMES)
+            lines.append(f"| {row.label} ({len(row.runs)} seeds) | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- curves
+
+
+def questions(folder: Path, each: int) -> Path:
+    """Write the questions of all difficulties, `each` of a type, and the suite that names them; returns the suite's path."""
+    sets = {}
+    for name, kinds, fixed in (
+        *((f"things {n}", OF_OBJECTS, {"things": n}) for n in THINGS),
+        *((f"pictures {n}", ("picture",), {"pictures": n}) for n in PICTURES),
+    ):
+
+        def rows(split: str, count: int, seed: int, kinds: Any = kinds, fixed: Any = fixed) -> Iterable[Any]:
+            for row, shown in puzzles.rows_and_scenes(split, count, seed, kinds, **fixed):
+                yield row, [puzzles.easy.png(puzzles.render(scene)) for scene in shown]
+
+        at = folder / name.replace(" ", "-")
+        puzzles.easy.write(at, "val", each * len(kinds), seed=1, rows=rows)
+        sets[name] = {"data": f"{at.name}/val.json", "images": f"{at.name}/images"}
+    suite = folder / "suite.yaml"
+    suite.write_text(json.dumps({"sets": sets}))
+    return suite
+
+
+def ask(run: Run, suite: Path, folder: Path) -> dict[str, Any]:
+    """Scores of a run's checkpoint: set/type -> results."""
+    command = [*COMMAND, "validate", str(run.path / "config.yaml"), "--checkpoint", str(run.results["checkpoint"])]
+    command += [f"out={folder}", f"eval.suite={suite}", "eval.control=0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{run.path}: {done.stderr.strip() or done.stdout.strip()[-500:]}")
+    types: dict[str, Any] = json.loads((folder / "eval" / "results.json").read_text())["types"]
+    return types
+
+
+def curves(rows: Sequence[Row], each: int, seeds: Sequence[int], out: Path) -> None:
+    """Ask and write curves.csv and curves.png."""
+    written = []
+    runs = [(row, run) for row in rows for run in row.runs if run.config.seed in seeds]
+    with tempfile.TemporaryDirectory() as folder, progress("runs", len(runs)) as advance:
+        suite = questions(Path(folder), each)
+        for number, (row, run) in enumerate(runs):
+            for name, found in ask(run, suite, Path(folder) / str(number)).items():
+                group, _, kind = name.partition("/")
+                parameter, value = group.split()
+                written.append(
+                    (
+                        row.label,
+                        run.config.seed,
+                        parameter,
+                        int(value),
+                        kind or "picture",
+                        found["questions"],
+                        found["score"],
+                    )
+                )
+            advance(1)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("row", "seed", "parameter", "value", "type", "questions", "score"))
+    table.writerows((*head, f"{score:.6f}") for *head, score in written)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "curves.csv", text.getvalue())
+    write_atomically(out / "curves.png", draw(written))
+
+
+def draw(written: Sequence[tuple[Any, ...]]) -> bytes:
+    """Mean score over the types, for each row: mean over seeds, and from the lowest to the highest seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
+    panels = (
+        ("things", 1, "objects in the picture", OF_OBJECTS),
+        ("pictures", TOKENS, "visual tokens, 256 a picture", ("picture",)),
+    )
+    for axis, (parameter, unit, label, kinds) in zip(axes, panels, strict=True):
+        for number, row in enumerate(dict.fromkeys(line[0] for line in written)):
+            scores: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+            for name, seed, about, value, _, _, score in written:
+                if (name, about) == (row, parameter):
+                    scores[value][seed].append(score)
+            values = sorted(scores)
+            means = [[mean(of_types) for of_types in scores[value].values()] for value in values]
+            x = [unit * value for value in values]
+            axis.plot(x, [*map(mean, means)], marker="osD^vP*X<>"[number % 10], color=f"C{number}", label=row)
+            axis.fill_between(x, [*map(min, means)], [*map(max, means)], color=f"C{number}", alpha=0.12, linewidth=0)
+        chance = mean(1 / len(puzzles.answers(kind)) for kind in kinds)
+        axis.axhline(chance, color="0.4", linestyle=":", label="guessing")
+        axis.set(xlabel=label, xscale="log", ylim=(0, 1), title=f"{', '.join(kinds)}")
+        axis.set_xticks(x, [f"{value:,}" for value in x])
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("score")
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110)
+    plt.close(figure)
+    return image.getvalue()
+
+
+# ---------------------------------------------------------------- keep
+
+
+def keep(sweep: Path, rows: Sequence[Row], out: Path) -> None:
+    """Copy the report and write the answers."""
+    out.mkdir(parents=True, exist_ok=True)
+    for file in [*(sweep / "report" / name for name in KEPT), sweep / "search.csv"]:
+        if file.is_file():
+            shutil.copyfile(file, out / file.name)
+    about: dict[tuple[str, str], tuple[str, ...]] = {}
+    answers: dict[str, dict[tuple[str, str], str]] = {}
+    for row in rows:
+        for run in row.runs:
+            given = answers[f"{row.label}/{run.config.seed}"] = {}
+            for line in (run.path / "eval" / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
+                one = json.loads(line)
+                key = one["set"], one["key"]
+                about[key] = one["type"], one["truth"]
+                given[key] = one["answer"]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("set", "question", "type", "truth", *answers))
+    for key in about:
+        table.writerow((*key, *about[key], *(given.get(key, "") for given in answers.values())))
+    write_atomically(out / "predictions.csv.gz", gzip.compress(text.getvalue().encode(), mtime=0))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=("power", "curves", "keep"))
+    parser.add_argument("sweep", type=Path, help="its directory")
+    parser.add_argument("--out", type=Path, help="folder for what is written")
+    parser.add_argument("--rows", nargs="+", help="only these, for curves; the first is the baseline of power")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="for curves")
+    parser.add_argument("--questions", type=int, default=60, help="of each type and difficulty, for curves")
+    args = parser.parse_args(argv)
+    if args.out is None and args.do != "power":
+        parser.error("--out is needed")
+    rows = [row for row in read_sweep(args.sweep)[0].rows if row.runs]
+    if args.rows:
+        named = {row.label: row for row in rows}
+        rows = [named[label] for label in args.rows]
+    if args.do == "power":
+        console.print(power(rows))
+    elif args.do == "curves":
+        curves(rows, args.questions, args.seeds, args.out)
+    else:
+        keep(args.sweep, rows, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """What a sweep needs beside its report to be evidence: its power beforehand, curves of difficulty, and its answers kept.
 
     python tools/evidence.py power SWEEP                  # of a pilot: the differences that more seeds and questions would show
+    python tools/evidence.py claims SWEEP --out FOLDER --claims "ee_mllm >= 0.98 llava" ...     # what was stated, and its outcome
     python tools/evidence.py curves SWEEP --out FOLDER    # the hard set's questions with more objects, or among more pictures
     python tools/evidence.py keep SWEEP --out FOLDER      # its report, and each answer of each run, compressed
 
@@ -12,6 +13,9 @@ to either side::
     t(n - 1) * sqrt((s^2 - q^2 + q^2 / m) / n)        (s^2 - q^2 is taken to be no less than 0)
 
 if all seeds are asked the same questions it says nothing of other questions, as the report's does not.
+
+**Claims.** Of "A >= w B", the interval of average(A) - w average(B), paired by seed: a claim holds if it lies above zero, fails if it
+lies below, and is not decided otherwise. Writes claims.csv, with the share of B's prefill FLOPs that A takes.
 
 **Curves.** Each run is asked questions of data_recipes/puzzles.py with a fixed number of objects (`THINGS`), and of one to
 four pictures, of which one is asked about (256 visual tokens each). Writes curves.csv and curves.png.
@@ -27,13 +31,14 @@ import csv
 import gzip
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from math import sqrt
+from math import nan, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -98,6 +103,45 @@ def power(rows: Sequence[Row]) -> str:
             cells = (f"{half_width(*found, n, m):.3f}" for n in SEEDS for m in TIMES)
             lines.append(f"| {row.label} ({len(row.runs)} seeds) | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- claims
+
+
+def claimed(claim: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """The outcome of a claim such as "ee_mllm >= 0.98 llava".
+
+    Raises:
+        UserError: it is written otherwise, names a row that is not there, or rows with fewer than two seeds in common.
+    """
+    found, named = re.fullmatch(r"(.+) >= ([0-9.]+) (.+)", claim), {row.label: row for row in rows}
+    if not found or not {found[1], found[3]} <= set(named):
+        raise UserError(f"--claims {claim!r}: expected A >= 0.98 B, where A and B are two of {', '.join(named)}")
+    row, share, other = named[found[1]], float(found[2]), named[found[3]]
+    own, theirs = (each.by_seed(lambda run: run.result("average")) for each in (row, other))
+    gaps = [own[seed] - share * theirs[seed] for seed in own if seed in theirs]
+    if len(gaps) < 2:
+        raise UserError(f"--claims {claim!r}: {len(gaps)} seeds in common, expected 2 or more")
+    middle, half = mean(gaps), t95(len(gaps) - 1) * stdev(gaps) / sqrt(len(gaps))
+    outcome = "holds" if middle > half else "fails" if middle < -half else "not decided"
+    flops = [mean(run.result("prefill_flops") or nan for run in each.runs) for each in (row, other)]
+    scores = {"average": mean(own.values()), "of the other": mean(theirs.values())}
+    interval = {"difference": middle, "low": middle - half, "high": middle + half}
+    return {"claim": claim, "seeds": len(gaps), **scores, **interval, "FLOPs": flops[0] / flops[1], "outcome": outcome}
+
+
+def claims(written: Sequence[str], rows: Sequence[Row], out: Path) -> None:
+    """Write claims.csv."""
+    found = [claimed(claim, rows) for claim in written]
+    text = io.StringIO()
+    table = csv.DictWriter(text, found[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(
+        {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in one.items()} for one in found
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "claims.csv", text.getvalue())
+    console.print(text.getvalue())
 
 
 # ---------------------------------------------------------------- curves
@@ -188,7 +232,7 @@ def draw(written: Sequence[tuple[Any, ...]]) -> bytes:
             x = [unit * value for value in values]
             axis.plot(x, [*map(mean, means)], marker="osD^vP*X<>"[number % 10], color=f"C{number}", label=row)
             axis.fill_between(x, [*map(min, means)], [*map(max, means)], color=f"C{number}", alpha=0.12, linewidth=0)
-        chance = mean(1 / len(puzzles.answers(kind)) for kind in kinds)
+        chance = mean(1 / len(puzzles.ANSWERS[kind]) for kind in kinds)
         axis.axhline(chance, color="0.4", linestyle=":", label="guessing")
         axis.set(xlabel=label, xscale="log", ylim=(0, 1), title=f"{', '.join(kinds)}")
         axis.set_xticks(x, [f"{value:,}" for value in x])
@@ -231,25 +275,32 @@ def keep(sweep: Path, rows: Sequence[Row], out: Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=("power", "curves", "keep"))
+    parser.add_argument("do", choices=("power", "claims", "curves", "keep"))
     parser.add_argument("sweep", type=Path, help="its directory")
     parser.add_argument("--out", type=Path, help="folder for what is written")
     parser.add_argument("--rows", nargs="+", help="only these, for curves; the first is the baseline of power")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="for curves")
     parser.add_argument("--questions", type=int, default=60, help="of each type and difficulty, for curves")
+    parser.add_argument("--claims", nargs="+", default=[], help="such as 'ee_mllm >= 0.98 llava'")
     args = parser.parse_args(argv)
     if args.out is None and args.do != "power":
         parser.error("--out is needed")
-    rows = [row for row in read_sweep(args.sweep)[0].rows if row.runs]
-    if args.rows:
-        named = {row.label: row for row in rows}
-        rows = [named[label] for label in args.rows]
-    if args.do == "power":
-        console.print(power(rows))
-    elif args.do == "curves":
-        curves(rows, args.questions, args.seeds, args.out)
-    else:
-        keep(args.sweep, rows, args.out)
+    try:
+        rows = [row for row in read_sweep(args.sweep)[0].rows if row.runs]
+        if args.rows:
+            named = {row.label: row for row in rows}
+            rows = [named[label] for label in args.rows]
+        if args.do == "power":
+            console.print(power(rows))
+        elif args.do == "claims":
+            claims(args.claims, rows, args.out)
+        elif args.do == "curves":
+            curves(rows, args.questions, args.seeds, args.out)
+        else:
+            keep(args.sweep, rows, args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -57,6 +57,34 @@ def test_power_names_each_row():
     assert "3 seeds, 1 x" in head and line.startswith("| ours (2 seeds)") and line.count("|") == head.count("|")
 
 
+def scored(label, flops, *averages):
+    """A row of runs with these averages."""
+    results = [{"average": average, "prefill_flops": flops} for average in averages]
+    runs = [SimpleNamespace(config=SimpleNamespace(seed=seed), result=one.get) for seed, one in enumerate(results)]
+    return SimpleNamespace(label=label, runs=runs, by_seed=lambda of: dict(enumerate(map(of, runs))))
+
+
+def test_claims_by_hand(tmp_path):
+    """0.5, 0.6, 0.4 beside half of 0.8, 0.8, 0.8: differences 0.1, 0.2, 0.0, so 0.1 +- 4.3027 * 0.1 / sqrt(3)."""
+    rows = [scored("a, b", 30, 0.5, 0.6, 0.4), scored("base", 40, 0.8, 0.8, 0.8)]
+    found = evidence.claimed("a, b >= 0.5 base", rows)
+    half = 4.3027 * 0.1 / 3**0.5
+    assert [found[name] for name in ("difference", "low", "high", "FLOPs")] == pytest.approx(
+        [0.1, 0.1 - half, 0.1 + half, 0.75], abs=1e-5
+    )
+    assert found["outcome"] == "not decided"
+    assert evidence.claimed("a, b >= 0.1 base", rows)["outcome"] == "holds"
+    assert evidence.claimed("a, b >= 1.1 base", rows)["outcome"] == "fails"
+    evidence.claims(["a, b >= 0.5 base"], rows, tmp_path)
+    (line,) = csv.DictReader((tmp_path / "claims.csv").read_text().splitlines())
+    assert (line["claim"], line["low"], line["outcome"]) == ("a, b >= 0.5 base", f"{0.1 - half:.4f}", "not decided")
+    for claim in ("a, b > base", "c >= 1 base"):
+        with pytest.raises(evidence.UserError, match="two of a, b, base"):
+            evidence.claimed(claim, rows)
+    with pytest.raises(evidence.UserError, match="1 seeds in common"):
+        evidence.claimed("one >= 1 base", [scored("one", 1, 0.5), rows[1]])
+
+
 def test_kept_answers_are_those_of_the_runs(tmp_path):
     """Scores from the file alone are those of the predictions, whatever order the runs had."""
     rows = []

@@ -224,9 +224,9 @@ def main(verb: str, *arguments: str) -> None:
         held += [iter(held[0].train_dataloader()), held]
         next(held[1])
     elif verb == "orphans":  # killed while its loader processes start
-        from lit_eemllm.data import loader
+        from lit_eemllm.data import workers
 
-        start, parent = loader._start_worker, os.getpid()
+        start, parent = workers._start_worker, os.getpid()
 
         def late(*options: Any) -> None:
             os.write(1, f"{os.getpid()}\n".encode())  # whole: the lines of both come at once
@@ -234,7 +234,7 @@ def main(verb: str, *arguments: str) -> None:
                 time.sleep(0.01)
             start(*options)
 
-        loader._start_worker = late
+        workers._start_worker = late
         threading.Timer(2, os.kill, (parent, signal.SIGKILL)).start()
         next(iter(module(Path(arguments[0]), workers=2).train_dataloader()))
     elif verb == "rank":  # one of two ranks: what it reads, and what both do after resuming

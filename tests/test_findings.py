@@ -3,7 +3,10 @@ the numbers of benchmarks/README.md, whose table links them all, in one of all."
 
 from __future__ import annotations
 
+import csv
+import gzip
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,22 @@ def test_a_number_that_no_result_has_is_found(tmp_path: Path) -> None:
     for number, wrong in (("-0.012", []), ("0.48", ["0.48"]), ("0.00007", [])):
         told = paragraphs(text.format(number, number), folder)
         assert [unfounded(*one) for one in told] == [wrong, [], [], wrong, ["0.9"]]
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/*/predictions.csv.gz")), ids=lambda file: file.parent.name)
+def test_kept_answers_score_as_reported(file: Path) -> None:
+    """The score of each type, row and seed, computed from the answers, is that of numbers.csv."""
+    lines = csv.DictReader(gzip.decompress(file.read_bytes()).decode().splitlines())
+    right: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for line in lines:
+        for run in [*line][4:]:
+            right[run, line["type"]].append(line[run].strip().casefold() == line["truth"].strip().casefold())
+    with (file.parent / "numbers.csv").open() as text:
+        reported = {
+            (f"{one['row']}/{one['seed']}", one["quantity"].split(".")[1]): float(one["value"])
+            for one in csv.DictReader(text)
+            if one["quantity"].startswith("types.") and one["quantity"].endswith(".score")
+        }
+    assert len(reported) == len(right) > 0
+    for key, scores in right.items():
+        assert sum(scores) / len(scores) == pytest.approx(reported[key], abs=1e-6), key

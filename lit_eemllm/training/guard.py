@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from ..compat.lightning import begin_validation_anew, set_max_steps, validate_now, validation_ahead
 from ..compat.torch import lost_rank
 from ..console import console, unfinished
-from ..data.loader import lost_worker
+from ..data.workers import lost_worker
 from ..errors import UserError, WriteError
 from .best import Best
 from .checkpoint import FOLDER, all_checkpoints, save, set_aside, step_of

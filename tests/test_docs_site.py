@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from functools import cache
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from messages import matching, messages, quoted, text_of
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -16,15 +20,6 @@ PAGE = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
 def sources() -> list[ast.Module]:
     folders = [REPOSITORY / "lit_eemllm", REPOSITORY / "data_recipes"]
     return [ast.parse(file.read_text(encoding="utf-8")) for folder in folders for file in folder.rglob("*.py")]
-
-
-def text_of(node: ast.AST) -> str:
-    """A string of the source, … in place of what is computed."""
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else "…"
-    if isinstance(node, ast.JoinedStr):
-        return "".join(map(text_of, node.values))
-    return text_of(node.left) + text_of(node.right) if isinstance(node, ast.BinOp) else "…"
 
 
 @cache
@@ -42,10 +37,6 @@ def reasons() -> set[str]:
     return {text_of(call.args[0]) for call in calls if vars(call.func).get("id", vars(call.func).get("attr")) in names}
 
 
-def matching(quote: str) -> re.Pattern[str]:
-    return re.compile(".+?".join(map(re.escape, quote.split("…"))), re.DOTALL)
-
-
 def test_every_page_is_in_the_index() -> None:
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     trees = "\n".join(re.findall(r"```\{toctree\}\n(.*?)```", index, re.DOTALL))
@@ -55,9 +46,22 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_quoted_messages_are_the_programs() -> None:
-    quotes, texts = re.findall(r"^- `([^`]+)`\\$", PAGE, re.MULTILINE), said()
-    assert len(quotes) > 80
-    assert not [quote for quote in quotes if not any(map(matching(quote).search, texts))]
+    """And among those of docs/messages.md: the quotes were gathered by hand, the page by rules."""
+    assert len(quoted(PAGE)) > 80
+    listed = {text for texts in messages().values() for text in texts}
+    assert not [quote for quote in quoted(PAGE) if not any(map(matching(quote).search, listed))]
+
+
+def test_every_message_is_in_one_group() -> None:
+    groups = re.findall(
+        r"^```\{messages\}\n(.*?)^```", (DOCS / "messages.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    names = [name for group in groups for name in group.split()]
+    assert not [name for name in names if not messages(name)], "nothing is said there any more: remove it"
+    found = [file for name in names for file in messages(name)]
+    assert sorted(found) == list(messages()), (
+        "name the file in a group of docs/messages.md whose cause and cure fit, once"
+    )
 
 
 def test_every_reason_of_a_skipped_sample_is_explained() -> None:

@@ -27,7 +27,7 @@ def add(verbs: Any) -> None:
     made.add_argument("--mechanism", metavar="PRESET", help="such as ee_mllm or saisa; default: the source's own")
     text = "write one of transformers' own models, which loads anywhere without this package, and check that it computes the same; "
     text += "mechanism llava"
-    made.add_argument("--to-transformers", "--to-llava", action="store_true", help=text)
+    made.add_argument("--to-transformers", "--self-contained", "--to-llava", action="store_true", help=text)
 
 
 def _convert(args: Namespace) -> None:

@@ -14,7 +14,8 @@ def add(verbs: Any) -> None:
         "lit-eemllm merge runs/demo/ee_mllm-0 --to merged",
         "lit-eemllm merge runs/demo/llava-0 --to merged --checkpoint runs/demo/llava-0/checkpoints/step-1000.ckpt",
     )
-    made = takes_config(verb(verbs, "merge", _merge, "Write a run's trained model.", *examples), checkpoint=True)
+    text = "Write a run's trained model. One that loads without this package, of mechanism llava: convert RUN --self-contained."
+    made = takes_config(verb(verbs, "merge", _merge, text, *examples), checkpoint=True)
     made.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
     made.add_argument("--adapter", action="store_true", help="only the decoder's LoRA adapter, as peft loads it")
 

@@ -155,7 +155,9 @@ def test_a_converted_llava_answers_and_is_trained_further(llava_folder, shapes, 
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
     capsys.readouterr()
     assert cli.main(["generate", str(run), "--image", str(tmp_path / "a.png"), "--prompt", "What?"]) == 0
-    assert cli.main(["convert", str(run), "--out", str(tmp_path / "hf"), "--mechanism", "llava", "--to-llava"]) == 0
+    assert (
+        cli.main(["convert", str(run), "--out", str(tmp_path / "hf"), "--mechanism", "llava", "--self-contained"]) == 0
+    )
 
 
 def test_qlora_of_a_converted_llava(tokenizer, shapes, tmp_path, capsys):

@@ -310,6 +310,7 @@ def test_the_trainers_first_step_is_ours(made: tuple[Path, EEMLLM, Processor], t
 
 
 @pytest.mark.slow
+@pytest.mark.extras
 def test_a_step_of_trl_is_ours(made: tuple[Path, EEMLLM, Processor], tmp_path: Path) -> None:
     """Prompts and completions: what is trained are the completions."""
     trl = pytest.importorskip("trl")

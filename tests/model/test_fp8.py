@@ -12,6 +12,7 @@ from lit_eemllm.errors import ConfigError
 from lit_eemllm.model.fp8 import LINEAR, use_fp8
 
 pytest.importorskip("torchao")
+pytestmark = pytest.mark.extras
 LARGEST = 448.0
 """That E4M3 holds."""
 

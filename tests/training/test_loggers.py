@@ -1,4 +1,4 @@
-"""What is logged arrives in every logger, and none that fails stops a run. W&B and MLflow are the real ones, where they are installed."""
+"""What is logged arrives in every logger, and none that fails stops a run. W&B and MLflow are the real ones."""
 
 import csv
 from importlib.util import find_spec
@@ -86,6 +86,7 @@ def log_all(out, name, look=lambda logger: None):
     made.finalize("success")
 
 
+@pytest.mark.extras
 def test_weights_and_biases(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -103,6 +104,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         assert len(list(folder.glob("files/media/images/samples_*.png"))) == 1
 
 
+@pytest.mark.extras
 def test_mlflow(tmp_path):
     pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient
@@ -121,6 +123,7 @@ def test_mlflow(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.extras
 def test_a_whole_run_with_all_of_them(tmp_path, parts, shapes, monkeypatch, capsys):
     """By the command; the weights are what they are without."""
     pytest.importorskip("wandb")

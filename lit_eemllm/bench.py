@@ -24,6 +24,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from .attention import registered_backends
 from .console import console, progress, quiet_libraries, write_atomically
+from .cost.weightless import SHAPES as LLAVA
 from .errors import UserError, did_you_mean
 from .formats.llava import Llava
 from .inputs.images import ImageTransform
@@ -36,7 +37,7 @@ from .report import provenance
 from .report.measured import BASE, MEASURES, draw, largest, report
 
 SHAPES: dict[str, dict[str, int]] = {
-    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000),
+    "7b": LLAVA["vicuna-7b"],
     "smollm2-135m": dict(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=49152,

@@ -45,8 +45,8 @@ TEXTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # The parts that presets name. Each was compared with a published config.json: its own, an unchanged copy of it, or, where said so,
 # that of a model which was made from it.
 PUBLISHED = {
-    "lmsys/vicuna-7b-v1.5": LlamaConfig(**SHAPES["vicuna-7b"], vocab_size=32000),  # copy Reizend/bhai_insights_v3
-    "lmsys/vicuna-13b-v1.5": LlamaConfig(**SHAPES["vicuna-13b"], vocab_size=32000),  # its own
+    "lmsys/vicuna-7b-v1.5": LlamaConfig(**SHAPES["vicuna-7b"]),  # copy Reizend/bhai_insights_v3
+    "lmsys/vicuna-13b-v1.5": LlamaConfig(**SHAPES["vicuna-13b"]),  # its own
     # ViCA's base by its README. Of mtgv/MobileVLM-3B, whose decoder is its chat version; the file's size, 5.4 GB in 16 bits, agrees
     "mtgv/MobileLLaMA-2.7B-Base": LlamaConfig(
         hidden_size=2560, intermediate_size=6912, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000

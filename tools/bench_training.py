@@ -27,6 +27,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from lit_eemllm.config import load_config
 from lit_eemllm.console import console, progress, write_atomically
+from lit_eemllm.cost import weightless
 from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import build_mechanism
@@ -36,10 +37,7 @@ from lit_eemllm.report import provenance
 from lit_eemllm.training.tuning import apply_tuning, parameter_groups
 
 SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
-    "7b": (
-        dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000),
-        dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14),
-    ),
+    "7b": (weightless.SHAPES["vicuna-7b"], weightless.CLIP_L),
     "tiny": (
         dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=320),
         dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14),

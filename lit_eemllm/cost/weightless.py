@@ -32,10 +32,10 @@ CLIP_L = {
     "image_size": 336, "patch_size": 14,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, int]] = {
-    "vicuna-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "vicuna-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-}
-"""Decoders of LLaVA-1.5, Llamas of 32,000 tokens; its encoder is CLIP-L/14-336."""
+    "vicuna-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000),
+    "vicuna-13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000),
+}  # fmt: skip
+"""Decoders of LLaVA-1.5, Llamas; its encoder is CLIP-L/14-336."""
 SHAPE_CONFIG = """
 model: {decoder: given by --shape, vision: {path: given by --shape}}
 data: {train: none}
@@ -95,7 +95,7 @@ def parts_of_shape(name: str, connector: Connector = DEFAULT, max_tokens: int | 
         ConfigError: no such shape; names them.
     """
     if name in SHAPES:
-        decoder = LlamaConfig(**SHAPES[name], vocab_size=32000)
+        decoder = LlamaConfig(**SHAPES[name])
         return Parts(decoder, "transformers", _vision(CLIPVisionConfig(**CLIP_L), select_layer=-2), connector)
     from .shapes import PUBLISHED, read_shape
 

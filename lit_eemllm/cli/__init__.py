@@ -59,7 +59,7 @@ class Parser(ArgumentParser):
 
     def add_argument(self, *args: Any, **options: Any) -> Any:
         made = super().add_argument(*args, **options)
-        if made.type is Path or made.dest == "inputs":
+        if made.type is Path or made.dest in ("inputs", "checkpoint"):
             self.files.append(made)
         return made
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from lit_eemllm.cli.common import config_of, takes_config, verb
+from lit_eemllm.cli.common import config_of, named, takes_config, verb
 from lit_eemllm.errors import UserError
 
 
@@ -18,7 +18,7 @@ def add(verbs: Any) -> None:
     text = "Find what a self-attention model can do without for its visual tokens: layers (--target) or operators (--budget)."
     made = takes_config(verb(verbs, "calibrate", _calibrate, text, *examples), checkpoint=True)
     text = "rank layers for a mechanism such as ee_mllm_f, shortv or vica"
-    made.add_argument("--target", metavar="PRESET", help=text)
+    named("mechanisms", made.add_argument("--target", metavar="PRESET", help=text))
     text = "with --target: how many layers to convert or, as for vica, in how many text sees the image, or their share of all, such as 0.6; default: the preset's"
     made.add_argument("--layers", type=float, metavar="N|SHARE", help=text)
     text = "with --target: rank by the KL of the output or, as for vica, by the cosine similarity of text states; default kl"

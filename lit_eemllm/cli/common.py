@@ -31,6 +31,15 @@ def verb(verbs: Any, name: str, run: Callable[[Namespace], int | None], text: st
     return made
 
 
+NAMED: list[tuple[str, Any]] = []
+"""Arguments that are names of something that other files register, with the word for it in `completion`."""
+
+
+def named(kind: str, argument: Any) -> None:
+    """What a shell completes an argument by."""
+    NAMED.append((kind, argument))
+
+
 def takes_imports(made: ArgumentParser) -> ArgumentParser:
     """Add ``--import``."""
     text = "a Python file of your own that registers mechanisms, connectors, backends, encoders, decoders, metrics or sources; repeatable"

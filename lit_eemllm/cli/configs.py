@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from lit_eemllm.cli.common import group, verb
+from lit_eemllm.cli.common import group, named, verb
 from lit_eemllm.errors import UserError
 from lit_eemllm.terminal import say
 
@@ -25,11 +25,11 @@ def add(verbs: Any) -> None:
         "lit-eemllm configs show configs/sweeps/table6_7b.yaml",
     )
     text = "Print a file as it is; with all that is merged into it: config show."
-    verb(configs, "show", _show, text, *examples).add_argument("name", metavar="NAME")
+    named("files", verb(configs, "show", _show, text, *examples).add_argument("name", metavar="NAME"))
     examples = "lit-eemllm configs copy configs/demo", "lit-eemllm configs copy data_recipes/blends --to shards"
     text = "Copy files and folders, to change them: your own file wins over the one of the same name."
     made = verb(configs, "copy", _copy, text, *examples)
-    made.add_argument("names", nargs="+", metavar="NAME")
+    named("files", made.add_argument("names", nargs="+", metavar="NAME"))
     text = "folder for the files and for what is in folders; default: the same names in the current folder, as files need that name others"
     made.add_argument("--to", type=Path, metavar="DIR", help=text)
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from lit_eemllm.cli.common import separated, takes_imports, verb
+from lit_eemllm.cli.common import named, separated, takes_imports, verb
 from lit_eemllm.errors import ConfigError
 
 
@@ -24,7 +24,10 @@ def add(verbs: Any) -> None:
     text += "mechanism, model.connector.* likewise, and seed, of modules that are fresh"
     made.add_argument("inputs", nargs="*", metavar="SOURCE|key=value", help=text)
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
-    made.add_argument("--mechanism", metavar="PRESET", help="such as ee_mllm or saisa; default: the source's own")
+    named(
+        "mechanisms",
+        made.add_argument("--mechanism", metavar="PRESET", help="such as ee_mllm or saisa; default: the source's own"),
+    )
     text = "write one of transformers' own models, which loads anywhere without this package, and check that it computes the same; "
     text += "mechanism llava"
     made.add_argument("--to-transformers", "--self-contained", "--to-llava", action="store_true", help=text)

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_eemllm.cli.common import config_of, separated, takes_config, verb
+from lit_eemllm.cli.common import config_of, named, separated, takes_config, verb
 
 if TYPE_CHECKING:
     from lit_eemllm.config.keys import Config
@@ -43,7 +43,7 @@ def _takes_shape(made: ArgumentParser) -> ArgumentParser:
         "a published model, such as vicuna-7b (with CLIP-L/14-336) or qwen2.5-vl-7b (docs/models.md), or a folder with a model's config files, "
         "in place of the configuration's parts; a CONFIG is then optional"
     )
-    made.add_argument("--shape", metavar="NAME", help=text)
+    named("shapes", made.add_argument("--shape", metavar="NAME", help=text))
     made.add_argument("--text", type=int, default=64, metavar="N", help="text tokens of a document, default 64")
     made.add_argument("--visual", type=int, metavar="N", help="its visual tokens, default: those of one image, at most")
     made.add_argument("--image", type=_size, metavar="WIDTHxHEIGHT", help="those of an image of this size")

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_eemllm.cli.common import config_of, group, takes_config, takes_imports, verb
+from lit_eemllm.cli.common import config_of, group, named, takes_config, takes_imports, verb
 from lit_eemllm.errors import UserError, not_one_of
 from lit_eemllm.terminal import say
 
@@ -61,7 +61,7 @@ def _add_make(shards: Any) -> None:
     )
     what.add_argument("--rows", type=_rows, action="append", default=[], metavar="SPLIT=FILE", help=text)
     text = "instead of files, a procedural set, or a published one, or one of your own, as it was released, found in --root"
-    what.add_argument("--source", metavar="NAME", help=text)
+    named("sources", what.add_argument("--source", metavar="NAME", help=text))
     text = "of parquet: those to read, by their names or under others, such as image,question=query,answer=label; default: all"
     made.add_argument("--columns", type=_columns, metavar="NAME=COLUMN,...", help=text)
     made.add_argument("--root", type=Path, metavar="DIR", help="with --source: the folder of the release")
@@ -86,7 +86,7 @@ def _add_make(shards: Any) -> None:
     text = "frames for each second of a video, up to --frames; default: --frames of any video"
     made.add_argument("--frame-rate", type=float, metavar="R", help=text)
     text = "text that tells the times of frames: plain (none), internvl, smolvlm or qwen3_vl; default plain"
-    made.add_argument("--markers", default="plain", metavar="NAME", help=text)
+    named("markers", made.add_argument("--markers", default="plain", metavar="NAME", help=text))
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     made.add_argument("--shard-size", type=int, default=1000, metavar="N", help="rows per shard, default 1000")
     text = "accept images that links put outside of --images or --root"

@@ -30,6 +30,13 @@ def script(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Path:
         (["fit", "my_"], ["my_model.yaml"]),
         (["report", "runs/fir"], ["runs/first"]),
         (["sweep", "my_"], ["my_model.yaml"]),
+        (["convert", "--mechanism", "ee_"], ["ee_mllm", "ee_mllm_f"]),
+        (["shards", "make", "--source", "shap"], ["shapes"]),
+        (["explain", "--shape", "vic"], ["vicuna-7b", "vicuna-13b"]),
+        (["bench", "--shape", "sma"], ["small"]),
+        (["bench", "--systems", "llava", "shor"], ["shortv"]),
+        (["configs", "copy", "configs/demo/ee_mllm."], ["configs/demo/ee_mllm.yaml"]),
+        (["validate", "--checkpoint", "my_"], ["my_model.yaml"]),
     ],
 )
 def test_bash_completes(script: Path, tmp_path: Path, typed: list[str], completed: list[str]) -> None:
@@ -51,5 +58,5 @@ def test_zsh_knows_every_verb(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", "zsh"]) == 0
     said = capfd.readouterr().out
     assert said.startswith("#compdef lit-eemllm") and all(
-        name in said for name in ("estimate", "prepare", "--documents")
+        name in said for name in ("estimate", "prepare", "--documents", "ee_mllm_f", "shapes", "vicuna-7b")
     )

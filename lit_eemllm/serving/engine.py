@@ -6,6 +6,7 @@ another in between costs nothing: a picture that was asked about before is not c
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
 from collections import deque
@@ -18,7 +19,7 @@ from PIL import Image
 from ..errors import SampleError, UserError
 from ..evaluation.chat import Chat, Cost, Listener, answer_aloud
 from ..evaluation.cost import flops_of
-from ..inputs.conversation import Conversation
+from ..inputs.conversation import IMAGE, Conversation, Turn
 from ..inputs.images import image_size, open_image
 from ..model.image_cache import ImageCache
 
@@ -88,6 +89,21 @@ class Engine:
         self._images = {way: ImageCache(int(config.eval.image_cache * 2**30)) for way in self.ways}
         self._line, self._change = deque[Job](), threading.Condition()
         threading.Thread(target=self._work, daemon=True).start()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Ask something, since the first answer of a process takes several times as long, which would count against its mechanism."""
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64), "grey").save(file, "PNG")
+        asked = Conversation("warm-up", (Turn("human", f"{IMAGE}\nWhat is it?"),), 1)
+        ended = threading.Event()
+
+        def tell(event: str | End | Exception) -> None:
+            if not isinstance(event, str):
+                ended.set()
+
+        self.ask(Job(self.ways[0], asked, [file.getvalue()], 2, 0.0, tell))
+        ended.wait()
 
     def ask(self, question: Job) -> None:
         """Put a question into the line; its `way` is one of `ways`."""

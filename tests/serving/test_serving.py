@@ -15,10 +15,10 @@ from PIL import Image
 
 from lit_eemllm import cli, limits
 from lit_eemllm.config import to_yaml
-from lit_eemllm.evaluation.run import answer
+from lit_eemllm.evaluation.run import UNTRAINED, answer, load
 from lit_eemllm.inputs.conversation import IMAGE, Conversation, Turn
 from lit_eemllm.serving import api
-from lit_eemllm.serving.engine import Failed, Job
+from lit_eemllm.serving.engine import Engine, Failed, Job
 
 
 def file_of(colour, size=(40, 20)):
@@ -91,6 +91,12 @@ def test_answers_are_those_of_generate_whole_and_in_pieces(address, alone):
             and again["cost"]["prefill_flops"] == found["cost"]["prefill_flops"] > 0
         )
         assert "usage" not in pieces(sent(address, {**request, "stream": True})[1])[-1]
+
+
+def test_it_has_answered_about_a_picture_before_anybody_asks(config, caplog):
+    """Else the first mechanism that is asked would look slow."""
+    engine = Engine(*load(config, UNTRAINED)[:2], config, 4)
+    assert engine.model.image_cache.misses == 1 and not caplog.records
 
 
 def test_turns_and_texts_alone(address, alone):

@@ -56,7 +56,7 @@ class Messages(SphinxDirective):
                 section = next((section for quote, section in explained if quote.search(text)), "")
                 anchor = re.sub("[^a-z ]", "", section.lower()).replace(" ", "-")
                 more = f"; explained under [{section}](troubleshooting.md#{anchor})" if section else ""
-                lines.append(f"- `` {text} ``\\\n  {file}:{line}{more}")
+                lines.append(f"- `` {text} ``\\\n  {file.replace('_', '&#95;')}:{line}{more}")
         made = nodes.container()
         self.state.nested_parse(StringList("\n".join(lines).splitlines()), self.content_offset, made)
         return made.children

@@ -124,7 +124,7 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #223; max-width: 1100px; margin: 2em auto; padding: 0 1em }}
 h1 {{ font-size: 1.5em; margin: 0 }} h2 {{ margin: 1.6em 0 0 }} h3 {{ font-size: .95em; margin: 1em 0 .2em }}
 p {{ margin: .15em 0; overflow-wrap: anywhere; white-space: pre-wrap }}
-article {{ display: inline-flex; vertical-align: top; gap: .8em; width: 340px; border: 1px solid #cfd5df; border-radius: 8px;
+article {{ display: inline-flex; vertical-align: top; gap: .8em; width: 350px; box-sizing: border-box; border: 1px solid #cfd5df; border-radius: 8px;
   padding: .7em; margin: .3em .3em .3em 0; flex-wrap: wrap }}
 article div {{ flex: 1 1 180px }}
 img {{ max-width: 100%; min-width: 96px; align-self: flex-start; border: 1px solid #e3e6ec; border-radius: 4px }}

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -117,6 +118,19 @@ def test_a_dollar_is_no_formula(prompt, truth, said, tmp_path):
     asked = Question(Conversation("", (Turn("human", prompt), Turn("gpt", truth)), 0), Truth((truth,)))
     draw_samples([Answered("x", asked, said)], 100, tmp_path / "samples.png")
     assert Image.open(tmp_path / "samples.png").width > 100
+
+
+def test_a_white_picture_has_a_frame_and_the_answer_is_below_its_truth(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), "white").save(file, "PNG")
+    draw_samples([Answered("x", question("k", None, [file.getvalue()]), "no")], 1000, tmp_path / "samples.png")
+    drawn = np.asarray(Image.open(tmp_path / "samples.png").convert("RGB")).astype(int)
+    grey, red, black = (
+        (np.abs(drawn - colour).max(2) < 30).sum(1) for colour in ((211, 211, 211), (214, 39, 40), (0, 0, 0))
+    )
+    frame, answered, asked = np.flatnonzero(grey > 100), np.flatnonzero(red), np.flatnonzero(black)
+    assert frame[-1] - frame[0] > 100 and frame[-1] < asked[0]
+    assert 0 < answered[0] - asked[-1] < 25
 
 
 def test_gallery_escapes_and_bounds_what_it_shows(files, tmp_path):

@@ -27,7 +27,7 @@ from ..inputs.conversation import IMAGE, Conversation, Turn
 from ..inputs.images import open_image, read_file
 from ..inputs.rows import VIDEO, show
 from ..inputs.video import read_clip, with_frames
-from ..model.fp8 import use_fp8
+from ..model.fp8 import require_fp8, use_fp8
 from ..model.image_cache import ImageCache
 from ..terminal import say
 from ..training.checkpoint import newest_checkpoint
@@ -176,7 +176,9 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
 
     Raises:
         CheckpointError: the checkpoint does not fit, or was trained with other frozen parts.
+        ConfigError: a package is missing.
     """
+    require_fp8(config.model)
     path, source = None, "before training"
     if checkpoint != UNTRAINED:
         path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(Path(config.out))

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError
 
+if TYPE_CHECKING:
+    from ..config.keys import ModelConfig
+
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")
 """What visual rows run through beside norms."""
+
+
+def require_fp8(config: ModelConfig) -> None:
+    """Raises ConfigError if what ``model.fp8`` needs is not installed: before minutes of loading."""
+    if config.fp8 and find_spec("torchao") is None:
+        raise ConfigError("model.fp8: torchao is not installed; pip install 'lit_eemllm[fp8]'")
 
 
 def use_fp8(model: Any, emulate: bool = False) -> None:
@@ -26,13 +36,11 @@ def use_fp8(model: Any, emulate: bool = False) -> None:
         emulate: round as 8-bit floats do, and multiply in float32, on any device.
 
     Raises:
-        ConfigError: no torchao, no such GPU, or a decoder whose widths are no multiples of 16.
+        ConfigError: no such GPU, or a decoder whose widths are no multiples of 16.
     """
-    try:
-        from torchao.float8 import Float8LinearConfig
-        from torchao.float8.float8_linear import Float8Linear
-    except ImportError as error:
-        raise ConfigError("model.fp8: torchao is not installed; pip install 'lit_eemllm[fp8]'") from error
+    from torchao.float8 import Float8LinearConfig
+    from torchao.float8.float8_linear import Float8Linear
+
     if not emulate and (model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 9)):
         raise ConfigError(
             "model.fp8: needs a CUDA device of compute capability 8.9 (Ada, Hopper) or more; set it to false"

@@ -25,6 +25,7 @@ from ..data.module import ShardDataModule
 from ..errors import CheckpointError, ConfigError, UserError, not_one_of
 from ..locks import locked
 from ..model.build import build_processor
+from ..model.fp8 import require_fp8
 from .checkpoint import (
     FOLDER,
     AtomicCheckpointIO,
@@ -98,6 +99,7 @@ def fit(config: Config, callbacks: Sequence[Callback] = ()) -> None:
 
 def _fit(config: Config, trainer: Trainer, runlog: RunLog) -> None:
     require_states(config.optim)
+    require_fp8(config.model)
     resume, data = find_resume(config), ShardDataModule(config.data, config.seed)
     if config.optim.epochs is not None:
         config = in_steps(config, data, trainer)

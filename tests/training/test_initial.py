@@ -112,6 +112,14 @@ def test_every_way_to_fold_adapters_gives_what_peft_gives(folded, tmp_path):
     assert {x.dtype for x in found.values()} == {torch.bfloat16} and not any(x.any() for x in steps.values())
 
 
+def test_a_missing_torchao_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_eemllm.model.fp8.find_spec", lambda name: None)
+    config = tiny.config(tmp_path / "no parts", "no data", tmp_path, "model.fp8=true", "optim.tuning.llm=frozen")
+    for use in (fit, lambda config: load(config, None)):
+        with pytest.raises(ConfigError, match=r"model.fp8: torchao is not installed; pip install 'lit_eemllm\[fp8\]'"):
+            use(config)
+
+
 def test_half_a_decoder_and_one_of_another_shape_are_refused(folded, parts, shapes, tmp_path):
     config, _ = folded
     assert cli.main(["merge", config.out, "--to", str(tmp_path / "half")]) == 0

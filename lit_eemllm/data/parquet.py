@@ -32,7 +32,7 @@ from lit_eemllm import limits
 from lit_eemllm.data.sources import DESCRIBE
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.inputs.conversation import IMAGE
-from lit_eemllm.inputs.rows import PICTURES, show
+from lit_eemllm.inputs.rows import PICTURES, mend, show
 
 SHAPES = (
     ("conversations",), ("messages",), ("texts",), ("question", "answer"), ("question", "answers"), ("caption",), ("text",),
@@ -205,6 +205,7 @@ class _Reader:
 
     def _as_row(self, row: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         images = dict[str, bytes]()
+        lacking = any(row.get(name, "") is None for name in PICTURES)
         for name in self.inside:
             value = row.pop(name)
             listed = list[str]()
@@ -217,9 +218,13 @@ class _Reader:
                     raise SampleError("bad_record", f"{where}: {name!r} is {str(item)[:80]!a}, expected bytes and path")
                 elif path := said.get("path"):
                     listed.append(path)
+                else:
+                    lacking = True
             if listed:
                 row[name] = listed if isinstance(value, list) else listed[0]
         row = json.loads(json.dumps(row, default=str))  # with times and decimal numbers as texts
+        if lacking:  # a mixture has rows of text alone; of others it is a loss that nothing else would tell
+            mend(row, "null_image")
         if self.shape[0] not in ("conversations", "messages"):
             shown: Any = next((row[name] for name in PICTURES if row.get(name)), [])
             row["conversations"] = self._turns(row, len(shown) if isinstance(shown, list) else 1, where)

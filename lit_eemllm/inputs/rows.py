@@ -154,10 +154,10 @@ def _mean_videos(row: dict[str, Any], turns: list[Any], videos: int) -> None:
             else turn
             for turn in turns
         ]
-        _mend(row, "image_for_video")
+        mend(row, "image_for_video")
 
 
-def _mend(row: dict[str, Any], what: str) -> None:
+def mend(row: dict[str, Any], what: str) -> None:
     mended = row.get("mended")
     row["mended"] = [*(mended if isinstance(mended, list) else []), what]
 
@@ -169,7 +169,7 @@ def _show(row: dict[str, Any], turns: list[Any], mark: str, count: int) -> None:
     if count and asked is not None and all(isinstance(text, str) and mark not in text for text in texts):
         shown = {**turns[asked], "value": show(turns[asked]["value"], mark, count)}
         row["conversations"] = [*turns[:asked], shown, *turns[asked + 1 :]]
-        _mend(row, "placeholder")
+        mend(row, "placeholder")
 
 
 def _speaker(turn: Any) -> Any:

@@ -138,7 +138,8 @@ def test_no_and_several_images_and_a_schema_of_large_and_list_types(tmp_path: Pa
     said = pa.struct([("user", pa.large_string()), ("assistant", pa.string())])
     images = pa.large_list(pa.struct([("bytes", pa.large_binary())]))
     file = write(tmp_path / "rows.parquet", rows, schema=pa.schema([("images", images), ("texts", pa.list_(said))]))
-    make({"val": file}, None, tmp_path / "made")
+    report = make({"val": file}, None, tmp_path / "made")
+    assert report.mended == {"null_image": 2} and "null_image" in str(report), "in the first row, and all of the second"
     found = list(samples(tmp_path / "made"))
     assert [image for *_, images, _ in found for image in images] == [inside(1)["bytes"], inside(2)["bytes"]]
     assert [len(row["conversations"]) for *_, row in found] == [4, 2, 2]
@@ -225,6 +226,7 @@ def test_bad_rows_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         {"train": tmp_path / "rows.parquet"}, tmp_path / "images", tmp_path / "made", max_image_pixels=100_000
     )
     assert report.good == {"train": 4} and report.images == 3  # the first, one without an image, in.png, the last
+    assert report.mended == {"null_image": 1}
     assert report.bad == {
         "bad_image": 2, "path_escape": 2, "missing_image": 1, "image_too_large": 1, "no_target": 1, "bad_record": 2, "unread_key": 1,
     }  # fmt: skip

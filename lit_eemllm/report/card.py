@@ -18,6 +18,7 @@ from .tables import Lines, tables
 from .words import caption, incomplete
 
 CARD = "README.md"
+LICENCE = "What the licences of its decoder, its vision encoder and its data allow; they are not known here. Write yours above, as `license: ...`, before you publish it."
 
 
 def write_card(
@@ -41,6 +42,7 @@ def write_card(
     parts = [
         f"---\n{strict_yaml.dump({**told, 'tags': ['lit_eemllm', *([] if foreign else ['eemllm'])]})}---",
         f"# {plain(name)}",
+        _made_of(model),
         _use(plain(name), foreign),
         f"## What each layer does with visual tokens\n\n{markdown_table(_layers(table))}",
     ]
@@ -50,8 +52,17 @@ def write_card(
         parts.append("## Training\n\n" + "\n".join(f"- {key}: `{plain(text)}`" for key, text in made.items()))
     if scored is not None:
         parts.append("## Scores and costs\n\n" + _scores(*scored))
+    parts.append(f"## Licence\n\n{LICENCE}")
     parts.append(f"## Where it comes from\n\n{plain(provenance())}")
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _made_of(model: EEMLLM) -> str:
+    """Decoder and encoder by their families, and how large it is."""
+    decoder, encoder = model.language_model, getattr(model.vision, "model", model.vision)
+    family, size = type(decoder).__name__.removesuffix("ForCausalLM"), sum(one.numel() for one in model.parameters())
+    shape = f"{len(decoder.model.layers)} layers, {decoder.config.hidden_size:,} wide"
+    return f"A {family} decoder ({shape}) that sees through a {type(encoder).__name__}; {size:,} parameters."
 
 
 def _use(name: str, foreign: bool) -> str:

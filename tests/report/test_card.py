@@ -25,8 +25,10 @@ def test_a_plain_one_says_what_the_model_is(tmp_path: Path) -> None:
     assert yaml.safe_load(head) == {
         "library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["lit_eemllm", "eemllm"],
     }  # fmt: skip
+    size = tiny.model(mechanism="shortv").num_parameters()
     assert body.startswith(
-        "\n# mine\n\nIt needs the package lit_eemllm beside transformers.\n\n```python\nimport lit_eemllm"
+        f"\n# mine\n\nA Llama decoder (5 layers, 32 wide) that sees through a CLIPVisionModel; {size:,} parameters.\n\n"
+        "It needs the package lit_eemllm beside transformers.\n\n```python\nimport lit_eemllm"
     )
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert rows == [
@@ -34,6 +36,7 @@ def test_a_plain_one_says_what_the_model_is(tmp_path: Path) -> None:
         "| 0–2 | all | all before | value output ffn | all | the layer before |",
         "| 3–4 | all | – | – | all | the layer before |",
     ]
+    assert "\n## Licence\n" in body and "license: ..." in body
     assert "## Training" not in body and "## Scores" not in body and "commit " in body and "torch 2" in body
 
 

@@ -21,14 +21,14 @@ def _fit(args: Namespace) -> None:
     config = config_of(args)
     from lit_eemllm.training.fit import fit
 
-    callbacks = []
-    if config.eval.during_training is not None or config.optim.samples_every is not None:
+    asking = None
+    if config.asks:
         from lit_eemllm.evaluation.during import Asking
 
-        callbacks.append(Asking(config))
+        asking = Asking(config)
 
     # What is imported by now stays, so the garbage collector need not know it. Else each loader process, and every validation
     # starts its own, walks half a million objects when it starts, and both sides copy the memory that they share: half a second.
     gc.collect()  # what nobody needs any more shall not stay
     gc.freeze()
-    fit(config, callbacks)
+    fit(config, asking)

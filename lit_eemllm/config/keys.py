@@ -298,6 +298,11 @@ class Config:
     """Arguments of lightning.Trainer, such as accelerator, devices, precision; strategy is auto, ddp, fsdp2, hsdp or fsdp2_offload."""
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    @property
+    def asks(self) -> bool:
+        """Whether the model is asked questions while it trains."""
+        return self.eval.during_training is not None or self.optim.samples_every is not None
+
 
 Mistake = tuple[tuple[str, ...], str]
 """The dotted keys that are wrong, first the one to change; and what is wrong with them."""

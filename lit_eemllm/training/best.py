@@ -34,7 +34,7 @@ class Best:
         self.value, self.step, self.waited = -math.inf, 0, 0
 
     def note(self, found: float, step: int) -> bool:
-        """Whether a validation, which has found this, is better than all before; an equal one is not."""
+        """Whether a validation, which has found this, is better than all before; an equal one is not, since it took more steps."""
         better = self.sign * found > self.value
         if better:
             self.value, self.step = self.sign * found, step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -75,21 +75,21 @@ PROFILERS: dict[str, Callable[..., Profiler]] = {
 }
 
 
-def fit(config: Config, callbacks: Sequence[Callback] = ()) -> None:
+def fit(config: Config, asking: Callback | None = None) -> None:
     """Train, or continue the run found in `config.out`.
 
-    callbacks: what `evaluation.during` makes of `eval.during_training` and `optim.samples_every`.
+    asking: an `evaluation.during.Asking`, if `config.asks`.
 
     Raises:
         UserError: the configuration, data or checkpoint cannot be used, or another process trains in `config.out`.
     """
-    if not callbacks and (config.eval.during_training, config.optim.samples_every) != (None, None):
+    if config.asks and asking is None:
         raise UserError(
-            "eval.during_training and optim.samples_every ask while it trains: fit(config, [lit_eemllm.evaluation.during.Asking(config)])"
+            "eval.during_training and optim.samples_every ask while it trains: fit(config, lit_eemllm.evaluation.during.Asking(config))"
         )
     quiet_libraries()
     runlog = RunLog(config)
-    trainer = make_trainer(config, runlog, callbacks)
+    trainer = make_trainer(config, runlog, asking)
     console.quiet = not trainer.is_global_zero
     # not flock, which loader processes inherit: they may briefly outlive a killed process
     alone = locked(Path(config.out), "training", ".fit.lock", fcntl.lockf) if trainer.is_global_zero else nullcontext()
@@ -202,7 +202,7 @@ def accept(resume: Path, config: Config, trainer: Trainer) -> int:
         return int(checkpoint["lit_eemllm"]["config"]["optim"]["max_steps"])
 
 
-def make_trainer(config: Config, runlog: RunLog, callbacks: Sequence[Callback] = ()) -> Trainer:
+def make_trainer(config: Config, runlog: RunLog, asking: Callback | None = None) -> Trainer:
     """Lightning's Trainer with the arguments in `config.trainer`, `STRATEGIES` resolved, and what this project decides added."""
     optim, options = config.optim, dict(config.trainer)
     strategy = str(options.get("strategy", "auto"))
@@ -238,7 +238,11 @@ def make_trainer(config: Config, runlog: RunLog, callbacks: Sequence[Callback] =
         "use_distributed_sampler": False,
         **validation,
         **options,
-        "callbacks": [runlog, *callbacks, Checkpoints(config)],  # what comes after runlog is no training time
+        "callbacks": [
+            runlog,
+            *([] if asking is None else [asking]),
+            Checkpoints(config),
+        ],  # what comes after runlog is no training time
         "plugins": [AtomicCheckpointIO()],
     }
     try:

@@ -107,7 +107,7 @@ def test_verbs_hand_on_what_they_were_given(folder, calls, capsys):
     assert configs[1].eval.samples == 7 and configs[2].out == "x=y"
     images = [Path("a.png"), Path("b.png")]
     assert [(name, args[1:] if args[0] in configs else args) for name, args, _ in calls] == [
-        ("fit", ([],)),
+        ("fit", (None,)),
         ("validate", ("a.ckpt",)),
         ("generate", (None, images, "Hi?", configs[2].eval.max_new_tokens, 0.0, [])),
         ("generate", ("b.ckpt", images, "Hi?", 5, 0.5, [Path("c.mp4")])),
@@ -280,7 +280,7 @@ def test_wrong_usage(folder, calls, capsys, line, expected):
 
 def test_errors_of_verbs(folder, calls, capsys, monkeypatch):
     def fails(error):
-        def fit(config, callbacks):
+        def fit(config, asking):
             raise error
 
         sys.modules["lit_eemllm.training.fit"].fit = fit
@@ -305,7 +305,7 @@ def test_python_m_and_exit_status(folder):
 def test_fit_keeps_what_is_imported_from_the_garbage_collector(folder, monkeypatch):
     """Measured with half a million objects: 20 steps with four validations and two loader processes, 2.6 s instead of 7.1."""
     counts: list[int] = []
-    monkeypatch.setattr("lit_eemllm.training.fit.fit", lambda config, callbacks: counts.append(gc.get_freeze_count()))
+    monkeypatch.setattr("lit_eemllm.training.fit.fit", lambda config, asking: counts.append(gc.get_freeze_count()))
     gc.unfreeze()
     try:
         assert cli.main(["fit", "good.yaml"]) == 0

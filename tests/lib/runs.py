@@ -72,7 +72,7 @@ def killed(*_):
     raise Killed
 
 
-def fit_until(step, config, callbacks=()):
+def fit_until(step, config, asking=None):
     """Killed when the next step begins."""
     right = LitEEMLLM.training_step
 
@@ -83,4 +83,4 @@ def fit_until(step, config, callbacks=()):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LitEEMLLM, "training_step", killed)
-        fit(config, callbacks)
+        fit(config, asking)

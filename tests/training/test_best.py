@@ -24,6 +24,9 @@ def config(monkeypatch, parts, shapes, tmp_path):
         module.log("val_loss", FOUND[module.global_step], logger=False)
 
     monkeypatch.setattr(LitEEMLLM, "on_validation_epoch_end", found)
+    monkeypatch.setattr(
+        "lit_eemllm.data.loader.SNAPSHOT_SECONDS", 1e9
+    )  # else a slow machine writes the same place otherwise
     return lambda name, patience, *more: tiny.config(
         parts, shapes, tmp_path / name, *OPTIONS, f"optim.patience={patience}", *more
     )

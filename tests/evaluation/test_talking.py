@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -203,3 +204,9 @@ def test_a_session(dense_run, photo, monkeypatch, capsys):
     assert said.count("/image FILE") == 1
     assert cli.main(["chat", dense_run.out, "--max-new-tokens", "0"]) == 2
     assert "expected 1 or more" in capsys.readouterr().err
+
+
+def test_graphs_are_recorded_where_a_device_can(dense_run):
+    asked = replace(dense_run, eval=replace(dense_run.eval, cuda_graphs=True))
+    model = load(asked, None)[0]
+    assert model.record_steps == (model.device.type == "cuda")

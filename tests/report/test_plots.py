@@ -2,16 +2,15 @@
 
 import pytest
 from lib.reports import RESULTS, TYPES, of_score, write_run
+from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from lit_eemllm.report import plots
+from lit_eemllm.report import measured, plots
 from lit_eemllm.report.runs import compare
 
 
 def draw(compared, monkeypatch):
     """The figure that is saved."""
-    from matplotlib.figure import Figure
-
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     plots.draw(compared.rows)
@@ -146,3 +145,18 @@ def test_points_of_cost_are_labelled_without_hiding_each_other(tmp_path, monkeyp
     assert min(bar.height for bar in bars) > 10
     for i, box in enumerate(boxes):
         assert not box.count_overlaps(boxes[:i] + [bar.padded(1) for bar in bars]), presets[i]
+
+
+def test_no_two_systems_of_a_bench_look_alike_and_few_times_have_ticks(monkeypatch):
+    """More systems than colours; all within a factor of two of the base."""
+    rows = [
+        {"measure": "prefill", "system": system, "visual": visual, "seconds": [(1 + number / 30) * visual]}
+        for number, system in enumerate([measured.BASE, *(f"mechanism {i}" for i in range(24))])
+        for visual in (64, 256)
+    ]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
+    measured.draw({"rows": rows})
+    looks = [(line.get_color(), line.get_linestyle()) for line in drawn[0].lines]
+    assert len(set(looks)) == len(looks) == 25
+    assert len(drawn[0].get_yticklabels()) > 2

@@ -87,7 +87,9 @@ def test_a_number_that_no_result_has_is_found(tmp_path: Path) -> None:
         assert [unfounded(*one) for one in told] == [wrong, [], [], wrong, ["0.9"]]
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/*/predictions.csv.gz")), ids=lambda file: file.parent.name)
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("benchmarks/*/predictions.csv.gz")), ids=lambda file: file.parent.name
+)
 def test_kept_answers_score_as_reported(file: Path) -> None:
     """The score of each type, row and seed, computed from the answers, is that of numbers.csv."""
     lines = csv.DictReader(gzip.decompress(file.read_bytes()).decode().splitlines())

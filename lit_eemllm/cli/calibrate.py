@@ -1,4 +1,4 @@
-"""`calibrate`: find what a model can do without for its visual tokens: layers for a target, or operators under a budget."""
+"""`calibrate`: find what a model can do without for its visual tokens: layers for a target, or operators under a budget; or compare runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from lit_eemllm.cli.common import config_of, named, takes_config, verb
+from lit_eemllm.cli.common import config_of, named, separated, takes_config, verb
 from lit_eemllm.errors import UserError
 
 
@@ -14,8 +14,9 @@ def add(verbs: Any) -> None:
     examples = (
         "lit-eemllm calibrate runs/llava --target shortv --layers 19",
         "lit-eemllm calibrate runs/llava --budget 0.66 --operators attention,ffn",
+        "lit-eemllm calibrate runs/llava --beside runs/ee_mllm",
     )
-    text = "Find what a self-attention model can do without for its visual tokens: layers (--target) or operators (--budget)."
+    text = "Find what a model can do without for its visual tokens: layers (--target) or operators (--budget); or compare runs (--beside)."
     made = takes_config(verb(verbs, "calibrate", _calibrate, text, *examples), checkpoint=True)
     text = "rank layers for a mechanism such as ee_mllm_f, shortv or vica"
     named("mechanisms", made.add_argument("--target", metavar="PRESET", help=text))
@@ -23,32 +24,42 @@ def add(verbs: Any) -> None:
     made.add_argument("--layers", type=float, metavar="N|SHARE", help=text)
     text = "with --target: rank by the KL of the output or, as for vica, by the cosine similarity of text states; default kl"
     made.add_argument("--by", choices=("kl", "cosine"), help=text)
-    text = "skip single operators until a prompt takes at most this share of the dense model's FLOPs, such as 0.66"
+    text = "skip single operators until a prompt takes at most this share of the model's FLOPs, such as 0.66"
     made.add_argument("--budget", type=float, metavar="SHARE", help=text)
     text = "with --budget: which may be skipped for visual tokens, of attention, ffn and seen (text's sight of them); default all"
     made.add_argument("--operators", metavar="NAMES", help=text)
+    text = "what each operator is worth in each layer, and the attention to visual tokens, in the run and these; of the others the newest checkpoint is taken"
+    made.add_argument("--beside", nargs="*", metavar="RUN", help=text)
     made.add_argument("--samples", type=int, default=40, metavar="N", help="of data.val, with images; default 40")
-    text = "default: calibrate-TARGET, or calibrate-operators, in the run directory"
+    text = "default: calibrate-TARGET, calibrate-operators or calibrate-beside in the run directory"
     made.add_argument("--out", type=Path, metavar="DIR", help=text)
 
 
 def _calibrate(args: Namespace) -> None:
-    if args.target is None and args.budget is None:
+    ways = [name for name in ("target", "budget", "beside") if getattr(args, name) is not None]
+    if not ways:
         raise UserError(
-            "calibrate needs --target PRESET, to rank layers for it, or --budget SHARE, to skip single operators"
+            "calibrate needs --target PRESET, to rank layers for it, --budget SHARE, to skip single operators, or --beside RUN, to compare runs"
         )
-    if args.target is not None and args.budget is not None:
+    if ways == ["target", "budget"]:
         raise UserError(
             f"--budget {args.budget:g} is a share of FLOPs, for single operators, and --target {args.target} ranks whole layers: give one "
             "of them. How many layers is said by --layers: --layers 19 or, as a share of them all, --layers 0.6"
         )
-    strays = ("operators",) if args.target is not None else ("layers", "by")
-    if stray := next((name for name in strays if getattr(args, name) is not None), None):
-        raise UserError(f"--{stray} goes with {'--budget' if stray == 'operators' else '--target'}")
-    config = config_of(args)
-    from lit_eemllm.evaluation.calibrate import calibrate_layers, calibrate_operators
+    if len(ways) > 1:
+        raise UserError(f"found --{' and --'.join(ways)}, expected one of them: --beside only measures")
+    for option, way in (("layers", "target"), ("by", "target"), ("operators", "budget")):
+        if getattr(args, option) is not None and ways != [way]:
+            raise UserError(f"--{option} goes with --{way}")
+    from lit_eemllm.evaluation.calibrate import calibrate_beside, calibrate_layers, calibrate_operators
 
-    if args.target is not None:
+    if args.beside is not None:
+        runs, overrides = separated(args.beside)  # an override may stand behind the last run
+        args.inputs += overrides
+        others = [Namespace(**{**vars(args), "inputs": [run, *separated(args.inputs)[1]]}) for run in runs]
+        calibrate_beside([config_of(each) for each in (args, *others)], args.checkpoint, args.samples, args.out)
+    elif args.target is not None:
+        config = config_of(args)
         calibrate_layers(config, args.checkpoint, args.target, args.layers, args.by or "kl", args.samples, args.out)
     else:
-        calibrate_operators(config, args.checkpoint, args.budget, args.operators, args.samples, args.out)
+        calibrate_operators(config_of(args), args.checkpoint, args.budget, args.operators, args.samples, args.out)

@@ -18,14 +18,15 @@ from lit_eemllm import cli
 from lit_eemllm.config import load_config
 from lit_eemllm.core.table import executed
 from lit_eemllm.cost.formulas import prefill_flops
-from lit_eemllm.errors import UserError
-from lit_eemllm.evaluation.calibrate.bench import Bench, mean_prompt
+from lit_eemllm.errors import ConfigError, UserError
+from lit_eemllm.evaluation.calibrate.bench import Bench, mean_prompt, refuse_modules
 from lit_eemllm.evaluation.calibrate.measure import compared
 from lit_eemllm.evaluation.calibrate.operators import OPERATORS, Choice, Operator, presets
 from lit_eemllm.inputs.spans import IMAGE_SLOT
-from lit_eemllm.mechanisms import PRESETS, Mechanism, build_mechanism
+from lit_eemllm.mechanisms import NO_ALIGNER, PRESETS, Aligner, Mechanism, build_mechanism
 
 DENSE = Mechanism(dense_layers="all")
+ALIGNED, WINDOW = Mechanism(), Mechanism(visual_window=3)
 PACKS = [[[3, 0, 4], [2, 0, 1, 0, 3], [0, 2]], [[1, 0, 0, 6]]]
 TEXT, VISUAL = 9, 16
 SKIPPED = {
@@ -53,7 +54,7 @@ def by_hand(skipped, base=DENSE):
 
 
 def divergence(bench, mechanism):
-    """From the dense model, by the plain implementation."""
+    """From the model as it is, by the plain implementation."""
     rows = []
     for pack in bench.packs:
         p, q = (
@@ -75,13 +76,14 @@ def bench_under(bench, mechanism):
     ("decoder", "preset"),
     [
         *((name, "llava") for name in ("llama-gqa", "qwen3", "olmo2", "smollm3", "gemma3_text")),
-        ("llama-gqa", "bidirectional"),
+        *(("llama-gqa", name) for name in ("bidirectional", "ee_mllm", "ee_mllm with a window")),
+        ("olmo2", "ee_mllm"),
     ],
 )
 @torch.no_grad()
 def test_numbers_equal_the_plain_implementation(decoder, preset, backend):
-    dense = PRESETS[preset]
-    bench = bench_of(decoder, mechanism=dense)
+    base = WINDOW if preset == "ee_mllm with a window" else PRESETS[preset]
+    bench = bench_of(decoder, mechanism=base)
     bench.model.set_attention(backend)
     logits, steps = bench.model.packed_logits(bench.packs[0]), []
     choice = Choice(bench, OPERATORS, 0)
@@ -90,12 +92,12 @@ def test_numbers_equal_the_plain_implementation(decoder, preset, backend):
     sets += [{(0, "attention"), (0, "ffn"), (1, "seen")}, {(0, "ffn"), (0, "seen"), (1, "attention"), (2, "seen")}]
     rows = compared(bench, [choice.without(skipped) for skipped in sets], steps.append)
     for skipped, row in zip(sets, rows, strict=True):
-        true = divergence(bench, by_hand(skipped, dense))
+        true = divergence(bench, by_hand(skipped, base))
         assert row["kl"] == pytest.approx(true["kl"], rel=1e-4, abs=1e-9) and row["kl"] > 1e-3, skipped
         assert row["same_top"] == true["same_top"]
-        assert row["flops"] == prefill_flops(by_hand(skipped, dense), bench.model.config.text_config, TEXT, VISUAL)
+        assert row["flops"] == prefill_flops(by_hand(skipped, base), bench.model.config.text_config, TEXT, VISUAL)
     assert len(steps) == 2 * len(sets)
-    assert bench.model.mechanism == dense and bench.model.config.mechanism == dense.to_dict()
+    assert bench.model.mechanism == base and bench.model.config.mechanism == base.to_dict()
     assert bench.model.packed_logits(bench.packs[0]).equal(logits)
 
 
@@ -124,18 +126,58 @@ def test_what_is_offered_and_written():
     )
 
 
+def test_of_other_mechanisms_what_they_have_and_can_be_without_is_offered():
+    def offered(mechanism):
+        return set(Choice(bench_of(mechanism=mechanism), OPERATORS, 0).computed())
+
+    every = {(n, name) for n in range(2) for name in OPERATORS} | {(2, "seen")}
+    assert offered(ALIGNED) == offered(WINDOW) == every
+    assert offered(PRESETS["naavit"]) == every - {(0, "attention"), (1, "attention")}  # its aligner is the FFN
+    assert offered(PRESETS["vica"].stretched(3)) == {(0, "seen"), (1, "seen")}  # where text looks
+    ranking = Mechanism(dense_layers="all", visual_drop=((1, 0.5),))
+    assert offered(ranking) == every - {(1, "seen")}  # it ranks there
+    for none in (PRESETS["saisa"], PRESETS["flamingo"]):
+        assert offered(none) == set()
+        with pytest.raises(UserError, match="--operators: of attention, ffn, seen this model has none"):
+            Choice(bench_of(mechanism=none), OPERATORS, 0).refuse_budget()
+    refuse_modules(PRESETS["deepstack"].stretched(3), 3)
+    for name in ("visual_experts", "p_mod"):
+        with pytest.raises(ConfigError, match=f"other rows of {name} need other modules"):
+            refuse_modules(PRESETS[name].stretched(3), 3)
+
+
+def test_an_operator_that_saves_nothing_is_measured_but_not_chosen():
+    """The values of visual tokens are computed for text anyway, so that an aligner of W_v alone adds no product."""
+    bench = bench_of(mechanism=Mechanism(aligner=Aligner(output=False, ffn=False)))
+    choice = Choice(bench, ("attention",), 0)
+    assert choice.computed() == [(0, "attention"), (1, "attention")]
+    assert choice.order(dict.fromkeys(choice.computed(), 1.0)) == []
+
+
+def test_the_least_is_that_of_the_cheapest_look():
+    """Not the first one, where later layers have fewer tokens."""
+    bench = bench_of(layers=4, mechanism=Mechanism(aligner=NO_ALIGNER, rows=(("2-", (("tokens", "every 2"),)),)))
+    flops = [
+        bench.flops(Choice(bench, ["seen"], 0).without({(m, "seen") for m in range(4) if m != n})) for n in range(4)
+    ]
+    assert flops[0] == flops[1] > flops[2] == flops[3]
+    assert (
+        Choice(bench, ["seen"], 0).least() == flops[2]
+        and Choice(bench, ["seen"], 0).least({(2, "seen"), (3, "seen")}) == flops[0]
+    )
+
+
+@pytest.mark.parametrize("base", [DENSE, ALIGNED], ids=["llava", "ee_mllm"])
 @torch.no_grad()
-def test_operators_that_do_nothing_go_first():
+def test_operators_that_do_nothing_go_first(base):
     """W_o or the last product of an FFN is zero: then attention, and what text sees by it, or the FFN adds nothing."""
-    bench = bench_of(layers=4, packs=PACKS[:1])
+    bench = bench_of(layers=4, packs=PACKS[:1], mechanism=base)
     layers = bench.model.language_model.model.layers
     layers[1].self_attn.o_proj.weight.zero_()
     layers[2].mlp.down_proj.weight.zero_()
     free = {(1, "attention"), (1, "seen"), (2, "ffn")}
-    choice = Choice(bench, OPERATORS, 0.5 * bench.flops(DENSE))
-    offered = choice.computed()
-    rows = compared(bench, [choice.without({operator}) for operator in offered], lambda _: None)
-    kl = {operator: row["kl"] for operator, row in zip(offered, rows, strict=True)}
+    choice = Choice(bench, OPERATORS, 0.5 * bench.flops(base))
+    kl = {Operator(row["layer"], row["operator"]): row["kl"] for row in choice.alone(lambda _: None)}
     assert {operator for operator in kl if kl[operator] == 0} == free
     assert min(kl[operator] for operator in kl if operator not in free) > 1e-3
     order = choice.order(kl)
@@ -263,10 +305,9 @@ def test_command_line_journey(dense_run, tmp_path, capsys):
     assert cli.main(["calibrate", str(run), "--budget", "0.93", "--samples", "12", "--out", str(tmp_path)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     results = json.loads((tmp_path / "operators.json").read_text())
-    prompt, dense = results["prompt"], results["dense_flops"]
+    prompt, dense = results["prompt"], results["base_flops"]
     assert (
-        f"{prompt['text']} text and {prompt['visual']} visual tokens" in said
-        and "of the dense model's prefill FLOPs" in said
+        f"{prompt['text']} text and {prompt['visual']} visual tokens" in said and "of the model's prefill FLOPs" in said
     )
     assert [(row["layer"], row["operator"]) for row in results["alone"]] == [
         (n, name) for n in range(2) for name in OPERATORS
@@ -275,7 +316,9 @@ def test_command_line_journey(dense_run, tmp_path, capsys):
     assert flops == sorted(set(flops), reverse=True), "each operator saves"
     chosen = results["curve"][: results["chosen"]]
     assert chosen[-1]["flops"] <= 0.93 * dense < flops[results["chosen"] - 1]
-    effect = f"{chosen[-1]['flops'] / dense:.1%} of the dense model's prefill FLOPs, KL {chosen[-1]['kl']:.3g} a token from it"
+    effect = (
+        f"{chosen[-1]['flops'] / dense:.1%} of the model's prefill FLOPs, KL {chosen[-1]['kl']:.3g} a token from it"
+    )
     assert effect in said and effect in " ".join((tmp_path / "mechanism.yaml").read_text().split())
     assert {"ee_mllm", "naavit", "vica", "fastv"} <= set(results["presets"])
     assert Image.open(tmp_path / "operators.png").width > 1000
@@ -363,14 +406,18 @@ def test_a_few_operators_of_a_mechanism_of_ones_own(dense_run, tmp_path):
 
 def test_what_cannot_be_done_is_said(dense_run, capsys):
     for options, text in (
-        ([], "calibrate needs --target PRESET, to rank layers for it, or --budget SHARE"),
-        (["--budget", "1"], "--budget 1: expected a share of the dense model's FLOPs, between 0 and 1"),
+        ([], "calibrate needs --target PRESET, to rank layers for it, --budget SHARE"),
+        (["--budget", "1"], "--budget 1: expected a share of the model's FLOPs, between 0 and 1"),
         (["--budget", "nan"], "--budget nan: expected a share"),
         (["--budget", "0.02"], "--budget 0.02: expected 0."),
         (["--budget", "0.5", "--operators", "attention,fnn"], "--operators: found 'fnn', expected attention or ffn or seen"),
         (["--budget", "0.5", "--layers", "3"], "--layers goes with --target"),
         (["--budget", "0.5", "--by", "kl"], "--by goes with --target"),
-        (["--budget", "0.5", "model.mechanism.preset=ee_mllm"], "layers [0, 1] of 3 are not dense"),
+        (["--budget", "0.5", "--checkpoint", "none", "model.mechanism.preset=saisa"], "--operators: of attention, ffn, seen this model has none"),
+        (["--budget", "0.5", "--checkpoint", "none", "model.mechanism.preset=p_mod"], "other rows of p_mod need other modules"),
+        (["--beside", "nowhere"], "nowhere"),
+        (["--beside", "--operators", "ffn"], "--operators goes with --budget"),
+        (["--beside", "--target", "vica"], "found --target and --beside, expected one of them"),
         (["--budget", "0.5", "--samples", "0"], "--samples 0: expected 1 or more"),
     ):  # fmt: skip
         assert cli.main(["calibrate", dense_run.out, *options]) == 2

@@ -277,10 +277,11 @@ def encoder_attention(encoder, *pixels):
     return weights[:, 0, 1:] if twin.config.model_type == "clip_vision_model" else weights.sum(1)
 
 
-def plain(model, batch, prompt=None):
+def plain(model, batch, prompt=None, watch=None):
     """Text logits of the pack from the equations: a document at a time, explicit masks, no shared products.
 
-    With `prompt`, the length of a prompt of one document, its rows alone rank visual tokens that are to be dropped.
+    With `prompt`, the length of a prompt of one document, its rows alone rank visual tokens that are to be dropped. `watch` is called
+    with each layer's number, which rows of a document are visual, and the weights of all heads, [N, L, L].
     """
     m, decoder = model.mechanism, model.language_model.model
     gated = getattr(m, "gated", None)
@@ -381,6 +382,8 @@ def plain(model, batch, prompt=None):
                 )
                 sees = torch.where(is_visual[:, None], near, sees)
             weights = torch.softmax((scores * attn.scaling).masked_fill(~sees, -torch.inf), -1)
+            if watch is not None:
+                watch(number, is_visual, weights)
             mixed = (weights @ v).transpose(0, 1).flatten(1)
             H = x + post1(attn.o_proj(mixed))
             if m.freeze_prefix and any(visual):

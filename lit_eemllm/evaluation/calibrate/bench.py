@@ -1,10 +1,10 @@
-"""What calibration measures on: a run's dense model, conversations of its validation data, and what a prompt of theirs costs."""
+"""What calibration measures on: a run's model, conversations of its validation data, and what a prompt of theirs costs."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import mean
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bench:
-    """A dense model, and the conversations on which it is compared with itself under other mechanisms.
+    """A model, and the conversations on which it is compared with itself under other mechanisms.
 
     Attributes:
         model: in evaluation mode.
@@ -74,13 +74,16 @@ class Bench:
             self.model.set_mechanism(base)
 
 
-def prepare(config: Config, checkpoint: str | None, samples: int) -> Bench:
+def prepare(
+    config: Config, checkpoint: str | None, samples: int, refuse: Callable[[Mechanism, int], None] | None = None
+) -> Bench:
     """Load a run's model and draw conversations with images.
 
     Args:
-        config: of a run whose mechanism is dense.
+        config: of the run.
         checkpoint: a file; None takes the run's newest; "none" the untrained parts.
         samples: conversations, drawn from ``data.val`` with the seed.
+        refuse: raises for a mechanism, in a decoder of so many layers, that is not what is measured; None = `refuse_modules`.
 
     Raises:
         UserError: the data or the model cannot be used.
@@ -90,7 +93,7 @@ def prepare(config: Config, checkpoint: str | None, samples: int) -> Bench:
     c = config.data
     recipe = ShardDataModule(c, config.seed).recipe("val")  # what is wrong with it is said before the model is built
     model, processor, source = load(config, checkpoint)
-    refuse_base(model.mechanism, len(model.language_model.model.layers))
+    (refuse or refuse_modules)(model.mechanism, len(model.language_model.model.layers))
     encoder = SampleEncoder(processor.template, model.vision.transform, c.max_length, c.truncation, c.max_image_pixels)
     drawn, skipped = draw_samples(recipe, encoder, samples, config.seed)
     plan = plan_packs([sample.tokens.length for sample in drawn], c.pack_tokens, c.pack_samples)
@@ -109,7 +112,7 @@ def prepare(config: Config, checkpoint: str | None, samples: int) -> Bench:
         "seed": config.seed,
         "skipped": dict(skipped),
         "prompt": {"text": bench.text, "visual": bench.visual},
-        "dense_flops": bench.flops(bench.base),
+        "base_flops": bench.flops(bench.base),
         "text_flops": bench.flops(bench.base, visual=0),
         "base": bench.base.to_dict(),
         "made": provenance(),
@@ -127,12 +130,21 @@ def refuse_base(base: Mechanism, depth: int) -> None:
         found = f"layers {sparse} of {depth} are not dense"
     elif last.seen != ALL:
         found = f"in layer {depth - 1} text sees {last.seen} of an image"
-    elif replace(base, rows=(*base.rows, ("0-", (("seen", "none"),)))).modules != base.modules:
-        found = f"other rows of {base.name} need other modules"
     if found:
         raise ConfigError(
-            f"model.mechanism: {found}, but calibrate compares the weights of a model in which visual tokens query in every layer with "
-            "themselves under other tables. Name a run of model.mechanism.preset=llava, or one whose weights were trained like that."
+            f"model.mechanism: {found}, but --target compares the weights of a model in which visual tokens query in every layer with "
+            "themselves under other tables. Name a run of model.mechanism.preset=llava, or one whose weights were trained like that; "
+            "single operators (--budget, --beside) can be cut in others too."
+        )
+    refuse_modules(base, depth)
+
+
+def refuse_modules(base: Mechanism, depth: int) -> None:
+    """Raises ConfigError unless the same modules do for other tables."""
+    if replace(base, rows=(*base.rows, ("0-", (("seen", "none"),)))).modules != base.modules:
+        raise ConfigError(
+            f"model.mechanism: other rows of {base.name} need other modules, but calibrate compares a model's weights with themselves "
+            "under other tables. Name a run whose modules do not depend on its table, such as one of llava or ee_mllm."
         )
 
 

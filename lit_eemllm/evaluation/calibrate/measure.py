@@ -1,4 +1,4 @@
-"""How far the output of a model goes from the dense model's under other mechanisms; and ViCA's cosine similarity in each layer."""
+"""How far the output of a model goes from its own under other mechanisms; and ViCA's cosine similarity in each layer."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class Divergence:
 
 @torch.inference_mode()
 def compared(bench: Bench, mechanisms: Sequence[Mechanism], advance: Callable[[int], None]) -> list[Row]:
-    """The model under each mechanism beside the dense one: FLOPs, and `Divergence.row`. The model is left as it was.
+    """The model under each mechanism beside itself as it is: FLOPs, and `Divergence.row`. The model is left as it was.
 
     Args:
         advance: called with 1 after each pass of a pack under one of the mechanisms.
     """
     found = [Divergence() for _ in mechanisms]
     for pack in bench.packs:
-        dense_nv = bench.model.packed_logits(pack)
+        own_nv = bench.model.packed_logits(pack)
         for mechanism, divergence in zip(mechanisms, found, strict=True):
             with bench.under(mechanism):
-                divergence.update(dense_nv, bench.model.packed_logits(pack))
+                divergence.update(own_nv, bench.model.packed_logits(pack))
             advance(1)
     return [
         {"flops": bench.flops(mechanism), **divergence.row()}

@@ -20,7 +20,7 @@ from .operators import TITLES
 
 Results = dict[str, Any]
 CHOSEN, OTHER, PRESET = "tab:blue", "lightgrey", "tab:orange"
-KL = "KL from the dense model (nats a token)"
+KL = "KL from the model as it is (nats a token)"
 NO_KL = 1e-6  # as good as none
 
 
@@ -99,14 +99,14 @@ def operators_verdict(results: Results) -> str:
 
 def effect(row: dict[str, Any], results: Results) -> str:
     return (
-        f"{share(row, results):.1%} of the dense model's prefill FLOPs, KL {row['kl']:.3g} a token from it, "
+        f"{share(row, results):.1%} of the model's prefill FLOPs, KL {row['kl']:.3g} a token from it, "
         f"the same most likely token at {row['same_top']:.1%}"
     )
 
 
 def share(row: dict[str, Any], results: Results) -> float:
-    """Of the dense model's prefill FLOPs."""
-    part: float = row["flops"] / results["dense_flops"]
+    """Of the model's prefill FLOPs."""
+    part: float = row["flops"] / results["base_flops"]
     return part
 
 
@@ -140,7 +140,7 @@ def mechanism_yaml(
 # --- pictures
 def draw_layers(results: Results, keep: bool, path: Path) -> None:
     """KL of each layer alone, the cosine if there is one, and the KL of 0, 1, ... layers together over their FLOPs."""
-    plt = _pyplot()
+    plt = pyplot()
     layers, chosen, target = results["layers"], set(results["chosen"]), results["target"]
     figure, axes = plt.subplots(1, 3 if keep else 2, figsize=(16 if keep else 12, 5), layout="constrained")
     colours = [CHOSEN if row["layer"] in chosen else OTHER for row in layers]
@@ -148,7 +148,7 @@ def draw_layers(results: Results, keep: bool, path: Path) -> None:
 
     axes[0].bar(numbers, [row["kl"] for row in layers], color=colours)
     axes[0].set(title="one layer alone", xlabel="layer")
-    _kl_axis(axes[0], layers)
+    kl_axis(axes[0], layers)
     if keep:
         axes[1].bar(numbers, [1 - row["cosine"] for row in layers], color=colours)
         axes[1].set(title="text before and after its look at the image", xlabel="layer", ylabel="1 - cosine similarity")
@@ -161,13 +161,13 @@ def draw_layers(results: Results, keep: bool, path: Path) -> None:
     done = "keep their text-to-image part" if keep else f"become {target}"
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (CHOSEN, OTHER)]
     axes[0].legend(handles, [f"layers that {done}", "the others"], frameon=False)
-    _title(figure, f"How far the output goes from the dense model's with visual tokens treated as in {target}", results)
-    _save(figure, path)
+    _title(figure, f"How far the output goes from the model's own with visual tokens treated as in {target}", results)
+    save(figure, path)
 
 
 def draw_operators(results: Results, path: Path) -> None:
     """KL of each operator alone, layer by layer; the KL of those that are skipped together over their FLOPs, and of presets."""
-    plt = _pyplot()
+    plt = pyplot()
     figure = plt.figure(figsize=(14, 6.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.25))
     names = results["operators"]
@@ -178,7 +178,7 @@ def draw_operators(results: Results, path: Path) -> None:
         axis.bar([row["layer"] for row in rows], [row["kl"] for row in rows], color=colours)
         axis.set_title(TITLES[name], loc="left", fontsize="medium")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        _kl_axis(axis, results["alone"])
+        kl_axis(axis, results["alone"])
         axis.set_ylabel("")
     axes[-1].set_xlabel("layer")
     left.supylabel(KL, fontsize="medium")
@@ -187,7 +187,7 @@ def draw_operators(results: Results, path: Path) -> None:
     left.legend(handles, ["stays", "left out"], loc="outside lower center", ncols=2, frameon=False)
 
     axis = right.subplots()
-    curve = [{"flops": results["dense_flops"], "kl": 0.0}, *results["curve"]]
+    curve = [{"flops": results["base_flops"], "kl": 0.0}, *results["curve"]]
     draw_curve(axis, curve, results["chosen"], results, *results["presets"].values())
     points = [(100 * share(row, results), row["kl"], 0.0, name, PRESET) for name, row in results["presets"].items()]
     for number, (x, y, *_) in enumerate(points):
@@ -195,10 +195,10 @@ def draw_operators(results: Results, path: Path) -> None:
     axis.axvline(100 * results["budget"], color=CHOSEN, linestyle=":", label=f"--budget {results['budget']:g}")
     axis.set_title("operators skipped together, one more at each point")
     right.legend(loc="outside lower center", ncols=2, frameon=False)
-    _title(figure, "How far the output goes from the dense model's without some operators for visual tokens", results)
-    dense = (100.0, 0.0, 0.0, "the dense model", "black")
-    place_labels(axis, [*points, dense], [(100 * share(row, results), row["kl"]) for row in curve])
-    _save(figure, path)
+    _title(figure, "How far the output goes from the model's own without some operators for visual tokens", results)
+    whole = (100.0, 0.0, 0.0, "the model as it is", "black")
+    place_labels(axis, [*points, whole], [(100 * share(row, results), row["kl"]) for row in curve])
+    save(figure, path)
 
 
 def draw_curve(
@@ -208,13 +208,13 @@ def draw_curve(
     x, y = [100 * share(row, results) for row in rows], [row["kl"] for row in rows]
     axis.plot(x, y, color="black", marker="o", markersize=3, clip_on=False)
     axis.plot(x[chosen], y[chosen], "o", color=CHOSEN, markersize=10, clip_on=False, label="chosen: mechanism.yaml")
-    least = 100 * results["text_flops"] / results["dense_flops"]
+    least = 100 * results["text_flops"] / results["base_flops"]
     axis.axvspan(0, least, color="0.9", label="less than text alone takes")
-    axis.set(xlabel="prefill FLOPs, % of the dense model's", xlim=(min(least, *x) - 5, 103))
-    _kl_axis(axis, [*rows, *others])
+    axis.set(xlabel="prefill FLOPs, % of the model's", xlim=(min(least, *x) - 5, 103))
+    kl_axis(axis, [*rows, *others])
 
 
-def _kl_axis(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+def kl_axis(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     """A logarithmic scale that has a place for 0."""
     some = [row["kl"] for row in rows if row["kl"] > NO_KL] or [NO_KL]
     axis.set_yscale("symlog", linthresh=10 ** floor(log10(min(some))))
@@ -230,7 +230,8 @@ def _title(figure: Any, text: str, results: Results) -> None:
     )
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib's, which draws into files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -239,9 +240,10 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a picture, and close it."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     with writing(path):
         figure.savefig(path, dpi=110)
-    _pyplot().close(figure)
+    pyplot().close(figure)

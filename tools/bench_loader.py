@@ -1,12 +1,17 @@
 """Benchmark the loader against the bare cost of decoding pictures and tokenising text, measured in turns in the same run.
 
     python tools/bench_loader.py --data BLEND.yaml --tokenizer FOLDER [--workers 1 2]
+    python tools/bench_loader.py --workers-for benchmarks/2026-11-21-loader-640/result.json
 
 For each number of workers as many processes do, over and over, the least of what a loader must do for samples drawn as the
 recipe asks, held in memory: `decode`: open every picture as RGB with Pillow and tokenise the conversation's text once. `pixels`:
 also bring every picture to the encoder's size. `own`: as `pixels`, but decode as this project does. Then the loader with as many
 workers is emptied as fast as it fills, by a process that trains nothing. Writes result.json and report.md, by default into
 benchmarks/DATE-loader.
+
+With `--workers-for` nothing is measured: from the loader's rate in a result, the workers that each preset in configs/presets needs for
+data wait to stay below 1 %, written into benchmarks/DATE-workers. Packs are of the mean samples with which a preset's comment has its
+memory estimated.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -23,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from itertools import cycle, islice
+from math import ceil
 from pathlib import Path
 from statistics import median
 from textwrap import fill
@@ -33,8 +40,12 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from lit_eemllm.compat.torch import worker_processes
+from lit_eemllm.config import load_config
 from lit_eemllm.config.keys import DataConfig
 from lit_eemllm.console import console, progress, write_atomically
+from lit_eemllm.cost.estimate import prompt_of
+from lit_eemllm.cost.trace import Document, trace
+from lit_eemllm.cost.weightless import parts_of_config
 from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.samples import read_members, read_row
@@ -42,11 +53,15 @@ from lit_eemllm.data.shards import make, read_shard
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.inputs.chat import ChatTemplate, get_template
 from lit_eemllm.inputs.images import ImageTransform, Transform, open_image, read_picture
+from lit_eemllm.mechanisms import configured_mechanism
 from lit_eemllm.report import provenance
+from lit_eemllm.shrink import shrink
 
 HELD = 512  # samples in memory for the bare costs
 MAX_PIXELS = DataConfig.max_image_pixels
 WARM_UP = 1.0  # seconds
+HEADROOM = 1.25  # packs made for each that is taken
+PRESETS = Path(__file__).resolve().parents[1] / "configs" / "presets"
 
 Held = list[tuple[str, list[bytes]]]
 """Text of a conversation as the template writes it, and its image files."""
@@ -202,10 +217,102 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"- {result['provenance']}", ""])
 
 
+# --- workers of presets
+def pack_of(preset: Path, folder: Path) -> dict[str, Any]:
+    """A full pack of a preset's mean samples: how many, their tokens, and its FLOPs forward and backward, without what is computed again.
+
+    Args:
+        preset: whose comment names the options of `estimate` for a mean sample.
+        folder: for config files of its parts.
+    """
+    (options,) = re.findall(r"by estimate \((.*?)\)", preset.read_text().replace("\n# ", " "))
+    asked = {name: int(number) for name, number in re.findall(r"--(text|visual) (\d+)", options)}
+    config = load_config([preset, shrink(load_config([preset]), folder, published=True)])
+    parts = parts_of_config(config.model)
+    mechanism = configured_mechanism(config.model.mechanism, parts.decoder.num_hidden_layers)
+    text, visual = asked["text"], prompt_of(parts, asked["text"], asked.get("visual"), None)
+    step = trace(config, parts, mechanism, Document(text, visual, text))
+    samples = config.data.pack_tokens // (text + visual)
+    return {
+        "text": text,
+        "visual": visual,
+        "samples": samples,
+        "flops": samples * (step.forward_flops + step.backward_flops),
+    }
+
+
+def needed(pack: dict[str, Any], rate: float, speed: float) -> dict[str, Any]:
+    """Seconds of a step of one pack at so many FLOP/s, those in which a worker of so many samples a second makes it, and the workers."""
+    step, made = pack["flops"] / speed, pack["samples"] / rate
+    return {**pack, "step_seconds": step, "worker_seconds": made, "workers": max(1, ceil(HEADROOM * made / step))}
+
+
+def workers_for(measured: Path, peak: float, utilisation: float, presets: Path, out: Path, command: str) -> None:
+    """Write the workers of each preset in a folder, by the rate of a result's loader: a worker's slowest, alone or beside others."""
+    result = json.loads(measured.read_text())
+    rate = min(row["samples_per_second"] / row["workers"] for row in result["rows"])
+    paths = [path for path in sorted(presets.glob("*.yaml")) if not path.stem.startswith("base_")]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, progress("presets", len(paths)) as advance:
+        for path in paths:
+            pack = pack_of(path, Path(folder))
+            rows.append({"preset": path.stem, **needed(pack, rate, 1e12 * peak * utilisation)})
+            advance(1)
+    found = {
+        "measured": str(measured),
+        "measured_on": result["provenance"].partition("; ")[0],
+        "enlarge": result["enlarge"],
+        "samples_per_second": rate,
+        "peak_tflops": peak,
+        "utilisation": utilisation,
+        "headroom": HEADROOM,
+        "rows": rows,
+        "provenance": provenance(command),
+    }
+    write(found, workers_report(found), out)
+
+
+def workers_report(found: dict[str, Any]) -> str:
+    about = (
+        f"A worker that makes a pack in t_w keeps up with steps of t_s if there are t_w / t_s of it; here {found['headroom']:g} times as many, "
+        "rounded up, since a loader that just keeps up waits whenever a pack takes longer than the mean. With packs whose times deviate "
+        "by 30 % and two made ahead by each worker, that headroom keeps the wait below 1 % (simulated in "
+        "tests/tools/test_bench_loader.py); the slowest measured rate a worker is taken, which has what workers cost each other."
+    )
+    by = (
+        f"t_s: FLOPs of a pack of one GPU, forward and backward by `estimate`, nothing computed again, at {found['utilisation']:.0%} of "
+        f"{found['peak_tflops']:g} TFLOP/s (the data sheet of an H200 says 989 of dense bfloat16); assumed, not measured: slower steps need fewer workers. "
+        f"t_w: by the {found['samples_per_second']:.0f} samples a second of a worker in `{found['measured']}` ({found['measured_on']}), each with one picture"
+        f"{' of ' + str(found['enlarge']) + ' pixels' if found['enlarge'] else ''}; photos of other sizes, and several or none in a sample, take other times. "
+        "Samples are the mean ones of a preset's comment. Workers are for each GPU (`data.workers`)."
+    )
+    lines = [
+        "# Loader workers of presets",
+        "",
+        *(part for text in (about, by) for part in (fill(text, 120, break_long_words=False), "")),
+        "| preset | visual tokens | text | samples a pack | TFLOP a pack | t_s, ms | t_w, ms | workers |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['preset']} | {row['visual']} | {row['text']} | {row['samples']} | {row['flops'] / 1e12:.1f} "
+            f"| {1000 * row['step_seconds']:.1f} | {1000 * row['worker_seconds']:.1f} | {row['workers']} |"
+        )
+    return "\n".join([*lines, "", f"- {found['provenance']}", ""])
+
+
+def write(result: dict[str, Any], text: str, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "result.json", json.dumps(result, indent=2))
+    write_atomically(out / "report.md", text)
+    console.print(text)
+    console.print(f"written: {out}")
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="recipe or folder of prepared shards")
-    parser.add_argument("--tokenizer", required=True, help="folder or name of a tokenizer")
+    parser.add_argument("--data", type=Path, help="recipe or folder of prepared shards")
+    parser.add_argument("--tokenizer", help="folder or name of a tokenizer")
     parser.add_argument("--template", default="vicuna_v1")
     parser.add_argument("--image-size", type=int, default=336)
     parser.add_argument("--patch", type=int, default=14)
@@ -217,10 +324,27 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks") / f"{date.today()}-loader")
+    parser.add_argument(
+        "--workers-for", type=Path, metavar="RESULT", help="a result of this tool: measure nothing, write a table"
+    )
+    parser.add_argument(
+        "--peak", type=float, default=989.0, metavar="TFLOPS", help="with it: of a GPU; default an H200's, 989"
+    )
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, help="with it: the share that is reached; default 0.4"
+    )
+    parser.add_argument("--presets", type=Path, default=PRESETS, help="with it: another folder")
+    parser.add_argument("--out", type=Path, help="default benchmarks/DATE-loader or DATE-workers")
     args = parser.parse_args(argv)
+    command = shlex.join(["python", "tools/bench_loader.py", *argv])
+    args.out = args.out or Path("benchmarks") / f"{date.today()}-{'workers' if args.workers_for else 'loader'}"
     try:
-        bench(args, shlex.join(["python", "tools/bench_loader.py", *argv]))
+        if args.workers_for:
+            workers_for(args.workers_for, args.peak, args.utilisation, args.presets, args.out, command)
+        elif args.data is None or args.tokenizer is None:
+            parser.error("give --data and --tokenizer, to measure, or --workers-for RESULT")
+        else:
+            bench(args, command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -266,11 +390,7 @@ def bench(args: argparse.Namespace, command: str) -> None:
         "rows": rows,
         "provenance": provenance(command),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out / "result.json", json.dumps(result, indent=2))
-    write_atomically(args.out / "report.md", report(result))
-    console.print(report(result))
-    console.print(f"written: {args.out}")
+    write(result, report(result), args.out)
 
 
 if __name__ == "__main__":

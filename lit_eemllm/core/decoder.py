@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from ..layout import Visibility
 from .families import FAMILIES, Family, check_decoder
+from .norms import fuse_norms
 from .select import ALL, Routed, Top
-from .stream import Stream, Tokens, View
+from .stream import Stream, Tokens, View, joined
 from .table import LayerPlan
 
 COPIES = ("norms", "qkv", "output", "ffn")
@@ -133,7 +134,7 @@ class DecoderLayer(nn.Module):
         if isinstance(row.tokens, Routed) and (len(x_Vh) or torch.is_grad_enabled()):  # every weight gets a gradient
             here, x_Rh, x_Vh, w_v1 = self._route(row.tokens, x_Th, x_Vh, stream)
         else:
-            x_Rh = torch.cat([x_Th, here.of(x_Vh)]) if runs else x_Th
+            x_Rh = joined(x_Th, here.of(x_Vh)) if runs else x_Th
         u_Rh, k_RKH = self._norm("before_attention", x_Rh, text), None
         if self.ranks is not None and stream.layout.num_visual:
             if self.ranks.by_encoder:
@@ -322,6 +323,11 @@ class DecoderLayer(nn.Module):
         mixed_Tw = mixed_TNH.flatten(-2)
         if u_Rh is None or not row.moves:
             return self._run("o_proj", mixed_Tw, text)
+        if row.repeats and view.order is not None and not torch.is_grad_enabled():
+            # `view.of` has copied the values, so those of the text give room to what attention made of them: no row is moved
+            mixed_Rw = self._repeated(v_RKH)
+            mixed_Rw[:text] = mixed_Tw
+            return self._run("o_proj", mixed_Rw, text)
         path_vw = self._path(q_RNH[text:], k_RKH[text:], v_RKH[text:], u_Rh[text:], stream, here).to(mixed_Tw.dtype)
         if "output" in row.update:
             return self._run("o_proj", torch.cat([mixed_Tw, path_vw]), text)
@@ -336,9 +342,9 @@ class DecoderLayer(nn.Module):
         return self._repeated(v_vKH) if "value" in row.update else u_vh
 
     def _repeated(self, v_vKH: Tensor) -> Tensor:
-        """Values repeated for every query head, [v, w]: with grouped queries several heads share one."""
+        """Values repeated for every query head, [v, w]: with grouped queries several heads share one; else they are not copied."""
         heads = self.self_attn.config.num_attention_heads // v_vKH.shape[1]
-        return v_vKH.repeat_interleave(heads, dim=1).flatten(-2)
+        return (v_vKH if heads == 1 else v_vKH.repeat_interleave(heads, dim=1)).flatten(-2)
 
 
 def adopt_layers(decoder: PreTrainedModel) -> None:
@@ -349,3 +355,4 @@ def adopt_layers(decoder: PreTrainedModel) -> None:
     parts = enumerate(zip(decoder.model.layers, rotary, windows, strict=True))
     layers = (DecoderLayer(part, i, family, kind, window) for i, (part, kind, window) in parts)
     decoder.model.layers = nn.ModuleList(layers)
+    fuse_norms(decoder)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..attention import AttentionBackend
+from ..compat.torch import storage_id
 from ..layout import SequenceLayout, Visibility, upload
 from .ranking import Highest, Ranking
 from .select import ALL, Routed, Scored, Select, Top
@@ -86,10 +87,23 @@ class View:
 
 
 def rotate(x_QNH: Tensor, angles: Angles) -> Tensor:
-    """Rotary position embedding of queries or keys, as in transformers' Llama."""
+    """Rotary position embedding of queries or keys, as in transformers' Llama, in half the bytes: no half is moved or negated."""
     cos_Q1H, sin_Q1H = angles
-    first, second = x_QNH.chunk(2, dim=-1)
-    return x_QNH * cos_Q1H + torch.cat([-second, first], dim=-1) * sin_Q1H
+    half = x_QNH.shape[-1] // 2
+    rotated_QNH = x_QNH * cos_Q1H
+    rotated_QNH[..., :half].addcmul_(x_QNH[..., half:], sin_Q1H[..., :half], value=-1)
+    rotated_QNH[..., half:].addcmul_(x_QNH[..., :half], sin_Q1H[..., half:])
+    return rotated_QNH
+
+
+def joined(x_Th: Tensor, x_Vh: Tensor) -> Tensor:
+    """Text rows, then visual rows, [T + V, h]. Without gradients nothing is copied where they lie so already, as those do that a layer
+    hands on to the next."""
+    storages = {storage_id(x.untyped_storage()) for x in (x_Th, x_Vh)}
+    follow = x_Vh.storage_offset() == x_Th.storage_offset() + x_Th.numel() and len(storages) == 1
+    if torch.is_grad_enabled() or not (follow and x_Th.is_contiguous() and x_Vh.is_contiguous()):
+        return torch.cat([x_Th, x_Vh])
+    return x_Th.as_strided((len(x_Th) + len(x_Vh), x_Th.shape[1]), x_Th.stride())
 
 
 @dataclass(frozen=True)

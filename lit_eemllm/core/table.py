@@ -80,6 +80,11 @@ class LayerPlan:
         return not self.update.isdisjoint(("value", "output"))
 
     @property
+    def repeats(self) -> bool:
+        """They take the aligner's path through W_v and W_o."""
+        return not self.queries and {"value", "output"} <= self.update
+
+    @property
     def idle(self) -> bool:
         """Nothing is computed for visual rows here."""
         return not self.values and not self.update

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from ..attention import AttentionBackend
 from ..compat.torch import FakeTensorMode
+from ..core.norms import is_rms_norm
 from ..errors import ConfigError
 from ..inputs.images import ImageTransform, Transform
 from ..inputs.resolutions import NativeTransform, transform_from_dict, with_policy
@@ -182,6 +185,8 @@ def build_weightless(config: Config, parts: Parts, mechanism: Mechanism) -> tupl
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.__class__ = FusedDropout
+        elif is_rms_norm(module):
+            module.forward = partial(fused_norm, module)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model.to_empty(device="cpu")
@@ -195,6 +200,15 @@ class FusedDropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.native_dropout(input, self.p, self.training)[0]
+
+
+def fused_norm(norm: Any, x: Tensor) -> Tensor:
+    """As on a GPU (`lit_eemllm.core.norms`), where its input is kept: as of PyTorch's LayerNorm, which has a kernel without data."""
+    if x.dtype != norm.weight.dtype:
+        own: Tensor = type(norm).forward(norm, x)
+        return own
+    with torch.autocast("cpu", enabled=False):
+        return layer_norm(x, norm.weight.shape, norm.weight)
 
 
 class Fused(AttentionBackend):

@@ -9,11 +9,11 @@ import pytest
 from lib.fake_cuda import on_fake_cuda
 
 MORE = {
-    ("llava", "flash"): 3,  # text rows and visual rows are joined, and brought to stream order and back
-    ("llava", "sdpa"): 3,
-    ("ee_mllm", "flash"): 12,  # two calls, of the text before an image and after it, with the keys that each sees
-    ("ee_mllm", "sdpa"): 13,  # a mask, which PyTorch converts
-    ("vica", "flash"): 0,  # in a layer whose text sees no image
+    ("llava", "flash"): -16,  # 12 of norms and 6 of rotation; rows are brought to stream order and back
+    ("llava", "sdpa"): -16,
+    ("ee_mllm", "flash"): -7,  # two calls, of the text before an image and after it, with the keys that each sees
+    ("ee_mllm", "sdpa"): -6,  # a mask, which PyTorch converts
+    ("vica", "flash"): -18,  # in a layer whose text sees no image
 }
 """Mechanism, backend -> kernels more than transformers' layer, which has 38. Of a prompt of text, image, text."""
 
@@ -59,7 +59,7 @@ def launches_of_a_layer(mechanism: str | None, backend: str = "flash") -> int:
 
 
 @on_fake_cuda
-def test_a_layer_starts_few_kernels_more_than_transformers_own():
+def test_a_layer_starts_fewer_kernels_than_transformers_own():
     base = launches_of_a_layer(None)
     assert base == 38
     assert {case: launches_of_a_layer(*case) - base for case in MORE} == MORE
@@ -67,11 +67,11 @@ def test_a_layer_starts_few_kernels_more_than_transformers_own():
 
 TEXT, VISUAL = 256, 576
 MOVED = {
-    ("llava", "flash"): 1.035,
-    ("llava", "sdpa"): 1.035,
-    ("ee_mllm", "flash"): 1.025,
-    ("ee_mllm", "sdpa"): 1.008,
-    ("vica", "flash"): 0.999,  # beside a layer of text alone; transformers' makes a mask
+    ("llava", "flash"): 0.757,
+    ("llava", "sdpa"): 0.757,
+    ("ee_mllm", "flash"): 0.739,
+    ("ee_mllm", "sdpa"): 0.735,
+    ("vica", "flash"): 0.856,  # beside a layer of text alone
 }
 """Mechanism, backend -> bytes beside those of transformers' layer at 7B, 1,080.6 MB, of which 404.8 are weights."""
 
@@ -126,7 +126,7 @@ def bytes_of_a_layer(mechanism: str | None, backend: str, visual: int) -> Counte
 
 @pytest.mark.slow
 @on_fake_cuda
-def test_a_layer_moves_hardly_more_bytes_than_transformers_own():
+def test_a_layer_moves_fewer_bytes_than_transformers_own():
     base = {visual: bytes_of_a_layer(None, "sdpa", visual) for visual in (0, VISUAL)}
     rows, h, ffn = TEXT + VISUAL, 4096, 11008
     weights, activations = 4 * h * h + 3 * h * ffn, rows * (4 * (h + h) + 3 * (h + ffn))
@@ -136,14 +136,14 @@ def test_a_layer_moves_hardly_more_bytes_than_transformers_own():
         case: bytes_of_a_layer(*case, VISUAL).total() / base[0 if case[0] == "vica" else VISUAL].total()
         for case in MOVED
     }
-    assert found == pytest.approx(MOVED, abs=5e-4)
+    assert found == pytest.approx(MOVED, abs=6e-4)
 
 
 @pytest.mark.slow
 @on_fake_cuda
 def test_what_a_layer_moves_beside_products_and_attention_at_4_608_visual_tokens():
     """In gigabytes; docs/performance.md makes milliseconds of it."""
-    for mechanism, expected in (("llava", 3.26), ("ee_mllm", 3.13)):
+    for mechanism, expected in (("llava", 1.497), ("ee_mllm", 1.327)):
         found = bytes_of_a_layer(mechanism, "flash", 8 * VISUAL)
         rest = sum(moved for name, moved in found.items() if "mm" not in name and "attn" not in name)
-        assert rest == pytest.approx(1e9 * expected, rel=5e-3), mechanism
+        assert rest == pytest.approx(1e9 * expected, rel=1e-3), mechanism

@@ -107,9 +107,10 @@ def test_peak_with_inputs_in_main_memory():
 @pytest.mark.parametrize("case", list(product(("llava", "saisa"), TUNINGS, (False, True))), ids=str)
 @on_fake_cuda
 def test_every_peak(case):
-    """With a decoder that is trained, of a pack so large that its activations outweigh the optimiser."""
+    """With a decoder that is trained, of a pack so large that its activations outweigh the optimiser; but the more documents, the more
+    counts that the last layer, which saves less than others, is differentiated before the largest."""
     mechanism, tuning, checkpointing = case
-    check(mechanism, tuning, checkpointing, 60 if tuning == "full" else 6, "bfloat16")
+    check(mechanism, tuning, checkpointing, (60 if checkpointing else 50) if tuning == "full" else 6, "bfloat16")
 
 
 @pytest.mark.slow

@@ -212,12 +212,23 @@ def varlen_backward(func: Any, *args: Any, **kwargs: Any) -> Any:
     return tuple(x[0].transpose(0, 1).contiguous() for x in found)
 
 
+def norm_backward(
+    func: Any, grad_out: Tensor, x: Tensor, shape: Any, rstd: Tensor, weight: Tensor | None, wanted: Any
+) -> tuple[Tensor, Tensor]:
+    """Of RMSNorm with a weight, by hand, in float32."""
+    gradient, normed = grad_out.float(), x.float() * rstd
+    weighted = gradient * weight.float()
+    of_x = rstd * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
+    return of_x.to(x.dtype), (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
+
+
 def _registered() -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Computation and demands by operator."""
     import torch.nn.attention.varlen
 
     own = torch.ops.torch_attn
     kernels = {own._varlen_attn: varlen, own._varlen_attn_backward: varlen_backward}
+    kernels[aten._fused_rms_norm_backward] = norm_backward
     demands = {own._varlen_attn: _varlen}
     for name, wants in (("flash", _flash), ("efficient", _efficient), ("cudnn", _cudnn)):
         fused = getattr(aten, f"_scaled_dot_product_{name}_attention")

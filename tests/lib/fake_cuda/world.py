@@ -225,15 +225,23 @@ class World(TorchDispatchMode):
             return self._unknown(packet, args)
         found = kernel(func, *args, **kwargs) if kernel is not None else func(*args, **kwargs)
         if launch is not None:
-            self.traffic[launch] += sum(x.nbytes for x in (*on, *_tensors([found])))
+            read = [*on[1:], found] if packet is aten.index_select else on  # of its source no row but those
+            self.traffic[launch] += sum(x.nbytes for x in (*read, *_tensors([found])))
         if func._schema.is_mutable:
             return self._changed(func, on, leaves, found)
         if named is not None and named.type == "cpu":
             return found
         if func.is_view and torch.is_inference_mode_enabled() and not on[0].is_inference():
             with torch.inference_mode(False):  # a view of an ordinary tensor is one
-                return self._wrapped(found)
-        return self._wrapped(found)
+                return self._views(found, on[0])
+        return self._views(found, on[0]) if func.is_view else self._wrapped(found)
+
+    def _views(self, found: Any, of: CudaTensor) -> Any:
+        """They share a storage, as a view does with what it is of."""
+        views = self._wrapped(found)
+        for view in _tensors([views]):
+            torch._functionalize_unsafe_set(view, of)
+        return views
 
     def _wrapped(self, found: Any) -> Any:
         return _mapped(self.wrap, found)
@@ -393,7 +401,11 @@ def begin(library: str) -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(
         True
     )  # `Module.to` would else write into tensors of the CPU
-    for name in ("silu_backward", "mish_backward"):  # have kernels on CUDA, and would be taken apart without
+    for name in (
+        "silu_backward",
+        "mish_backward",
+        "_fused_rms_norm",
+    ):  # have kernels on CUDA, and would be taken apart without
         _LIBRARY.impl(name, lambda *args: None, "CUDA")  # a World never asks for it
     for module in (_foreach_utils, optimizer):
         module._foreach_supported_types.append(CudaTensor)

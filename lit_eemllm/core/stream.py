@@ -87,10 +87,13 @@ class View:
 
 
 def rotate(x_QNH: Tensor, angles: Angles) -> Tensor:
-    """Rotary position embedding of queries or keys, as in transformers' Llama, in half the bytes: no half is moved or negated."""
+    """Rotary position embedding of queries or keys, as in transformers' Llama; without gradients in half the bytes, as no half is moved or
+    negated. (With them what is written in place is copied in the backward pass, and takes longer.)"""
     cos_Q1H, sin_Q1H = angles
     half = x_QNH.shape[-1] // 2
     rotated_QNH = x_QNH * cos_Q1H
+    if torch.is_grad_enabled():
+        return rotated_QNH + torch.cat([-x_QNH[..., half:], x_QNH[..., :half]], dim=-1) * sin_Q1H
     rotated_QNH[..., :half].addcmul_(x_QNH[..., half:], sin_Q1H[..., :half], value=-1)
     rotated_QNH[..., half:].addcmul_(x_QNH[..., :half], sin_Q1H[..., half:])
     return rotated_QNH

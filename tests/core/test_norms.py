@@ -7,6 +7,7 @@ import tiny
 import torch
 from lib.equations import MECHANISMS
 from lib.fake_cuda import on_fake_cuda
+from lib.mechanisms import BOUND
 
 from lit_eemllm.core.norms import is_rms_norm
 from lit_eemllm.core.stream import joined
@@ -112,4 +113,6 @@ def test_a_pass_without_gradients_says_what_one_with_them_says(mechanism):
         with_gradients = model.packed_logits(batch)
         assert with_gradients.requires_grad
         with context():
-            assert torch.allclose(model.packed_logits(batch), with_gradients, rtol=1e-5, atol=1e-6)
+            assert (
+                tiny.max_error(model.packed_logits(batch), with_gradients.detach()) <= BOUND
+            )  # rotation rounds once less

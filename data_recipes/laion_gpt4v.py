@@ -20,8 +20,9 @@ the same (`DESCRIBE`), our choice.
 """
 
 from lit_eemllm.console import read_object
-from lit_eemllm.data.sources import DESCRIBE, Question, each
+from lit_eemllm.data.sources import Question, each
 from lit_eemllm.errors import SampleError
+from lit_eemllm.inputs.rows import DESCRIBE
 
 SPLITS = ("train",)
 

@@ -20,7 +20,8 @@ narratives: a row each. The narratives answer no question; all rows ask the same
 """
 
 from lit_eemllm.data.json_rows import read_json
-from lit_eemllm.data.sources import DESCRIBE, Question, each
+from lit_eemllm.data.sources import Question, each
+from lit_eemllm.inputs.rows import DESCRIBE
 
 SPLITS = ("train", "val", "test")
 FILES = {

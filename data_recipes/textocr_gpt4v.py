@@ -14,7 +14,8 @@ what is trained. The captions have no question; all rows ask the same (`DESCRIBE
 """
 
 from lit_eemllm.data.json_rows import read_json
-from lit_eemllm.data.sources import DESCRIBE, Question, each
+from lit_eemllm.data.sources import Question, each
+from lit_eemllm.inputs.rows import DESCRIBE
 
 SPLITS = ("train",)
 

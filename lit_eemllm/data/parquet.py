@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_eemllm import limits
-from lit_eemllm.data.sources import DESCRIBE
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.inputs.conversation import IMAGE
-from lit_eemllm.inputs.rows import PICTURES, mend, show
+from lit_eemllm.inputs.rows import DESCRIBE, PICTURES, mend, show
 
 SHAPES = (
     ("conversations",), ("messages",), ("texts",), ("question", "answer"), ("question", "answers"), ("caption",), ("text",),

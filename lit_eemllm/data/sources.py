@@ -94,7 +94,6 @@ def _source(name: str) -> Source:
 # What LLaVA-1.5 appends to questions whose answers are short (docs/Evaluation.md of haotian-liu/LLaVA).
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
-DESCRIBE = "Describe this image in detail."  # our prompt for captions that come without one
 
 
 @dataclass(frozen=True)

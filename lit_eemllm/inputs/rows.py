@@ -27,6 +27,7 @@ from lit_eemllm.inputs.conversation import IMAGE
 ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 PICTURES = ("image", "images", "image_path")
 VIDEOS = ("video", "videos")
+DESCRIBE = "Describe this image in detail."  # our prompt for captions that come without one
 VIDEO = "<video>"  # placeholder of one video in the text of a human turn
 _UNREAD = re.compile(r"audios?|tools|history|chosen|rejected(_.*)?")
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}")  # say nothing, as a list or as a list written as text

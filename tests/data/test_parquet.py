@@ -20,9 +20,9 @@ from shards_util import encoder, picture
 from lit_eemllm import cli, limits
 from lit_eemllm.data.parquet import _reader, stored
 from lit_eemllm.data.shards import make, read_shard
-from lit_eemllm.data.sources import DESCRIBE
 from lit_eemllm.errors import UserError
 from lit_eemllm.inputs.conversation import IMAGE
+from lit_eemllm.inputs.rows import DESCRIBE
 
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 ROWS = 7

@@ -51,6 +51,7 @@ ELSEWHERE = {
     "lit-eemllm fit models/": "tests/test_checkpoints.py",
     "lit-eemllm estimate configs/checkpoints": "tests/test_checkpoints.py",
     "python tools/check_model.py": "tests/tools/test_check_model.py",
+    "python tools/evidence.py": "tests/tools/test_evidence.py",
     # two processes
     "lit-eemllm fit configs/demo/ee_mllm.yaml configs/distributed/cpu.yaml": "tests/training/test_distributed_runs.py",
     # flash-attn needs a GPU

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from math import isqrt
@@ -114,8 +115,8 @@ def draw(picture: Image.Image, title: str, runs: Sequence[dict[str, Any]], path:
     plt.close(figure)
 
 
-def example(folders: Sequence[Path], image: Path, question: str, answer: str, out: Path) -> None:
-    """Ask and write. Raises UserError."""
+def example(folders: Sequence[Path], image: Path, question: str, answer: str, out: Path, command: str) -> None:
+    """Ask and write, with the command that did it. Raises UserError."""
     quiet_libraries()
     row = {"conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]}
     members, runs = {"json": json.dumps(row).encode(), "0.png": image.read_bytes()}, []
@@ -132,7 +133,8 @@ def example(folders: Sequence[Path], image: Path, question: str, answer: str, ou
         runs.append({"run": str(folder), "preset": config.model.mechanism.preset, "said": said, **maps})
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(
-        out / "example.json", json.dumps({"question": question, "answer": answer, "runs": runs, "made": provenance()})
+        out / "example.json",
+        json.dumps({"question": question, "answer": answer, "runs": runs, "made": provenance(command)}),
     )
     with Image.open(image) as picture:
         draw(picture.convert("RGB"), f"{question} ({answer})", runs, out / "example.png")
@@ -147,7 +149,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
     args = parser.parse_args(argv)
     try:
-        example(args.runs, args.image, args.question, args.answer, args.out)
+        command = shlex.join(["python", "tools/attention_maps.py", *argv])
+        example(args.runs, args.image, args.question, args.answer, args.out, command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -151,15 +151,15 @@ def questions(folder: Path, each: int) -> Path:
     """Write the questions of all difficulties, `each` of a type, and the suite that names them; returns the suite's path."""
     sets = {}
     for name, kinds, fixed in (
-        *((f"things {n}", OF_OBJECTS, {"things": n}) for n in THINGS),
-        *((f"pictures {n}", ("picture",), {"pictures": n}) for n in PICTURES),
+        *((f"things-{n}", OF_OBJECTS, {"things": n}) for n in THINGS),
+        *((f"pictures-{n}", ("picture",), {"pictures": n}) for n in PICTURES),
     ):
 
         def rows(split: str, count: int, seed: int, kinds: Any = kinds, fixed: Any = fixed) -> Iterable[Any]:
             for row, shown in puzzles.rows_and_scenes(split, count, seed, kinds, **fixed):
                 yield row, [puzzles.easy.png(puzzles.render(scene)) for scene in shown]
 
-        at = folder / name.replace(" ", "-")
+        at = folder / name
         puzzles.easy.write(at, "val", each * len(kinds), seed=1, rows=rows)
         sets[name] = {"data": f"{at.name}/val.json", "images": f"{at.name}/images"}
     suite = folder / "suite.yaml"
@@ -187,7 +187,7 @@ def curves(rows: Sequence[Row], each: int, seeds: Sequence[int], out: Path) -> N
         for number, (row, run) in enumerate(runs):
             for name, found in ask(run, suite, Path(folder) / str(number)).items():
                 group, _, kind = name.partition("/")
-                parameter, value = group.split()
+                parameter, value = group.split("-")
                 written.append(
                     (
                         row.label,
@@ -291,7 +291,10 @@ def main(argv: list[str]) -> int:
             named = {row.label: row for row in rows}
             rows = [named[label] for label in args.rows]
         if args.do == "power":
-            console.print(power(rows))
+            console.print(table := power(rows))
+            if args.out is not None:
+                args.out.mkdir(parents=True, exist_ok=True)
+                write_atomically(args.out / "power.md", f"# What more seeds would show\n\n{table}")
         elif args.do == "claims":
             claims(args.claims, rows, args.out)
         elif args.do == "curves":

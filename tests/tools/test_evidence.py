@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from lit_eemllm.evaluation.sets import read_suite
 from lit_eemllm.report.difference import t95
 
 SOURCE = Path(__file__).parents[2] / "tools" / "evidence.py"
@@ -114,15 +115,18 @@ def test_kept_answers_are_those_of_the_runs(tmp_path):
 
 
 def test_questions_are_as_difficult_as_their_set_says(tmp_path):
-    sets = json.loads(evidence.questions(tmp_path, 1).read_text())["sets"]
-    assert [*sets] == [*(f"things {n}" for n in evidence.THINGS), *(f"pictures {n}" for n in evidence.PICTURES)]
+    suite = evidence.questions(tmp_path, 1)
+    read, wrong = read_suite(suite, None, 2)
+    assert wrong == [] and len(read) == len(evidence.THINGS) + len(evidence.PICTURES)
+    sets = json.loads(suite.read_text())["sets"]
+    assert [*sets] == [*(f"things-{n}" for n in evidence.THINGS), *(f"pictures-{n}" for n in evidence.PICTURES)]
     for name, one in sets.items():
         asked = json.loads((tmp_path / one["data"]).read_text())
         kinds = evidence.OF_OBJECTS if name.startswith("things") else ("picture",)
         assert [question["type"] for question in asked] == [*kinds]
         names = asked[0]["image"] if isinstance(asked[0]["image"], list) else [asked[0]["image"]]
         assert all((tmp_path / one["images"] / image).is_file() for image in names)
-        assert name.startswith("things") or len(names) == int(name.split()[1])
+        assert name.startswith("things") or len(names) == int(name.split("-")[1])
 
 
 def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):
@@ -131,8 +135,8 @@ def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):
         SimpleNamespace(label=label, runs=[SimpleNamespace(config=SimpleNamespace(seed=seed)) for seed in range(3)])
         for label in ("a", "b")
     ]
-    scores = {f"things {n}/shape": {"questions": 1, "score": 1 / n} for n in evidence.THINGS}
-    scores |= {f"pictures {n}": {"questions": 1, "score": 0.5} for n in evidence.PICTURES}
+    scores = {f"things-{n}/shape": {"questions": 1, "score": 1 / n} for n in evidence.THINGS}
+    scores |= {f"pictures-{n}": {"questions": 1, "score": 0.5} for n in evidence.PICTURES}
     asked = []
     monkeypatch.setattr(evidence, "ask", lambda run, suite, folder: asked.append(run) or scores)
     evidence.curves(rows, 1, [0, 2], tmp_path)

@@ -18,7 +18,7 @@ if all seeds are asked the same questions it says nothing of other questions, as
 lies below, and is not decided otherwise. Writes claims.csv, with the share of B's prefill FLOPs that A takes.
 
 **Curves.** Each run is asked questions of data_recipes/puzzles.py with a fixed number of objects (`THINGS`), and of one to
-four pictures, of which one is asked about (256 visual tokens each). Writes curves.csv and curves.png.
+four pictures, of which one is asked about (256 visual tokens each). Writes curves.csv, .md (means) and .png.
 
 **Keep.** Copies report.md, .csv and .png, numbers.csv and search.csv, and writes predictions.csv.gz: a line for each question,
 with its type, the right answer, and what each run (a column) answered.
@@ -206,7 +206,20 @@ def curves(rows: Sequence[Row], each: int, seeds: Sequence[int], out: Path) -> N
     table.writerows((*head, f"{score:.6f}") for *head, score in written)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "curves.csv", text.getvalue())
+    write_atomically(out / "curves.md", table_of(written))
     write_atomically(out / "curves.png", draw(written))
+
+
+def table_of(written: Sequence[tuple[Any, ...]]) -> str:
+    """Means over types and seeds, in Markdown."""
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row, _, parameter, value, _, _, score in written:
+        scores[row, f"{parameter} {value}"].append(score)
+    columns = list(dict.fromkeys(column for _, column in scores))
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for row in dict.fromkeys(row for row, _ in scores):
+        lines.append(f"| {row} | " + " | ".join(f"{mean(scores[row, column]):.3f}" for column in columns) + " |")
+    return "# Scores over difficulty\n\n" + "\n".join(lines) + "\n"
 
 
 def draw(written: Sequence[tuple[Any, ...]]) -> bytes:

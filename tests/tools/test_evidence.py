@@ -145,3 +145,5 @@ def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):
     assert {(line["row"], line["seed"]) for line in lines} == {("a", "0"), ("a", "2"), ("b", "0"), ("b", "2")}
     assert {(line["value"], line["score"]) for line in lines if line["type"] == "shape"} >= {("4", "0.250000")}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "curves.md").read_text().splitlines()
+    assert table[2].startswith("| | things 2 | things 4 ") and table[4].startswith("| a | 0.500 | 0.250 ")

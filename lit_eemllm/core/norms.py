@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
+
+_FUSED: dict[type[Any], type[Any]] = {}  # class of a norm -> the class that fuses it
 
 
 def fuse_norms(decoder: nn.Module) -> None:
@@ -18,8 +19,10 @@ def fuse_norms(decoder: nn.Module) -> None:
     transformers' round to 16 bits before the weight too, so in 16 bits they differ by that rounding. In float32 they do not.
     """
     for module in decoder.modules():
-        if is_rms_norm(module):
-            module.forward = MethodType(forward, module)
+        if type(module) not in _FUSED.values() and is_rms_norm(module):
+            module.__class__ = _fused(
+                type(module)
+            )  # not its forward alone: a method that it keeps would keep it, in a circle
 
 
 def is_rms_norm(module: Any) -> bool:
@@ -28,17 +31,23 @@ def is_rms_norm(module: Any) -> bool:
         return False
     with torch.no_grad():
         trial = deepcopy(module).to_empty(device="cpu").float()
-        weight_h = torch.linspace(-1, 2, len(trial.weight), device="cpu")
+        weight_h = torch.linspace(-1, 2, len(trial.weight), device="cpu", dtype=torch.float32)
         trial.weight.copy_(weight_h)
         x_Rh = torch.stack([weight_h.cos(), 1e-3 * weight_h.exp()])  # beside the second, eps counts
         return torch.allclose(trial(x_Rh), rms_norm(x_Rh, weight_h.shape, weight_h, module.variance_epsilon))
 
 
-def forward(self: Any, x: Tensor) -> Tensor:
-    """Of a norm: PyTorch's kernel where there is one, else its own."""
-    weight_h = self.weight
-    if not (x.is_cuda and len(x) and x.dtype == weight_h.dtype):  # of two types PyTorch has no kernel
-        own: Tensor = type(self).forward(self, x)
-        return own
-    with torch.autocast("cuda", enabled=False):  # which would compute it, and hand it on, in float32
-        return rms_norm(x, weight_h.shape, weight_h, self.variance_epsilon)
+def _fused(kind: type[Any]) -> type[Any]:
+    """The norm's class, with PyTorch's kernel where there is one, else its own."""
+
+    class Fused(kind):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            weight_h = self.weight
+            if not (x.is_cuda and len(x) and x.dtype == weight_h.dtype):  # of two types PyTorch has no kernel
+                own: Tensor = super().forward(x)
+                return own
+            with torch.autocast("cuda", enabled=False):  # which would compute it, and hand it on, in float32
+                return rms_norm(x, weight_h.shape, weight_h, self.variance_epsilon)
+
+    Fused.__name__, Fused.__qualname__ = kind.__name__, kind.__qualname__
+    return _FUSED.setdefault(kind, Fused)

@@ -27,12 +27,11 @@ def test_norms_of_every_family_are_told_apart(decoder):
 def test_a_norm_that_only_looks_like_one_is_none(spoil):
     norm = tiny.model().language_model.model.norm
 
-    class Other(type(norm)):
+    class Other(type(norm).__base__):
         def forward(self, x):
             return spoil(super().forward(x))
 
     other = copy.deepcopy(norm)
-    del other.forward
     other.__class__ = Other
     assert is_rms_norm(norm) and not is_rms_norm(other)
 
@@ -50,8 +49,8 @@ def test_one_kernel_computes_transformers_norm_with_gradients():
             x = torch.randn(7, len(norm.weight)).to(dtype)
             found = []
             for run, kind, device in (
-                (type(norm).forward, torch.float64, "cpu"),
-                (type(norm).forward, dtype, "cpu"),
+                (type(norm).__base__.forward, torch.float64, "cpu"),
+                (type(norm).__base__.forward, dtype, "cpu"),
                 (None, dtype, "cuda"),
             ):
                 with World() as world:

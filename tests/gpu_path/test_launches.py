@@ -9,11 +9,11 @@ import pytest
 from lib.fake_cuda import on_fake_cuda
 
 MORE = {
-    ("llava", "flash"): -16,  # 12 of norms and 6 of rotation; rows are brought to stream order and back
-    ("llava", "sdpa"): -16,
-    ("ee_mllm", "flash"): -7,  # two calls, of the text before an image and after it, with the keys that each sees
-    ("ee_mllm", "sdpa"): -6,  # a mask, which PyTorch converts
-    ("vica", "flash"): -18,  # in a layer whose text sees no image
+    ("llava", "flash"): -12,  # 12 of norms and 2 of rotation; rows are brought to stream order and back
+    ("llava", "sdpa"): -12,
+    ("ee_mllm", "flash"): -3,  # two calls, of the text before an image and after it, with the keys that each sees
+    ("ee_mllm", "sdpa"): -2,  # a mask, which PyTorch converts
+    ("vica", "flash"): -14,  # in a layer whose text sees no image
 }
 """Mechanism, backend -> kernels more than transformers' layer, which has 38. Of a prompt of text, image, text."""
 
@@ -67,11 +67,11 @@ def test_a_layer_starts_fewer_kernels_than_transformers_own():
 
 TEXT, VISUAL = 256, 576
 MOVED = {
-    ("llava", "flash"): 0.757,
-    ("llava", "sdpa"): 0.757,
-    ("ee_mllm", "flash"): 0.739,
-    ("ee_mllm", "sdpa"): 0.735,
-    ("vica", "flash"): 0.856,  # beside a layer of text alone
+    ("llava", "flash"): 0.782,
+    ("llava", "sdpa"): 0.782,
+    ("ee_mllm", "flash"): 0.755,
+    ("ee_mllm", "sdpa"): 0.751,
+    ("vica", "flash"): 0.869,  # beside a layer of text alone
 }
 """Mechanism, backend -> bytes beside those of transformers' layer at 7B, 1,080.6 MB, of which 404.8 are weights."""
 
@@ -149,7 +149,7 @@ def moved_beside(mechanism):
 @on_fake_cuda
 def test_what_a_layer_moves_beside_products_and_attention_at_4_608_visual_tokens():
     """In gigabytes; docs/performance.md makes milliseconds of it."""
-    for mechanism, expected in (("llava", 1.497), ("ee_mllm", 1.327)):
+    for mechanism, expected in (("llava", 1.656), ("ee_mllm", 1.411)):
         assert moved_beside(mechanism) == pytest.approx(1e9 * expected, rel=1e-3)
 
 
@@ -173,5 +173,5 @@ def test_the_prediction_of_a_7b_prefill():
     assert prefill_flops(build_mechanism("ee_mllm", layers), config, text, visual) == products + attention
     rest = layers * moved_beside("ee_mllm") * (text + visual) / (text + 8 * VISUAL)
     assert 1e3 * products / 790e12 == pytest.approx(76.0, abs=0.05)
-    assert 1e3 * rest / 4.8e12 == pytest.approx(9.4, abs=0.05)
+    assert 1e3 * rest / 4.8e12 == pytest.approx(10.0, abs=0.05)
     assert 1e3 * (products / 790e12 + rest / 4.8e12) + 3 < 90

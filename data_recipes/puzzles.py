@@ -279,7 +279,6 @@ def _objects(kind: str, answer: str, slots: dict[str, str], rng: random.Random, 
         number = 1 if kind == "picture" else rng.randint(1 + (things >= 8), max(1, things // 4))
         mine = cells[:number]
         first = outermost([(cell,) for cell in mine], slots["extreme"], grid)[0][0] if kind == "shape" else mine[0]
-        cells = [first, *(cell for cell in cells if cell != first)]
         given = [(colour, answer), *((colour, rng.choice(shapes)) for _ in mine[1:])]
         cells = [first, *(cell for cell in mine if cell != first), *(cell for cell in cells if cell not in mine)]
         some = [(_other(rng, colours, colour), rng.choice(shapes)) for _ in range(things)]

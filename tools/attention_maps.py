@@ -63,22 +63,14 @@ class Mapped(Watched):
 @torch.inference_mode()
 def looked_at(model: EEMLLM, pack: PackedBatch) -> tuple[list[int], dict[str, list[list[float]]]]:
     """The most likely token of each supervised position; of the answer's row and the question's, for each layer the weights [V]."""
-    layers = model.language_model.model.layers
-    backend, mapped = model.backend, Mapped(model.backend)
-    hooks = [layer.register_forward_pre_hook(mapped.enters) for layer in layers]
-    hooks += [layer.register_forward_hook(mapped.leaves) for layer in layers]
-    model._backend = mapped
-    try:
+    mapped = Mapped(model.backend)
+    with mapped.on(model):
         likely = model.packed_logits(pack).argmax(-1).tolist()
-    finally:
-        model._backend = backend
-        for hook in hooks:
-            hook.remove()
     answer = int(pack.target_rows[0])
     question = (~pack.layout.prefix()).nonzero().flatten()
     rows = {"answer": pack.target_rows[:1], "question": question[question < answer]}
     nothing = torch.zeros(pack.layout.num_text, pack.layout.num_visual)
-    weights = [mapped.weights.get(layer, nothing) for layer in range(len(layers))]
+    weights = [mapped.weights.get(layer, nothing) for layer in range(len(model.language_model.model.layers))]
     weights = [one if one.shape[1] else nothing for one in weights]  # a layer in which text sees no image
     if any(one.shape != nothing.shape for one in weights):
         raise UserError(

@@ -27,7 +27,6 @@ with its type, the right answer, and what each run (a column) answered.
 from __future__ import annotations
 
 import argparse
-import csv
 import gzip
 import io
 import json
@@ -45,8 +44,9 @@ from typing import Any
 
 from lit_eemllm.console import COMMAND, console, progress, write_atomically
 from lit_eemllm.errors import UserError
-from lit_eemllm.report.difference import t95
+from lit_eemllm.report.difference import Z95, half_over_seeds, over_questions, t95, weights_of_average
 from lit_eemllm.report.runs import Row, Run, read_sweep
+from lit_eemllm.report.tables import csv_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_recipes"))
 import puzzles
@@ -63,23 +63,11 @@ KEPT = ("report.md", "report.csv", "report.png", "numbers.csv")
 # ---------------------------------------------------------------- power
 
 
-def by_question(row: Row) -> dict[int, dict[Any, tuple[str, float]]]:
-    """Seed -> question -> its type and the answer's score."""
-    return {
-        run.config.seed: {key: (kind, score) for key, (_, kind, score) in run.predictions.items()} for run in row.runs
-    }
-
-
 def variances(row: Row, baseline: Row) -> tuple[float, float] | None:
     """Of the difference of the averages of two rows: over seeds, and what of it the questions make. None below two common seeds."""
-    own, other = by_question(row), by_question(baseline)
-    differences, of_questions = [], []
-    for seed in sorted(own.keys() & other.keys()):
-        gaps: dict[str, list[float]] = defaultdict(list)
-        for key, (kind, score) in own[seed].items():
-            gaps[kind].append(score - other[seed][key][1])
-        differences.append(mean(map(mean, gaps.values())))
-        of_questions.append(sum(stdev(one) ** 2 / len(one) for one in gaps.values()) / len(gaps) ** 2)
+    pairs = [(a, b) for a in row.runs for b in baseline.runs if a.config.seed == b.config.seed]
+    differences = [a.results["average"] - b.results["average"] for a, b in pairs]
+    of_questions = [((over_questions(a, b, weights_of_average((a, b))) or 0.0) / Z95) ** 2 for a, b in pairs]
     return (stdev(differences) ** 2, mean(of_questions)) if len(differences) > 1 else None
 
 
@@ -122,7 +110,7 @@ def claimed(claim: str, rows: Sequence[Row]) -> dict[str, Any]:
     gaps = [own[seed] - share * theirs[seed] for seed in own if seed in theirs]
     if len(gaps) < 2:
         raise UserError(f"--claims {claim!r}: {len(gaps)} seeds in common, expected 2 or more")
-    middle, half = mean(gaps), t95(len(gaps) - 1) * stdev(gaps) / sqrt(len(gaps))
+    middle, half = mean(gaps), half_over_seeds(gaps)
     outcome = "holds" if middle > half else "fails" if middle < -half else "not decided"
     flops = [mean(run.result("prefill_flops") or nan for run in each.runs) for each in (row, other)]
     scores = {"average": mean(own.values()), "of the other": mean(theirs.values())}
@@ -133,15 +121,11 @@ def claimed(claim: str, rows: Sequence[Row]) -> dict[str, Any]:
 def claims(written: Sequence[str], rows: Sequence[Row], out: Path) -> None:
     """Write claims.csv."""
     found = [claimed(claim, rows) for claim in written]
-    text = io.StringIO()
-    table = csv.DictWriter(text, found[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(
-        {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in one.items()} for one in found
-    )
+    values = (one.values() for one in found)
+    text = csv_text([[*found[0]], *([f"{x:.4f}" if isinstance(x, float) else x for x in one] for one in values)])
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "claims.csv", text.getvalue())
-    console.print(text.getvalue())
+    write_atomically(out / "claims.csv", text)
+    console.print(text)
 
 
 # ---------------------------------------------------------------- curves
@@ -188,24 +172,13 @@ def curves(rows: Sequence[Row], each: int, seeds: Sequence[int], out: Path) -> N
             for name, found in ask(run, suite, Path(folder) / str(number)).items():
                 group, _, kind = name.partition("/")
                 parameter, value = group.split("-")
-                written.append(
-                    (
-                        row.label,
-                        run.config.seed,
-                        parameter,
-                        int(value),
-                        kind or "picture",
-                        found["questions"],
-                        found["score"],
-                    )
-                )
+                about = parameter, int(value), kind or "picture"
+                written.append((row.label, run.config.seed, *about, found["questions"], found["score"]))
             advance(1)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(("row", "seed", "parameter", "value", "type", "questions", "score"))
-    table.writerows((*head, f"{score:.6f}") for *head, score in written)
+    heading = "row", "seed", "parameter", "value", "type", "questions", "score"
+    lines = [heading, *((*head, f"{score:.6f}") for *head, score in written)]
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "curves.csv", text.getvalue())
+    write_atomically(out / "curves.csv", csv_text(lines))
     write_atomically(out / "curves.md", table_of(written))
     write_atomically(out / "curves.png", draw(written))
 
@@ -278,12 +251,9 @@ def keep(sweep: Path, rows: Sequence[Row], out: Path) -> None:
                 key = one["set"], one["key"]
                 about[key] = one["type"], one["truth"]
                 given[key] = one["answer"]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(("set", "question", "type", "truth", *answers))
-    for key in about:
-        table.writerow((*key, *about[key], *(given.get(key, "") for given in answers.values())))
-    write_atomically(out / "predictions.csv.gz", gzip.compress(text.getvalue().encode(), mtime=0))
+    lines = [("set", "question", "type", "truth", *answers)]
+    lines += [(*key, *about[key], *(given.get(key, "") for given in answers.values())) for key in about]
+    write_atomically(out / "predictions.csv.gz", gzip.compress(csv_text(lines).encode(), mtime=0))
 
 
 def main(argv: list[str]) -> int:

@@ -20,9 +20,8 @@ def fuse_norms(decoder: nn.Module) -> None:
     """
     for module in decoder.modules():
         if type(module) not in _FUSED.values() and is_rms_norm(module):
-            module.__class__ = _fused(
-                type(module)
-            )  # not its forward alone: a method that it keeps would keep it, in a circle
+            # not its forward alone: a method that it keeps would keep it, in a circle
+            module.__class__ = _fused(type(module))
 
 
 def is_rms_norm(module: Any) -> bool:

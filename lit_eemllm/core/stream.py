@@ -94,9 +94,8 @@ def rotate(x_QNH: Tensor, angles: Angles) -> Tensor:
     rotated_QNH = x_QNH * cos_Q1H
     if torch.is_grad_enabled():
         return rotated_QNH + torch.cat([-x_QNH[..., half:], x_QNH[..., :half]], dim=-1) * sin_Q1H
-    rotated_QNH[..., :half].sub_(
-        x_QNH[..., half:] * sin_Q1H[..., :half]
-    )  # not addcmul_, which rounds otherwise than with gradients
+    # not addcmul_, which rounds otherwise than with gradients
+    rotated_QNH[..., :half].sub_(x_QNH[..., half:] * sin_Q1H[..., :half])
     rotated_QNH[..., half:].add_(x_QNH[..., :half] * sin_Q1H[..., half:])
     return rotated_QNH
 

@@ -55,6 +55,11 @@ def t95(degrees: int) -> float:
     return Z95 + 2.37227 / degrees + 2.82250 / degrees**2 + 2.55585 / degrees**3
 
 
+def half_over_seeds(gaps: Sequence[float]) -> float:
+    """Half width of the 95 % interval of the mean of two or more differences, one of each seed."""
+    return t95(len(gaps) - 1) * deviation(gaps) / sqrt(len(gaps))
+
+
 def difference(row: Row, baseline: Row, name: str | None = None) -> Difference | None:
     """Of the average, or of one question type. None without a common seed, without scores, or on other questions."""
     keys = ("average",) if name is None else ("types", name, "score")
@@ -67,7 +72,7 @@ def difference(row: Row, baseline: Row, name: str | None = None) -> Difference |
         return None
     gaps = [own[seed] - other[seed] for seed in seeds]
     if len(gaps) > 1:
-        half = t95(len(gaps) - 1) * deviation(gaps) / sqrt(len(gaps))
+        half = half_over_seeds(gaps)
         return Difference(mean(gaps), half if half > NO_WIDTH else None, "seeds", len(gaps))
     (a, b), *more = (pair for pair in pairs if pair[0].config.seed == seeds[0])
     weights = weights_of_average((a, b)) if name is None else {name: 1.0}

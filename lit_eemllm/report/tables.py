@@ -235,7 +235,7 @@ def numbers_csv(rows: Sequence[Row]) -> str:
             for quantity in quantities:
                 if (value := quantity.value(run)) is not None:
                     lines.append((row.label, run.config.seed, quantity.key, value, run.path))
-    return text_of(lines)
+    return csv_text(lines)
 
 
 def report_csv(compared: Comparison) -> str:
@@ -267,7 +267,7 @@ def report_csv(compared: Comparison) -> str:
                 interval = ["", ""] if to.half is None else six(to.mean - to.half, to.mean + to.half)
                 line += [*six(to.mean), *interval, to.over, to.count]
             lines.append(line + [""] * (len(heading) - len(line)))
-    return text_of(lines)
+    return csv_text(lines)
 
 
 def every(rows: Sequence[Row]) -> list[Quantity]:
@@ -279,7 +279,7 @@ def every(rows: Sequence[Row]) -> list[Quantity]:
     ]
 
 
-def text_of(lines: Iterable[Sequence[object]]) -> str:
+def csv_text(lines: Iterable[Sequence[object]]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()

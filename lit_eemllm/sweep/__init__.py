@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import shlex
@@ -177,6 +175,8 @@ def describe(search: Search, plan: Plan) -> str:
 
 def search_csv(search: Search, plan: Plan) -> str:
     """What was tried for the cells whose search has ended, and what was chosen; diverged trials have no score."""
+    from ..report.tables import csv_text
+
     keys = list(dict(pairs(search.points[0][1])))
     lines: list[list[object]] = [["cell", *keys, "score", "chosen"]]
     for cell, trials in plan.trials.items():
@@ -186,9 +186,7 @@ def search_csv(search: Search, plan: Plan) -> str:
                 value, chosen = abs(score(tasks[point], search.by)), point == plan.chosen.get(cell)
                 shown = f"{value:.4f}" if value < math.inf else "none"
                 lines.append([cell, *dict(pairs(overrides)).values(), shown, "yes" if chosen else ""])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()
+    return csv_text(lines)
 
 
 def write_if_changed(path: Path, text: str) -> bool:

@@ -238,11 +238,8 @@ def make_trainer(config: Config, runlog: RunLog, asking: Callback | None = None)
         "use_distributed_sampler": False,
         **validation,
         **options,
-        "callbacks": [
-            runlog,
-            *([] if asking is None else [asking]),
-            Checkpoints(config),
-        ],  # what comes after runlog is no training time
+        # what comes after runlog is no training time
+        "callbacks": [runlog, *([] if asking is None else [asking]), Checkpoints(config)],
         "plugins": [AtomicCheckpointIO()],
     }
     try:

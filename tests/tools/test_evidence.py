@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lib.reports import write_run
 
 from lit_eemllm.evaluation.sets import read_suite
 from lit_eemllm.report.difference import t95
+from lit_eemllm.report.runs import compare
 
 SOURCE = Path(__file__).parents[2] / "tools" / "evidence.py"
 spec = importlib.util.spec_from_file_location("evidence", SOURCE)
@@ -21,23 +23,28 @@ sys.modules["evidence"] = evidence
 spec.loader.exec_module(evidence)
 
 
-def row(label, *seeds):
-    """A row whose run of each seed scored questions like this: {type: scores}."""
-    runs = []
-    for seed, types in enumerate(seeds):
-        asked = [(kind, i, float(score)) for kind, scores in types.items() for i, score in enumerate(scores)]
-        predictions = {((kind, i), 0): ("set", kind, score) for kind, i, score in asked}
-        runs.append(SimpleNamespace(config=SimpleNamespace(seed=seed), predictions=predictions))
-    return SimpleNamespace(label=label, runs=runs)
+def rows(folder, **seeds):
+    """A row under each preset, whose run of each seed scored questions like this: {type: scores}."""
+    written = [
+        write_run(folder / f"{preset}{seed}", f"seed={seed}", f"model.mechanism.preset={preset}", answers=types)
+        for preset, runs in seeds.items()
+        for seed, types in enumerate(runs)
+    ]
+    return compare(written).rows
 
 
-def test_variances_by_hand():
+def test_variances_by_hand(tmp_path):
     """Differences of averages 0.5 and 0; of type b the pairs differ by 1, 0, 1, 0: 1/3 / 4, and a fourth of that for two types."""
-    ours = row("ours", {"a": [1, 1, 1, 1], "b": [1, 0, 1, 0]}, {"a": [0, 1, 0, 1], "b": [1, 1, 1, 1]})
-    base = row("base", {"a": [0.5] * 4, "b": [0, 0, 0, 0]}, {"a": [0, 1, 0, 1], "b": [1, 1, 1, 1]})
+    again = {"a": [0, 1, 0, 1], "b": [1, 1, 1, 1]}
+    ours, base = rows(
+        tmp_path,
+        ee_mllm=[{"a": [1, 1, 1, 1], "b": [1, 0, 1, 0]}, again],
+        llava=[{"a": [0.5] * 4, "b": [0, 0, 0, 0]}, again],
+    )
     of_seeds, of_questions = evidence.variances(ours, base)
     assert of_seeds == pytest.approx(0.5**2 / 2) and of_questions == pytest.approx(1 / 3 / 4 / 4 / 2)
-    assert evidence.variances(row("one", {"a": [1, 0]}), base) is None
+    (one,) = rows(tmp_path / "one", ee_mllm=[{"a": [1, 1, 1, 1], "b": [1, 0, 1, 0]}])
+    assert evidence.variances(one, base) is None
 
 
 def test_half_width_is_what_is_found_when_seeds_are_drawn():
@@ -51,11 +58,10 @@ def test_half_width_is_what_is_found_when_seeds_are_drawn():
     assert evidence.half_width(0.001, 0.002, 4, 1) == pytest.approx(t95(3) * np.sqrt(0.002 / 4))
 
 
-def test_power_names_each_row():
-    ours = row("ours", {"a": [1, 0]}, {"a": [1, 1]})
-    base = row("base", {"a": [0, 0]}, {"a": [1, 0]})
+def test_power_names_each_row(tmp_path):
+    ours, base = rows(tmp_path, ee_mllm=[{"a": [1, 0]}, {"a": [1, 1]}], llava=[{"a": [0, 0]}, {"a": [1, 0]}])
     head, _, line = evidence.power([base, ours]).splitlines()
-    assert "3 seeds, 1 x" in head and line.startswith("| ours (2 seeds)") and line.count("|") == head.count("|")
+    assert "3 seeds, 1 x" in head and line.startswith("| ee_mllm (2 seeds)") and line.count("|") == head.count("|")
 
 
 def scored(label, flops, *averages):

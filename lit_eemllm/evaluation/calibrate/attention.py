@@ -7,8 +7,9 @@ see are as they are when the model answers, under any backend. What modules betw
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from ...attention import AttentionBackend
 from ...layout import SequenceLayout, Visibility
 from .bench import Bench
 from .measure import Row
+
+if TYPE_CHECKING:
+    from ...model import EEMLLM
 
 
 class Watched(AttentionBackend):
@@ -47,6 +51,20 @@ class Watched(AttentionBackend):
             self.shares[self.layer] = self.inner.attend(q_QNH, k_SKH, is_visual_SKH, own, scale)[text, :, 0]
         return self.inner.attend(q_QNH, k_SKH, v_SKH, own, scale)
 
+    @contextmanager
+    def on(self, model: EEMLLM) -> Iterator[None]:
+        """The model's layers watched, and then the model as it was."""
+        layers = model.language_model.model.layers
+        hooks = [layer.register_forward_pre_hook(self.enters) for layer in layers]
+        hooks += [layer.register_forward_hook(self.leaves) for layer in layers]
+        model._backend = self
+        try:
+            yield
+        finally:
+            model._backend = self.inner
+            for hook in hooks:
+                hook.remove()
+
     def enters(self, layer: Any, inputs: Any) -> None:
         self.layer = layer.index
 
@@ -63,11 +81,8 @@ def attention_to_images(bench: Bench, advance: Callable[[int], None]) -> list[Ro
     """
     model, layers = bench.model, bench.model.language_model.model.layers
     found: dict[str, list[list[Tensor]]] = {rows: [[] for _ in layers] for rows in ("answers", "text")}
-    backend, watched = model.backend, Watched(model.backend)
-    hooks = [layer.register_forward_pre_hook(watched.enters) for layer in layers]
-    hooks += [layer.register_forward_hook(watched.leaves) for layer in layers]
-    model._backend = watched
-    try:
+    watched = Watched(model.backend)
+    with watched.on(model):
         for pack in bench.packs:
             model.packed_logits(pack)
             behind_T = ~pack.layout.prefix()
@@ -75,10 +90,6 @@ def attention_to_images(bench: Bench, advance: Callable[[int], None]) -> list[Ro
                 found["answers"][layer].append(share_TN[pack.target_rows].double())
                 found["text"][layer].append(share_TN[behind_T].double())
             advance(1)
-    finally:
-        model._backend = backend
-        for hook in hooks:
-            hook.remove()
     rows = []
     for layer in range(bench.depth):
         heads = {name: torch.cat(parts[layer]).mean(0) for name, parts in found.items()}

@@ -182,17 +182,22 @@ def build_weightless(config: Config, parts: Parts, mechanism: Mechanism) -> tupl
             )
         )
         set_modes(model, apply_tuning(model, config.optim, config.model.dtype))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.__class__ = FusedDropout
-        elif is_rms_norm(module):
-            module.forward = partial(fused_norm, module)
+    as_on_a_gpu(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model.to_empty(device="cpu")
     model.tie_weights()
     model._backend = Counted()
     return model, mode
+
+
+def as_on_a_gpu(model: nn.Module) -> None:
+    """Let it keep for the backward pass what it keeps on a GPU, where a CPU keeps more. It then computes something else."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.__class__ = FusedDropout
+        elif is_rms_norm(module):
+            module.forward = partial(fused_norm, module)
 
 
 class FusedDropout(nn.Dropout):

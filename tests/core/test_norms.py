@@ -75,6 +75,21 @@ def test_one_kernel_computes_transformers_norm_with_gradients():
 
 
 @on_fake_cuda
+def test_one_kernel_keeps_its_input_and_a_number_a_row():
+    """As `estimate` counts it, by PyTorch's LayerNorm; transformers' norm keeps it in float32 twice."""
+    from lib.fake_cuda.world import World
+
+    with World():
+        norm = tiny.model().language_model.model.norm.bfloat16().to("cuda")
+        x_Rh = torch.ones(7, len(norm.weight)).bfloat16().pin_memory().to("cuda").requires_grad_()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append((*x.shape, x.dtype)) or x, lambda x: x):
+            norm(x_Rh)
+    assert len(kept) == 3
+    assert set(kept) == {(7, 32, torch.bfloat16), (32, torch.bfloat16), (7, 1, torch.float32)}
+
+
+@on_fake_cuda
 def test_what_pytorch_has_no_kernel_for_runs_as_before():
     from lib.fake_cuda.world import World
 

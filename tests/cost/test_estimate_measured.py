@@ -14,7 +14,7 @@ from lit_eemllm import cli
 from lit_eemllm.config import load_config
 from lit_eemllm.cost.formulas import layer_flops, prefill_flops
 from lit_eemllm.cost.trace import Document, Step, trace
-from lit_eemllm.cost.weightless import Parts, build_weightless, parts_of_config, parts_of_shape
+from lit_eemllm.cost.weightless import Parts, as_on_a_gpu, build_weightless, parts_of_config, parts_of_shape
 from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import CONNECTORS, NO_ALIGNER, PRESETS, Aligner, Mechanism, build_mechanism
@@ -214,7 +214,7 @@ PARTS = Parts(
         "select_layer": -2,
     },
 )
-DOCUMENT, DOCUMENTS = Document(40, 64, 30), 5
+DOCUMENT, DOCUMENTS = Document(40, 64, 30), 6
 SETTINGS = {
     "float32": [],
     "bf16, decoder too": ["trainer.precision=bf16-mixed", "optim.tuning.llm=full"],
@@ -249,11 +249,26 @@ def peak(function) -> int:
     return top
 
 
+def as_measured(config, parts: Parts, mechanism: Mechanism) -> EEMLLM:
+    model = built(config, parts, mechanism)
+    as_on_a_gpu(model)  # a norm keeps its input, of PyTorch's LayerNorm here and of its RMSNorm there
+    model.set_attention("sdpa")
+    return model
+
+
 def passes(model: EEMLLM, config, batch: PackedBatch) -> None:
     dtype = compute_dtype(config)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         loss = model.packed_loss(batch)
     loss.backward()
+
+
+def peak_of_a_step(config, parts: Parts, mechanism: Mechanism, batch: PackedBatch) -> int:
+    """As in the middle of a run."""
+    model = as_measured(config, parts, mechanism)
+    passes(model, config, batch)
+    model.zero_grad()
+    return peak(lambda: passes(model, config, batch))
 
 
 @pytest.mark.slow
@@ -262,11 +277,7 @@ def test_activations_against_the_measured_peak(name, setting):
     """Within 12 %: this attention backend also saves masks, the most for its size in SAISA."""
     config = configured(*SETTINGS[setting])
     step = trace(config, PARTS, wide(name), DOCUMENT)
-    model, batch = built(config, PARTS, wide(name)), packed()
-    model.set_attention("sdpa")
-    passes(model, config, batch)
-    model.zero_grad()  # from then on as in the middle of a run
-    found = peak(lambda: passes(model, config, batch))
+    found = peak_of_a_step(config, PARTS, wide(name), packed())
     expected = step.most_bytes(DOCUMENTS) - step.weights - step.optimiser
     assert expected > 3 * step.gradients  # gradients are no part of it
     assert found == pytest.approx(expected, rel=0.12)
@@ -279,11 +290,7 @@ def test_activations_behind_a_connector_against_the_measured_peak(name, mechanis
     config, parts = configured(), replace(PARTS, connector=CONNECTORS[name])
     visual = parts.transform.num_tokens(32, 32)
     step = trace(config, parts, wide(mechanism), replace(DOCUMENT, visual=visual))
-    model, batch = built(config, parts, wide(mechanism)), packed(visual)
-    model.set_attention("sdpa")
-    passes(model, config, batch)
-    model.zero_grad()
-    found = peak(lambda: passes(model, config, batch))
+    found = peak_of_a_step(config, parts, wide(mechanism), packed(visual))
     expected = step.most_bytes(DOCUMENTS) - step.weights - step.optimiser
     assert found == pytest.approx(expected, rel=0.12)
 
@@ -298,8 +305,7 @@ def test_recomputed_activations_against_the_measured_peak(name, setting):
     """Within 25 %: beside a single layer's, what lives for a moment and the masks weigh more."""
     config = configured(*SETTINGS[setting])
     step = trace(config, PARTS, wide(name), DOCUMENT)
-    model, batch = built(config, PARTS, wide(name)), packed()
-    model.set_attention("sdpa")
+    model, batch = as_measured(config, PARTS, wide(name)), packed()
     model.activation_checkpointing = True
     found = peak(lambda: passes(model, config, batch))
     expected = step.most_bytes(DOCUMENTS, checkpointing=True) - step.weights - step.optimiser
@@ -315,8 +321,7 @@ def test_a_whole_run_against_the_measured_peak():
     step = trace(config, PARTS, mechanism, DOCUMENT)
 
     def run(packs: int) -> None:
-        model = built(config, PARTS, mechanism)
-        model.set_attention("sdpa")
+        model = as_measured(config, PARTS, mechanism)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.optim), lr=1e-3)
         for _ in range(2):
             for _ in range(packs):
@@ -341,7 +346,7 @@ def test_dropout_keeps_a_byte_a_number_as_on_a_gpu():
     none, some = (
         trace(configured(*options, f"optim.lora.dropout={share}"), PARTS, wide("llava"), DOCUMENT) for share in (0, 0.1)
     )
-    rows = [DOCUMENT.text + DOCUMENT.visual] * 5 + [DOCUMENT.text]
+    rows = [DOCUMENT.text + DOCUMENT.visual] * (WIDE.num_hidden_layers - 1) + [DOCUMENT.text]
     assert some.activations - none.activations == sum(rows) * WIDE.intermediate_size
 
 

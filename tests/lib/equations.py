@@ -297,7 +297,7 @@ def plain(model, batch, prompt=None, watch=None):
         if of_images and any(by == "encoder" for *_, by in drops(m)):
             first, last = used // tiny.TOKENS, (used + of_images) // tiny.TOKENS
             patches = encoder_attention(model.vision, batch.pixel_values[first:last]).flatten()
-            from_encoder = torch.zeros(L).masked_scatter(is_visual, patches)
+            from_encoder = patches.new_zeros(L).masked_scatter(is_visual, patches)
         x = decoder.embed_tokens(batch.input_ids[row : row + L])
         row, used = row + L, used + of_images
         layerwise = m.visual_source == "layerwise"

@@ -23,9 +23,9 @@ ANSWERS = (((5, 8), (10, 12)), ((1, 5),), ((1, 2), (6, 9), (11, 13)), ())
 """Of the text rows of each: two answers, one without an image, one before an image, and none."""
 
 
-def batch(seed=0):
+def batch(seed=0, dtype=torch.float32):
     pack = tiny.pack(DOCUMENTS, seed=seed)
-    return replace(pack, layout=replace(pack.layout, answers=ANSWERS))
+    return replace(pack, layout=replace(pack.layout, answers=ANSWERS), pixel_values=pack.pixel_values.to(dtype))
 
 
 def made(name, decoder="llama-gqa"):
@@ -35,7 +35,8 @@ def made(name, decoder="llama-gqa"):
 @pytest.mark.parametrize("decoder", FAMILIES)
 @pytest.mark.parametrize("name", DROPPING)
 def test_logits_and_gradients_in_training(name, decoder):
-    model, pack = made(name, decoder), batch()
+    """In float64: layers that follow each other make a rounding of float32 larger than the bound, on one CPU and not on the next."""
+    model, pack = made(name, decoder).double(), batch(dtype=torch.float64)
     logits = text_logits(model, pack)
     true = plain(model, pack)
     assert tiny.max_error(logits, true) <= 1e-5

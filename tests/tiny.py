@@ -210,7 +210,7 @@ def model(
     return result
 
 
-def pack(documents: list[list[int]], seed: int = 0) -> PackedBatch:
+def pack(documents: list[list[int]], seed: int = 0, dtype: torch.dtype = torch.float32) -> PackedBatch:
     """A pack from documents of run lengths: a positive number is that much text, 0 an image of TOKENS tokens."""
     generator = torch.Generator().manual_seed(seed)
     layout = SequenceLayout.of([[Run(n == 0, n or TOKENS) for n in doc] for doc in documents])
@@ -223,7 +223,7 @@ def pack(documents: list[list[int]], seed: int = 0) -> PackedBatch:
         input_ids=ids.index_fill(0, layout.visual_index, 0),
         target_rows=torch.tensor([row_of[s] for s in pairs], dtype=torch.long),
         targets=ids[torch.tensor(pairs, dtype=torch.long) + 1],
-        pixel_values=torch.randn(images, 3, 16, 16, generator=generator) if images else None,
+        pixel_values=torch.randn(images, 3, 16, 16, generator=generator).to(dtype) if images else None,
         layout=layout,
         keys=[str(i) for i in range(len(documents))],
     )

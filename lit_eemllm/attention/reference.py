@@ -11,7 +11,7 @@ from .base import AttentionBackend, register_backend
 
 @register_backend("reference")
 class Reference(AttentionBackend):
-    """Softmax over an explicit [Q, S] mask, in float32 whatever the input type."""
+    """Softmax over an explicit [Q, S] mask, in float32, or in float64 of such an input."""
 
     priority = -100
 
@@ -24,11 +24,9 @@ class Reference(AttentionBackend):
 
     def attend_cached(self, q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor, scale: float) -> Tensor:
         with torch.autocast(q_BNQH.device.type, enabled=False):  # float32 means float32
-            return self._attend_float32(q_BNQH, k_BKLH, v_BKLH, mask_BQL, scale)
-
-    def _attend_float32(self, q_BNQH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_BQL: Tensor, scale: float) -> Tensor:
-        groups = q_BNQH.shape[1] // k_BKLH.shape[1]
-        k_BNLH, v_BNLH = (x.float().repeat_interleave(groups, dim=1) for x in (k_BKLH, v_BKLH))
-        scores_BNQL = torch.einsum("bnqh,bnlh->bnql", q_BNQH.float(), k_BNLH) * scale
-        weights_BNQL = scores_BNQL.masked_fill(~mask_BQL[:, None], float("-inf")).softmax(dim=-1)
-        return torch.einsum("bnql,bnlh->bnqh", weights_BNQL, v_BNLH).to(q_BNQH.dtype)
+            wide = torch.promote_types(q_BNQH.dtype, torch.float32)
+            groups = q_BNQH.shape[1] // k_BKLH.shape[1]
+            k_BNLH, v_BNLH = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k_BKLH, v_BKLH))
+            scores_BNQL = torch.einsum("bnqh,bnlh->bnql", q_BNQH.to(wide), k_BNLH) * scale
+            weights_BNQL = scores_BNQL.masked_fill(~mask_BQL[:, None], float("-inf")).softmax(dim=-1)
+            return torch.einsum("bnql,bnlh->bnqh", weights_BNQL, v_BNLH).to(q_BNQH.dtype)

@@ -24,8 +24,8 @@ ANSWERS = (((5, 8), (10, 12)), ((1, 5),), ((1, 2), (6, 9), (11, 13)), ())
 
 
 def batch(seed=0, dtype=torch.float32):
-    pack = tiny.pack(DOCUMENTS, seed=seed)
-    return replace(pack, layout=replace(pack.layout, answers=ANSWERS), pixel_values=pack.pixel_values.to(dtype))
+    pack = tiny.pack(DOCUMENTS, seed, dtype)
+    return replace(pack, layout=replace(pack.layout, answers=ANSWERS))
 
 
 def made(name, decoder="llama-gqa"):

@@ -91,8 +91,9 @@ SHARED = (
 )
 MIXED = (
     "ee_mllm", "saisa", "flamingo", "visual_experts", "vision", "recomputed lora", "taught", "lora", "pixel_shuffle", "smollm3",
+    "qwen3_vl",
 )  # fmt: skip
-ROUNDED = {"flamingo": 0.05, "pixel_shuffle": 0.1}  # how far autocast may be from float32
+ROUNDED = {"flamingo": 0.05, "pixel_shuffle": 0.1, "qwen3_vl": 0.05}  # how far autocast may be from float32
 # Packs of every step, [micro-batch][rank], as documents of run lengths (0 an image). They are uneven, ranks lack images in
 # turn, and once all do.
 STEPS: list[list[list[list[list[int]]]]] = [

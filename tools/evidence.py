@@ -272,6 +272,8 @@ def main(argv: list[str]) -> int:
         rows = [row for row in read_sweep(args.sweep)[0].rows if row.runs]
         if args.rows:
             named = {row.label: row for row in rows}
+            if unknown := [label for label in args.rows if label not in named]:
+                raise UserError(f"--rows: found {', '.join(unknown)}, expected of {', '.join(named)}")
             rows = [named[label] for label in args.rows]
         if args.do == "power":
             console.print(table := power(rows))

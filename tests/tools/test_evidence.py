@@ -64,6 +64,12 @@ def test_power_names_each_row(tmp_path):
     assert "3 seeds, 1 x" in head and line.startswith("| ee_mllm (2 seeds)") and line.count("|") == head.count("|")
 
 
+def test_rows_that_a_sweep_has_not_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "read_sweep", lambda path: [SimpleNamespace(rows=[scored("a", 1, 0.5)])])
+    assert evidence.main(["power", "sweep", "--rows", "b", "a", "c"]) == 2
+    assert capsys.readouterr().err == "error: --rows: found b, c, expected of a\n"
+
+
 def scored(label, flops, *averages):
     """A row of runs with these averages."""
     results = [{"average": average, "prefill_flops": flops} for average in averages]

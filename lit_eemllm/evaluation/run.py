@@ -11,7 +11,6 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from PIL import Image
 from ..config import to_yaml
 from ..console import console, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
-from ..errors import CheckpointError, SampleError, UserError
+from ..errors import SampleError, UserError
 from ..inputs.conversation import IMAGE, Conversation, Turn
 from ..inputs.images import open_image, read_file
 from ..inputs.rows import VIDEO, show
@@ -30,8 +29,7 @@ from ..inputs.video import read_clip, with_frames
 from ..model.fp8 import require_fp8, use_fp8
 from ..model.image_cache import ImageCache
 from ..terminal import say
-from ..training.checkpoint import newest_checkpoint
-from ..training.initial import trained_model
+from ..training.initial import UNTRAINED, run_model
 from ..training.module import compute_dtype
 from .asking import CUT, Answers, Reply, ask_all, identity, in_batches, start_ranks
 from .cost import costs
@@ -45,8 +43,6 @@ from .sets import QuestionSet, question_sets, read_questions
 if TYPE_CHECKING:
     from ..config.keys import Config
     from ..model import EEMLLM, Processor
-
-UNTRAINED = "none"  # value of --checkpoint: the parts as they are, before any training
 
 
 def validate(config: Config, checkpoint: str | None) -> None:
@@ -172,23 +168,16 @@ def autocast(config: Config, model: EEMLLM) -> torch.autocast:
 
 
 def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str]:
-    """Build a run's model with its trained weights, in evaluation mode. Returns also where they came from.
+    """`run_model` on the device, and with the attention, of an evaluation.
 
     Raises:
         CheckpointError: the checkpoint does not fit, or was trained with other frozen parts.
         ConfigError: a package is missing.
     """
     require_fp8(config.model)
-    path, source = None, "before training"
-    if checkpoint != UNTRAINED:
-        path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(Path(config.out))
-        converted = config.init_from is not None and Path(config.init_from).resolve() == Path(config.out).resolve()
-        if path is None and not converted:
-            raise CheckpointError(f"{config.out}: no checkpoint in it; train first, or use --checkpoint {UNTRAINED}")
-        source = str(path or config.init_from)
-    model, processor = trained_model(config, path)
+    model, processor, source = run_model(config, checkpoint)
     on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator") != "cpu"
-    model.to("cuda" if on_gpu else "cpu").eval()
+    model.to("cuda" if on_gpu else "cpu")
     model.set_attention(config.model.attention, compute_dtype(config), training=False)
     if config.model.fp8:
         use_fp8(model)
@@ -196,12 +185,6 @@ def load(config: Config, checkpoint: str | None) -> tuple[EEMLLM, Processor, str
     if config.eval.image_cache:
         model.image_cache = ImageCache(int(config.eval.image_cache * 2**30))
     return model, processor, source
-
-
-def on_cpu(config: Config) -> Config:
-    """For `load`, where weights are only rewritten: in main memory, which is larger than a GPU's."""
-    model = replace(config.model, attention="reference", liger=False, fp8=False)
-    return replace(config, model=model, trainer={**config.trainer, "accelerator": "cpu"})
 
 
 def answer(

@@ -25,6 +25,7 @@ from ..plugins import warn_if_changed
 from ..report.card import write_card
 from ..training.adapters import merge_adapters
 from ..training.checkpoint import new_folder, newest_checkpoint
+from ..training.initial import run_model
 from .mechanism import Fate, change_mechanism, choose_connector, choose_mechanism, mechanism_settings
 from .vlm import FORMATS, SOURCE, check_vlm, load_tokenizer, load_vlm, load_whole, save_vlm
 
@@ -168,11 +169,9 @@ def open_source(path: Path) -> Source:
 
 
 def _open_run(path: Path, checkpoint: Path) -> Source:
-    from ..evaluation.run import load, on_cpu
-
     config = load_config([path / "config.yaml"], [f"out={json.dumps(str(path))}"], checks=[check_names])
     warn_if_changed(path)
-    model, processor, _ = load(on_cpu(config), str(checkpoint))
+    model, processor, _ = run_model(config, str(checkpoint), only_weights=True)
     merged = merge_adapters(model)
     name = f"run {checkpoint}" + (f", {merged} adapters folded in" if merged else "")
     return Source(

@@ -9,12 +9,11 @@ from ..config import to_yaml
 from ..config.keys import Config
 from ..console import console, quiet_libraries, write_atomically
 from ..errors import UserError
-from ..evaluation.run import load, on_cpu
 from ..model.configuration import load_decoder_config
 from ..report.card import write_card
 from ..training.adapters import drop_adapters, merge_adapters, save_adapter
 from ..training.checkpoint import new_folder
-from ..training.initial import stored_weights
+from ..training.initial import run_model, stored_weights
 
 BASE = "base"
 """Folder beside an adapter for the decoder that it was trained on, where no other folder holds that."""
@@ -40,7 +39,7 @@ def merge(config: Config, checkpoint: str | None, out: Path, adapter: bool) -> N
             f"{config.out} has no decoder adapter: its optim.tuning.llm is {config.optim.tuning.llm}, not lora"
         )
     with new_folder(out) as folder:
-        model, processor, source = load(on_cpu(config), checkpoint)
+        model, processor, source = run_model(config, checkpoint, only_weights=True)
         if adapter:
             own = _has_own_base(config)
             base = str(out / BASE) if own else config.model.decoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from ..config.keys import Config
     from ..model import EEMLLM, Processor
 
+UNTRAINED = "none"
+"""In place of a checkpoint: the parts as they are, before any training."""
 _DECODER = "language_model."
 
 
@@ -81,6 +84,30 @@ def trained_model(config: Config, checkpoint: Path | None, chain: tuple[Path, ..
             module.on_load_checkpoint(trained)
             module.load_state_dict(trained["state_dict"], strict=False)
     return model, processor
+
+
+def run_model(config: Config, checkpoint: str | None, only_weights: bool = False) -> tuple[EEMLLM, Processor, str]:
+    """A run's model in evaluation mode and in main memory, and where its weights came from.
+
+    Args:
+        config: of the run.
+        checkpoint: a file, or UNTRAINED; None takes the run's newest.
+        only_weights: they are written elsewhere and never run, so kernels of a GPU are not asked for.
+
+    Raises:
+        CheckpointError: there is none, it does not fit, or was trained with other frozen parts.
+    """
+    path, source = None, "before training"
+    if checkpoint != UNTRAINED:
+        path = Path(checkpoint) if checkpoint is not None else newest_checkpoint(Path(config.out))
+        converted = config.init_from is not None and Path(config.init_from).resolve() == Path(config.out).resolve()
+        if path is None and not converted:
+            raise CheckpointError(f"{config.out}: no checkpoint in it; train first, or use --checkpoint {UNTRAINED}")
+        source = str(path or config.init_from)
+    if only_weights:
+        config = replace(config, model=replace(config.model, liger=False))
+    model, processor = trained_model(config, path)
+    return model.eval(), processor, source
 
 
 def _refuse_other_decoder(state: Mapping[str, Tensor], path: str, source: Path) -> None:

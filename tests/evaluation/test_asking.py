@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from lit_eemllm.evaluation import run
 from lit_eemllm.evaluation.asking import Answers, in_batches, start_ranks
 from lit_eemllm.evaluation.questions import Picture
 from lit_eemllm.inputs.conversation import Conversation, Turn
+from lit_eemllm.training.checkpoint import newest_checkpoint
 from lit_eemllm.training.fit import fit
 
 
@@ -108,7 +110,7 @@ def test_an_evaluation_goes_on_where_it_ended(talkative, monkeypatch, capsys):
 )
 def test_answers_of_another_evaluation_are_not_used(talkative, monkeypatch, capsys, tmp_path, change, said):
     config = replace(talkative, out=str(tmp_path / "out"))
-    checkpoint = run.newest_checkpoint(run.Path(talkative.out))
+    checkpoint = newest_checkpoint(Path(talkative.out))
     count, real = [], run.generated
     if change == "template":  # the tokenizer's own, whose text is edited
         tokenizer = shutil.copytree(config.model.decoder, tmp_path / "tokenizer")

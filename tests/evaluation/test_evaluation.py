@@ -33,6 +33,7 @@ from lit_eemllm.evaluation.text import normalise
 from lit_eemllm.inputs.conversation import Conversation, Turn
 from lit_eemllm.report import read_run
 from lit_eemllm.terminal import visible
+from lit_eemllm.training.checkpoint import newest_checkpoint
 
 
 def test_shuffled_images_come_from_another_question_of_the_type():
@@ -237,7 +238,7 @@ def test_a_suite_is_scored_by_set_and_type(files, trained, monkeypatch, capsys):
     config = replace(
         trained, out=str(files / "out"), eval=replace(trained.eval, suite=str(files / "suite.yaml"), control=2)
     )
-    checkpoint = str(run.newest_checkpoint(run.Path(trained.out)))
+    checkpoint = str(newest_checkpoint(Path(trained.out)))
     run.validate(config, checkpoint)
     results = json.loads((files / "out" / "eval" / "results.json").read_text())
     assert results["data"] == config.eval.suite and (files / "out" / "config.yaml").exists()
@@ -322,7 +323,7 @@ def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeyp
     monkeypatch.setattr(run, "draw_samples", None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TypeError, match="not callable"):
-        run.validate(replace(trained, out="out"), str(run.newest_checkpoint(run.Path(trained.out))))
+        run.validate(replace(trained, out="out"), str(newest_checkpoint(Path(trained.out))))
     results = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())
     assert results["skipped"] == {"bad_json": 2, "bad_image": 1, "control_token": 1}
     assert list(results["types"]) == ["a"] and results["types"]["a"] == {
@@ -341,7 +342,7 @@ def test_what_cannot_be_asked_is_counted_and_results_come_first(trained, monkeyp
     shutil.copytree(tmp_path / "out" / "eval", tmp_path / "bad" / "eval")  # of an earlier validation
     (tmp_path / "bad" / "eval" / "gallery.html").touch()
     assert "earlier evaluation" not in capsys.readouterr().out
-    run.validate(replace(trained, out="bad"), str(run.newest_checkpoint(run.Path(trained.out))))
+    run.validate(replace(trained, out="bad"), str(newest_checkpoint(Path(trained.out))))
     said = capsys.readouterr().out
     assert f"{Path('bad', 'eval')} holds the results of an earlier evaluation, which this one" in said
     assert "out=FOLDER --checkpoint FILE" in said

@@ -241,7 +241,7 @@ def test_merging_takes_no_memory_of_a_gpu(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_eemllm.report.card.provenance", lambda: "")  # which asks for the GPU's name
     monkeypatch.setattr(EEMLLM, "to", lambda self, device: moved.append(device) or self)
     merge(config, None, tmp_path / "merged", adapter=False)
-    assert moved == ["cpu"]
+    assert not moved
     merged = load_config([tmp_path / "merged" / "config.yaml"])
     assert (merged.trainer, merged.model) == (config.trainer, config.model)
 

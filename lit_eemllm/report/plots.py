@@ -130,9 +130,10 @@ def draw_type(axis: Any, styled: Sequence[Styled], name: str | None) -> None:
         axis.axhline(y, color="0.92", linewidth=0.8, zorder=0)
         if found := list(one.row.by_seed(score.value).values()):
             error = deviation(found) if len(found) > 1 else None
-            axis.errorbar(
-                mean(found), y, xerr=error, color=one.colour, marker=one.marker, markersize=5, capsize=3, clip_on=False
+            bar = axis.errorbar(
+                mean(found), y, xerr=error, color=one.colour, marker=one.marker, markersize=5, capsize=3
             )
+            bar.lines[0].set_clip_on(False)  # the mark alone: beyond the axis there is no score, but the number
             text = f"{mean(found):.3f}".removeprefix("0")
             axis.text(1.04, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7, color=GREY)
             most = max(most, *filter(isfinite, found))

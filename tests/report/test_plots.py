@@ -58,6 +58,8 @@ def test_score_by_type_by_hand(tmp_path, monkeypatch):
         bars = panels[title].containers
         assert [bar.lines[0].get_color() for bar in bars] == [colours[i] for i in asked]
         assert [(*bar.lines[0].get_xdata(), *bar.lines[0].get_ydata()) for bar in bars] == [(0.55, i) for i in asked]
+        marks, caps, bars_of_one = bars[0].lines
+        assert [part.get_clip_on() for part in (marks, *caps, *bars_of_one)] == [False, True, True, True]
         (low, high) = (x for x, _ in bars[0].lines[2][0].get_segments()[0])
         assert (high - low) / 2 == pytest.approx(0.070711, abs=1e-6)
         crosses = [line for line in panels[title].lines if line.get_marker() == "x"]

@@ -74,6 +74,26 @@ def visual_flags(runs: Sequence[Run]) -> Tensor:
     return torch.repeat_interleave(torch.tensor(visual), torch.tensor(lengths))
 
 
+class Chunk(NamedTuple):
+    """In place of a window: a query sees nothing before its chunk, of the positions that `size` divides alike."""
+
+    size: int
+
+
+Window = int | Chunk
+"""How far a query sees back, in positions."""
+
+
+def first_place(place: Tensor, window: Window) -> Tensor:
+    """The first position that each position sees."""
+    return place - (place % window.size if isinstance(window, Chunk) else window)
+
+
+def span(window: Window) -> int:
+    """How many positions one position sees at most, itself included."""
+    return window.size if isinstance(window, Chunk) else window + 1
+
+
 @dataclass(frozen=True)
 class Visibility:
     """Which rows of a layer query, and how far back they see. Keys are always all rows.
@@ -81,18 +101,18 @@ class Visibility:
     Args:
         visual_queries: visual tokens query and see everything earlier in their document (a dense, LLaVA-like layer).
             Otherwise only text queries (composite attention, EE-MLLM Eq. 1).
-        window: a query sees nothing that stands more positions than this before it; None = no limit.
+        window: a query sees nothing that stands more positions than this before it, or before its chunk; None = no limit.
         text_queries: whether text queries. False needs visual_queries, and visual tokens then see the text before them.
         both_ways: a visual token sees all of its image, too. Only where visual tokens query alone.
     """
 
     visual_queries: bool
-    window: int | None = None
+    window: Window | None = None
     text_queries: bool = True
     both_ways: bool = False
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 0:
+        if self.window is not None and span(self.window) < 1:
             raise ValueError(f"a window is 0 or more, found {self}")
         if not self.visual_queries and not self.text_queries:
             raise ValueError(f"some rows must query, found {self}")
@@ -242,13 +262,14 @@ class SequenceLayout:
         return upload(numbers, self.positions.device)
 
     def first_seen(self, visibility: Visibility) -> Tensor:
-        """[S] the first row of the stream that each row sees: of its document or its window. On the CPU, or with a window beside the positions."""
+        """[S] the first row of the stream that each row sees: of its document, its window or its chunk. On the CPU, or with a window beside the positions."""
         lengths = torch.tensor([sum(run.length for run in document) for document in self.documents])
         if visibility.window is None:
             return torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         far = torch.repeat_interleave(torch.arange(len(lengths)) * 2**40, lengths)  # no window reaches another document
-        place_S = upload(far, self.positions.device) + self.positions  # never falls
-        return torch.searchsorted(place_S, place_S - visibility.window)
+        far_S = upload(far, self.positions.device)
+        first_S = first_place(self.positions, visibility.window)
+        return torch.searchsorted(far_S + self.positions, far_S + first_S)  # neither ever falls
 
     def last_seen(self, visibility: Visibility) -> Tensor:
         """[S] on the CPU, the last row of the stream that each row sees: itself or, both ways, the last of its image."""

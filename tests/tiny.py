@@ -20,6 +20,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     Gemma3TextConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -36,6 +37,7 @@ from transformers import (
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama4.modeling_llama4 import apply_rotary_emb
 
 from lit_eemllm import plugins
 from lit_eemllm.attention.base import _BACKENDS
@@ -58,6 +60,9 @@ COMMON = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, max_position_embeddings=256,
     attention_bias=False, initializer_range=0.3, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 DECODERS = {
     "llama": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=4),
@@ -90,6 +95,18 @@ DECODERS = {
         **COMMON | {"tie_word_embeddings": True}, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=6,
         layer_types=SLIDING, query_pre_attn_scalar=20, rope_theta=100.0, rope_local_base_freq=10.0,
         rope_scaling={"rope_type": "linear", "factor": 2.0},
+    ),
+    # Chunks smaller than any document with an image, and queries that grow every few tokens. A layer without experts, and two with.
+    "llama4_text": Llama4TextConfig(
+        **COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size_mlp=40, num_local_experts=3,
+        num_experts_per_tok=2, moe_layers=[1, 2], no_rope_layers=[1, 0, 1, 1, 0, 1, 0, 1], attention_chunk_size=6, floor_scale=4, attn_scale=0.5,
+        layer_types=["chunked_attention", "full_attention", "chunked_attention"], rope_scaling=LLAMA3,
+    ),
+    # As Maverick: no norms of queries and keys.
+    "llama4-no-norms": Llama4TextConfig(
+        **COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size_mlp=40, num_local_experts=2,
+        interleave_moe_layer_step=2, no_rope_layer_interval=2, attention_chunk_size=None, layer_types=["full_attention"] * 3, attn_temperature_tuning=False,
+        floor_scale=4, attn_scale=0.5, use_qk_norm=False,
     ),
 }  # fmt: skip
 TRANSFORM = ImageTransform(height=16, width=16, patch=4, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -256,21 +273,37 @@ def norms(layer):
 
 
 def angles(decoder, positions_L, number):
-    """Cos and sin of a layer, of transformers' own module, [1, L, H]."""
+    """Cos and sin of a layer, of transformers' own module, [1, L, H] or of pairs [1, L, H / 2]; and the positions."""
     kinds = getattr(decoder.config, "layer_types", None)
     by_kind = [kinds[number]] if hasattr(decoder.rotary_emb, "layer_types") else []
-    return decoder.rotary_emb(torch.zeros(1, len(positions_L), 1), positions_L[None], *by_kind)
+    found = decoder.rotary_emb(torch.zeros(1, len(positions_L), 1), positions_L[None], *by_kind)
+    return *((found.real, found.imag) if isinstance(found, torch.Tensor) else found), positions_L
 
 
 def near(decoder, positions_L, number):
-    """What a layer's window lets a token see, [L, L] bool: keys fewer than its size of positions before it, all without one."""
+    """What a layer's window lets a token see, [L, L] bool: keys fewer than its size of positions before it, all without one. Or those
+    that are not before its chunk."""
+    if getattr(decoder.config, "layer_types", [""] * 9)[number] == "chunked_attention":
+        chunk_L = positions_L // decoder.config.attention_chunk_size
+        return chunk_L[:, None] <= chunk_L
     size, kinds = getattr(decoder.config, "sliding_window", None), getattr(decoder.config, "layer_types", None)
     if size is None or (kinds is not None and kinds[number] != "sliding_attention"):
         size = 10**6
     return positions_L[:, None] - positions_L[None] < size
 
 
-def projections(layer, u_Lh, cos, sin):
+def rows(made):
+    """Of what a module gives: experts say how they were chosen, too."""
+    return made[0] if isinstance(made, tuple) else made
+
+
+def feed_forward(layer):
+    """The layer's network, of rows to rows."""
+    network = layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
+    return lambda x_Lh: rows(network(x_Lh))
+
+
+def projections(layer, u_Lh, cos, sin, positions_L):
     """Of a document that has passed the layer's norm: queries and keys, the same rotated, and values, each [N, L, H]."""
     attn = layer.self_attn
     q, k, v = attn.q_proj(u_Lh), attn.k_proj(u_Lh), attn.v_proj(u_Lh)
@@ -280,9 +313,21 @@ def projections(layer, u_Lh, cos, sin):
     q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in (q, k, v))
     if hasattr(attn, "q_norm") and not whole:
         q, k = attn.q_norm(q), attn.k_norm(k)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    turned_q, turned_k = q, k
+    if hasattr(attn, "attn_temperature_tuning"):  # Llama 4: pairs of neighbours turn, then come norms
+        if attn.use_rope:
+            turned_q, turned_k = (x[0] for x in apply_rotary_emb(q[None], k[None], torch.complex(cos, sin)))
+        elif attn.attn_temperature_tuning:
+            grown = torch.log1p((positions_L + 1) // attn.floor_scale) * attn.attn_scale + 1
+            q = turned_q = q * grown[:, None, None]
+        norm = getattr(attn, "qk_norm", torch.nn.Identity())
+        q, k, turned_q, turned_k = map(norm, (q, k, turned_q, turned_k))
+    elif getattr(attn, "use_rope", True):
+        turned_q, turned_k = (
+            x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*(x.transpose(0, 1)[None] for x in (q, k)), cos, sin)
+        )
+    q, k, turned_q, turned_k, v = (x.transpose(0, 1)[None] for x in (q, k, turned_q, turned_k, v))
     groups = q.shape[1] // k.shape[1]
-    turned_q, turned_k = apply_rotary_pos_emb(q, k, cos, sin) if getattr(attn, "use_rope", True) else (q, k)
     k, turned_k, v = (x.repeat_interleave(groups, 1) for x in (k, turned_k, v))
     return [x[0] for x in (q, k, turned_q, turned_k, v)]
 

@@ -36,7 +36,7 @@ from lit_eemllm.attention import AttentionBackend, registered_backends
 from lit_eemllm.attention.base import _BACKENDS, TOLERANCE, disagreement
 from lit_eemllm.console import console, progress, write_atomically
 from lit_eemllm.doctor import environment, machine
-from lit_eemllm.layout import Run, SequenceLayout, Visibility
+from lit_eemllm.layout import Run, SequenceLayout, Visibility, first_place
 
 PREFIX = 35  # text before the image, as in LLaVA's template
 LAYERS = {"dense": Visibility(True), "composite": Visibility(False)}
@@ -75,10 +75,10 @@ def layout_of(visual: int, text: int, documents: int) -> SequenceLayout:
 
 
 def visible_pairs(layout: SequenceLayout, visibility: Visibility) -> int:
-    """Pairs of query and key that a layer needs: row p of a document sees p + 1 keys, or as many as its window has."""
+    """Pairs of query and key that a layer needs: row p of a document sees p + 1 keys, or as many as its window or chunk has so far."""
     keys_S = layout.positions + 1
     if visibility.window is not None:
-        keys_S = keys_S.clamp(max=visibility.window + 1)
+        keys_S = keys_S - first_place(layout.positions, visibility.window).clamp(min=0)
     return int((keys_S if visibility.visual_queries else keys_S[layout.text_index]).sum())
 
 

@@ -14,7 +14,7 @@ keys in place, and those without a query get one whose result is dropped: segmen
 kernels disagree about.
 
 A window is the kernel's own where it can say it: of rows, and aligned likewise. Else, as of keys between which tokens have left, it is
-a mask, and `sdpa` computes it.
+a mask, and `sdpa` computes it; and so is a chunk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import Run, SequenceLayout, Visibility, upload
+from ..layout import Chunk, Run, SequenceLayout, Visibility, upload
 from .base import AttentionBackend
 from .sdpa import Plan as Masked
 from .sdpa import Sdpa
@@ -141,15 +141,17 @@ class VarlenBackend(AttentionBackend):
     def plan(self, layout: SequenceLayout, visibility: Visibility) -> Plan | Masked:
         device = layout.positions.device
         calls, restore_Q = split(layout, visibility)
-        if visibility.window is not None and not (layout.stepwise and all(map(self.windows, calls))):
+        window = visibility.window
+        if isinstance(window, Chunk) or (
+            window is not None and not (layout.stepwise and all(map(self.windows, calls)))
+        ):
             return Sdpa().plan(layout, visibility)
 
         def there(rows: Tensor | None) -> Tensor | None:
             return None if rows is None else upload(rows, device)
 
         prepared = [
-            (there(call.query_rows), there(call.key_rows), self.prepare(call, visibility.window, device))
-            for call in calls
+            (there(call.query_rows), there(call.key_rows), self.prepare(call, window, device)) for call in calls
         ]
         return Plan(prepared, there(restore_Q))
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..layout import Visibility
-from .families import FAMILIES, Family, check_decoder
+from ..layout import Visibility, Window
+from .families import FAMILIES, Family, Turns, check_decoder
 from .norms import fuse_norms
 from .select import ALL, Routed, Top
 from .stream import Stream, Tokens, View, joined
@@ -49,12 +49,11 @@ class DecoderLayer(nn.Module):
         layer: the transformers layer whose submodules are taken over.
         index: its number, from 0.
         family: how its layers differ from Llama's.
-        rotary: how it rotates queries and keys (RoPE), see `Family.rotary`; None = it does not.
-        window: how many tokens before itself a token sees; None = all. Not of images that see a window of their own (`LayerPlan.attend`).
+        rotary: how it rotates queries, and keys (RoPE), see `Family.rotary`; None = it does not.
+        window: how many tokens before itself a token sees, or of what chunk; None = all. Not of images that see a window of their own (`LayerPlan.attend`).
     """
 
     self_attn: Any
-    mlp: Any
     row: LayerPlan
     inner: Inner
     """Belongs to the model, not to the decoder."""
@@ -63,11 +62,10 @@ class DecoderLayer(nn.Module):
     ranks: Top | None
     """The selection that is ranked here, for this layer and later ones or for later ones only; see `Top`."""
 
-    def __init__(self, layer: nn.Module, index: int, family: Family, rotary: str | None, window: int | None) -> None:
+    def __init__(self, layer: nn.Module, index: int, family: Family, rotary: Turns, window: Window | None) -> None:
         super().__init__()
         for name, part in layer.named_children():
             self.add_module(name, part)
-        self._of_attention = {name for name, _ in self.self_attn.named_children()}
         self.index, self.family, self.rotary, self.window = index, family, rotary, window
         self.row, self.ranks = LayerPlan(), None
         self.unrotated, self.freeze_prefix, self.narrow = False, False, {}
@@ -77,17 +75,19 @@ class DecoderLayer(nn.Module):
         """Call the modules of `inner`, and make the copies in it that visual rows need here."""
         self.__dict__["inner"] = inner  # no part of the layer's state_dict
         row, norms, fed = self.row, self.family.norms, "ffn" in self.row.update
+        q_norm, k_norm = self.family.head_norms
         needed: dict[str, Mapping[Any, bool]] = {
             "norms": {norms.before_attention: row.keys or row.moves, norms.after_attention: row.moves}
             | {norms.before_ffn: fed, norms.after_ffn: fed},
             "qkv": {"q_proj": row.queries, "k_proj": row.keys, "v_proj": row.values}
-            | {"q_norm": row.queries, "k_norm": row.keys},
+            | {q_norm: row.queries, k_norm: row.keys},
             "output": {"o_proj": "output" in row.update},
-            "ffn": {"mlp": fed},
+            "ffn": {self.family.ffn: fed},
         }
         for part in inner.copies:
             for name, wanted in needed[part].items():
-                if wanted and name is not None and (module := self._own(name, None)) is not None:
+                module = self._own(name, None) if wanted and name is not None else None
+                if module is not None and [*module.parameters()]:
                     inner[name] = deepcopy(module)
 
     def fill_copies(self) -> None:
@@ -98,7 +98,7 @@ class DecoderLayer(nn.Module):
 
     def _own(self, name: str, *default: None) -> Any:
         """A module of the layer or of its attention."""
-        return getattr(self.self_attn if name in self._of_attention else self, name, *default)
+        return getattr(self.self_attn if hasattr(self.self_attn, name) else self, name, *default)
 
     def forward(
         self, x_Th: Tensor, x_Vh: Tensor, stream: Stream, kept: Tokens | None = None
@@ -193,8 +193,8 @@ class DecoderLayer(nn.Module):
             for kind, wanted in (("q", row.queries), ("k", row.keys), ("v", row.values))
         )
         if row.moves:
-            kind = self.rotary if row.queries else None
-            rotated_q, rotated_k = (x if kind is None else stream.rotated(x, here, kind) for x in (q_vNH, k_vKH))
+            of_queries, of_keys = self.rotary if row.queries else (None, None)
+            rotated_q, rotated_k = stream.rotated(q_vNH, here, of_queries), stream.rotated(k_vKH, here, of_keys)
             path_vw = self._path(rotated_q, rotated_k, v_vKH, u_vh, stream, here)
             out_vh = self._run("o_proj", path_vw, 0) if "output" in row.update else path_vw
             x_vh = x_vh + self._norm("after_attention", out_vh, 0)
@@ -222,10 +222,11 @@ class DecoderLayer(nn.Module):
         rows_n = stream.ranking(top, here).rows_n
         # With gradients, or autocast would keep a copy of the weight that has none, for what comes after.
         q_nNH, k_RKH = self._heads("q", u_Rh.index_select(0, rows_n), len(rows_n)).detach(), k_RKH.detach()
-        if self.rotary is not None:
-            cos_R1H, sin_R1H = stream.angles(here, self.rotary)
+        of_queries, of_keys = self.rotary
+        if of_queries is not None:
+            cos_R1H, sin_R1H = stream.angles(here, of_queries)
             q_nNH = stream.rotate(q_nNH, (cos_R1H.index_select(0, rows_n), sin_R1H.index_select(0, rows_n)))
-            k_RKH = stream.rotated(k_RKH, here, self.rotary)
+        k_RKH = stream.rotated(k_RKH, here, of_keys)
         view = str(self.row.tokens if self.row.dense else self.row.seen)
         return stream.rank(self.index, top, here, q_nNH, k_RKH, self.self_attn.scaling, view, self.window)
 
@@ -235,10 +236,9 @@ class DecoderLayer(nn.Module):
         module, inner = self._own(name), self.inner
         copy = inner[name] if name in inner else self.narrow.get(name)
         if copy is None or (len(x_Rw) == text and not (name in inner and torch.is_grad_enabled())):
-            y_Rw: Tensor = module(x_Rw)
-            return y_Rw
-        y_Tw = module(x_Rw[:text])
-        y_vw = copy(x_Rw[text:].to(next(copy.parameters()).dtype))  # the decoder may be frozen in 16 bits
+            return _rows(module(x_Rw))
+        y_Tw = _rows(module(x_Rw[:text]))
+        y_vw = _rows(copy(x_Rw[text:].to(next(copy.parameters()).dtype)))  # the decoder may be frozen in 16 bits
         return torch.cat([y_Tw, y_vw.to(y_Tw.dtype)])
 
     def _norm(self, place: str, x_Rh: Tensor, text: int) -> Tensor:
@@ -248,13 +248,16 @@ class DecoderLayer(nn.Module):
 
     def _heads(self, kind: str, u_Rh: Tensor, text: int) -> Tensor:
         """Queries, keys or values (q, k, v) by head, before rotation; q and k are normalised as `Family.qk_norm` says."""
-        heads, name = (-1, self.self_attn.head_dim), f"{kind}_norm"
+        family, attn = self.family, self.self_attn
+        norm = "" if kind == "v" else family.head_norms[kind == "k"]
+        over = family.qk_norm if norm and hasattr(attn, norm) else None
         x_Rw = self._run(f"{kind}_proj", u_Rh, text)
-        if name not in self._of_attention:
-            return torch.unflatten(x_Rw, -1, heads)
-        if self.family.qk_norm == "width":
-            return torch.unflatten(self._run(name, x_Rw, text), -1, heads)
-        return self._run(name, torch.unflatten(x_Rw, -1, heads), text)
+        x_RNH = torch.unflatten(self._run(norm, x_Rw, text) if over == "width" else x_Rw, -1, (-1, attn.head_dim))
+        if over == "head":
+            x_RNH = self._run(norm, x_RNH, text)
+        if norm and family.interleaved:  # scores do not depend on the order within a head
+            x_RNH = torch.unflatten(x_RNH, -1, (-1, 2)).mT.flatten(-2)
+        return x_RNH
 
     def _project(self, kind: str, u_Rh: Tensor, visual: bool, stream: Stream, here: Tokens) -> Tensor:
         """Keys or values (k, v), before rotation: of all rows if visual ones are wanted, else of the text. Those of visual tokens may be
@@ -273,17 +276,19 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys. If text scores visual keys unrotated, both forms are put side by side, in twice the head size:
         a text key is [rotated; 0], a visual key [0; unrotated], a query [rotated; unrotated]."""
-        kind = self.rotary
-        rotated_q, rotated_k = (x if kind is None else stream.rotated(x, here, kind, whole) for x in (q_RNH, k_RKH))
+        of_queries, of_keys = self.rotary
+        rotated_q = stream.rotated(q_RNH, here, of_queries, whole)
+        rotated_k = stream.rotated(k_RKH, here, of_keys, whole)
         if not self.unrotated:
             return rotated_q, rotated_k
         images_R = torch.arange(len(k_RKH), device=k_RKH.device) >= stream.layout.num_text
         none = torch.zeros_like(k_RKH)
         both = torch.cat([none, k_RKH], -1), torch.cat([rotated_k, none], -1)
+        q_RNH = rotated_q if of_keys is None else q_RNH  # it may grow with its position
         return torch.cat([rotated_q, q_RNH], -1), torch.where(images_R[:, None, None], *both)
 
     def _feed_forward(self, h_Rh: Tensor, text: int, w_R1: Tensor | None = None) -> Tensor:
-        out_Rh = self._run("mlp", self._norm("before_ffn", h_Rh, text), text)
+        out_Rh = self._run(self.family.ffn, self._norm("before_ffn", h_Rh, text), text)
         out_Rh = self._norm("after_ffn", out_Rh, text)
         return h_Rh + (out_Rh if w_R1 is None else w_R1 * out_Rh)
 
@@ -345,6 +350,12 @@ class DecoderLayer(nn.Module):
         """Values repeated for every query head, [v, w]: with grouped queries several heads share one; else they are not copied."""
         heads = self.self_attn.config.num_attention_heads // v_vKH.shape[1]
         return (v_vKH if heads == 1 else v_vKH.repeat_interleave(heads, dim=1)).flatten(-2)
+
+
+def _rows(made: Any) -> Tensor:
+    """What a module makes of rows. Experts say how they were chosen, too."""
+    rows: Tensor = made[0] if isinstance(made, tuple) else made
+    return rows
 
 
 def adopt_layers(decoder: PreTrainedModel) -> None:

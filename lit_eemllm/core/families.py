@@ -8,7 +8,13 @@ from typing import Any, Literal, NamedTuple
 from transformers import PretrainedConfig
 
 from ..errors import ConfigError
+from ..layout import Chunk, Window
 from .table import Table, executed
+
+TEMPERED = "tempered"
+"""How queries turn that are multiplied by a factor of their position, where others rotate."""
+Turns = tuple[str | None, str | None]
+"""Of a layer's queries, and of its keys; see `Family.rotary`."""
 
 
 class Norms(NamedTuple):
@@ -25,35 +31,65 @@ class Family:
     """How a family's layers differ from Llama's. Biases and activations need no entry: the family's own modules are called.
 
     Attributes:
+        ffn: name of a layer's feed-forward network.
         ffn_matrices: matrices of hidden size x intermediate size in a feed-forward network; 3 = gated, as SwiGLU.
+        expert_layers: key of config.json with the numbers of the layers of experts. There a token runs through one that all share and
+            all `num_local_experts` others, weighted, most by zero; other layers are `intermediate_size_mlp` wide. None = no such layers.
         norms: names of a layer's norms.
-        qk_norm: what `q_norm` and `k_norm`, if present, normalise over: each ``head``, or the ``width`` of all heads.
+        head_norms: names of the norms of queries and keys, if present.
+        qk_norm: what these normalise over: each ``head``, or the ``width`` of all heads.
+        interleaved: rotary positions turn neighbours, not halves, of a query or key.
         rotary_layers: key of config.json with a flag for each layer, true where it rotates queries and keys; None = all do.
+        tempered: key of config.json that, if true, has queries grow with the position in layers that do not rotate (2501.19399);
+            None = they do not.
         sliding: layers in which a token sees only the last `sliding_window` tokens, itself included, where config.json sets it: ``none``,
-            ``all``, or those that ``layer_types`` calls sliding_attention.
+            ``all``, or those that ``layer_types`` calls sliding_attention. Or ``chunks``: those that it calls chunked_attention, where
+            a token sees its chunk of `attention_chunk_size`.
     """
 
+    ffn: str = "mlp"
     ffn_matrices: int = 3
+    expert_layers: str | None = None
     norms: Norms = field(default_factory=Norms)
+    head_norms: tuple[str, str] = ("q_norm", "k_norm")
     qk_norm: Literal["head", "width"] = "head"
+    interleaved: bool = False
     rotary_layers: str | None = None
-    sliding: Literal["none", "all", "layer_types"] = "none"
+    tempered: str | None = None
+    sliding: Literal["none", "all", "layer_types", "chunks"] = "none"
 
-    def rotary(self, config: PretrainedConfig) -> list[str | None]:
-        """For each layer, which rotary positions it has: those of its type where `rope_parameters` tells types apart, else "";
-        None = it does not rotate queries and keys."""
+    def ffn_weights(self, config: PretrainedConfig) -> list[int]:
+        """For each layer, how many weights of its feed-forward network a token is multiplied by."""
+        row, wide = self.ffn_matrices * config.hidden_size, config.intermediate_size
+        if self.expert_layers is None:
+            return [row * wide] * config.num_hidden_layers
+        experts, layers = config.num_local_experts, getattr(config, self.expert_layers)
+        routed, dense = row * wide * (experts + 1) + config.hidden_size * experts, row * config.intermediate_size_mlp
+        return [routed if layer in layers else dense for layer in range(config.num_hidden_layers)]
+
+    def rotary(self, config: PretrainedConfig) -> list[Turns]:
+        """For each layer, which rotary positions its queries and its keys have: those of its type where `rope_parameters` tells types
+        apart, else ""; None = it does not rotate them. Queries that do not rotate may be `TEMPERED`."""
         layers = config.num_hidden_layers
         flags = getattr(config, self.rotary_layers) if self.rotary_layers else [1] * layers
         kinds = [""] * layers if "" in ropes(config) else config.layer_types
-        return [kind if flag else None for kind, flag in zip(kinds, flags, strict=False)]
+        still = TEMPERED if self.tempered and getattr(config, self.tempered) else None, None
+        return [(kind, kind) if flag else still for kind, flag in zip(kinds, flags, strict=False)]
 
-    def windows(self, config: PretrainedConfig) -> list[int | None]:
-        """For each layer, how many tokens before itself a token sees; None = all."""
-        size, types = getattr(config, "sliding_window", None), ["sliding_attention"] * config.num_hidden_layers
-        if self.sliding == "none" or size is None:
-            return [None] * len(types)
-        types = config.layer_types if self.sliding == "layer_types" else types
-        return [size - 1 if kind == "sliding_attention" else None for kind in types]
+    @property
+    def near(self) -> tuple[str, str]:
+        """What `layer_types` calls layers in which a token sees only what is near, and the key of how much that is."""
+        chunks = "chunked_attention", "attention_chunk_size"
+        return chunks if self.sliding == "chunks" else ("sliding_attention", "sliding_window")
+
+    def windows(self, config: PretrainedConfig) -> list[Window | None]:
+        """For each layer, how many tokens before itself a token sees, or of what chunk; None = all."""
+        near, key = self.near
+        if self.sliding == "none" or (size := getattr(config, key, None)) is None:
+            return [None] * config.num_hidden_layers
+        types = [near] * config.num_hidden_layers if self.sliding == "all" else config.layer_types
+        seen = Chunk(size) if self.sliding == "chunks" else size - 1
+        return [seen if kind == near else None for kind in types]
 
 
 def ropes(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
@@ -75,7 +111,11 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(norms=BOTH, sliding="layer_types"),
     # 1 where a layer has RoPE, despite the name:
     "smollm3": Family(rotary_layers="no_rope_layers", sliding="layer_types"),
-}
+    "llama4_text": Family(
+        ffn="feed_forward", expert_layers="moe_layers", head_norms=("qk_norm", "qk_norm"), interleaved=True,
+        rotary_layers="no_rope_layers", tempered="attn_temperature_tuning", sliding="chunks",
+    ),
+}  # fmt: skip
 """Decoder families by `model_type`; these are proved equal to transformers' own model in tests/model/test_model.py."""
 PROVED = frozenset(FAMILIES)  # a user's families are compared with transformers' model when one is loaded
 UNSET = ("attention_dropout", "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
@@ -102,9 +142,11 @@ def check_decoder(config: PretrainedConfig) -> None:
     """Refuse a decoder whose layers would be computed wrongly. Raises ConfigError that says what to do."""
     wrong: list[str] = []
     family = FAMILIES.get(config.model_type, Family())
-    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    types, full, windowed = set(getattr(config, "layer_types", None) or ()), {"full_attention"}, {"sliding_attention"}
-    known = {"none": full, "all": windowed if window else full, "layer_types": full | windowed if window else full}
+    near, key = family.near
+    window = getattr(config, key, None) is not None and getattr(config, "use_sliding_window", True)
+    types, full, windowed = set(getattr(config, "layer_types", None) or ()), {"full_attention"}, {near}
+    some = full | windowed if window else full
+    known = {"none": full, "all": windowed if window else full, "layer_types": some, "chunks": some}
     if config.model_type not in FAMILIES:
         wrong.append(f"model_type {config.model_type!r} is not one of {tuple(FAMILIES)}")
     if other := types - known[family.sliding]:
@@ -113,9 +155,10 @@ def check_decoder(config: PretrainedConfig) -> None:
         wrong.append("it uses a sliding window, expected full attention")
     elif (told := len(family.rotary(config))) < config.num_hidden_layers:
         wrong.append(f"{told} of its {config.num_hidden_layers} layers say whether they rotate queries and keys")
+    known_ropes = ROPE_TYPES[:-1] if family.interleaved else ROPE_TYPES  # such queries have norms after yarn's factor
     for rope in ropes(config).values():
-        if rope.get("rope_type", "default") not in ROPE_TYPES:
-            wrong.append(f"rope type {rope['rope_type']!r} is not one of {ROPE_TYPES}")
+        if rope.get("rope_type", "default") not in known_ropes:
+            wrong.append(f"rope type {rope['rope_type']!r} is not one of {known_ropes}")
     for key in UNSET:
         if value := getattr(config, key, None):
             wrong.append(f"{key} is {value}, expected none")

@@ -26,14 +26,20 @@ def fuse_norms(decoder: nn.Module) -> None:
 
 def is_rms_norm(module: Any) -> bool:
     """Whether it computes x / sqrt(mean(x^2) + eps) times its weight, as a copy with other weights shows: Gemma's adds 1 to them."""
-    if not hasattr(module, "variance_epsilon") or [name for name, _ in module.named_parameters()] != ["weight"]:
+    if _eps(module) is None or [name for name, _ in module.named_parameters()] != ["weight"]:
         return False
     with torch.no_grad():
         trial = deepcopy(module).to_empty(device="cpu").float()
         weight_h = torch.linspace(-1, 2, len(trial.weight), device="cpu", dtype=torch.float32)
         trial.weight.copy_(weight_h)
         x_Rh = torch.stack([weight_h.cos(), 1e-3 * weight_h.exp()])  # beside the second, eps counts
-        return torch.allclose(trial(x_Rh), rms_norm(x_Rh, weight_h.shape, weight_h, module.variance_epsilon))
+        return torch.allclose(trial(x_Rh), rms_norm(x_Rh, weight_h.shape, weight_h, _eps(module)))
+
+
+def _eps(norm: Any) -> float | None:
+    """What a norm adds to the mean of squares, by transformers' two names for it."""
+    eps: float | None = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return eps
 
 
 def _fused(kind: type[Any]) -> type[Any]:
@@ -46,7 +52,7 @@ def _fused(kind: type[Any]) -> type[Any]:
                 own: Tensor = super().forward(x)
                 return own
             with torch.autocast("cuda", enabled=False):  # which would compute it, and hand it on, in float32
-                return rms_norm(x, weight_h.shape, weight_h, self.variance_epsilon)
+                return rms_norm(x, weight_h.shape, weight_h, _eps(self))
 
     Fused.__name__, Fused.__qualname__ = kind.__name__, kind.__qualname__
     return _FUSED.setdefault(kind, Fused)

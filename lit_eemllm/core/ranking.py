@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..layout import SequenceLayout, upload
+from ..layout import SequenceLayout, Window, first_place, upload
 
 ROWS = 64  # that rank at a time: bounds the memory of scores
 
 Past = tuple[Tensor, Tensor, Tensor | None]
-Near = tuple[Tensor, int]
+Near = tuple[Tensor, Window]
 """See `Ranking.most_attended`."""
 
 
@@ -166,7 +166,7 @@ class Ranking:
         if not len(q_nNH):  # documents of images alone
             return importance_DL
         if near is not None and place_DL is not None:
-            first_DA = near[0][self.rows_n][self.slots_DA] - near[1]
+            first_DA = first_place(near[0][self.rows_n][self.slots_DA], near[1])
             sees_DAL = sees_DAL & ((first_DA[:, :, None] <= place_DL[:, None]) | ~self.real_DA[:, :, None])
         for start in range(0, self.slots_DA.shape[1], ROWS):
             some = slice(start, start + ROWS)

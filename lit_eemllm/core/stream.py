@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..attention import AttentionBackend
 from ..compat.torch import storage_id
-from ..layout import SequenceLayout, Visibility, upload
+from ..layout import SequenceLayout, Visibility, Window, first_place, span, upload
 from .ranking import Highest, Ranking
 from .select import ALL, Routed, Scored, Select, Top
 
@@ -116,7 +116,7 @@ class Stream:
 
     Attributes:
         layout: documents, runs and positions of text and visual tokens.
-        rotary: from positions and the name of a layer's rotary positions (`Family.rotary`) to rotary angles.
+        rotary: from positions and how a layer turns queries or keys (`Family.rotary`) to angles.
         backend: computes attention.
         states: layer -> the visual states that enter it, [V, h], where the source of its row is ``own``.
         keys: precomputed, of all images; then no visual rows run through the layers.
@@ -199,8 +199,10 @@ class Stream:
         """Rotary angles of a layer's rows."""
         return self._once(("angles", here.select, kind), lambda: self.rotary(self.places(here), kind))
 
-    def rotated(self, x_RNH: Tensor, here: Tokens, kind: str, whole: View | None = None) -> Tensor:
-        """Rotate queries or keys of a layer's rows, or of its text alone; with `whole`, rows in that view's order."""
+    def rotated(self, x_RNH: Tensor, here: Tokens, kind: str | None, whole: View | None = None) -> Tensor:
+        """Rotate queries or keys of a layer's rows, or of its text alone; with `whole`, rows in that view's order. None = not."""
+        if kind is None:
+            return x_RNH
         cos_R1H, sin_R1H = self.angles(here, kind)
         if whole is not None and whole.order is not None:
             key = "angles of", whole.name, kind
@@ -272,7 +274,7 @@ class Stream:
         k_RKH: Tensor,
         scale: float,
         view: str,
-        window: int | None,
+        window: Window | None,
     ) -> tuple[Tensor, Tokens]:
         """Rank the visual tokens in a layer; see `Top`.
 
@@ -372,7 +374,7 @@ class Stream:
     ) -> Tensor:
         if not len(q_QNH):  # of an image that no text follows yet
             return q_QNH[..., : v_SKH.shape[-1]]
-        if kind.window is not None and kind.window >= self._longest - 1:
+        if kind.window is not None and span(kind.window) >= self._longest:
             kind = replace(kind, window=None)  # nothing is farther away
         plan = self._once(("plan", view.name, kind), lambda: self.backend.plan(view.layout, kind))
         return self.backend.attend(q_QNH, k_SKH, v_SKH, plan, scale)
@@ -382,7 +384,7 @@ class Stream:
         """Tokens of the longest document."""
         return max(sum(run.length for run in document) for document in self.layout.documents)
 
-    def _mask(self, view: View, grid: Grid, window: int | None, both_ways: bool = False) -> Tensor:
+    def _mask(self, view: View, grid: Grid, window: Window | None, both_ways: bool = False) -> Tensor:
         """[B, W, past + W] bool, True where a new column of a cached view sees a column: one before it or, `both_ways`, of its image."""
         if window is None and not both_ways:
             return grid.mask_BQL
@@ -394,7 +396,7 @@ class Stream:
             if window is None:
                 return mask_BQL
             place_BL = self._once(("places", view.name), lambda: self._places(view, grid))
-            first_BQ = grid.columns(view.layout.positions) - window
+            first_BQ = first_place(grid.columns(view.layout.positions), window)
             return mask_BQL & (first_BQ[:, :, None] <= place_BL[:, None])
 
         return self._once(("mask", view.name, window, both_ways), make)

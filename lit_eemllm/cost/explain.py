@@ -18,7 +18,7 @@ from ..core.decoder import Inner
 from ..core.families import FAMILIES
 from ..core.select import ALL, Routed, Select, Share, Top
 from ..core.table import PARTS, LayerPlan
-from ..layout import Run, SequenceLayout, Visibility
+from ..layout import Chunk, Run, SequenceLayout, Visibility, span
 from ..mechanisms import PRESETS, Mechanism, Sizes, configured_mechanism
 from ..mechanisms.connectors import DEFAULT
 from ..mechanisms.schedule import Schedule
@@ -111,7 +111,8 @@ def notes(mechanism: Mechanism, decoder: Any) -> str:
     windows = ranges(FAMILIES[decoder.model_type].windows(decoder))
     for size in {window for *_, window in windows if window is not None}:
         where = [str(a) if a == b else f"{a}–{b}" for a, b, window in windows if window == size]
-        found.append(f"The decoder's window in layers {', '.join(where)}: {size + 1:,} tokens.")
+        name = "chunk" if isinstance(size, Chunk) else "window"
+        found.append(f"The decoder's {name} in layers {', '.join(where)}: {span(size):,} tokens.")
     if mechanism.visual_positions != "sequence":
         found.append(f"Rotary positions of images: {mechanism.visual_positions}.")
     if mechanism.freeze_prefix:

@@ -1,7 +1,7 @@
 """FLOPs, cache and their parts as formulas of the table, from shapes alone.
 
 One multiply-add counts 2; attention is counted full, as the papers do: a query times all keys that its kind sees, or as many as a
-window holds. A token that is generated is counted over all of the cache, on which a window is a mask. Language-model head, vision encoder, connector or
+window or a chunk holds. A token that is generated is counted over all of the cache, on which these are a mask. Language-model head, vision encoder, connector or
 resampler, and embeddings are left out; connectors of single layers (SAISA) are counted, since they replace what the decoder
 would do.
 """
@@ -18,6 +18,7 @@ from ..compat.torch import FakeTensorMode, flop_counter
 from ..core.families import FAMILIES
 from ..core.select import Top
 from ..core.table import LayerPlan, executed, ranked_in
+from ..layout import Window, span
 from ..mechanisms import Connector, Mechanism, Sizes
 from ..mechanisms.connectors import DEFAULT
 
@@ -71,7 +72,7 @@ def layer_flops(
     windows = FAMILIES[decoder.model_type].windows(decoder)
     own = round(visual * token_flops(sizes, view)) if visual and any(row.source == "own" for row in table) else 0
     return [
-        row_flops(row, ranked_in(table, layer), decoder, text, visual, prefix, unrotated, windows[layer])
+        row_flops(row, ranked_in(table, layer), decoder, layer, text, visual, prefix, unrotated, windows[layer])
         + own * (row.source == "own")
         + mechanism.block_cost(layer, sizes, text, visual).prefill
         for layer, row in enumerate(table)
@@ -93,18 +94,20 @@ def row_flops(
     row: LayerPlan,
     ranks: Top | None,
     decoder: Any,
+    layer: int,
     text: int,
     visual: int,
     prefix: int = 0,
     unrotated: bool = False,
-    window: int | None = None,
+    window: Window | None = None,
 ) -> int:
-    """FLOPs of a decoder layer for one prompt; `ranks`: what it ranks, `window`: how many tokens before itself a token sees, other
-    arguments as in `prefill_flops`."""
+    """FLOPs of a decoder layer for one prompt; `ranks`: what it ranks, `window`: how many tokens before itself a token sees, or of what
+    chunk, other arguments as in `prefill_flops`."""
     h = decoder.hidden_size
-    w, w_kv, ffn, text_row = _widths(decoder)
+    w, w_kv = Sizes.of(decoder).widths
+    ffn, text_row = _row_flops(decoder)[layer]
     here, seen = row.tokens.count(visual), row.seen.count(visual)
-    within = text + visual if window is None else window + 1
+    within = text + visual if window is None else span(window)
     scores = (text - prefix) * min(within, text + seen) + prefix * min(within, text)
     total = text * text_row + 4 * scores * w
     if unrotated:
@@ -122,12 +125,11 @@ def row_flops(
 
 def decode_flops(mechanism: Mechanism, decoder: Any, text: int, visual: int) -> int:
     """FLOPs of the decoder layers for one new token after a prompt."""
-    w, _, _, text_row = _widths(decoder)
-    sizes = Sizes.of(decoder)
+    sizes, of_rows = Sizes.of(decoder), _row_flops(decoder)
     score = 6 if mechanism.visual_positions == "unrotated" else 4
     return sum(
-        text_row
-        + score * (text + 1 + row.kept.count(visual)) * w
+        of_rows[layer][1]
+        + score * (text + 1 + row.kept.count(visual)) * sizes.widths[0]
         + mechanism.block_cost(layer, sizes, text, visual).decode
         for layer, row in enumerate(executed(mechanism.table(sizes.layers)))
     )
@@ -143,17 +145,16 @@ def cache_bytes(mechanism: Mechanism, decoder: Any, text: int, visual: int, item
         visual: visual tokens V, of one image.
         itemsize: bytes of a number.
     """
-    _, w_kv, _, _ = _widths(decoder)
     sizes = Sizes.of(decoder)
-    width = w_kv * (3 if mechanism.visual_positions == "unrotated" else 2)
+    width = sizes.widths[1] * (3 if mechanism.visual_positions == "unrotated" else 2)
     return itemsize * sum(
         (text + row.kept.count(visual)) * width + mechanism.block_cost(layer, sizes, text, visual).kept
         for layer, row in enumerate(executed(mechanism.table(sizes.layers)))
     )
 
 
-def _widths(decoder: Any) -> tuple[int, int, int, int]:
-    """Width of all query heads and of all key heads, and FLOPs of a row in the feed-forward network and in all matrices of a layer."""
-    h, (w, w_kv) = decoder.hidden_size, Sizes.of(decoder).widths
-    ffn = 2 * FAMILIES[decoder.model_type].ffn_matrices * h * decoder.intermediate_size
-    return w, w_kv, ffn, 2 * (2 * h * w + 2 * h * w_kv) + ffn
+def _row_flops(decoder: Any) -> list[tuple[int, int]]:
+    """For each layer, FLOPs of a row in the feed-forward network and in all matrices."""
+    attention = 4 * decoder.hidden_size * sum(Sizes.of(decoder).widths)
+    weights = FAMILIES[decoder.model_type].ffn_weights(decoder)
+    return [(2 * ffn, attention + 2 * ffn) for ffn in weights]

@@ -18,11 +18,11 @@ from ..core.norms import is_rms_norm
 from ..errors import ConfigError
 from ..inputs.images import ImageTransform, Transform
 from ..inputs.resolutions import NativeTransform, transform_from_dict, with_policy
-from ..layout import SequenceLayout, Visibility
+from ..layout import SequenceLayout, Visibility, span
 from ..mechanisms import Connector, Mechanism, configured_connector
 from ..mechanisms.connectors import DEFAULT
 from ..model import EEMLLM, EEMLLMConfig
-from ..model.configuration import load_decoder_config
+from ..model.configuration import load_decoder_config, refuse_experts
 from ..model.qwen_vision import QwenVision
 from ..model.vision import NATIVE, TransformersVision, VisionEncoder, get_vision_encoder, ranking_problem, sides
 from ..training.tuning import apply_tuning, set_modes
@@ -119,6 +119,7 @@ def parts_of_config(config: ModelConfig) -> Parts:
         ConfigError: a part is not there or not supported.
     """
     decoder, _ = load_decoder_config(config.decoder)
+    refuse_experts(config, decoder)
     connector = configured_connector(config.connector)
     given, encoder = config.vision, get_vision_encoder(config.vision.encoder)
     if encoder is QwenVision:
@@ -227,7 +228,7 @@ class Fused(AttentionBackend):
         return visibility
 
     def attend(self, q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, plan: Visibility, scale: float) -> Tensor:
-        keys = slice(None if plan.window is None else plan.window + 1)
+        keys = slice(None if plan.window is None else span(plan.window))
         return _Attention.apply(q_QNH, k_SKH[keys], v_SKH[keys], self.products)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from ..errors import ConfigError
 from ..inputs.conversation import IMAGE
 from ..mechanisms import configured_connector, configured_mechanism
-from .configuration import load_decoder_config
+from .configuration import load_decoder_config, refuse_experts
 from .folders import naming
 from .modeling import EEMLLM
 from .pretrained import load_pretrained, quantized
@@ -53,6 +53,7 @@ def build(config: ModelConfig, decoder: Mapping[str, Tensor] | None = None) -> t
         decoder: all weights of the decoder; those in float32 are not copied. None or empty = those in its folder.
     """
     text_config, _ = load_decoder_config(config.decoder)
+    refuse_experts(config, text_config)
     mechanism = configured_mechanism(config.mechanism, text_config.num_hidden_layers)
     processor, vision = build_processor(config)
     how = quantized(config.quantization, getattr(torch, config.dtype)) if config.quantization else None

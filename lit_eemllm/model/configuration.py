@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from ..core.families import check_decoder
+from ..core.families import FAMILIES, check_decoder
+from ..errors import ConfigError
 from .folders import clean_config, naming
 from .pretrained import load_pretrained
+
+if TYPE_CHECKING:
+    from ..config.keys import ModelConfig
 
 
 class EEMLLMConfig(PretrainedConfig):
@@ -65,6 +69,15 @@ class EEMLLMConfig(PretrainedConfig):
 
 
 AutoConfig.register("eemllm", EEMLLMConfig, exist_ok=True)  # in place of the door
+
+
+def refuse_experts(config: ModelConfig, decoder: PretrainedConfig) -> None:
+    """Raises ConfigError if the decoder has experts, and its linear layers should be in fewer bits: all but experts are."""
+    narrow = "model.quantization" if config.quantization else "model.fp8" if config.fp8 else None
+    if narrow and FAMILIES[decoder.model_type].expert_layers:
+        raise ConfigError(
+            f"{narrow}: found a decoder of model_type {decoder.model_type!r}, whose experts are no linear layers; unset it"
+        )
 
 
 def load_decoder_config(path: str) -> tuple[PretrainedConfig, dict[str, Any]]:

@@ -33,6 +33,8 @@ SIZES = {
     "depth": 512, "num_heads": 2**12, "in_channels": 2**8, "spatial_merge_size": 16, "temporal_patch_size": 64, "window_size": 2**14,
     "out_hidden_size": 2**20, "num_position_embeddings": 2**20, "tokens_per_second": 2**10,
     "no_rope_layer_interval": 512, "scale_factor": 64, "sliding_window": 2**31, "sliding_window_pattern": 512, "query_pre_attn_scalar": 2**20,
+    "intermediate_size_mlp": 2**20, "num_local_experts": 2**12, "num_experts_per_tok": 2**12, "interleave_moe_layer_step": 512,
+    "attention_chunk_size": 2**31, "floor_scale": 2**31,
 }  # fmt: skip
 """Keys of config.json that are whole numbers, and their maxima: modules of these sizes are built before weights are read."""
 IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index", "video_token_index",
@@ -46,7 +48,7 @@ CONFIG = {
     "vision_use_head", "projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer",
     "vision_feature_select_strategy", "image_grid_pinpoints", "vision_aspect_ratio", "downsample_ratio", "use_mask_token",
     "use_absolute_position_embeddings", "projection_dropout", "norm_type", "use_qk_norm", "use_mean_pooling", "hidden_dropout_prob",
-    "layer_scale_init_value", "fullatt_block_indexes", "deepstack_visual_indexes", "image_rotary", "vision", "mechanism", "connector",
+    "moe_layers", "attn_temperature_tuning", "attn_scale", "layer_scale_init_value", "fullatt_block_indexes", "deepstack_visual_indexes", "image_rotary", "vision", "mechanism", "connector",
 }  # fmt: skip
 """Keys of config.json. Those that an EEMLLM adds, the last three, we read ourselves, but see `clean_config`."""
 ROPE = {

@@ -18,8 +18,8 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..config.keys import ModelConfig
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")
-"""What visual rows run through beside norms."""
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""What visual rows run through beside norms and the feed-forward network."""
 
 
 def require_fp8(config: ModelConfig) -> None:
@@ -47,7 +47,8 @@ def use_fp8(model: Any, emulate: bool = False) -> None:
         )
     how = replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=emulate)
     for layer in model.language_model.model.layers:
-        layer.narrow = {name: _twin(layer._own(name), lambda one: Float8Linear.from_float(one, how)) for name in LINEAR}
+        names = (*LINEAR, layer.family.ffn)
+        layer.narrow = {name: _twin(layer._own(name), lambda one: Float8Linear.from_float(one, how)) for name in names}
 
 
 def _twin(module: nn.Module, made: Any) -> nn.Module:

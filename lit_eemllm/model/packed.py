@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..attention import without_cudnn
 from ..compat.torch import changes
+from ..core.families import TEMPERED
 from ..core.select import Routed, Top
 from ..core.stream import Stream, Tokens, VisualKeys
 from ..core.table import by_encoder
@@ -133,9 +134,12 @@ class Packed(ModelParts):
             return False  # the keys of an image do not say how important its tokens are
         if all(row.blind for row in self.table):
             return False  # only blocks see images
+        layers = zip(self.table, self.language_model.model.layers, strict=True)
         return not any(
-            row.dense or isinstance(row.tokens, Routed) or (row.queries and isinstance(row.tokens, Top))
-            for row in self.table
+            row.dense
+            or isinstance(row.tokens, Routed)
+            or (row.queries and (isinstance(row.tokens, Top) or layer.rotary[0] == TEMPERED))
+            for row, layer in layers
         )
 
     def _stamp(self) -> Hashable:

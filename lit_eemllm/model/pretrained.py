@@ -20,7 +20,7 @@ from transformers import (
 
 from ..attention.reference import Reference
 from ..core.decoder import adopt_layers
-from ..core.families import PROVED
+from ..core.families import FAMILIES, PROVED, TEMPERED, Family
 from ..core.stream import Angles, Stream
 from ..errors import CheckpointError, ConfigError
 from ..layout import Run, SequenceLayout, upload
@@ -191,8 +191,9 @@ class ImageRotary(NamedTuple):
             raise ConfigError(
                 f"image_rotary: found {told!r:.99}, expected sections, three numbers that add up to {half}"
             )
-        if getattr(decoder, "sliding_window", None) and getattr(decoder, "use_sliding_window", True):
-            raise ConfigError("image_rotary: a window counts positions, expected a decoder without a sliding window")
+        family = FAMILIES.get(decoder.model_type, Family())
+        if family.tempered or {*family.windows(decoder)} != {None}:
+            raise ConfigError("image_rotary: windows, chunks and queries that grow count positions, expected none")
         return cls(tuple(sections), bool(told.get("interleaved")))
 
     def axes(self) -> Tensor:
@@ -207,11 +208,22 @@ class ImageRotary(NamedTuple):
 def rotary(
     decoder: PreTrainedModel, x_Th: Tensor, images: ImageRotary | None = None
 ) -> Callable[[Tensor, str], Angles]:
-    """The function from positions, [R] or [R, 3], and a type of layer if they differ, to rotary angles, in the dtype of these rows."""
+    """The function from positions, [R] or [R, 3], and how a layer turns queries or keys (`Family.rotary`), to angles, in the dtype of
+    these rows. The factors of `TEMPERED` queries are cosines of no angle."""
+
+    config = decoder.config
 
     def angles(positions: Tensor, kind: str) -> Angles:
         places = positions[None] if positions.ndim == 1 else positions.T.contiguous()
-        cos, sin = decoder.model.rotary_emb(x_Th, places, *([kind] if kind else []))
+        if kind == TEMPERED:
+            steps_R = ((positions.float() + 1) / config.floor_scale).floor()
+            factor_R = 1 + config.attn_scale * steps_R.log1p()
+            cos_R1H = factor_R[:, None, None].repeat(1, 1, decoder.model.layers[0].self_attn.head_dim)
+            return cos_R1H, torch.zeros_like(cos_R1H)
+        found = decoder.model.rotary_emb(x_Th, places, *([kind] if kind else []))
+        if isinstance(found, Tensor):  # complex, of half the size of a head, and in float32
+            found = (torch.cat([part, part], -1) for part in (found.real, found.imag))
+        cos, sin = found
         if positions.ndim == 1:
             return cos[0, :, None], sin[0, :, None]
         assert images is not None

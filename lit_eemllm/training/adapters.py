@@ -27,10 +27,17 @@ WHOLE = (".newline", ".queries")
 
 
 def linear_layers(part: nn.Module, key: str) -> list[str]:
-    """Of a connector all linear layers, else those in repeated blocks: all but embeddings, head and patch projection (as LLaVA)."""
+    """Of a connector all linear layers, else those in repeated blocks: all but embeddings, head and patch projection (as LLaVA). Not
+    what transformers derives from a linear layer: a router, which makes more than rows."""
     lists = [name for name, module in part.named_modules() if isinstance(module, nn.ModuleList) and key != "projector"]
     inside = tuple(f"{name}." for name in lists) or ("",)
-    return [name for name, module in part.named_modules() if isinstance(module, nn.Linear) and name.startswith(inside)]
+    return [
+        name
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear)
+        and not type(module).__module__.startswith("transformers.")
+        and name.startswith(inside)
+    ]
 
 
 def add_adapters(part: nn.Module, section: LoraSection, key: str) -> None:

@@ -25,7 +25,7 @@ from lit_eemllm.attention.reference import Reference
 from lit_eemllm.attention.sdpa import PADDING, Sdpa
 from lit_eemllm.attention.varlen import VarlenBackend
 from lit_eemllm.errors import ConfigError
-from lit_eemllm.layout import Run, SequenceLayout, Visibility
+from lit_eemllm.layout import Chunk, Run, SequenceLayout, Visibility
 
 T, V = (lambda n: Run(False, n)), (lambda n: Run(True, n))
 LAYOUTS = {
@@ -46,7 +46,8 @@ TEXT_WINDOW = Visibility(False, window=2)
 BOTH_WINDOW = Visibility(True, window=2, text_queries=False, both_ways=True)
 VISIBILITIES = {
     "dense": DENSE, "composite": COMPOSITE, "window": WINDOW, "images query": IMAGES, "both ways": BOTH,
-    "composite window": TEXT_WINDOW, "both ways, window": BOTH_WINDOW,
+    "composite window": TEXT_WINDOW, "both ways, window": BOTH_WINDOW, "chunk": Visibility(True, Chunk(3)),
+    "composite chunk": Visibility(False, Chunk(4)), "both ways, chunk": Visibility(True, Chunk(3), text_queries=False, both_ways=True),
 }  # fmt: skip
 
 
@@ -151,7 +152,8 @@ def test_a_mask_is_what_its_words_say(documents, steps, visibility):
         if visibility.queries(visual):
             expected.append([
                 document == other and (k <= q or (visibility.both_ways and visual and run == its))
-                and (visibility.window is None or places[q] - places[k] <= visibility.window)
+                and (not isinstance(visibility.window, int) or places[q] - places[k] <= visibility.window)
+                and (not isinstance(visibility.window, Chunk) or places[k] // visibility.window.size >= places[q] // visibility.window.size)
                 for k, (other, its, _) in enumerate(rows)
             ])  # fmt: skip
     assert layout.mask(visibility).tolist() == expected
@@ -173,7 +175,10 @@ def test_random_layouts_are_computed_as_the_mask_says(backend, documents, steps,
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=5), window=st.sampled_from([None, 0, 100, 200]))
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=5),
+    window=st.sampled_from([None, 0, 100, 200, Chunk(130)]),
+)
 def test_flex_blocks_are_those_of_the_dense_mask(lengths, window):
     """Which blocks of 128 x 128 are skipped, partial and full, against a count over the dense mask."""
     layout = SequenceLayout.of([[T(n), V(n // 2 + 1), T(1)] for n in lengths])

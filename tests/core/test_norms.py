@@ -17,7 +17,7 @@ PLAIN = [name for name in tiny.DECODERS if "gemma" not in name]
 
 @pytest.mark.parametrize("decoder", tiny.DECODERS)
 def test_norms_of_every_family_are_told_apart(decoder):
-    """By trying: Gemma's weights are 1 less."""
+    """By trying: Gemma's weights are 1 less, and it calls eps what Llama 4 does."""
     norms = [m for m in tiny.model(decoder).language_model.modules() if type(m).__name__.endswith("RMSNorm")]
     assert norms
     assert {is_rms_norm(norm) for norm in norms} == {decoder in PLAIN}
@@ -41,7 +41,7 @@ def test_one_kernel_computes_transformers_norm_with_gradients():
     """In float32 the same; in bfloat16 no farther from it than transformers' own, which rounds twice. Under autocast likewise."""
     from lib.fake_cuda.world import World
 
-    for decoder in ("llama-gqa", "olmo2"):
+    for decoder in ("llama-gqa", "olmo2", "llama4_text"):
         for dtype in (torch.float32, torch.bfloat16):
             norm = tiny.model(decoder).language_model.model.norm
             with torch.no_grad():
@@ -120,8 +120,13 @@ def test_rows_are_joined_where_they_are_or_else_copied():
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_a_pass_without_gradients_says_what_one_with_them_says(mechanism):
-    """Nothing that is written into memory in use, of several documents and of decoders with and without grouped queries."""
-    for decoder, context in (("llama-gqa", torch.no_grad), ("llama", torch.inference_mode)):
+    """Nothing that is written into memory in use, of several documents, and of decoders with and without grouped queries, and with queries that do
+    not rotate but grow."""
+    for decoder, context in (
+        ("llama-gqa", torch.no_grad),
+        ("llama", torch.inference_mode),
+        ("llama4_text", torch.no_grad),
+    ):
         model = tiny.model(decoder, MECHANISMS[mechanism]).eval()
         batch = tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3], [7], [0, 2]])
         with_gradients = model.packed_logits(batch)

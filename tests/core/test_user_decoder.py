@@ -17,6 +17,10 @@ from lit_eemllm.plugins import import_user_code
 
 ROOT = Path(__file__).parents[2]
 AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+LLAMA4 = {
+    "ffn": "feed_forward", "expert_layers": "moe_layers", "head_norms": ("qk_norm",) * 2, "interleaved": True,
+    "rotary_layers": "no_rope_layers", "tempered": "attn_temperature_tuning", "sliding": "chunks",
+}  # fmt: skip
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 EXAMPLES = {
     "arcee": ("docs/my_decoder.py", ArceeConfig(**tiny.COMMON, **HEADS)),
@@ -73,6 +77,10 @@ def test_it_is_known_only_once_imported_and_registered_once():
         ("olmo3", {"norms": AFTER, "qk_norm": "width", "sliding": "layer_types"}, None),
         ("gemma3_text", {"norms": AFTER, "sliding": "layer_types"}, "logits of text are"),
         ("mistral-window", {"sliding": "all"}, None),
+        ("llama4_text", LLAMA4, None),
+        ("llama4_text", LLAMA4 | {"interleaved": False}, "logits of text are"),
+        ("llama4_text", LLAMA4 | {"tempered": None}, "logits of text are"),
+        ("llama4_text", LLAMA4 | {"head_norms": ("q_norm", "k_norm")}, "logits of text are"),
         ("smollm3", {}, r"logits of text are \d+\.\d+% off transformers' own; see docs/decoders\.md"),
         ("granite", {}, r"logits of text are \d+\.\d+% off"),  # a factor on its residuals
     ],

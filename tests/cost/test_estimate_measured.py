@@ -51,7 +51,7 @@ REAL = [(name, "qwen3") for name in MECHANISMS]  # whose heads are together wide
 REAL += [
     (name, decoder)
     for name in ("llava", "ee_mllm", "flamingo", "casa", "unrotated")
-    for decoder in ("llama-gqa", "olmo2", "smollm3", "gemma3_text")
+    for decoder in ("llama-gqa", "olmo2", "smollm3", "gemma3_text", "llama4_text")
 ]
 
 
@@ -137,7 +137,9 @@ STEPS += [
     for words in ("decoder", "decoder alone", "lora")
 ]
 STEPS += [
-    (name, "decoder", decoder) for name in ("llava", "ee_mllm") for decoder in ("olmo2", "smollm3", "gemma3_text")
+    (name, "decoder", decoder)
+    for name in ("llava", "ee_mllm")
+    for decoder in ("olmo2", "smollm3", "gemma3_text", "llama4_text")
 ]
 
 

@@ -121,4 +121,5 @@ def test_windows_of_the_decoder_are_told():
     llava, decoder = PRESETS["llava"], tiny.DECODERS["gemma3_text"]
     assert notes(llava, decoder) == " The decoder's window in layers 0, 2: 6 tokens."
     assert notes(llava, tiny.DECODERS["mistral-window"]) == " The decoder's window in layers 0–2: 6 tokens."
+    assert notes(llava, tiny.DECODERS["llama4_text"]) == " The decoder's chunk in layers 0, 2: 6 tokens."
     assert notes(llava, tiny.DECODERS["llama"]) == ""

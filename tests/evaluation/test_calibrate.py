@@ -70,7 +70,7 @@ def plain(model, batch, kinds, blind=(), window=0):
             behind = ~visual & (visual.cumsum(0) > 0)
             a, b = x[behind], (x + part)[behind]
             cosines[number].append((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)))
-            new = H + post2(layer.mlp(norm2(H)))
+            new = H + post2(tiny.feed_forward(layer)(norm2(H)))
             x = torch.where(visual[:, None], x, new) if kind == "frozen" else new
         states.append(x[~visual])
     logits = model.language_model.lm_head(decoder.norm(torch.cat(states)))[batch.target_rows]
@@ -101,7 +101,7 @@ def close(found, true):
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "biased", "olmo2", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "biased", "olmo2", "smollm3", "gemma3_text", "llama4_text"])
 @pytest.mark.parametrize("target", TARGETS)
 @torch.no_grad()
 def test_numbers_equal_a_plain_computation(target, decoder, backend, monkeypatch):

@@ -21,7 +21,7 @@ CASES = [
     *(("llama-gqa", name, 3, "reference") for name in MECHANISMS),
     *(("llama-gqa", name, DEEP, "reference") for name in DROPPING),
     *(("llama-gqa", name, 3, "sdpa") for name in ("llava", "ee_mllm", "vica", "unrotated", "dense, text sees every third")),
-    *((family, name, 3, "reference") for family in ("qwen3", "gemma3_text", "mistral-window") for name in ("llava", "ee_mllm")),
+    *((family, name, 3, "reference") for family in ("qwen3", "gemma3_text", "mistral-window", "llama4_text") for name in ("llava", "ee_mllm")),
 ]  # fmt: skip
 
 

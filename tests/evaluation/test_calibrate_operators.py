@@ -75,7 +75,7 @@ def bench_under(bench, mechanism):
 @pytest.mark.parametrize(
     ("decoder", "preset"),
     [
-        *((name, "llava") for name in ("llama-gqa", "qwen3", "olmo2", "smollm3", "gemma3_text")),
+        *((name, "llava") for name in ("llama-gqa", "qwen3", "olmo2", "smollm3", "gemma3_text", "llama4_text")),
         *(("llama-gqa", name) for name in ("bidirectional", "ee_mllm", "ee_mllm with a window")),
         ("olmo2", "ee_mllm"),
     ],

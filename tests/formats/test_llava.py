@@ -205,7 +205,14 @@ def test_broken_weights_are_refused(tmp_path, llava_folder):
 @pytest.mark.parametrize("room", [0, 7], ids=["image past vocabulary", "image within"])
 @pytest.mark.parametrize(
     ("decoder", "encoder"),
-    [("llama-gqa", "clip"), ("qwen3", "siglip"), ("olmo2", "clip"), ("smollm3", "siglip"), ("olmo3", "clip")],
+    [
+        ("llama-gqa", "clip"),
+        ("qwen3", "siglip"),
+        ("olmo2", "clip"),
+        ("smollm3", "siglip"),
+        ("olmo3", "clip"),
+        ("llama4-no-norms", "clip"),
+    ],
 )
 def test_transformers_reads_what_is_written(tmp_path, tokenizer, decoder, encoder, room):
     image = tokenizer.convert_tokens_to_ids("<image>")

@@ -42,7 +42,9 @@ def hf_loss(model, twin, batch, diagonal):
         if diagonal:
             sees[visual] = torch.eye(length).bool()[visual]
         size, types = getattr(twin.config, "sliding_window", None), getattr(twin.config, "layer_types", None)
+        chunk = torch.arange(length) // (getattr(twin.config, "attention_chunk_size", None) or length)
         masks = {"full_attention": sees, "sliding_attention": sees if size is None else sees.triu(1 - size)}
+        masks |= {"chunked_attention": sees & (chunk[:, None] == chunk)}
         masks = {
             kind: torch.zeros(1, 1, length, length).masked_fill(~mask, torch.finfo(torch.float32).min)
             for kind, mask in masks.items()

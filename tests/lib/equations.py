@@ -16,7 +16,7 @@ from lit_eemllm.mechanisms.flamingo import Gated
 FAMILIES = [
     "llama-gqa",
     "olmo2",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("smollm3", "gemma3_text")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("smollm3", "gemma3_text", "llama4_text")),
 ]  # of each way in which layers differ
 SMALL = Gated(every=2, latents=3, heads=2, head_size=8, depth=2)
 MECHANISMS = {
@@ -251,7 +251,7 @@ class ByRow:
 
     def __call__(self, x_L):
         visual = self.is_visual.view(-1, *[1] * (x_L.ndim - 1))
-        return torch.where(visual, self.own(x_L), self.shared(x_L))
+        return torch.where(visual, tiny.rows(self.own(x_L)), tiny.rows(self.shared(x_L)))
 
 
 def with_experts(layer, experts, is_visual):
@@ -262,7 +262,8 @@ def with_experts(layer, experts, is_visual):
         own = {name: ByRow(getattr(owner, name), experts[name], is_visual) for name in names if name in experts}
         return {name: getattr(owner, name) for name in [*names, *more] if hasattr(owner, name)} | own
 
-    attn = SimpleNamespace(**seen(layer.self_attn, "head_dim", "scaling", "use_rope"))
+    told = "head_dim", "scaling", "use_rope", "attn_temperature_tuning", "floor_scale", "attn_scale"
+    attn = SimpleNamespace(**seen(layer.self_attn, *told))
     return SimpleNamespace(**{**seen(layer), "self_attn": attn})
 
 
@@ -389,7 +390,7 @@ def plain(model, batch, prompt=None, watch=None):
             if m.freeze_prefix and any(visual):
                 prefix = torch.arange(L) < visual.index(True)
                 H = torch.where(prefix[:, None], x, H)
-            new = torch.where(fed[:, None], H + weight * post2(layer.mlp(norm2(H))), H)
+            new = torch.where(fed[:, None], H + weight * post2(tiny.feed_forward(layer)(norm2(H))), H)
             if not dense or "ffn" not in parts:
                 if "value" in parts and "output" in parts:
                     aligned = H  # a row that sees itself only, or its window
@@ -400,7 +401,9 @@ def plain(model, batch, prompt=None, watch=None):
                 else:
                     aligned = x
                 if "ffn" in parts:
-                    aligned = torch.where(fed[:, None], aligned + weight * post2(layer.mlp(norm2(aligned))), aligned)
+                    aligned = torch.where(
+                        fed[:, None], aligned + weight * post2(tiny.feed_forward(layer)(norm2(aligned))), aligned
+                    )
                 new = torch.where(is_visual[:, None], aligned, new)
             new = torch.where((is_visual & ~here)[:, None], weight * x, new)
             x = new

@@ -12,7 +12,7 @@ from lit_eemllm.compat.transformers import CACHE
 from lit_eemllm.core.families import FAMILIES
 from lit_eemllm.core.table import executed
 from lit_eemllm.cost.formulas import cache_bytes, decode_flops, prefill_flops
-from lit_eemllm.layout import PackedBatch
+from lit_eemllm.layout import Chunk, PackedBatch
 from lit_eemllm.mechanisms import Mechanism
 from lit_eemllm.model import EEMLLM
 from lit_eemllm.training.tuning import cast
@@ -150,7 +150,7 @@ def of_layers(model: EEMLLM, counter: FlopCounterMode) -> int:
 
 
 def scores_past_the_window(mechanism: Mechanism, model: EEMLLM) -> int:
-    """FLOPs of the scores that the reference computes although a window hides them, of a prompt that begins with an image."""
+    """FLOPs of the scores that the reference computes although a window or a chunk hides them, of a prompt that begins with an image."""
     config, total = model.config.text_config, 0
     w = config.num_attention_heads * model.language_model.model.layers[0].self_attn.head_dim
     score = 6 if mechanism.visual_positions == "unrotated" else 4
@@ -158,8 +158,9 @@ def scores_past_the_window(mechanism: Mechanism, model: EEMLLM) -> int:
     for row, window in zip(executed(mechanism.table(config.num_hidden_layers)), windows, strict=True):
         if window is not None:
             seen, here = row.seen.count(VISUAL), row.tokens.count(VISUAL)
-            total += score * TEXT * max(0, TEXT + seen - window - 1) * w
-            total += 4 * here * max(0, TEXT + here - window - 1) * w * row.dense
+            most = window.size if isinstance(window, Chunk) else window + 1
+            total += score * TEXT * max(0, TEXT + seen - most) * w
+            total += 4 * here * max(0, TEXT + here - most) * w * row.dense
         if isinstance(row.attend, int):
             here = row.tokens.count(VISUAL)
             total += 4 * here * max(0, here - row.attend - 1) * w

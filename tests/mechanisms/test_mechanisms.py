@@ -32,7 +32,7 @@ from lit_eemllm.model.image_cache import ImageCache
 @pytest.mark.parametrize(("decoder", "backends"), [
     ("llama-gqa", ["reference", "sdpa", "flash_attn_2", "xformers"]), ("qwen3", ["sdpa", "torch_2_13"]), ("olmo2", ["sdpa"]),
     pytest.param("smollm3", ["sdpa"], marks=pytest.mark.slow), ("gemma3_text", ["sdpa"]),
-    pytest.param("olmo3", ["torch_2_13"], marks=pytest.mark.slow),
+    ("llama4_text", ["sdpa", "torch_2_13"]), pytest.param("olmo3", ["torch_2_13"], marks=pytest.mark.slow),
     pytest.param("mistral-window", ["xformers"], marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("name", MECHANISMS)
@@ -54,7 +54,7 @@ def test_mechanism_equals_its_equations_with_gradients(name, decoder, backends):
 
 @given(
     tiny.tables(),
-    st.sampled_from(["llama-gqa", "llama", "olmo2", "smollm3", "gemma3_text"]),
+    st.sampled_from(["llama-gqa", "llama", "olmo2", "smollm3", "gemma3_text", "llama4_text"]),
     st.sampled_from(["reference", "sdpa"]),
 )
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -80,6 +80,14 @@ def test_any_table_equals_its_equations(mechanism, decoder, backend):
         assert tiny.max_error(text_logits(model, batch), true) <= 2 * BOUND
 
 
+def test_images_whose_queries_grow_with_the_position_are_not_kept_for_other_positions():
+    """In windows of their own, in Llama 4's layers without rotary positions."""
+    model, batch = tiny.model("llama4_text", Mechanism(visual_window=3)), tiny.pack(PACK)
+    model.image_cache = ImageCache(10**9)
+    with torch.no_grad():
+        assert tiny.max_error(text_logits(model, batch), plain(model, batch)) <= BOUND
+
+
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_without_image_every_mechanism_is_the_base_model(name):
     model, batch = tiny.model("llama-gqa", MECHANISMS[name]), tiny.pack([[5], [9]])
@@ -94,7 +102,7 @@ def test_without_image_every_mechanism_is_the_base_model(name):
 def test_every_trainable_tensor_has_a_gradient(name, pack, decoder):
     model = tiny.model(decoder, MECHANISMS[name])
     if name.startswith("p_mod"):
-        # of what is routed, text would see nothing: the tokens in the last layer lie outside of its window
+        # of what is routed, text would see nothing: the tokens in the last layer lie outside of its window or chunk
         model.language_model.model.layers[-1].window = None
     check_gradients(model, pack)
 

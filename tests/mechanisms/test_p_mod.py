@@ -49,7 +49,7 @@ def test_of_equal_scores_the_first_and_each_image_its_own():
     assert highest(torch.zeros(7)).tolist() == [0, 1, 4]
 
 
-@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "olmo2", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "olmo2", "smollm3", "gemma3_text", "llama4_text"])
 def test_costs_are_counted_to_the_last_flop(decoder):
     check_flops_and_cache(tiny.model(decoder, ALL_ROUTED))
 

@@ -149,7 +149,7 @@ def test_backends_and_activation_checkpointing_change_nothing(preset):
             )
 
 
-@pytest.mark.parametrize("decoder", ["llama", "qwen3", "olmo2", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("decoder", ["llama", "qwen3", "olmo2", "smollm3", "gemma3_text", "llama4_text"])
 def test_costs(preset, decoder):
     """Of a prompt and a new token against PyTorch's counter."""
     check_flops_and_cache(made(preset, decoder))

@@ -35,12 +35,12 @@ def made(parts=ALL, decoder="llama-gqa", **options):
 
 
 def llava_of(model):
-    llava = tiny.model(model.config.text_config.model_type.replace("llama", "llama-gqa"), "llava")
+    llava = tiny.model({"llama": "llama-gqa"}.get(family := model.config.text_config.model_type, family), "llava")
     llava.load_state_dict({n: x for n, x in model.state_dict().items() if not n.startswith("experts.")})
     return llava
 
 
-@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "olmo2", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "qwen3", "olmo2", "smollm3", "gemma3_text", "llama4_text"])
 @pytest.mark.parametrize("parts", ["qkv ffn", "qkv output ffn", ALL, "norms"])
 def test_it_begins_as_llava_to_the_bit_and_leaves_text_alone(parts, decoder):
     """CogVLM's recipe: the decoder is frozen, its experts are trained; so text without an image stays as it was."""

@@ -1,5 +1,6 @@
 """Joining pretrained parts: what is missing, foreign, hostile or misfitting is refused with a message, never half loaded."""
 
+import copy
 import json
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_eemllm.attention import resolve_backend
+from lit_eemllm.cost.weightless import parts_of_config
 from lit_eemllm.errors import CheckpointError, ConfigError
 from lit_eemllm.layout import Visibility
 from lit_eemllm.model.build import build
+from lit_eemllm.model.pretrained import ImageRotary
 from lit_eemllm.training.module import LitEEMLLM
 
 
@@ -22,6 +25,25 @@ def parts(tmp_path):
 
 def config(parts, *overrides):
     return tiny.config(parts, "unused", parts / "run", *overrides)
+
+
+@pytest.mark.parametrize("narrow", ["model.quantization=nf4", "model.fp8=true"])
+def test_experts_are_not_narrowed(tmp_path, narrow):
+    tiny.write_parts(tmp_path, "llama4_text", head_dim=8, intermediate_size_mlp=40, num_local_experts=2)
+    key = narrow.partition("=")[0]
+    for made in (build, parts_of_config):
+        with pytest.raises(
+            ConfigError, match=f"^{key}: found a decoder of model_type 'llama4_text', whose experts are no"
+        ):
+            made(config(tmp_path, narrow, "optim.tuning.llm=frozen").model)
+
+
+@pytest.mark.parametrize("decoder", ["mistral-window", "llama4_text", "llama4-no-norms"])
+def test_positions_of_rows_and_columns_are_for_decoders_that_count_none(decoder):
+    text = copy.deepcopy(tiny.DECODERS[decoder])
+    text.image_rotary = {"sections": [2, 1, 1]}
+    with pytest.raises(ConfigError, match=r"^image_rotary: windows, chunks and queries that grow count positions"):
+        ImageRotary.of(text)
 
 
 def test_missing_and_foreign_folders_are_named(parts):

@@ -23,6 +23,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GemmaConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -45,7 +46,7 @@ from lit_eemllm.model.vision import TransformersVision
 
 PACK = [[3, 0, 4], [5], [2, 0, 1, 0, 3], [0, 6]]  # text-image-text, text only, two images, image first
 FAMILIES = ["llama-gqa", "olmo2", "smollm3"]  # of each way in which layers differ
-WITH_GEMMA = [*FAMILIES, pytest.param("gemma3_text", marks=pytest.mark.slow)]
+WITH_GEMMA = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "llama4_text"))]
 ALIGNERS = [Aligner(*switches) for switches in itertools.product([False, True], repeat=3)]
 
 
@@ -83,7 +84,7 @@ def llava_twin(model, implementation="eager"):
 WINDOWED = ["mistral-window", "qwen2-window", "qwen3-window", "olmo3", "gemma3_text"]
 
 
-@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "qwen3", "olmo2", "smollm3", *WINDOWED])
+@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "qwen3", "olmo2", "smollm3", "llama4_text", *WINDOWED])
 def test_llava_equals_transformers_llava(decoder):
     model, batch = tiny.model(decoder, "llava"), tiny.pack([[3, 0, 4], [2, 0, 1, 0, 3]])
     batch.input_ids.clamp_(max=tiny.VOCAB - 2)  # the twin's image token is the last of its vocabulary
@@ -140,7 +141,7 @@ def test_images_both_ways_equal_transformers_gemma():
 
 
 @pytest.mark.parametrize("aligner", ALIGNERS, ids=str)
-@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "olmo2", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("decoder", ["llama", "llama-gqa", "olmo2", "smollm3", "gemma3_text", "llama4_text"])
 def test_aligner_combinations_follow_their_formula(decoder, aligner):
     """One layer's visual states from the formula of `Aligner`, written out with transformers' submodules."""
     model, batch = tiny.model(decoder, Mechanism(aligner=aligner)), tiny.pack(PACK)
@@ -161,7 +162,7 @@ def test_aligner_combinations_follow_their_formula(decoder, aligner):
         path = torch.stack([values[:, n // (heads // values.shape[1])] for n in range(heads)], 1).flatten(1)
     path = layer.self_attn.o_proj(path) if aligner.output else path
     h = visual + post1(path) if aligner.value or aligner.output else visual
-    expected = h + post2(layer.mlp(norm2(h))) if aligner.ffn else h
+    expected = h + post2(tiny.feed_forward(layer)(norm2(h))) if aligner.ffn else h
     assert tiny.max_error(outputs[0], expected) <= BOUND
     assert all(p.grad is not None for n, p in model.named_parameters() if "projector" in n or "language_model" in n)
 
@@ -185,21 +186,25 @@ def test_mixed_dense_layers_and_switching_touch_no_weight():
         tiny.model("llama", Mechanism(dense_layers=(7,)))
 
 
-@pytest.mark.parametrize("decoder", [*FAMILIES, "gemma3_text"])
+@pytest.mark.parametrize("decoder", [*FAMILIES, "gemma3_text", "llama4_text"])
 @pytest.mark.parametrize("preset", KINDS)
 def test_without_image_every_mechanism_is_the_base_model(preset, decoder):
-    """Also token for token."""
-    model, batch = tiny.model(decoder, preset), tiny.pack([[5], [9]])
+    """Also token for token; and where a document is by one token longer than a window or a chunk."""
+    model, batch = tiny.model(decoder, preset), tiny.pack([[5], [7]])
     twin = hf_decoder(model)
     true = [twin(batch.input_ids[None, rows]).logits[0] for rows, _ in split_documents(batch)]
     assert tiny.max_error(text_logits(model, batch), torch.cat(true)) <= BOUND
     inputs = tiny.prompt(model, [[5], [9]])
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert model.generate(**inputs, **options).equal(twin.generate(**inputs, **options))
+    found = model.generate(**inputs, **options)
+    for row, length in enumerate([5, 9]):  # alone: in transformers' Llama 4 queries grow with padding, too
+        ids = inputs["input_ids"][row : row + 1, 9 - length :]
+        assert found[row, 9 - length :].equal(twin.generate(ids, **options)[0])
 
 
 @pytest.mark.parametrize(
-    ("decoder", "backend"), [("llama-gqa", "sdpa"), ("olmo2", "reference"), ("gemma3_text", "sdpa")]
+    ("decoder", "backend"),
+    [("llama-gqa", "sdpa"), ("olmo2", "reference"), ("gemma3_text", "sdpa"), ("llama4_text", "sdpa")],
 )
 @pytest.mark.parametrize("preset", KINDS)
 def test_packing_leaks_nothing(preset, decoder, backend):
@@ -241,7 +246,8 @@ def test_packed_equals_one_document_at_a_time():
 
 
 @pytest.mark.parametrize(
-    ("decoder", "backend"), [*((decoder, "sdpa") for decoder in (*FAMILIES, "gemma3_text")), ("llama-gqa", "reference")]
+    ("decoder", "backend"),
+    [*((decoder, "sdpa") for decoder in (*FAMILIES, "gemma3_text", "llama4_text")), ("llama-gqa", "reference")],
 )
 @pytest.mark.parametrize(
     "mechanism",
@@ -334,7 +340,7 @@ def test_round_trip_through_a_folder(tmp_path, mechanism, encoder):
     assert text_logits(again.eval(), batch).equal(text_logits(model, batch))
 
 
-@pytest.mark.parametrize("decoder", ["mistral-window", "olmo3", "gemma3_text"])
+@pytest.mark.parametrize("decoder", ["mistral-window", "olmo3", "gemma3_text", "llama4_text"])
 def test_windows_and_rotary_positions_survive_a_folder(tmp_path, decoder):
     model, batch = tiny.model(decoder), tiny.pack(PACK)
     model.save_pretrained(tmp_path)
@@ -457,6 +463,14 @@ def test_unsupported_decoders_are_refused_with_what_to_do():
         (
             SmolLM3Config(**common, no_rope_layers=[1, 0], layer_types=["full_attention"] * 3),
             "2 of its 3 layers say whether they rotate",
+        ),
+        (
+            Llama4TextConfig(**common, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+            r"rope type 'yarn' is not one of \('default', 'linear', 'llama3'\)",
+        ),
+        (
+            Llama4TextConfig(**common, attention_chunk_size=None, layer_types=["chunked_attention"] * 3),
+            "layer_types has chunked_attention, expected full_attention",
         ),
     ]:
         with pytest.raises(ConfigError, match=f"{reason}.*To add a family"):

@@ -51,9 +51,9 @@ def without_cache(model, out):
 
 
 @pytest.mark.parametrize("name", [name for name in SOME if name != "pyramid_drop"])  # whose ranks are a prompt's
-@pytest.mark.parametrize("decoder", ["llama-gqa", "gemma3_text"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "gemma3_text", "llama4_text"])
 def test_room_ends_and_is_made_again(name, decoder, monkeypatch):
-    """Gemma 3's layers see windows of positions."""
+    """Gemma 3's layers see windows of positions, Llama 4's chunks, and queries grow with the position."""
     monkeypatch.setattr(modeling, "ROOM", 4)
     model = tiny.model(decoder, MECHANISMS[name])
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_nothing_moves_while_there_is_room_and_none_of_it_is_counted():
 
 
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("decoder", ["llama-gqa", "gemma3_text"])
+@pytest.mark.parametrize("decoder", ["llama-gqa", "gemma3_text", "llama4_text"])
 def test_recorded_steps_say_what_eager_ones_do(name, decoder, monkeypatch):
     graphs = pretend(monkeypatch)
     monkeypatch.setattr(modeling, "ROOM", 4)

@@ -14,7 +14,7 @@ import torch
 
 from lit_eemllm.attention import AttentionBackend
 from lit_eemllm.attention.base import _BACKENDS
-from lit_eemllm.layout import Run, SequenceLayout, Visibility
+from lit_eemllm.layout import Chunk, Run, SequenceLayout, Visibility
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
@@ -29,7 +29,11 @@ def bench(out: Path, *words: str) -> dict[str, Any]:
     return json.loads((out / "result.json").read_text())
 
 
-@pytest.mark.parametrize("visibility", [Visibility(True), Visibility(False), Visibility(True, window=2)], ids=str)
+@pytest.mark.parametrize(
+    "visibility",
+    [Visibility(True), Visibility(False), Visibility(True, window=2), Visibility(True, window=Chunk(3))],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "layout",
     [

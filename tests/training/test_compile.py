@@ -84,7 +84,7 @@ def test_compiled_layers_compute_the_same(preset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["qwen2", "qwen3", "olmo2", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("decoder", ["qwen2", "qwen3", "olmo2", "smollm3", "gemma3_text", "llama4_text"])
 def test_so_do_those_of_other_families(decoder):
     check_compiled(tiny.model(decoder, "llava").train())
 

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> mechanism, configur
     "olmo2": ("ee_mllm", ()),
     "smollm3": ("ee_mllm", ()),
     "gemma3_text": ("ee_mllm", ()),
+    "llama4_text": ("ee_mllm", ()),
     "internvl": ("ee_mllm", ("optim.tuning.vision=lora", "optim.tuning.projector=lora", *LORA)),
     "qwen3_vl": ("llava", ("optim.tuning.vision=full",)),
     "qwen2_5_vl": ("ee_mllm", ("optim.tuning.projector=lora", *LORA)),
@@ -87,6 +88,7 @@ SHARED = (
     "olmo2",
     "smollm3",
     "gemma3_text",
+    "llama4_text",
     *FAMILIES,
 )
 MIXED = (

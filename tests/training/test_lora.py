@@ -44,8 +44,9 @@ LORA = ["optim.tuning.llm=lora", "optim.lora.r=4", "optim.lora.alpha=8", "optim.
         ("olmo2", []),
         ("smollm3", []),
         pytest.param(("gemma3_text", []), marks=pytest.mark.slow),
+        pytest.param(("llama4_text", []), marks=pytest.mark.slow),
     ],
-    ids=["lora", "rslora", "dora", "olmo2", "smollm3", "gemma3_text"],
+    ids=["lora", "rslora", "dora", "olmo2", "smollm3", "gemma3_text", "llama4_text"],
 )
 def run(request, tmp_path_factory, parts, shapes):
     """A run of four steps."""
@@ -59,6 +60,14 @@ def run(request, tmp_path_factory, parts, shapes):
                 "sliding_window": 6,
                 "layer_types": tiny.SLIDING,
                 "tie_word_embeddings": True,
+            },
+            "llama4_text": {
+                "head_dim": 8,
+                "attention_chunk_size": 6,
+                "intermediate_size_mlp": 40,
+                "num_local_experts": 2,
+                "moe_layers": [1],
+                "no_rope_layers": [1, 0, 1],
             },
         }
         tiny.write_parts(parts, family, **sizes.get(family, {}))
@@ -84,7 +93,13 @@ def test_defaults_are_llavas():
 
 
 @pytest.mark.parametrize(
-    "decoder", ["llama-gqa", "olmo2", "smollm3", pytest.param("gemma3_text", marks=pytest.mark.slow)]
+    "decoder",
+    [
+        "llama-gqa",
+        "olmo2",
+        "smollm3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "llama4_text")),
+    ],
 )
 @pytest.mark.parametrize("preset", KINDS)
 def test_adapters_begin_as_nothing_act_in_every_mechanism_and_merge(preset, decoder):

@@ -86,20 +86,21 @@ def decoder_layers_have_their_parts():
     from lit_eemllm.core.families import FAMILIES
 
     for config in tiny.DECODERS.values():
-        norms = [name for name in FAMILIES[config.model_type].norms if name is not None]
+        family = FAMILIES[config.model_type]
+        norms = [name for name in family.norms if name is not None]
         decoder = transformers.AutoModelForCausalLM.from_config(config)
         assert decoder.lm_head.weight.shape == (config.vocab_size, config.hidden_size)
         for number, layer in enumerate(decoder.model.layers):
-            cos, sin = tiny.angles(decoder.model, torch.arange(5), number)
-            parts = (*(f"self_attn.{x}_proj" for x in "qkvo"), "mlp", *norms)
+            cos, sin, _ = tiny.angles(decoder.model, torch.arange(5), number)
+            parts = (*(f"self_attn.{x}_proj" for x in "qkvo"), family.ffn, *norms)
             assert all(callable(layer.get_submodule(part)) for part in parts)
-            assert {name for name, _ in layer.named_children()} == {"self_attn", "mlp", *norms}
+            assert {name for name, _ in layer.named_children()} == {"self_attn", family.ffn, *norms}
             assert (
                 hasattr(layer.self_attn, "q_norm")
                 == hasattr(layer.self_attn, "k_norm")
                 == (config.model_type in ("qwen3", "olmo2", "olmo3", "gemma3_text"))
             )
-            assert cos.shape == sin.shape == (1, 5, layer.self_attn.head_dim)
+            assert cos.shape == sin.shape == (1, 5, layer.self_attn.head_dim // (1 + family.interleaved))
             scaled_for = getattr(config, "query_pre_attn_scalar", layer.self_attn.head_dim)
             assert layer.self_attn.scaling == pytest.approx(scaled_for**-0.5)
         assert callable(decoder.model.norm) and decoder.model.embed_tokens.weight.shape[0] == config.vocab_size

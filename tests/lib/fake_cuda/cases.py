@@ -3,7 +3,7 @@
 MECHANISMS = (
     "llava", "ee_mllm", "ee_mllm_f", "naavit", "shortv", "saisa", "vica", "flamingo",
     "fastv", "hidrop", "visionzip", "skip_vision", "bidirectional", "visual_experts", "p_mod", "deepstack", "casa",
-    "unrotated", "shared", "window", "some", "apart", "dropping", "sliding",
+    "unrotated", "shared", "window", "some", "apart", "dropping", "sliding", "chunks",
 )  # fmt: skip
 """Presets that differ in what they compute, and what no preset does; `steps.OTHERS` says what these are."""
 BACKENDS = ("reference", "sdpa", "cudnn", "flash", "flash-attn", "xformers", "flex")

@@ -34,8 +34,10 @@ OTHERS = {
     "apart": Mechanism(dense_layers="all", rows=(("1", (("seen", "every 2"),)),)),
     "dropping": Mechanism(aligner=NO_ALIGNER, visual_drop=((1, 0.5),)),
     "sliding": Mechanism(rows=(("1-2", (("attend", "image"), ("tokens", "every 2"))),)),
+    "chunks": Mechanism(dense_layers="all", visual_drop=((1, 0.5),)),
 }
-"""What no preset does; the last in a decoder with windows."""
+"""What no preset does; the last two in the decoders of `DECODERS`."""
+DECODERS = {"sliding": "gemma3_text", "chunks": "llama4_text"}
 
 ALLOWED = {
     "known = [x.detach()": "the look at loss and norm before the optimiser takes a step: it replaces all others",
@@ -133,7 +135,7 @@ def optimiser_step(module: LitEEMLLM, batch: PackedBatch, optimizer: Any = None)
 
 @cache
 def _model(mechanism: str) -> EEMLLM:
-    return tiny.model("gemma3_text" if mechanism == "sliding" else "llama-gqa", OTHERS.get(mechanism, mechanism))
+    return tiny.model(DECODERS.get(mechanism, "llama-gqa"), OTHERS.get(mechanism, mechanism))
 
 
 def model(mechanism: str) -> EEMLLM:

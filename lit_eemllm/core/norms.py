@@ -26,7 +26,7 @@ def fuse_norms(decoder: nn.Module) -> None:
 
 def is_rms_norm(module: Any) -> bool:
     """Whether it computes x / sqrt(mean(x^2) + eps) times its weight, as a copy with other weights shows: Gemma's adds 1 to them."""
-    if _eps(module) is None or [name for name, _ in module.named_parameters()] != ["weight"]:
+    if _eps(module) is None or [(name, p.ndim) for name, p in module.named_parameters()] != [("weight", 1)]:
         return False
     with torch.no_grad():
         trial = deepcopy(module).to_empty(device="cpu").float()

@@ -31,9 +31,10 @@ def test_a_norm_that_only_looks_like_one_is_none(spoil):
         def forward(self, x):
             return spoil(super().forward(x))
 
-    other = copy.deepcopy(norm)
+    other, matrix = copy.deepcopy(norm), copy.deepcopy(norm)
     other.__class__ = Other
-    assert is_rms_norm(norm) and not is_rms_norm(other)
+    matrix.weight = torch.nn.Parameter(torch.ones(2, 3))
+    assert is_rms_norm(norm) and not is_rms_norm(other) and not is_rms_norm(matrix)
 
 
 @on_fake_cuda

@@ -1,9 +1,14 @@
-"""`completion`, in a real bash."""
+"""`completion`, in a real bash and a real zsh."""
 
 from __future__ import annotations
 
+import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -54,9 +59,44 @@ def test_bash_completes(script: Path, tmp_path: Path, typed: list[str], complete
     assert done.stdout.splitlines() == completed, done.stderr
 
 
-def test_zsh_knows_every_verb(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("est", ["estimate "]),
+        ("fit my_", ["fit my_model.yaml "]),
+        ("shards make --source shap", ["--source shapes "]),
+        ("convert --mechanism ee_", ["ee_mllm ", "ee_mllm_f"]),
+        ("explain --shape vic", ["vicuna-13b ", "vicuna-7b"]),
+    ],
+)
+def test_zsh_completes(tmp_path: Path, capfd: pytest.CaptureFixture[str], typed: str, completed: list[str]) -> None:
+    """As somebody types it and presses Tab twice."""
     assert cli.main(["completion", "zsh"]) == 0
-    said = capfd.readouterr().out
-    assert said.startswith("#compdef lit-eemllm") and all(
-        name in said for name in ("estimate", "prepare", "--documents", "ee_mllm_f", "shapes", "vicuna-7b")
-    )
+    (tmp_path / "_lit-eemllm").write_text(capfd.readouterr().out)
+    (tmp_path / "my_model.yaml").touch()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {"PATH": os.environ["PATH"], "TERM": "dumb", "HOME": str(tmp_path)})
+    shown = ""
+
+    def until(words: list[str]) -> None:
+        nonlocal shown
+        end = time.monotonic() + 30
+        while not all(word in shown for word in words):
+            assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], (words, shown)
+            shown += os.read(terminal, 1 << 16).decode()
+
+    try:
+        os.write(
+            terminal, f"fpath=('{tmp_path}' $fpath); autoload -Uz compinit; compinit -u -D; echo rea''dy\n".encode()
+        )
+        until(["ready"])
+        shown = ""
+        os.write(terminal, f"lit-eemllm {typed}\t\t".encode())
+        until(completed)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)

@@ -98,7 +98,8 @@ class DecoderLayer(nn.Module):
 
     def _own(self, name: str, *default: None) -> Any:
         """A module of the layer or of its attention."""
-        return getattr(self.self_attn if hasattr(self.self_attn, name) else self, name, *default)
+        family = self.family
+        return getattr(self if name == family.ffn or name in family.norms else self.self_attn, name, *default)
 
     def forward(
         self, x_Th: Tensor, x_Vh: Tensor, stream: Stream, kept: Tokens | None = None

@@ -2,7 +2,7 @@
 
 A picture is a square of `GRID` x `GRID` cells of 16 pixels, meant for patches of 8: 256 visual tokens each at the usual
 grid of 8. It shows objects of two by two patches, bars below letters, or coloured words. Some types of question
-show two to four pictures and ask about one of them.
+show two to four pictures, and ask about one of them that is named, or for what is in one of them.
 
 An object has an upper and a lower half, each full, round or pointed; its shape is the pair (a house is pointed above and
 full below), so no patch tells a shape.
@@ -79,8 +79,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
     "count_colour": ("How many {colour} objects are there?", "What is the number of {colour} things?"),
     "tallest": ("What colour is the {height} bar?", "Which colour does the {height} bar have?"),
-    "label": ("Which letter is above the {colour} bar?", "What letter does the {colour} bar have?"),
+    "count_bars": ("How many {colour} bars are there?", "What is the number of {colour} bars?"),
     "word": ("Which word is {colour}?", "Read the word written in {colour}."),
+    "find": ("What shape is the only {colour} object?", "Which shape does the only {colour} thing have?"),
     "picture": (
         "What shape is the {colour} object in the {ordinal} picture?",
         "In the {ordinal} picture, which shape does the {colour} thing have?",
@@ -96,20 +97,21 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "beside": tuple(COLOURS),
     "count_colour": tuple("012345"),
     "tallest": tuple(COLOURS),
-    "label": LETTERS,
+    "count_bars": tuple("012345"),
     "word": WORDS,
+    "find": tuple(SHAPES),
     "picture": tuple(SHAPES),
     "which": ORDINALS[:3],
 }
-HARDER = ("which",)  # in minutes, the tiny models learn nothing of it
+HARDER = ("picture", "which")  # in minutes, the tiny models learn nothing of it
 TYPES = tuple(kind for kind in TEMPLATES if kind not in HARDER)
 DESCRIBE = "Describe what is shown."
 # Training rows of these types have up to three further turns; of the others, such turns would favour an answer
-FURTHER = ("outermost", "shape", "beside", "count_colour", "tallest", "label", "word", "picture")
+FURTHER = ("outermost", "shape", "beside", "count_colour", "tallest", "count_bars", "word", "find", "picture")
 FURTHER_TURNS = 3
 THINGS = {"objects": (8, 16), "bars": (6, 12), "words": (3, 6)}  # fewest and most of a picture
 SPARSE = {"objects": (2, 7), "bars": (2, 5), "words": (1, 3)}  # of half of the training scenes
-PICTURES = (2, 4)  # of the type "picture"
+PICTURES = (2, 4)  # of the types "find" and "picture"
 SPLITS = {"val": (0,), "search": (1,), "train": tuple(range(2, 10))}  # the first byte of the content's hash modulo ten
 
 # A scene is plain data: {"kind": "objects" | "bars" | "words", "grid": cells, "background": index, "items": [...]}. Items:
@@ -230,8 +232,10 @@ def solve(kind: str, scenes: Sequence[Scene], slots: dict[str, str]) -> str | No
     elif kind == "tallest":
         extreme = (max if slots["height"] == "tallest" else min)(item[2] for item in items)
         found = [item[3] for item in items if item[2] == extreme]
-    elif kind == "label":
-        found = [item[1] for item in items if item[3] == slots["colour"]]
+    elif kind == "count_bars":
+        found = [str(sum(item[3] == slots["colour"] for item in items))]
+    elif kind == "find":
+        found = [item[2] for scene in scenes for item in scene["items"] if item[1] == slots["colour"]]
     elif kind == "word":
         found = [item[2] for item in items if item[3] == slots["colour"]]
     elif kind == "picture":
@@ -308,8 +312,8 @@ def _bars(kind: str, answer: str, slots: dict[str, str], rng: random.Random, gri
         twice = [colour for colour in COLOURS for _ in range(1 + (colour != answer))]
         colours = [answer, *rng.sample(twice, things - 1)]  # none is more than twice there
     else:
-        letters = [answer, *[letter for letter in letters if letter != answer][: things - 1]]
-        colours = [slots["colour"], *(_other(rng, tuple(COLOURS), slots["colour"]) for _ in range(things - 1))]
+        others = [_other(rng, tuple(COLOURS), slots["colour"]) for _ in range(things)]
+        colours = [*[slots["colour"]] * int(answer), *others][:things]
     bars = list(zip(letters, heights, colours, strict=True))
     rng.shuffle(bars)
     items = []
@@ -333,7 +337,8 @@ def _scenes(
     kind: str, answer: str, slots: dict[str, str], rng: random.Random, grid: int, things: int, pictures: int
 ) -> list[Callable[[], Scene]]:
     """What draws each picture of a question, which may have the answer wanted; `solve` decides whether they have."""
-    if kind in ("tallest", "label"):
+    if kind in ("tallest", "count_bars"):
+        things = max(things, int(answer)) if kind == "count_bars" else things
         return [partial(_bars, kind, answer, slots, rng, grid, things)]
     if kind == "word":
         colours = rng.sample(tuple(COLOURS), len(COLOURS))
@@ -345,6 +350,9 @@ def _scenes(
             partial(_objects, "count_colour", str(int(name == answer)), slots, rng, grid, things)
             for name in ORDINALS[:3]
         ]
+    if kind == "find":
+        drawn = [("picture", answer), *[("count_colour", "0")] * (pictures - 1)]
+        return [partial(_objects, *one, slots, rng, grid, things) for one in rng.sample(drawn, pictures)]
     if kind == "picture":
         asked = ORDINALS.index(slots["ordinal"])
         others = rng.sample([shape for shape in SHAPES if shape != answer], pictures)
@@ -399,7 +407,7 @@ def _row(
     """The `nth` question of its type: a LLaVA-style row and its scenes."""
     wording, answer = easy.nth_pair(kind, len(TEMPLATES[kind]), ANSWERS[kind], f"{seed}:{split}", nth)
     rng = random.Random(f"{seed}:{split}:{index}")
-    shows = "bars" if kind in ("tallest", "label") else "words" if kind == "word" else "objects"
+    shows = "bars" if kind in ("tallest", "count_bars") else "words" if kind == "word" else "objects"
     sparse = split == "train" and rng.random() < 0.5
     count = pictures or rng.randint(*PICTURES)
     slots = _slots(kind, rng, count)

@@ -18,7 +18,7 @@ if all seeds are asked the same questions it says nothing of other questions, as
 lies below, and is not decided otherwise. Writes claims.csv, with the share of B's prefill FLOPs that A takes.
 
 **Curves.** Each run is asked questions of data_recipes/puzzles.py with a fixed number of objects (`THINGS`), and of one to
-four pictures, of which one is asked about (256 visual tokens each). Writes curves.csv, .md (means) and .png.
+four pictures, in one of which is what is asked for (256 visual tokens each). Writes curves.csv, .md (means) and .png.
 
 **Keep.** Copies report.md, .csv and .png, numbers.csv and search.csv, and writes predictions.csv.gz: a line for each question,
 with its type, the right answer, and what each run (a column) answered.
@@ -136,7 +136,7 @@ def questions(folder: Path, each: int) -> Path:
     sets = {}
     for name, kinds, fixed in (
         *((f"things-{n}", OF_OBJECTS, {"things": n}) for n in THINGS),
-        *((f"pictures-{n}", ("picture",), {"pictures": n}) for n in PICTURES),
+        *((f"pictures-{n}", ("find",), {"pictures": n}) for n in PICTURES),
     ):
 
         def rows(split: str, count: int, seed: int, kinds: Any = kinds, fixed: Any = fixed) -> Iterable[Any]:
@@ -172,7 +172,7 @@ def curves(rows: Sequence[Row], each: int, seeds: Sequence[int], out: Path) -> N
             for name, found in ask(run, suite, Path(folder) / str(number)).items():
                 group, _, kind = name.partition("/")
                 parameter, value = group.split("-")
-                about = parameter, int(value), kind or "picture"
+                about = parameter, int(value), kind or "find"
                 written.append((row.label, run.config.seed, *about, found["questions"], found["score"]))
             advance(1)
     heading = "row", "seed", "parameter", "value", "type", "questions", "score"
@@ -205,7 +205,7 @@ def draw(written: Sequence[tuple[Any, ...]]) -> bytes:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
     panels = (
         ("things", 1, "objects in the picture", OF_OBJECTS),
-        ("pictures", TOKENS, "visual tokens, 256 a picture", ("picture",)),
+        ("pictures", TOKENS, "visual tokens, 256 a picture", ("find",)),
     )
     for axis, (parameter, unit, label, kinds) in zip(axes, panels, strict=True):
         for number, row in enumerate(dict.fromkeys(line[0] for line in written)):

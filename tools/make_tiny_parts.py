@@ -180,7 +180,7 @@ SUBJECTS = {
         },
         patches=puzzles_patches,
         word=puzzles_word,
-        drilled=("word", "label", "beside"),
+        drilled=("word", "tallest", "beside"),
         told=(*puzzles.TYPES, *puzzles.HARDER),
         told_as={"grid": 4, "pictures": 2},  # a quarter of the patches
         asked=2 + puzzles.FURTHER_TURNS,

@@ -124,7 +124,7 @@ PARTS = {
 def test_the_sweeps_of_the_repository_make_a_plan(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     file = Path("configs/sweeps") / name
-    seeds = 5 if name == "hard_mechanisms.yaml" else 3
+    seeds = {"hard_mechanisms.yaml": 8, "hard_aligner.yaml": 5}.get(name, 3)
     assert read_sweep(file).seeds == tuple(range(seeds))
     plan = make_plan(read_sweep(file, ["seeds=[0]", *PARTS.get(name, [])]))
     assert all(len(runs) == 1 for runs in plan.rows.values())

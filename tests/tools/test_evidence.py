@@ -134,7 +134,7 @@ def test_questions_are_as_difficult_as_their_set_says(tmp_path):
     assert [*sets] == [*(f"things-{n}" for n in evidence.THINGS), *(f"pictures-{n}" for n in evidence.PICTURES)]
     for name, one in sets.items():
         asked = json.loads((tmp_path / one["data"]).read_text())
-        kinds = evidence.OF_OBJECTS if name.startswith("things") else ("picture",)
+        kinds = evidence.OF_OBJECTS if name.startswith("things") else ("find",)
         assert [question["type"] for question in asked] == [*kinds]
         names = asked[0]["image"] if isinstance(asked[0]["image"], list) else [asked[0]["image"]]
         assert all((tmp_path / one["images"] / image).is_file() for image in names)

@@ -108,15 +108,8 @@ def test_the_example_of_the_documentation(monkeypatch, tmp_path):
     assert all(f"`{name}`" in text for name in SLURM_KEYS)
 
 
-PARTS = {
-    "real.yaml": [
-        "model.decoder=llm",
-        "model.vision.encoder=transformers",
-        "model.vision.path=clip",
-        "data.train=photos",
-        "data.val=photos",
-    ]
-}
+MODELS = ["model.decoder=llm", "model.vision.encoder=transformers", "model.vision.path=clip"]
+PARTS = {"real.yaml": [*MODELS, "data.train=photos", "data.val=photos"], "real_questions.yaml": MODELS}
 """What a sweep leaves to the command line (and to --import)."""
 
 

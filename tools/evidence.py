@@ -286,7 +286,7 @@ def main(argv: list[str]) -> int:
             curves(rows, args.questions, args.seeds, args.out)
         else:
             keep(args.sweep, rows, args.out)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

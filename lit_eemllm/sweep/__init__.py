@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -22,6 +23,8 @@ from .spec import Search, Sweep, pairs, read_sweep
 from .status import Board, logged
 
 __all__ = ["sweep"]
+
+TABLES = INDEX, SEARCHED = "sweep.json", "search.csv"  # what the report is made from, beside the runs
 
 
 def sweep(
@@ -63,6 +66,8 @@ def sweep(
     if dry_run:
         show(spec, plan)
         return 0
+    options = [word for path in imports for word in ("--import", str(path))]
+    write = partial(write_tables, spec, shlex.join(["lit-eemllm", "sweep", str(file), *overrides, *options]))
     failed: dict[str, str] = {}
     stopped = 0
     worked = bool(plan.open())
@@ -76,18 +81,14 @@ def sweep(
             place = Local(jobs or 1, command, imports)
             place.check(plan.open())
         with locked(spec.out, "sweep"), Board(jobs or (len(plan.open()) if slurm else 1)) as board:
-            plan, failed, stopped = run_all(spec, place, board)
-    options = [word for path in imports for word in ("--import", str(path))]
-    again = shlex.join(["lit-eemllm", "sweep", str(file), *overrides, *options])
-    changed = write_index(spec, plan, failed, again)
-    if spec.search is not None:
-        changed |= write_if_changed(spec.out / "search.csv", search_csv(spec.search, plan))
+            plan, failed, stopped = run_all(spec, place, board, write)
+    write(plan, failed)
     if stopped:
         console.print(f"{count(plan)}; the same command continues")
         return 128 + stopped
     folder = spec.out / "report"
     if any(plan.tasks[run].done for runs in plan.rows.values() for run in runs):
-        if worked or changed or not (folder / "report.md").is_file():
+        if worked or stale(folder / "report.md", spec):
             from ..report import report
 
             report([spec.out], folder)
@@ -138,8 +139,14 @@ def state(task: Task, wanted: bool) -> tuple[str, str]:
     return what, f"was interrupted after step {step}" if step else "new"
 
 
-def write_index(spec: Sweep, plan: Plan, failed: dict[str, str], command: str) -> bool:
-    """Write ``sweep.json``, which tells the report rows and their runs. Whether it has changed."""
+def stale(report: Path, spec: Sweep) -> bool:
+    """Whether there is no report, or what it is made from was written after it."""
+    made = [file.stat().st_mtime_ns for name in TABLES if (file := spec.out / name).is_file()]
+    return not report.is_file() or max(made) > report.stat().st_mtime_ns
+
+
+def write_tables(spec: Sweep, command: str, plan: Plan, failed: dict[str, str]) -> None:
+    """Write ``sweep.json``, which tells the report rows and their runs, and ``search.csv``, what was searched."""
     groups = {cell.name: cell.group for cell in spec.cells}
     rows = [
         {
@@ -157,7 +164,9 @@ def write_index(spec: Sweep, plan: Plan, failed: dict[str, str], command: str) -
         "failed": [{"run": name, "why": why} for name, why in failed.items()],
         "search": spec.search and describe(spec.search, plan),
     }  # fmt: skip
-    return write_if_changed(spec.out / "sweep.json", json.dumps(index, indent=2) + "\n")
+    write_if_changed(spec.out / INDEX, json.dumps(index, indent=2) + "\n")
+    if spec.search is not None:
+        write_if_changed(spec.out / SEARCHED, search_csv(spec.search, plan))
 
 
 def describe(search: Search, plan: Plan) -> str:
@@ -189,9 +198,7 @@ def search_csv(search: Search, plan: Plan) -> str:
     return csv_text(lines)
 
 
-def write_if_changed(path: Path, text: str) -> bool:
-    if path.is_file() and path.read_bytes() == text.encode():
-        return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
-    return True
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_bytes() != text.encode():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import takewhile
@@ -217,8 +217,10 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run_all(sweep: Sweep, place: Place, board: Board) -> tuple[Plan, dict[str, str], int]:
-    """Run all that is left of a sweep.
+def run_all(
+    sweep: Sweep, place: Place, board: Board, write: Callable[[Plan, dict[str, str]], object]
+) -> tuple[Plan, dict[str, str], int]:
+    """Run all that is left of a sweep, and `write` what has ended and what failed whenever one has, so that there can be a report meanwhile.
 
     Returns:
         the plan as it is in the end; tasks that failed, and why; the signal that ended it, or 0.
@@ -244,6 +246,8 @@ def run_all(sweep: Sweep, place: Place, board: Board) -> tuple[Plan, dict[str, s
                     for task in place.start(ready):
                         running[task.name] = task
                         board.started(task)
+                if news:
+                    write(plan, failed)
                 news = False
                 board.update(plan, running, failed)
                 if not running:

@@ -1,6 +1,6 @@
 """Stands in for `python -m lit_eemllm` in tests of sweeps: `fit DIR` and `validate DIR` leave what the real ones leave.
 
-What goes wrong is said by a file `wishes.json` in the current directory: {"fail": [...], "diverge": [...], "seconds": ...},
+What goes wrong is said by a file `wishes.json` in the current directory: {"fail": [...], "diverge": [...], "slow": [...], "seconds": ...},
 names of runs. Every call is noted in `calls.jsonl`.
 """
 
@@ -48,7 +48,7 @@ if verb == "fit":
     (run / "started").write_text(str(os.getpid()))
     (run / "logs" / "version_0").mkdir(parents=True, exist_ok=True)
     (run / "logs" / "version_0" / "metrics.csv").write_text("step,loss,step_seconds\n3,1.5,0.25\n")
-    time.sleep(wishes.get("seconds", 0))
+    time.sleep(30 if name in wishes.get("slow", []) else wishes.get("seconds", 0))
     if name in wishes.get("diverge", []):
         (run / "nan").mkdir()
         (run / "nan" / "step-2.json").write_text("{}")

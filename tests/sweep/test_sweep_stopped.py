@@ -96,6 +96,26 @@ def test_what_a_killed_sweep_left_running_is_asked_to_save_and_then_continued(re
     assert "which an earlier call has left, to save and end" in log and log.count("$ lit-eemllm fit") == 2
 
 
+def test_a_report_can_be_made_of_what_has_ended_and_is_made_again_when_more_has(reports):
+    """While a sweep runs, and after it was killed; its own report is made anew if the tables are newer."""
+    wish(slow=["all/seed1"], fail=["v-o/seed1"])
+    write(SWEEP)
+    process = start("jobs=1")
+    until(lambda: len(started()) == 4, process)
+    index = json.loads(Path("out/sweep.json").read_text())
+    process.kill()
+    process.communicate()
+    assert index["rows"] == [{"name": "V+O", "runs": ["v-o/seed0"]}, {"name": "all", "runs": ["all/seed0"]}]
+    assert [one["run"] for one in index["failed"]] == ["v-o/seed1"]
+    assert json.loads(Path("out/sweep.json").read_text()) == index
+    wish()
+    assert run() == 0 and len(reports) == 1
+    assert run() == 0 and len(reports) == 1
+    later = Path("out/report/report.md").stat().st_mtime_ns + 10**9
+    os.utime("out/sweep.json", ns=(later, later))
+    assert run() == 0 and len(reports) == 2
+
+
 def test_a_process_of_another_machine_is_waited_for_but_not_signalled():
     """Its number may be that of any process here."""
     process = subprocess.Popen(["sleep", "60"])

@@ -70,6 +70,11 @@ def test_rows_that_a_sweep_has_not_are_named(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: --rows: found b, c, expected of a\n"
 
 
+def test_a_folder_that_is_no_sweep_is_named(tmp_path, capsys):
+    assert evidence.main(["power", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: [Errno 2] No such file or directory: '{tmp_path / 'sweep.json'}'\n"
+
+
 def scored(label, flops, *averages):
     """A row of runs with these averages."""
     results = [{"average": average, "prefill_flops": flops} for average in averages]

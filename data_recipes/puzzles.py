@@ -305,7 +305,7 @@ def _objects(kind: str, answer: str, slots: dict[str, str], rng: random.Random, 
 
 
 def _bars(kind: str, answer: str, slots: dict[str, str], rng: random.Random, grid: int, things: int) -> Scene:
-    """Bars of distinct heights below distinct letters; the first is asked for."""
+    """Bars of distinct heights below distinct letters: of the tallest, the first is asked for; of a number, the first are of the colour."""
     heights, letters = rng.sample(range(1, 2 * grid - 1), things), rng.sample(LETTERS, things)
     if kind == "tallest":
         heights.sort(reverse=slots["height"] == "tallest")

@@ -56,6 +56,7 @@ TIMES = (1, 2, 4)  # as many questions
 THINGS = (2, 4, 8, 16, 24)  # objects of a picture
 OF_OBJECTS = ("outermost", "shape", "beside", "count_colour")
 PICTURES = (1, 2, 3, 4)
+OF_PICTURES = "find"
 TOKENS = (2 * puzzles.GRID) ** 2  # visual tokens of a picture
 KEPT = ("report.md", "report.csv", "report.png", "numbers.csv")
 
@@ -136,7 +137,7 @@ def questions(folder: Path, each: int) -> Path:
     sets = {}
     for name, kinds, fixed in (
         *((f"things-{n}", OF_OBJECTS, {"things": n}) for n in THINGS),
-        *((f"pictures-{n}", ("find",), {"pictures": n}) for n in PICTURES),
+        *((f"pictures-{n}", (OF_PICTURES,), {"pictures": n}) for n in PICTURES),
     ):
 
         def rows(split: str, count: int, seed: int, kinds: Any = kinds, fixed: Any = fixed) -> Iterable[Any]:
@@ -172,7 +173,7 @@ def curves(rows: Sequence[Row], each: int, seeds: Sequence[int], out: Path) -> N
             for name, found in ask(run, suite, Path(folder) / str(number)).items():
                 group, _, kind = name.partition("/")
                 parameter, value = group.split("-")
-                about = parameter, int(value), kind or "find"
+                about = parameter, int(value), kind or OF_PICTURES
                 written.append((row.label, run.config.seed, *about, found["questions"], found["score"]))
             advance(1)
     heading = "row", "seed", "parameter", "value", "type", "questions", "score"
@@ -205,7 +206,7 @@ def draw(written: Sequence[tuple[Any, ...]]) -> bytes:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
     panels = (
         ("things", 1, "objects in the picture", OF_OBJECTS),
-        ("pictures", TOKENS, "visual tokens, 256 a picture", ("find",)),
+        ("pictures", TOKENS, "visual tokens, 256 a picture", (OF_PICTURES,)),
     )
     for axis, (parameter, unit, label, kinds) in zip(axes, panels, strict=True):
         for number, row in enumerate(dict.fromkeys(line[0] for line in written)):

@@ -19,7 +19,7 @@ from lit_eemllm.mechanisms import build_mechanism
 from lit_eemllm.report import report
 from lit_eemllm.report.runs import compare, read_run
 from lit_eemllm.report.tables import tables
-from lit_eemllm.sweep import write_index
+from lit_eemllm.sweep import write_tables
 from lit_eemllm.sweep.plan import make_plan
 from lit_eemllm.sweep.spec import read_sweep
 
@@ -311,7 +311,7 @@ def test_the_sweeps_of_tables_4_and_6_have_the_layout_of_the_paper(name, tmp_pat
         types = {kind: {"questions": 10, "metric": "exact_match", "score": score} for kind, score in scores.items()}
         average = sum(scores.values()) / len(scores)
         write_run(tmp_path / run, results={"types": types, "average": average, "mechanism": mechanism.to_dict()})
-    write_index(spec, make_plan(spec), {}, "lit-eemllm sweep")
+    write_tables(spec, "lit-eemllm sweep", make_plan(spec), {})
     report([tmp_path])
     text = (tmp_path / "report" / "report.md").read_text()
     table = text.split("\n\n")[1]

@@ -306,6 +306,8 @@ def _objects(kind: str, answer: str, slots: dict[str, str], rng: random.Random, 
 
 def _bars(kind: str, answer: str, slots: dict[str, str], rng: random.Random, grid: int, things: int) -> Scene:
     """Bars of distinct heights below distinct letters: of the tallest, the first is asked for; of a number, the first are of the colour."""
+    if kind == "count_bars":
+        things = max(things, int(answer))
     heights, letters = rng.sample(range(1, 2 * grid - 1), things), rng.sample(LETTERS, things)
     if kind == "tallest":
         heights.sort(reverse=slots["height"] == "tallest")
@@ -338,7 +340,6 @@ def _scenes(
 ) -> list[Callable[[], Scene]]:
     """What draws each picture of a question, which may have the answer wanted; `solve` decides whether they have."""
     if kind in ("tallest", "count_bars"):
-        things = max(things, int(answer)) if kind == "count_bars" else things
         return [partial(_bars, kind, answer, slots, rng, grid, things)]
     if kind == "word":
         colours = rng.sample(tuple(COLOURS), len(COLOURS))

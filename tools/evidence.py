@@ -15,7 +15,8 @@ to either side::
 if all seeds are asked the same questions it says nothing of other questions, as the report's does not.
 
 **Claims.** Of "A >= w B", the interval of average(A) - w average(B), paired by seed: a claim holds if it lies above zero, fails if it
-lies below, and is not decided otherwise. Writes claims.csv, with the share of B's prefill FLOPs that A takes.
+lies below, and is not decided otherwise. "A looks" is one for each type of question, of its score with the right pictures beside
+that with exchanged ones, and one of the loss. Writes claims.csv, with the share of B's prefill FLOPs that A takes.
 
 **Curves.** Each run is asked questions of data_recipes/puzzles.py with a fixed number of objects (`THINGS`), and of one to
 four pictures, in one of which is what is asked for (256 visual tokens each). Writes curves.csv, .md (means) and .png.
@@ -97,31 +98,52 @@ def power(rows: Sequence[Row]) -> str:
 # ---------------------------------------------------------------- claims
 
 
-def claimed(claim: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """The outcome of a claim such as "ee_mllm >= 0.98 llava".
-
-    Raises:
-        UserError: it is written otherwise, names a row that is not there, or rows with fewer than two seeds in common.
-    """
-    found, named = re.fullmatch(r"(.+) >= ([0-9.]+) (.+)", claim), {row.label: row for row in rows}
-    if not found or not {found[1], found[3]} <= set(named):
-        raise UserError(f"--claims {claim!r}: expected A >= 0.98 B, where A and B are two of {', '.join(named)}")
-    row, share, other = named[found[1]], float(found[2]), named[found[3]]
-    own, theirs = (each.by_seed(lambda run: run.result("average")) for each in (row, other))
+def compared(claim: str, own: dict[int, float], theirs: dict[int, float], share: float, flops: float) -> dict[str, Any]:
+    """Whether what a row has is more than `share` of what the other has, both by seed, and how many of its FLOPs it takes."""
     gaps = [own[seed] - share * theirs[seed] for seed in own if seed in theirs]
     if len(gaps) < 2:
         raise UserError(f"--claims {claim!r}: {len(gaps)} seeds in common, expected 2 or more")
     middle, half = mean(gaps), half_over_seeds(gaps)
     outcome = "holds" if middle > half else "fails" if middle < -half else "not decided"
-    flops = [mean(run.result("prefill_flops") or nan for run in each.runs) for each in (row, other)]
     scores = {"average": mean(own.values()), "of the other": mean(theirs.values())}
     interval = {"difference": middle, "low": middle - half, "high": middle + half}
-    return {"claim": claim, "seeds": len(gaps), **scores, **interval, "FLOPs": flops[0] / flops[1], "outcome": outcome}
+    return {"claim": claim, "seeds": len(gaps), **scores, **interval, "FLOPs": flops, "outcome": outcome}
+
+
+def claimed(claim: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The outcome of a claim such as "ee_mllm >= 0.98 llava", or the outcomes of "llava looks".
+
+    Raises:
+        UserError: it is written otherwise, names a row that is not there, or rows with fewer than two seeds in common.
+    """
+    named = {row.label: row for row in rows}
+    if (row := named.get(claim.removesuffix(" looks"))) and claim != row.label:
+        return looks(claim, row)
+    found = re.fullmatch(r"(.+) >= ([0-9.]+) (.+)", claim)
+    if not found or not {found[1], found[3]} <= set(named):
+        expected = f"expected A >= 0.98 B, or A looks, where A and B are of {', '.join(named)}"
+        raise UserError(f"--claims {claim!r}: {expected}")
+    pair = named[found[1]], named[found[3]]
+    own, theirs = (each.by_seed(lambda run: run.result("average")) for each in pair)
+    flops = [mean(run.result("prefill_flops") or nan for run in each.runs) for each in pair]
+    return [compared(claim, own, theirs, float(found[2]), flops[0] / flops[1])]
+
+
+def looks(claim: str, row: Row) -> list[dict[str, Any]]:
+    """Whether a row's scores with the right pictures are above those with exchanged ones, by type; and so with its loss, negated."""
+
+    def of(*keys: str, sign: int = 1) -> dict[int, float]:
+        return {seed: sign * value for seed, value in row.by_seed(lambda run: run.result(*keys)).items()}
+
+    kinds = sorted({kind for run in row.runs for kind in run.results["types"]})
+    pairs = {kind: (of("types", kind, "score"), of("types", kind, "control")) for kind in kinds}
+    pairs["minus the loss"] = of("loss", sign=-1), of("loss_shuffled_images", sign=-1)
+    return [compared(f"{claim}: {name}", *pair, 1.0, 1.0) for name, pair in pairs.items()]
 
 
 def claims(written: Sequence[str], rows: Sequence[Row], out: Path) -> None:
     """Write claims.csv."""
-    found = [claimed(claim, rows) for claim in written]
+    found = [one for claim in written for one in claimed(claim, rows)]
     values = (one.values() for one in found)
     text = csv_text([[*found[0]], *([f"{x:.4f}" if isinstance(x, float) else x for x in one] for one in values)])
     out.mkdir(parents=True, exist_ok=True)
@@ -265,7 +287,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rows", nargs="+", help="only these, for curves; the first is the baseline of power")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="for curves")
     parser.add_argument("--questions", type=int, default=60, help="of each type and difficulty, for curves")
-    parser.add_argument("--claims", nargs="+", default=[], help="such as 'ee_mllm >= 0.98 llava'")
+    parser.add_argument("--claims", nargs="+", default=[], help="such as 'ee_mllm >= 0.98 llava', 'llava looks'")
     args = parser.parse_args(argv)
     if args.out is None and args.do != "power":
         parser.error("--out is needed")

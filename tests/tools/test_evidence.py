@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lib.reports import write_run
+from lib.reports import of_score, write_run
 
 from lit_eemllm.evaluation.sets import read_suite
 from lit_eemllm.report.difference import t95
@@ -85,22 +85,44 @@ def scored(label, flops, *averages):
 def test_claims_by_hand(tmp_path):
     """0.5, 0.6, 0.4 beside half of 0.8, 0.8, 0.8: differences 0.1, 0.2, 0.0, so 0.1 +- 4.3027 * 0.1 / sqrt(3)."""
     rows = [scored("a, b", 30, 0.5, 0.6, 0.4), scored("base", 40, 0.8, 0.8, 0.8)]
-    found = evidence.claimed("a, b >= 0.5 base", rows)
+    (found,) = evidence.claimed("a, b >= 0.5 base", rows)
     half = 4.3027 * 0.1 / 3**0.5
     assert [found[name] for name in ("difference", "low", "high", "FLOPs")] == pytest.approx(
         [0.1, 0.1 - half, 0.1 + half, 0.75], abs=1e-5
     )
     assert found["outcome"] == "not decided"
-    assert evidence.claimed("a, b >= 0.1 base", rows)["outcome"] == "holds"
-    assert evidence.claimed("a, b >= 1.1 base", rows)["outcome"] == "fails"
+    assert evidence.claimed("a, b >= 0.1 base", rows)[0]["outcome"] == "holds"
+    assert evidence.claimed("a, b >= 1.1 base", rows)[0]["outcome"] == "fails"
     evidence.claims(["a, b >= 0.5 base"], rows, tmp_path)
     (line,) = csv.DictReader((tmp_path / "claims.csv").read_text().splitlines())
     assert (line["claim"], line["low"], line["outcome"]) == ("a, b >= 0.5 base", f"{0.1 - half:.4f}", "not decided")
-    for claim in ("a, b > base", "c >= 1 base"):
-        with pytest.raises(evidence.UserError, match="two of a, b, base"):
+    for claim in ("a, b > base", "c >= 1 base", "c looks", "base"):
+        with pytest.raises(evidence.UserError, match="are of a, b, base"):
             evidence.claimed(claim, rows)
     with pytest.raises(evidence.UserError, match="1 seeds in common"):
         evidence.claimed("one >= 1 base", [scored("one", 1, 0.5), rows[1]])
+
+
+def test_whether_a_row_looks_by_hand(tmp_path):
+    """Scores 0.5, 0.6, 0.4 beside 0.2, of a second type 0.2 beside 0.2, and losses 1.25 beside 2.5: the answer is of each."""
+    shape = {"questions": 10, "metric": "exact_match", "score": 0.2, "control": 0.2}
+    written = []
+    for seed, score in enumerate((0.5, 0.6, 0.4)):
+        one = of_score(score)
+        written.append(
+            write_run(tmp_path / str(seed), f"seed={seed}", results={**one, "types": {**one["types"], "shape": shape}})
+        )
+    rows = compare(written).rows
+    evidence.claims([f"{rows[0].label} looks"], rows, tmp_path)
+    colour, of_shape, loss = csv.DictReader((tmp_path / "claims.csv").read_text().splitlines())
+    half = 4.3027 * 0.1 / 3**0.5
+    assert [colour[name] for name in ("average", "of the other", "low", "outcome")] == [
+        "0.5000", "0.2000", f"{0.3 - half:.4f}", "holds"
+    ]  # fmt: skip
+    assert [loss[name] for name in ("claim", "difference", "low", "outcome")] == [
+        f"{rows[0].label} looks: minus the loss", "1.2500", "1.2500", "holds"
+    ]  # fmt: skip
+    assert of_shape["claim"].endswith(": shape") and of_shape["outcome"] == "not decided"
 
 
 def test_kept_answers_are_those_of_the_runs(tmp_path):

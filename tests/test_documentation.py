@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from lib.pages import PAGES, commands
 from lib.releases import RELEASES
+from lib.reports import write_run, write_sweep
 from shards_util import picture, write_quiz
 from tiny import forgotten_imports
 from transformers import ArceeConfig, AutoModelForCausalLM
@@ -132,6 +133,9 @@ class Reader:
             return [*one, *few] if self.text.startswith("# lit_eemllm") else ["--dry-run"]
         if words[:3] == ["report", "runs/finetune", "runs/other"]:
             shutil.copytree("runs/finetune", "runs/other")
+        if words == ["report", "runs/sweeps/aligner"]:  # whose runs were planned only
+            sweep = Path(words[1])
+            write_sweep(sweep, {"all parts": [write_run(sweep / "all-parts" / "seed0")]})
         if words[0] == "validate":
             return ["eval.samples=2", "eval.max_new_tokens=2", "trainer.devices=1"]
         if words[0] == "estimate":
@@ -244,7 +248,7 @@ def test_evaluation(read: Callable[[str], Reader]) -> None:
     [
         ("docs/backends.md", 8),
         ("docs/data.md", 7),
-        ("docs/sweeps.md", 3),
+        ("docs/sweeps.md", 4),
         ("docs/vision.md", 5),
         ("docs/mechanisms.md", 8),
         ("docs/decoders.md", 2),

@@ -96,7 +96,9 @@ def test_kept_answers_score_as_reported(file: Path) -> None:
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for line in lines:
         for run in [*line][4:]:
-            right[run, line["type"]].append(line[run].strip().casefold() == line["truth"].strip().casefold())
+            right[run, line["set"] if line["type"] == "all" else line["type"]].append(
+                line[run].strip().casefold() == line["truth"].strip().casefold()
+            )
     with (file.parent / "numbers.csv").open() as text:
         reported = {
             (f"{one['row']}/{one['seed']}", one["quantity"].split(".")[1]): float(one["value"])

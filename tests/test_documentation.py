@@ -133,8 +133,7 @@ class Reader:
             return [*one, *few] if self.text.startswith("# lit_eemllm") else ["--dry-run"]
         if words[:3] == ["report", "runs/finetune", "runs/other"]:
             shutil.copytree("runs/finetune", "runs/other")
-        if words == ["report", "runs/sweeps/aligner"]:  # whose runs were planned only
-            sweep = Path(words[1])
+        if words[0] == "report" and (sweep := Path(words[1])).parent.name == "sweeps" and not sweep.exists():
             write_sweep(sweep, {"all parts": [write_run(sweep / "all-parts" / "seed0")]})
         if words[0] == "validate":
             return ["eval.samples=2", "eval.max_new_tokens=2", "trainer.devices=1"]

@@ -95,10 +95,9 @@ def test_kept_answers_score_as_reported(file: Path) -> None:
     lines = csv.DictReader(gzip.decompress(file.read_bytes()).decode().splitlines())
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for line in lines:
+        kind = line["set"] if line["type"] == "all" else line["type"]  # questions without a type are named by their set
         for run in [*line][4:]:
-            right[run, line["set"] if line["type"] == "all" else line["type"]].append(
-                line[run].strip().casefold() == line["truth"].strip().casefold()
-            )
+            right[run, kind].append(line[run].strip().casefold() == line["truth"].strip().casefold())
     with (file.parent / "numbers.csv").open() as text:
         reported = {
             (f"{one['row']}/{one['seed']}", one["quantity"].split(".")[1]): float(one["value"])

@@ -117,7 +117,7 @@ def claimed(claim: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
         UserError: it is written otherwise, names a row that is not there, or rows with fewer than two seeds in common.
     """
     named = {row.label: row for row in rows}
-    if (row := named.get(claim.removesuffix(" looks"))) and claim != row.label:
+    if claim.endswith(" looks") and (row := named.get(claim.removesuffix(" looks"))):
         return looks(claim, row)
     found = re.fullmatch(r"(.+) >= ([0-9.]+) (.+)", claim)
     if not found or not {found[1], found[3]} <= set(named):

@@ -286,7 +286,11 @@ def plain(model, batch, prompt=None, watch=None):
     """
     m, decoder = model.mechanism, model.language_model.model
     gated = getattr(m, "gated", None)
-    features_Vd = torch.zeros(0, 16) if batch.pixel_values is None else model.image_features(batch.pixel_values)[:, :16]
+    features_Vd = (
+        decoder.embed_tokens.weight.new_zeros(0, 16)
+        if batch.pixel_values is None
+        else model.image_features(batch.pixel_values)[:, :16]
+    )
     logits, row, used = [], 0, 0
     answers_of = batch.layout.answers or [()] * len(batch.layout.documents)
     for document, answers in zip(batch.layout.documents, answers_of, strict=True):

@@ -207,10 +207,12 @@ def test_what_cannot_be_generated_is_refused():
 @pytest.mark.parametrize("images_cached", [False, True], ids=["", "image cache"])
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cached, decoder):
-    """Prefill and later steps against the plain implementation, in which dropped columns are masked."""
-    model = tiny.model(decoder, DROPPING[name], layers=DEEP)
+    """Prefill and later steps against the plain implementation, in which dropped columns are masked. In float64, for the same reason as
+    test_dropping.test_logits_and_gradients_in_training."""
+    model = tiny.model(decoder, DROPPING[name], layers=DEEP).double()
     documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3]]
     inputs = tiny.prompt(model, documents)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
     with torch.no_grad():
         model.image_cache = ImageCache(10**9) if images_cached else None
         options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True)
@@ -219,7 +221,7 @@ def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cache
             whole = tiny.pack([[*document[:-1], document[-1] + 4]], seed=3 + i)
             length = sum(n or tiny.TOKENS for n in document)
             whole.input_ids[:length] = tiny.pack([document], seed=3 + i).input_ids
-            whole.pixel_values = tiny.pack([document], seed=3 + i).pixel_values
+            whole.pixel_values = tiny.pack([document], 3 + i, torch.float64).pixel_values
             whole.input_ids[length:] = out.sequences[i, -4:]
             true = plain(model, whole, prompt=length)[-5:-1]
             found = torch.stack([step[i, : tiny.VOCAB] for step in out.logits])

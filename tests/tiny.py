@@ -246,9 +246,9 @@ def pack(documents: list[list[int]], seed: int = 0, dtype: torch.dtype = torch.f
     )
 
 
-def prompt(model, documents, seed=3):
+def prompt(model, documents, seed=3, dtype=torch.float32):
     """Left-padded ids of documents (run lengths, 0 an image) and their images."""
-    batches = [pack([doc], seed + i) for i, doc in enumerate(documents)]
+    batches = [pack([doc], seed + i, dtype) for i, doc in enumerate(documents)]
     image = model.config.image_token_id
     ids = [b.input_ids.index_fill(0, b.layout.visual_index, image) for b in batches]
     longest = max(map(len, ids))

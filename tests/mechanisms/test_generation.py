@@ -211,17 +211,17 @@ def test_dropped_tokens_are_those_the_prompt_attends_to_least(name, images_cache
     test_dropping.test_logits_and_gradients_in_training."""
     model = tiny.model(decoder, DROPPING[name], layers=DEEP).double()
     documents = [[3, 0, 4], [5], [2, 0, 1, 0, 3]]
-    inputs = tiny.prompt(model, documents)
-    inputs["pixel_values"] = inputs["pixel_values"].double()
+    inputs = tiny.prompt(model, documents, dtype=torch.float64)
     with torch.no_grad():
         model.image_cache = ImageCache(10**9) if images_cached else None
         options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True)
         out = model.generate(**inputs, **options, return_dict_in_generate=True)
         for i, document in enumerate(documents):
             whole = tiny.pack([[*document[:-1], document[-1] + 4]], seed=3 + i)
-            length = sum(n or tiny.TOKENS for n in document)
-            whole.input_ids[:length] = tiny.pack([document], seed=3 + i).input_ids
-            whole.pixel_values = tiny.pack([document], 3 + i, torch.float64).pixel_values
+            asked = tiny.pack([document], 3 + i, torch.float64)
+            length = len(asked.input_ids)
+            whole.input_ids[:length] = asked.input_ids
+            whole.pixel_values = asked.pixel_values
             whole.input_ids[length:] = out.sequences[i, -4:]
             true = plain(model, whole, prompt=length)[-5:-1]
             found = torch.stack([step[i, : tiny.VOCAB] for step in out.logits])

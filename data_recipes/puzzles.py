@@ -412,7 +412,7 @@ def _row(
     sparse = split == "train" and rng.random() < 0.5
     count = pictures or rng.randint(*PICTURES)
     slots = _slots(kind, rng, count)
-    most = {"objects": grid * grid // 2, "bars": 2 * grid - 2, "words": len(COLOURS)}[shows]
+    most = {"objects": grid * grid // 2, "bars": min(2 * grid - 2, len(LETTERS)), "words": len(COLOURS)}[shows]
     while True:
         number = min(most, things or rng.randint(*(SPARSE if sparse else THINGS)[shows]))
         shown = [_of_split(split, draw) for draw in _scenes(kind, answer, slots, rng, grid, number, count)]

@@ -2,7 +2,7 @@
 
     python tools/evidence.py power SWEEP                  # of a pilot: the differences that more seeds and questions would show
     python tools/evidence.py claims SWEEP --out FOLDER --claims "ee_mllm >= 0.98 llava" ...     # what was stated, and its outcome
-    python tools/evidence.py curves SWEEP --out FOLDER    # the hard set's questions with more objects, or among more pictures
+    python tools/evidence.py curves SWEEP --out FOLDER    # the hard set's questions with more objects, bars or words, or more pictures
     python tools/evidence.py keep SWEEP --out FOLDER      # its report, and each answer of each run, compressed
 
 **Power.** The difference of two rows varies with the seed and with the choice of questions. Of a pilot, s^2 is the variance
@@ -18,8 +18,8 @@ if all seeds are asked the same questions it says nothing of other questions, as
 lies below, and is not decided otherwise. "A looks" is one for each type of question, of its score with the right pictures beside
 that with exchanged ones, and one of the loss. Writes claims.csv, with the share of B's prefill FLOPs that A takes.
 
-**Curves.** Each run is asked questions of data_recipes/puzzles.py with a fixed number of objects (`THINGS`), and of one to
-four pictures, in one of which is what is asked for (256 visual tokens each). Writes curves.csv, .md (means) and .png.
+**Curves.** Each run is asked questions of data_recipes/puzzles.py with a fixed number of objects, of bars, of words, and of pictures
+in one of which is what is asked for (`CURVES`). Writes curves.csv, .md (means over seeds) and .png.
 
 **Keep.** Copies report.md, .csv and .png, numbers.csv and search.csv, and writes predictions.csv.gz: a line for each question,
 with its type, the right answer, and what each run (a column) answered.
@@ -38,10 +38,11 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import nan, sqrt
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_eemllm.console import COMMAND, console, progress, write_atomically
 from lit_eemllm.errors import UserError
@@ -54,11 +55,25 @@ import puzzles
 
 SEEDS = (3, 5, 8, 12)
 TIMES = (1, 2, 4)  # as many questions
-THINGS = (2, 4, 8, 16, 24)  # objects of a picture
-OF_OBJECTS = ("outermost", "shape", "beside", "count_colour")
-PICTURES = (1, 2, 3, 4)
-OF_PICTURES = "find"
+
+
+class Curve(NamedTuple):
+    """What is varied: argument and values of `puzzles.rows_and_scenes`, the types that are asked, the axis and what a step on it is."""
+
+    argument: str
+    values: tuple[int, ...]
+    types: tuple[str, ...]
+    axis: str
+    unit: int = 1
+
+
 TOKENS = (2 * puzzles.GRID) ** 2  # visual tokens of a picture
+CURVES = {  # every type of the set; training has 2 to 16 objects, 2 to 12 bars, 1 to 6 words, up to 4 pictures
+    "objects": Curve("things", (2, 4, 8, 16, 24), ("outermost", "shape", "beside", "count_colour"), "objects"),
+    "bars": Curve("things", (2, 4, 8, 12), ("tallest", "count_bars"), "bars"),
+    "words": Curve("things", (1, 2, 4, 6), ("word",), "words"),
+    "pictures": Curve("pictures", (1, 2, 3, 4, 6), ("find",), f"visual tokens, {TOKENS} a picture", TOKENS),
+}
 KEPT = ("report.md", "report.csv", "report.png", "numbers.csv")
 
 
@@ -157,18 +172,17 @@ def claims(written: Sequence[str], rows: Sequence[Row], out: Path) -> None:
 def questions(folder: Path, each: int) -> Path:
     """Write the questions of all difficulties, `each` of a type, and the suite that names them; returns the suite's path."""
     sets = {}
-    for name, kinds, fixed in (
-        *((f"things-{n}", OF_OBJECTS, {"things": n}) for n in THINGS),
-        *((f"pictures-{n}", (OF_PICTURES,), {"pictures": n}) for n in PICTURES),
-    ):
+    for parameter, (argument, values, types, *_) in CURVES.items():
+        for value in values:
+            asked = partial(puzzles.rows_and_scenes, types=types, **{argument: value})
 
-        def rows(split: str, count: int, seed: int, kinds: Any = kinds, fixed: Any = fixed) -> Iterable[Any]:
-            for row, shown in puzzles.rows_and_scenes(split, count, seed, kinds, **fixed):
-                yield row, [puzzles.easy.png(puzzles.render(scene)) for scene in shown]
+            def rows(split: str, count: int, seed: int, asked: Any = asked) -> Iterable[Any]:
+                for row, shown in asked(split, count, seed):
+                    yield row, [puzzles.easy.png(puzzles.render(scene)) for scene in shown]
 
-        at = folder / name
-        puzzles.easy.write(at, "val", each * len(kinds), seed=1, rows=rows)
-        sets[name] = {"data": f"{at.name}/val.json", "images": f"{at.name}/images"}
+            at = folder / f"{parameter}-{value}"
+            puzzles.easy.write(at, "val", each * len(types), seed=1, rows=rows)
+            sets[at.name] = {"data": f"{at.name}/val.json", "images": f"{at.name}/images"}
     suite = folder / "suite.yaml"
     suite.write_text(json.dumps({"sets": sets}))
     return suite
@@ -195,7 +209,7 @@ def curves(rows: Sequence[Row], each: int, seeds: Sequence[int], out: Path) -> N
             for name, found in ask(run, suite, Path(folder) / str(number)).items():
                 group, _, kind = name.partition("/")
                 parameter, value = group.split("-")
-                about = parameter, int(value), kind or OF_PICTURES
+                about = parameter, int(value), kind or CURVES[parameter].types[0]
                 written.append((row.label, run.config.seed, *about, found["questions"], found["score"]))
             advance(1)
     heading = "row", "seed", "parameter", "value", "type", "questions", "score"
@@ -207,15 +221,21 @@ def curves(rows: Sequence[Row], each: int, seeds: Sequence[int], out: Path) -> N
 
 
 def table_of(written: Sequence[tuple[Any, ...]]) -> str:
-    """Means over types and seeds, in Markdown."""
-    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row, _, parameter, value, _, _, score in written:
-        scores[row, f"{parameter} {value}"].append(score)
-    columns = list(dict.fromkeys(column for _, column in scores))
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for row in dict.fromkeys(row for row, _ in scores):
-        lines.append(f"| {row} | " + " | ".join(f"{mean(scores[row, column]):.3f}" for column in columns) + " |")
-    return "# Scores over difficulty\n\n" + "\n".join(lines) + "\n"
+    """Means over seeds of each type, and over types, in Markdown."""
+    scores: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row, _, parameter, value, kind, _, score in written:
+        scores[row, parameter, value, kind].append(score)
+    rows = [*dict.fromkeys(line[0] for line in written)]
+    text = "# Scores over difficulty\n"
+    for parameter, curve in CURVES.items():
+        text += f"\n| {parameter} | | " + " | ".join(map(str, curve.values)) + " |\n"
+        text += "|---|---|" + "---|" * len(curve.values) + "\n"
+        for kinds in [*((kind,) for kind in curve.types), *([curve.types] if len(curve.types) > 1 else [])]:
+            for row in rows:
+                means = (mean(mean(scores[row, parameter, value, kind]) for kind in kinds) for value in curve.values)
+                name = kinds[0] if len(kinds) == 1 else "mean"
+                text += f"| {name} | {row} | " + " | ".join(f"{one:.3f}" for one in means) + " |\n"
+    return text
 
 
 def draw(written: Sequence[tuple[Any, ...]]) -> bytes:
@@ -225,30 +245,26 @@ def draw(written: Sequence[tuple[Any, ...]]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
-    panels = (
-        ("things", 1, "objects in the picture", OF_OBJECTS),
-        ("pictures", TOKENS, "visual tokens, 256 a picture", (OF_PICTURES,)),
-    )
-    for axis, (parameter, unit, label, kinds) in zip(axes, panels, strict=True):
+    figure, grid = plt.subplots(2, 2, figsize=(12, 8.4), sharey=True, layout="constrained")
+    for axis, (parameter, curve) in zip(grid.flat, CURVES.items(), strict=True):
+        x = [curve.unit * value for value in curve.values]
         for number, row in enumerate(dict.fromkeys(line[0] for line in written)):
-            scores: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+            scores: dict[int, dict[int, list[float]]] = {value: defaultdict(list) for value in curve.values}
             for name, seed, about, value, _, _, score in written:
                 if (name, about) == (row, parameter):
                     scores[value][seed].append(score)
-            values = sorted(scores)
-            means = [[mean(of_types) for of_types in scores[value].values()] for value in values]
-            x = [unit * value for value in values]
+            means = [[mean(of_types) for of_types in by_seed.values()] for by_seed in scores.values()]
             axis.plot(x, [*map(mean, means)], marker="osD^vP*X<>"[number % 10], color=f"C{number}", label=row)
             axis.fill_between(x, [*map(min, means)], [*map(max, means)], color=f"C{number}", alpha=0.12, linewidth=0)
-        chance = mean(1 / len(puzzles.ANSWERS[kind]) for kind in kinds)
+        chance = mean(1 / len(puzzles.ANSWERS[kind]) for kind in curve.types)
         axis.axhline(chance, color="0.4", linestyle=":", label="guessing")
-        axis.set(xlabel=label, xscale="log", ylim=(0, 1), title=f"{', '.join(kinds)}")
+        axis.set(xlabel=curve.axis, xscale="log", ylim=(0, 1), title=", ".join(curve.types))
         axis.set_xticks(x, [f"{value:,}" for value in x])
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("score")
-    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in grid[:, 0]:
+        axis.set_ylabel("score")
+    grid[0, 1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     image = io.BytesIO()
     figure.savefig(image, dpi=110)
     plt.close(figure)

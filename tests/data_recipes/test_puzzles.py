@@ -261,6 +261,10 @@ def test_difficulty_is_what_is_asked_for():
             objects = scenes[-1]["items"]
             few = row["type"] == "count_colour" and int(answer(row)) > things
             assert len(objects) == things or few, row
+    for kind, most in (("tallest", 12), ("count_bars", 12), ("word", 6)):  # letters, and colours, that there are
+        for things in (6, 24):
+            for row, scenes in puzzles.rows_and_scenes("val", 12, types=(kind,), things=things):
+                assert len(scenes[0]["items"]) == min(things, most), row
     for pictures in (1, 3, 4):
         for row, scenes in puzzles.rows_and_scenes("val", 36, types=("find", "picture"), pictures=pictures):
             assert len(scenes) == row["conversations"][0]["value"].count("<image>") == pictures

@@ -156,16 +156,17 @@ def test_kept_answers_are_those_of_the_runs(tmp_path):
 def test_questions_are_as_difficult_as_their_set_says(tmp_path):
     suite = evidence.questions(tmp_path, 1)
     read, wrong = read_suite(suite, None, 2)
-    assert wrong == [] and len(read) == len(evidence.THINGS) + len(evidence.PICTURES)
     sets = json.loads(suite.read_text())["sets"]
-    assert [*sets] == [*(f"things-{n}" for n in evidence.THINGS), *(f"pictures-{n}" for n in evidence.PICTURES)]
+    assert wrong == [] and len(read) == len(sets)
+    assert [*sets] == [f"{name}-{n}" for name, curve in evidence.CURVES.items() for n in curve.values]
+    assert sorted(kind for curve in evidence.CURVES.values() for kind in curve.types) == sorted(evidence.puzzles.TYPES)
     for name, one in sets.items():
+        parameter, value = name.split("-")
         asked = json.loads((tmp_path / one["data"]).read_text())
-        kinds = evidence.OF_OBJECTS if name.startswith("things") else ("find",)
-        assert [question["type"] for question in asked] == [*kinds]
+        assert [question["type"] for question in asked] == [*evidence.CURVES[parameter].types]
         names = asked[0]["image"] if isinstance(asked[0]["image"], list) else [asked[0]["image"]]
         assert all((tmp_path / one["images"] / image).is_file() for image in names)
-        assert name.startswith("things") or len(names) == int(name.split("-")[1])
+        assert len(names) == (int(value) if parameter == "pictures" else 1)
 
 
 def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):
@@ -174,8 +175,12 @@ def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):
         SimpleNamespace(label=label, runs=[SimpleNamespace(config=SimpleNamespace(seed=seed)) for seed in range(3)])
         for label in ("a", "b")
     ]
-    scores = {f"things-{n}/shape": {"questions": 1, "score": 1 / n} for n in evidence.THINGS}
-    scores |= {f"pictures-{n}": {"questions": 1, "score": 0.5} for n in evidence.PICTURES}
+    scores = {
+        f"{name}-{n}" + f"/{kind}" * (len(curve.types) > 1): {"questions": 1, "score": (kind == "shape") / n}
+        for name, curve in evidence.CURVES.items()
+        for n in curve.values
+        for kind in curve.types
+    }
     asked = []
     monkeypatch.setattr(evidence, "ask", lambda run, suite, folder: asked.append(run) or scores)
     evidence.curves(rows, 1, [0, 2], tmp_path)
@@ -184,5 +189,6 @@ def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):
     assert {(line["row"], line["seed"]) for line in lines} == {("a", "0"), ("a", "2"), ("b", "0"), ("b", "2")}
     assert {(line["value"], line["score"]) for line in lines if line["type"] == "shape"} >= {("4", "0.250000")}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    table = (tmp_path / "curves.md").read_text().splitlines()
-    assert table[2].startswith("| | things 2 | things 4 ") and table[4].startswith("| a | 0.500 | 0.250 ")
+    table = (tmp_path / "curves.md").read_text()
+    assert "| objects | | 2 | 4 | 8 | 16 | 24 |\n" in table and "| shape | a | 0.500 | 0.250 | 0.125 |" in table
+    assert "| mean | b | 0.125 | 0.062 | 0.031 |" in table and "| word | a | 0.000 |" in table

@@ -25,6 +25,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from .attention import registered_backends
 from .console import console, progress, quiet_libraries, write_atomically
 from .cost.weightless import SHAPES as LLAVA
+from .doctor import provenance
 from .errors import UserError, did_you_mean
 from .formats.llava import Llava
 from .inputs.images import ImageTransform
@@ -33,7 +34,6 @@ from .mechanisms import PRESETS, build_mechanism
 from .model import EEMLLM, EEMLLMConfig
 from .model.image_cache import ImageCache
 from .model.vision import TransformersVision
-from .report import provenance
 from .report.measured import BASE, MEASURES, draw, largest, report
 
 SHAPES: dict[str, dict[str, int]] = {

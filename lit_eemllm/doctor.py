@@ -205,6 +205,20 @@ def environment(*packages: str) -> dict[str, Any]:
     }
 
 
+def origin() -> str:
+    """Machine, versions and commit of this process, in a line: what its numbers come from."""
+    about = environment("torch", "transformers", "lightning", "megatron-energon")
+    return (
+        f"{about['cpu']}, {about['cores']} cores, {about['gpu'] or 'no GPU'}; "
+        f"{', '.join(map(' '.join, about['versions'].items()))}; lit_eemllm {__version__}, commit {about['commit']}"
+    )
+
+
+def provenance(command: str | None = None) -> str:
+    """`origin`, and the command, by default that of `lit-eemllm`."""
+    return f"{origin()}; {command or 'lit-eemllm ' + ' '.join(sys.argv[1:])}"
+
+
 def _built_for() -> str:
     if torch.version.hip is not None:
         return f"ROCm {torch.version.hip}"

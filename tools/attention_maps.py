@@ -29,12 +29,12 @@ from lit_eemllm.config import load_config
 from lit_eemllm.console import quiet_libraries, write_atomically
 from lit_eemllm.data.packing import collate
 from lit_eemllm.data.samples import SampleEncoder
+from lit_eemllm.doctor import provenance
 from lit_eemllm.errors import UserError
 from lit_eemllm.evaluation.calibrate.attention import Watched
 from lit_eemllm.evaluation.run import load
 from lit_eemllm.layout import PackedBatch
 from lit_eemllm.model import EEMLLM
-from lit_eemllm.report import provenance
 
 
 class Mapped(Watched):

@@ -50,11 +50,11 @@ from lit_eemllm.data.module import ShardDataModule
 from lit_eemllm.data.recipe import read_recipe
 from lit_eemllm.data.samples import read_members, read_row
 from lit_eemllm.data.shards import make, read_shard
+from lit_eemllm.doctor import provenance
 from lit_eemllm.errors import SampleError, UserError
 from lit_eemllm.inputs.chat import ChatTemplate, get_template
 from lit_eemllm.inputs.images import ImageTransform, Transform, open_image, read_picture
 from lit_eemllm.mechanisms import configured_mechanism
-from lit_eemllm.report import provenance
 from lit_eemllm.shrink import shrink
 
 HELD = 512  # samples in memory for the bare costs

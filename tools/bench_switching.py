@@ -26,9 +26,9 @@ from bench_training import CASES, SHAPES, pack
 
 from lit_eemllm.config import load_config
 from lit_eemllm.console import console, write_atomically
+from lit_eemllm.doctor import provenance
 from lit_eemllm.mechanisms import Mechanism
 from lit_eemllm.mechanisms.schedule import Schedule
-from lit_eemllm.report import provenance
 from lit_eemllm.training.tuning import parameter_groups
 
 

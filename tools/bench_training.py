@@ -28,12 +28,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 from lit_eemllm.config import load_config
 from lit_eemllm.console import console, progress, write_atomically
 from lit_eemllm.cost import weightless
+from lit_eemllm.doctor import provenance
 from lit_eemllm.inputs.images import ImageTransform
 from lit_eemllm.layout import PackedBatch, Run, SequenceLayout
 from lit_eemllm.mechanisms import build_mechanism
 from lit_eemllm.model import EEMLLM, EEMLLMConfig
 from lit_eemllm.model.vision import TransformersVision
-from lit_eemllm.report import provenance
 from lit_eemllm.training.tuning import apply_tuning, parameter_groups
 
 SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {

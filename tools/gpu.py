@@ -255,7 +255,7 @@ PARTS: dict[str, tuple[Callable[[Path, bool], None], int]] = {
 # --- running them
 def write(out: Path, result: dict[str, Any]) -> None:
     from lit_eemllm.console import write_atomically
-    from lit_eemllm.report import provenance
+    from lit_eemllm.doctor import provenance
 
     write_atomically(out, json.dumps({"provenance": provenance("make gpu"), **result}, indent=1) + "\n")
 

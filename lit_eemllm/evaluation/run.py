@@ -21,6 +21,7 @@ from PIL import Image
 from ..config import to_yaml
 from ..console import console, quiet_libraries, write_atomically
 from ..data.module import ShardDataModule
+from ..doctor import origin
 from ..errors import SampleError, UserError
 from ..inputs.conversation import IMAGE, Conversation, Turn
 from ..inputs.images import open_image, read_file
@@ -96,6 +97,7 @@ def validate(config: Config, checkpoint: str | None) -> None:
         measured["image_cache"] = {"hits": model.image_cache.hits, "misses": model.image_cache.misses}
     results = {
         "checkpoint": source,
+        "machine": origin(),
         "data": on,
         "seed": config.seed,
         "mechanism": model.config.mechanism,

@@ -8,11 +8,11 @@ from typing import Any
 
 from ..config import strict_yaml
 from ..cost.explain import COLUMNS, cells, ranges
+from ..doctor import provenance
 from ..errors import UserError
 from ..mechanisms.connectors import DEFAULT
 from ..model import EEMLLM
 from . import markdown_table, plain
-from .machine import provenance
 from .runs import Comparison, Row, read_run
 from .tables import Lines, tables
 from .words import caption, incomplete

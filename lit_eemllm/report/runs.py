@@ -33,6 +33,7 @@ class Run:
 
     Attributes:
         curve: rows of the metrics files by step; of a step that was repeated, the row of the continued run.
+        machines: machine, versions and commit of each start of its training, and of its evaluation; runs of earlier versions do not say.
         untrained: results before training, if they were measured.
     """
 
@@ -41,6 +42,7 @@ class Run:
     results: dict[str, Any]
     untrained: dict[str, Any] | None
     curve: list[dict[str, float]]
+    machines: set[str]
 
     @property
     def label(self) -> str:
@@ -226,7 +228,11 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: not evaluated yet; run: lit-eemllm validate {path}")
     untrained = path / "eval-untrained" / "results.json"
     rows: dict[float, dict[str, float]] = {}
+    results = read_results(path / "eval" / "results.json")
+    machines = {str(results["machine"])} if "machine" in results else set()
     for file in metrics_files(path):
+        if (made := file.with_name("machine.csv")).is_file():
+            machines |= {row["machine"] for row in read_table(made)[1] if "machine" in row}
         for row in read_table(file)[1]:
             try:
                 if row.get("loss"):
@@ -240,9 +246,10 @@ def read_run(path: Path) -> Run:
     return Run(
         path,
         config,
-        read_results(path / "eval" / "results.json"),
+        results,
         read_results(untrained) if untrained.is_file() else None,
         [rows[step] for step in sorted(rows)],
+        machines,
     )
 
 

@@ -22,6 +22,7 @@ from ..config import flat, to_yaml
 from ..console import console, progress_bar, write_atomically
 from ..core.table import LayerPlan
 from ..core.table import Table as Rows
+from ..doctor import origin
 from ..layout import PackedBatch
 from ..mechanisms.connectors import DEFAULT
 from ..plugins import record
@@ -146,6 +147,7 @@ class RunLog(Callback):
             model = pl_module.model
             table = model.mechanism.table(len(model.language_model.model.layers))
             self.logs.log_table("mechanism", *grouped(table))
+            self.logs.log_table("machine", ["machine"], [[origin()]])
             if (
                 torch.cuda.is_available() and pl_module.device.type == "cuda"
             ):  # no MFU on a CPU, which the loader uses too

@@ -21,6 +21,7 @@ from lib.questions import file_set, of_shards, question, read
 from PIL import Image
 
 from lit_eemllm import cli
+from lit_eemllm.doctor import origin
 from lit_eemllm.errors import CheckpointError, UserError
 from lit_eemllm.evaluation import cost, run
 from lit_eemllm.evaluation.gallery import extremes, write_gallery
@@ -195,6 +196,7 @@ def test_scores_of_a_model_that_knows_the_answers(trained, monkeypatch, capsys):
     run.validate(replace(trained, eval=replace(trained.eval, control=2)), None)
     folder = run.Path(trained.out) / "eval"
     results = json.loads((folder / "results.json").read_text())
+    assert results["machine"] == origin() and read_run(folder.parent).machines == {origin()}
     assert set(results["types"]) == {"chart", "colour", "compare", "count", "position", "shape", "word"}
     passes = [shuffle_images(questions, trained.seed + i) for i in range(2)]
     assert passes[0] != passes[1]

@@ -69,6 +69,22 @@ def test_curve_of_a_continued_run(tmp_path):
     assert [(row["step"], row["loss"]) for row in curve] == [(10, 5), (20, 3.5), (30, 3), (40, 1)]
 
 
+def test_machines_of_runs_are_named(tmp_path, undrawn):
+    """One run was continued, and asked, on another machine than it was begun on; one does not say."""
+    rows = [[(10, 3, 1, 1, "")], [(20, 2, 1, 1, "")]]
+    runs = [
+        write_run(tmp_path / "a", "seed=0", results={"loss": 1.0, "machine": "ours, <b>"}, metrics=rows),
+        write_run(tmp_path / "b", "seed=1", results={"loss": 1.0, "machine": "theirs"}, metrics=rows[:1]),
+        write_run(tmp_path / "c", "seed=2", results={"loss": 1.0}, metrics=rows[:1]),
+    ]
+    for run, version, machine in ((0, 0, "theirs"), (0, 1, "ours, <b>"), (1, 0, "theirs")):
+        (runs[run] / "logs" / f"version_{version}" / "machine.csv").write_text(f'machine\n"{machine}"\n')
+    report(runs, tmp_path / "out")
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    assert lines[-3:-1] == ["- 2 runs on: theirs", "- 1 run on: ours, &lt;b>"]
+    assert lines[-1].startswith("- this report: ") and ", commit " in lines[-1]
+
+
 def test_runs_of_the_loss_alone_leave_cells_blank(tmp_path, capsys):
     """One run has only a loss and an empty log, the other everything: nothing unknown is shown as a number."""
     alone = {"parameters": 2_000_000, "loss": 1.0, "loss_shuffled_images": None}

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_eemllm import cli
 from lit_eemllm.config import to_yaml
+from lit_eemllm.doctor import origin
 from lit_eemllm.errors import ConfigError
 from lit_eemllm.training import logs
 from lit_eemllm.training.checkpoint import newest_checkpoint, read_checkpoint
@@ -23,11 +24,12 @@ PICTURE = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 COLUMNS, ROWS = ["layers", "seen"], [["0-2", "all"], ["3", "every 2"]]
 
 
-def test_the_table_of_the_mechanism_is_logged(tmp_path, parts, shapes):
+def test_the_table_of_the_mechanism_and_the_machine_are_logged(tmp_path, parts, shapes):
     fit(tiny.config(parts, shapes, tmp_path, *OPTIONS, "model.mechanism.rows=[{layers: 1-2, seen: every 2}]"))
     with (tmp_path / "logs" / "version_0" / "mechanism.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["layers"], row["seen"]) for row in rows] == [("0", "all"), ("1-2", "every 2")]
+    assert (tmp_path / "logs" / "version_0" / "machine.csv").read_text().splitlines() == ["machine", f'"{origin()}"']
     (log,) = tmp_path.glob("logs/version_0/events.*")
     (text,) = EventAccumulator(str(log), {"tensors": 0}).Reload().Tensors("mechanism/text_summary")
     assert text.tensor_proto.string_val[0].decode().splitlines()[:2] == [

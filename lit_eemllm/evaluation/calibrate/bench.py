@@ -19,11 +19,11 @@ from ...data.packing import collate, plan_packs
 from ...data.recipe import Recipe
 from ...data.samples import EncodedSample, SampleEncoder, TokenSample
 from ...data.shards import read_shard
+from ...doctor import provenance
 from ...errors import ConfigError, SampleError, UserError
 from ...inputs.spans import IMAGE_SLOT
 from ...layout import PackedBatch
 from ...mechanisms import Mechanism
-from ...report import provenance
 from ..run import load
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ An object has an upper and a lower half, each full, round or pointed; its shape 
 full below), so no patch tells a shape.
 
 `things` is the difficulty: how many objects, bars or words a picture shows. It is drawn from `THINGS`, or is given,
-as is the number of pictures, and so scores can be drawn over either (`curves`).
+as is the number of pictures, and so scores can be drawn over either (tools/evidence.py curves). Where more are counted, more are shown; there is
+room for half as many objects as cells, and for a bar a letter and a word a colour.
 
 As in shapes.py: within a type every answer is equally frequent, for each wording, and independent of what the question
 names, so the best constant answer scores 1/K (``ANSWERS``); answers are one word and one token; half of the training
@@ -19,8 +20,9 @@ shades and backgrounds): its first byte modulo ten is 0 in ``val``, 1 in ``searc
 learning rates and the like, so that nothing is chosen by what is reported) and more in ``train``.
 
 Lazy strategies, on validation rows (bounded by tests/data_recipes/test_puzzles.py): a colour, shape, letter or word that
-is merely present, or the most frequent one, scores at most 1/K + 0.2; so does reading only half of a question, but for ``shape`` and ``picture``
-(0.5 and 0.4: the shape of something of the colour that is asked for, wherever, or in any of the pictures).
+is merely present, or the most frequent one, scores at most 1/K + 0.2. Reading half of a question scores more: 0.5 of ``shape`` (something of the
+colour that is asked for, wherever) and ``tallest`` (or shortest), 0.4 of ``outermost`` (in any direction), ``beside`` (any neighbour) and
+``picture`` (any of them).
 
 Use it from Python (``rows``), or write LLaVA-style JSON files and a folder of images::
 

@@ -178,8 +178,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def environment(*packages: str) -> dict[str, Any]:
-    """Where numbers come from: processor and its cores, GPU or None, versions of those packages that are installed, commit."""
+def environment(*packages: str, cuda: bool = True) -> dict[str, Any]:
+    """Where numbers come from: processor and its cores, GPU or None, versions of those packages that are installed, commit.
+
+    cuda: whether a GPU, if there is one, was used.
+    """
     cpuinfo = Path("/proc/cpuinfo")  # Linux alone names the processor there
     names = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
     versions = {"Python": platform.python_version()}
@@ -199,15 +202,15 @@ def environment(*packages: str) -> dict[str, Any]:
     return {
         "cpu": (names or [platform.processor() or platform.machine()])[0],
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if cuda and torch.cuda.is_available() else None,
         "versions": versions,
         "commit": commit,
     }
 
 
-def origin() -> str:
-    """Machine, versions and commit of this process, in a line: what its numbers come from."""
-    about = environment("torch", "transformers", "lightning", "megatron-energon")
+def origin(cuda: bool = True) -> str:
+    """Machine, versions and commit of this process, in a line: what its numbers come from. cuda: as in `environment`."""
+    about = environment("torch", "transformers", "lightning", "megatron-energon", cuda=cuda)
     return (
         f"{about['cpu']}, {about['cores']} cores, {about['gpu'] or 'no GPU'}; "
         f"{', '.join(map(' '.join, about['versions'].items()))}; lit_eemllm {__version__}, commit {about['commit']}"

@@ -19,7 +19,8 @@ lies below, and is not decided otherwise. "A looks" is one for each type of ques
 that with exchanged ones, and one of the loss. Writes claims.csv, with the share of B's prefill FLOPs that A takes.
 
 **Curves.** Each run is asked questions of data_recipes/puzzles.py with a fixed number of objects, of bars, of words, and of pictures
-in one of which is what is asked for (`CURVES`). Writes curves.csv, .md (means over seeds) and .png.
+in one of which is what is asked for (`CURVES`; where more are counted than that, as many are shown). Writes curves.csv, .md (means
+over seeds) and .png.
 
 **Keep.** Copies report.md, .csv and .png, numbers.csv and search.csv, and writes predictions.csv.gz: a line for each question,
 with its type, the right answer, and what each run (a column) answered.
@@ -68,7 +69,7 @@ class Curve(NamedTuple):
 
 
 TOKENS = (2 * puzzles.GRID) ** 2  # visual tokens of a picture
-CURVES = {  # every type of the set; training has 2 to 16 objects, 2 to 12 bars, 1 to 6 words, up to 4 pictures
+CURVES = {  # every type of the set; training has 2 to 16 objects, 2 to 12 bars, 1 to 6 words, 2 to 4 pictures
     "objects": Curve("things", (2, 4, 8, 16, 24), ("outermost", "shape", "beside", "count_colour"), "objects"),
     "bars": Curve("things", (2, 4, 8, 12), ("tallest", "count_bars"), "bars"),
     "words": Curve("things", (1, 2, 4, 6), ("word",), "words"),
@@ -196,6 +197,9 @@ def ask(run: Run, suite: Path, folder: Path) -> dict[str, Any]:
     if done.returncode:
         raise UserError(f"{run.path}: {done.stderr.strip() or done.stdout.strip()[-500:]}")
     types: dict[str, Any] = json.loads((folder / "eval" / "results.json").read_text())["types"]
+    asked = [f"{name}-{n}/{kind}" for name, curve in CURVES.items() for n in curve.values for kind in curve.types]
+    if missing := [name for name in asked if name not in types]:
+        raise UserError(f"{run.path}: no question of {', '.join(missing)} was answered")
     return types
 
 
@@ -207,9 +211,9 @@ def curves(rows: Sequence[Row], each: int, seeds: Sequence[int], out: Path) -> N
         suite = questions(Path(folder), each)
         for number, (row, run) in enumerate(runs):
             for name, found in ask(run, suite, Path(folder) / str(number)).items():
-                group, _, kind = name.partition("/")
+                group, kind = name.split("/")
                 parameter, value = group.split("-")
-                about = parameter, int(value), kind or CURVES[parameter].types[0]
+                about = parameter, int(value), kind
                 written.append((row.label, run.config.seed, *about, found["questions"], found["score"]))
             advance(1)
     heading = "row", "seed", "parameter", "value", "type", "questions", "score"

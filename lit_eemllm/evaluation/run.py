@@ -65,6 +65,9 @@ def validate(config: Config, checkpoint: str | None) -> None:
         if report.bad:
             console.print(f"{one.data}: {report}")
     model, processor, source = load(config, checkpoint)
+    made = origin(
+        model.device.type == "cuda"
+    )  # now: the commit is of the code that runs, whatever is committed meanwhile
     folder = Path(config.out) / ("eval" if checkpoint != UNTRAINED else "eval-untrained")
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.global_rank == 0 and not (Path(config.out) / "config.yaml").exists():  # under another mechanism, say
@@ -97,7 +100,7 @@ def validate(config: Config, checkpoint: str | None) -> None:
         measured["image_cache"] = {"hits": model.image_cache.hits, "misses": model.image_cache.misses}
     results = {
         "checkpoint": source,
-        "machine": origin(),
+        "machine": made,
         "data": on,
         "seed": config.seed,
         "mechanism": model.config.mechanism,

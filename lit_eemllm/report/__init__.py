@@ -5,7 +5,6 @@ Every number comes from a run directory that is named beside it: below the table
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -16,7 +15,7 @@ from .page import page
 from .plots import draw
 from .runs import Comparison, compare, read_run
 from .tables import Lines, numbers_csv, print_tables, report_csv, tables
-from .words import caption, incomparable, incomplete, search_heading, searches
+from .words import caption, incomparable, incomplete, machines, search_heading, searches
 
 __all__ = ["read_run", "report"]
 
@@ -38,10 +37,8 @@ def report(runs: Sequence[Path], out: Path | None = None, baseline: str | None =
     notes = [f"{row.title}: {', '.join(str(run.path) for run in row.runs) or 'no run'}" for row in compared.rows]
     warnings = [warning for warning in (incomparable(compared.rows), incomplete(compared.rows)) if warning]
     failed = [f"failed: {run}: {shorten(why, 300)}" for run, why in compared.failed.items()]
-    machines = Counter(machine for row in compared.rows for run in row.runs for machine in run.machines)
     made = [f"made by: {compared.made}"] if compared.made else []
-    made += [f"{count} run{'s' * (count > 1)} on: {shorten(one, 300)}" for one, count in machines.most_common()]
-    made.append(f"this report: {provenance()}")
+    made += [*machines(compared.rows), f"this report: {provenance()}"]
     picture = draw(compared.rows)
     write_atomically(out / "report.md", markdown(compared, warnings, [*notes, *failed, *made]))
     write_atomically(out / "report.csv", report_csv(compared))

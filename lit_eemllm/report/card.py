@@ -15,7 +15,7 @@ from ..model import EEMLLM
 from . import markdown_table, plain
 from .runs import Comparison, Row, read_run
 from .tables import Lines, tables
-from .words import caption, incomplete
+from .words import caption, incomplete, machines
 
 CARD = "README.md"
 LICENCE = "What the licences of its decoder, its vision encoder and its data allow; they are not known here. Write yours above, as `license: ...`, before you publish it."
@@ -53,7 +53,7 @@ def write_card(
     if scored is not None:
         parts.append("## Scores and costs\n\n" + _scores(*scored))
     parts.append(f"## Licence\n\n{LICENCE}")
-    parts.append(f"## Where it comes from\n\n{plain(provenance())}")
+    parts.append(f"## Where it comes from\n\nThis card: {plain(provenance())}")
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -123,4 +123,5 @@ def _scores(run: Path, checkpoint: str) -> str:
         return "The run's results are of another checkpoint."
     compared = Comparison([Row([found], found.label)])
     lines = [markdown_table(one) for one in tables(compared)]
-    return "\n\n".join([*lines, *map(plain, filter(None, [" ".join(caption(compared)), incomplete(compared.rows)]))])
+    told = [" ".join(caption(compared)), incomplete(compared.rows), *machines(compared.rows)]
+    return "\n\n".join([*lines, *map(plain, filter(None, told))])

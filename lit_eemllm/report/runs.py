@@ -1,7 +1,7 @@
 """What a report compares, read from run directories: runs, and rows of runs that differ in nothing but seed and directory.
 
-Numbers come from ``eval/results.json``, ``eval-untrained/`` and ``logs/*/metrics.csv`` of a run; what is unknown stays
-None. A sweep's ``sweep.json`` names the rows; without it, runs are one row if they and the runs they start from are equal.
+Numbers come from ``eval/results.json``, ``eval-untrained/`` and ``logs/*/metrics.csv`` of a run, machines from ``logs/*/machine.csv``
+and the results; what is unknown stays None. A sweep's ``sweep.json`` names the rows; without it, runs are one row if they and the runs they start from are equal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Run:
 
     Attributes:
         curve: rows of the metrics files by step; of a step that was repeated, the row of the continued run.
-        machines: machine, versions and commit of each start of its training, and of its evaluation; runs of earlier versions do not say.
+        trained_on: machine, versions and commit of each start of its training, the last stage alone.
+        evaluated_on: the same of its evaluation; None of an earlier version.
         untrained: results before training, if they were measured.
     """
 
@@ -42,7 +43,8 @@ class Run:
     results: dict[str, Any]
     untrained: dict[str, Any] | None
     curve: list[dict[str, float]]
-    machines: set[str]
+    trained_on: set[str]
+    evaluated_on: str | None
 
     @property
     def label(self) -> str:
@@ -228,17 +230,15 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: not evaluated yet; run: lit-eemllm validate {path}")
     untrained = path / "eval-untrained" / "results.json"
     rows: dict[float, dict[str, float]] = {}
-    results = read_results(path / "eval" / "results.json")
-    machines = {str(results["machine"])} if "machine" in results else set()
     for file in metrics_files(path):
-        if (made := file.with_name("machine.csv")).is_file():
-            machines |= {row["machine"] for row in read_table(made)[1] if "machine" in row}
         for row in read_table(file)[1]:
             try:
                 if row.get("loss"):
                     rows[float(row["step"])] = {name: float(value) for name, value in row.items() if value}
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{file}: not metrics of a run: {row} ({error})") from error
+    starts = [read_table(file)[1][:1] for file in path.glob("logs/version_*/machine.csv")]
+    results = read_results(path / "eval" / "results.json")
     try:
         config = load_config([path / "config.yaml"])
     except ConfigError as error:
@@ -249,7 +249,8 @@ def read_run(path: Path) -> Run:
         results,
         read_results(untrained) if untrained.is_file() else None,
         [rows[step] for step in sorted(rows)],
-        machines,
+        {row["machine"] for start in starts for row in start if row.get("machine")},
+        results.get("machine"),
     )
 
 
@@ -326,6 +327,8 @@ def read_results(path: Path) -> dict[str, Any]:
     """Raises UserError if a section is none."""
     untrained = " --checkpoint none" * (path.parent.name == "eval-untrained")
     found = read_object(path, mend=f"make it again: lit-eemllm validate {shlex.quote(str(path.parents[1]))}{untrained}")
+    if not isinstance(machine := found.get("machine"), str | None):
+        raise UserError(f"{path}: machine: found {machine!r}, expected a text; validate the run again")
     types = found.get("types") or {}
     for name, section in {"mechanism": found.get("mechanism") or {}, "types": types}.items():
         if not isinstance(section, dict):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 from .difference import Difference, difference, t95
 from .runs import Comparison, Row
 from .tables import asked, types_of
+
+UNNAMED = "a machine that they do not name, as runs of earlier versions do not"
 
 
 def caption(compared: Comparison) -> list[str]:
@@ -34,6 +36,19 @@ def caption(compared: Comparison) -> list[str]:
     if any(run.curve or run.result("prefill_seconds") is not None for run in runs) and len(rows) > 1:
         sentences.append("Times compare only if they were taken on one machine with nothing else running.")
     return sentences
+
+
+def machines(rows: list[Row]) -> list[str]:
+    """Where runs were trained, in their last stage, and where they were evaluated, with their number."""
+    trained, evaluated = Counter[str](), Counter[str]()
+    for run in (run for row in rows for run in row.runs):
+        trained.update(run.trained_on or {UNNAMED} if run.curve else ())
+        evaluated[run.evaluated_on or UNNAMED] += 1
+    return [
+        f"{what} on {machine[:300]}: {count} run{'s' * (count > 1)}"
+        for what, counts in (("trained", trained), ("evaluated", evaluated))
+        for machine, count in sorted(counts.items(), key=lambda one: (-one[1], one[0]))
+    ]
 
 
 def metrics(rows: list[Row]) -> str:

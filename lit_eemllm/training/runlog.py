@@ -147,7 +147,7 @@ class RunLog(Callback):
             model = pl_module.model
             table = model.mechanism.table(len(model.language_model.model.layers))
             self.logs.log_table("mechanism", *grouped(table))
-            self.logs.log_table("machine", ["machine"], [[origin()]])
+            self.logs.log_table("machine", ["machine"], [[origin(pl_module.device.type == "cuda")]])
             if (
                 torch.cuda.is_available() and pl_module.device.type == "cuda"
             ):  # no MFU on a CPU, which the loader uses too

@@ -196,7 +196,8 @@ def test_scores_of_a_model_that_knows_the_answers(trained, monkeypatch, capsys):
     run.validate(replace(trained, eval=replace(trained.eval, control=2)), None)
     folder = run.Path(trained.out) / "eval"
     results = json.loads((folder / "results.json").read_text())
-    assert results["machine"] == origin() and read_run(folder.parent).machines == {origin()}
+    found = read_run(folder.parent)
+    assert results["machine"] == found.evaluated_on == origin(cuda=False) and found.trained_on == {found.evaluated_on}
     assert set(results["types"]) == {"chart", "colour", "compare", "count", "position", "shape", "word"}
     passes = [shuffle_images(questions, trained.seed + i) for i in range(2)]
     assert passes[0] != passes[1]

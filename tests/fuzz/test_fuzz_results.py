@@ -117,6 +117,7 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path("sweep"), {"a": runs[:2], "b": runs[2:]}, baseline="a", failed=[{"run": "c", "why": "it was killed"}]
     )
     Path("sweep/search.csv").write_text("cell,optim.lr,score,chosen\na,1,0.5,yes\nb,2,0.25,\n")
+    (runs[0] / "logs" / "version_0" / "machine.csv").write_text("machine\nours\n")
     (runs[0] / "eval-untrained").mkdir()
     (runs[0] / "eval-untrained" / "results.json").write_bytes((runs[0] / "eval" / "results.json").read_bytes())
 
@@ -126,6 +127,7 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             (runs[0] / "eval-untrained" / "results.json", times, bad_json),
             (runs[0] / "eval" / "predictions.jsonl", 2 * times, bad_lines),
             (runs[0] / "logs" / "version_0" / "metrics.csv", 2 * times, bad_text),
+            (runs[0] / "logs" / "version_0" / "machine.csv", times, bad_text),
             (runs[0] / "config.yaml", times, bad_text),
         ]  # fmt: skip
 

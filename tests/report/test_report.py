@@ -70,19 +70,27 @@ def test_curve_of_a_continued_run(tmp_path):
 
 
 def test_machines_of_runs_are_named(tmp_path, undrawn):
-    """One run was continued, and asked, on another machine than it was begun on; one does not say."""
+    """One run was continued, and asked, on another machine than it was begun on; one does not say; one was never trained."""
     rows = [[(10, 3, 1, 1, "")], [(20, 2, 1, 1, "")]]
     runs = [
         write_run(tmp_path / "a", "seed=0", results={"loss": 1.0, "machine": "ours, <b>"}, metrics=rows),
         write_run(tmp_path / "b", "seed=1", results={"loss": 1.0, "machine": "theirs"}, metrics=rows[:1]),
         write_run(tmp_path / "c", "seed=2", results={"loss": 1.0}, metrics=rows[:1]),
+        write_run(tmp_path / "d", "seed=3", results={"loss": 1.0, "machine": "theirs"}),
     ]
     for run, version, machine in ((0, 0, "theirs"), (0, 1, "ours, <b>"), (1, 0, "theirs")):
-        (runs[run] / "logs" / f"version_{version}" / "machine.csv").write_text(f'machine\n"{machine}"\n')
+        (runs[run] / "logs" / f"version_{version}" / "machine.csv").write_text(f'machine\n"{machine}"\nmore\n')
     report(runs, tmp_path / "out")
-    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
-    assert lines[-3:-1] == ["- 2 runs on: theirs", "- 1 run on: ours, &lt;b>"]
-    assert lines[-1].startswith("- this report: ") and ", commit " in lines[-1]
+    assert (tmp_path / "out" / "report.md").read_text().splitlines()[-7:-1] == [
+        "- trained on theirs: 2 runs",
+        "- trained on a machine that they do not name, as runs of earlier versions do not: 1 run",
+        "- trained on ours, &lt;b>: 1 run",
+        "- evaluated on theirs: 2 runs",
+        "- evaluated on a machine that they do not name, as runs of earlier versions do not: 1 run",
+        "- evaluated on ours, &lt;b>: 1 run",
+    ]
+    last = (tmp_path / "out" / "report.md").read_text().splitlines()[-1]
+    assert last.startswith("- this report: ") and ", commit " in last
 
 
 def test_runs_of_the_loss_alone_leave_cells_blank(tmp_path, capsys):

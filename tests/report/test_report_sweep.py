@@ -154,6 +154,7 @@ def test_results_that_are_no_numbers_are_refused_by_name(tmp_path):
         ("b", {**RESULTS, "types": ["colour"]}, "types: found"),
         ("c", {**RESULTS, "types": {"colour": 0.5}}, "types.colour: found 0.5"),
         ("d", {**RESULTS, "mechanism": "llava"}, "mechanism: found 'llava'"),
+        ("m", {**RESULTS, "machine": ["ours"]}, "machine: found ['ours'], expected a text"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             report([write_run(tmp_path / name, results=results)], tmp_path / "report")
@@ -163,7 +164,15 @@ def test_results_that_are_no_numbers_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["logs/version_0/metrics.csv", "eval/results.json", "eval/predictions.jsonl", "config.yaml", "search.csv"]
+    "name",
+    [
+        "logs/version_0/metrics.csv",
+        "logs/version_0/machine.csv",
+        "eval/results.json",
+        "eval/predictions.jsonl",
+        "config.yaml",
+        "search.csv",
+    ],
 )
 def test_one_byte_that_is_no_utf_8_is_told_with_its_file(tmp_path, sweep, name):
     if name == "search.csv":

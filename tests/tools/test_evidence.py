@@ -176,7 +176,7 @@ def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):
         for label in ("a", "b")
     ]
     scores = {
-        f"{name}-{n}" + f"/{kind}" * (len(curve.types) > 1): {"questions": 1, "score": (kind == "shape") / n}
+        f"{name}-{n}/{kind}": {"questions": 1, "score": (kind == "shape") / n}
         for name, curve in evidence.CURVES.items()
         for n in curve.values
         for kind in curve.types

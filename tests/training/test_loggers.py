@@ -29,7 +29,10 @@ def test_the_table_of_the_mechanism_and_the_machine_are_logged(tmp_path, parts, 
     with (tmp_path / "logs" / "version_0" / "mechanism.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["layers"], row["seen"]) for row in rows] == [("0", "all"), ("1-2", "every 2")]
-    assert (tmp_path / "logs" / "version_0" / "machine.csv").read_text().splitlines() == ["machine", f'"{origin()}"']
+    assert (tmp_path / "logs" / "version_0" / "machine.csv").read_text().splitlines() == [
+        "machine",
+        f'"{origin(cuda=False)}"',
+    ]
     (log,) = tmp_path.glob("logs/version_0/events.*")
     (text,) = EventAccumulator(str(log), {"tensors": 0}).Reload().Tensors("mechanism/text_summary")
     assert text.tensor_proto.string_val[0].decode().splitlines()[:2] == [

@@ -262,7 +262,7 @@ def draw(written: Sequence[tuple[Any, ...]]) -> bytes:
             axis.fill_between(x, [*map(min, means)], [*map(max, means)], color=f"C{number}", alpha=0.12, linewidth=0)
         chance = mean(1 / len(puzzles.ANSWERS[kind]) for kind in curve.types)
         axis.axhline(chance, color="0.4", linestyle=":", label="guessing")
-        axis.set(xlabel=curve.axis, xscale="log", ylim=(0, 1), title=", ".join(curve.types))
+        axis.set(xlabel=curve.axis, xscale="log", ylim=(0, 1.03), title=", ".join(curve.types))
         axis.set_xticks(x, [f"{value:,}" for value in x])
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)

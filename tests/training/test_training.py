@@ -323,7 +323,7 @@ def test_the_log_line_is_right_by_hand(monkeypatch, tmp_path, parts, capsys):
     )  # fmt: skip
     step = Step(mean_loss=torch.tensor(0.0), grad_norm=torch.tensor(2.0))
     step.rates = {"llm": 0.5, "projector": 0.25, "vision": 0.5}
-    module = SimpleNamespace(step=step, config=config, entry=None, model=tiny.model())
+    module = SimpleNamespace(step=step, config=config, entry=None, model=tiny.model(), device=torch.device("cpu"))
     batch = tiny.pack([[3, 0, 4], [5]])  # 28 tokens, 2 + 3 + 4 = 9 targets
     log.on_train_start(trainer, module)
     for micro in range(4):

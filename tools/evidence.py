@@ -16,7 +16,9 @@ if all seeds are asked the same questions it says nothing of other questions, as
 
 **Claims.** Of "A >= w B", the interval of average(A) - w average(B), paired by seed: a claim holds if it lies above zero, fails if it
 lies below, and is not decided otherwise. "A looks" is one for each type of question, of its score with the right pictures beside
-that with exchanged ones, and one of the loss. Writes claims.csv, with the share of B's prefill FLOPs that A takes.
+that with exchanged ones, and one of the loss. Writes claims.csv, with the share of B's prefill FLOPs that A takes. What a difference
+of the averages hangs on is seen without a type (`--without`) or a seed (`--seeds`); a line says which types are left out, and how
+many seeds there are.
 
 **Curves.** Each run is asked questions of data_recipes/puzzles.py with a fixed number of objects, of bars, of words, and of pictures
 in one of which is what is asked for (`CURVES`; where more are counted than that, as many are shown). Writes curves.csv, .md (means
@@ -39,6 +41,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import nan, sqrt
 from pathlib import Path
@@ -126,11 +129,23 @@ def compared(claim: str, own: dict[int, float], theirs: dict[int, float], share:
     return {"claim": claim, "seeds": len(gaps), **scores, **interval, "FLOPs": flops, "outcome": outcome}
 
 
-def claimed(claim: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def average(run: Run, without: Sequence[str]) -> float | None:
+    """Of a run's types but those. Raises UserError if it has no such type."""
+    if not without:
+        return run.result("average")
+    if unknown := [kind for kind in without if kind not in run.types]:
+        raise UserError(f"--without: found {', '.join(unknown)}, expected types of {run.path}: {', '.join(run.types)}")
+    return mean(run.results["types"][kind]["score"] for kind in run.types if kind not in without)
+
+
+def claimed(claim: str, rows: Sequence[Row], without: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The outcome of a claim such as "ee_mllm >= 0.98 llava", or the outcomes of "llava looks".
 
+    Args:
+        without: types that the average leaves out.
+
     Raises:
-        UserError: it is written otherwise, names a row that is not there, or rows with fewer than two seeds in common.
+        UserError: it is written otherwise, names a row or type that is not there, or rows with fewer than two seeds in common.
     """
     named = {row.label: row for row in rows}
     if claim.endswith(" looks") and (row := named.get(claim.removesuffix(" looks"))):
@@ -140,9 +155,10 @@ def claimed(claim: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
         expected = f"expected A >= 0.98 B, or A looks, where A and B are of {', '.join(named)}"
         raise UserError(f"--claims {claim!r}: {expected}")
     pair = named[found[1]], named[found[3]]
-    own, theirs = (each.by_seed(lambda run: run.result("average")) for each in pair)
+    own, theirs = (each.by_seed(lambda run: average(run, without)) for each in pair)
     flops = [mean(run.result("prefill_flops") or nan for run in each.runs) for each in pair]
-    return [compared(claim, own, theirs, float(found[2]), flops[0] / flops[1])]
+    told = claim + f", without {' and '.join(without)}" * bool(without)
+    return [compared(told, own, theirs, float(found[2]), flops[0] / flops[1])]
 
 
 def looks(claim: str, row: Row) -> list[dict[str, Any]]:
@@ -157,9 +173,9 @@ def looks(claim: str, row: Row) -> list[dict[str, Any]]:
     return [compared(f"{claim}: {name}", *pair, 1.0, 1.0) for name, pair in pairs.items()]
 
 
-def claims(written: Sequence[str], rows: Sequence[Row], out: Path) -> None:
+def claims(written: Sequence[str], rows: Sequence[Row], out: Path, without: Sequence[str] = ()) -> None:
     """Write claims.csv."""
-    found = [one for claim in written for one in claimed(claim, rows)]
+    found = [one for claim in written for one in claimed(claim, rows, without)]
     values = (one.values() for one in found)
     text = csv_text([[*found[0]], *([f"{x:.4f}" if isinstance(x, float) else x for x in one] for one in values)])
     out.mkdir(parents=True, exist_ok=True)
@@ -203,10 +219,10 @@ def ask(run: Run, suite: Path, folder: Path) -> dict[str, Any]:
     return types
 
 
-def curves(rows: Sequence[Row], each: int, seeds: Sequence[int], out: Path) -> None:
+def curves(rows: Sequence[Row], each: int, out: Path) -> None:
     """Ask and write curves.csv and curves.png."""
     written = []
-    runs = [(row, run) for row in rows for run in row.runs if run.config.seed in seeds]
+    runs = [(row, run) for row in rows for run in row.runs]
     with tempfile.TemporaryDirectory() as folder, progress("runs", len(runs)) as advance:
         suite = questions(Path(folder), each)
         for number, (row, run) in enumerate(runs):
@@ -305,7 +321,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("sweep", type=Path, help="its directory")
     parser.add_argument("--out", type=Path, help="folder for what is written")
     parser.add_argument("--rows", nargs="+", help="only these, for curves; the first is the baseline of power")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="for curves")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
+    parser.add_argument("--without", nargs="+", default=[], help="types that the average leaves out, for claims")
     parser.add_argument("--questions", type=int, default=60, help="of each type and difficulty, for curves")
     parser.add_argument("--claims", nargs="+", default=[], help="such as 'ee_mllm >= 0.98 llava', 'llava looks'")
     args = parser.parse_args(argv)
@@ -318,15 +335,19 @@ def main(argv: list[str]) -> int:
             if unknown := [label for label in args.rows if label not in named]:
                 raise UserError(f"--rows: found {', '.join(unknown)}, expected of {', '.join(named)}")
             rows = [named[label] for label in args.rows]
+        if args.seeds:
+            rows = [replace(row, runs=[run for run in row.runs if run.config.seed in args.seeds]) for row in rows]
+            if not all(row.runs for row in rows):
+                raise UserError(f"--seeds: {', '.join(row.label for row in rows if not row.runs)}: no run of these")
         if args.do == "power":
             console.print(table := power(rows))
             if args.out is not None:
                 args.out.mkdir(parents=True, exist_ok=True)
                 write_atomically(args.out / "power.md", f"# What more seeds would show\n\n{table}")
         elif args.do == "claims":
-            claims(args.claims, rows, args.out)
+            claims(args.claims, rows, args.out, args.without)
         elif args.do == "curves":
-            curves(rows, args.questions, args.seeds, args.out)
+            curves(rows, args.questions, args.out)
         else:
             keep(args.sweep, rows, args.out)
     except (UserError, OSError) as error:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lib.reports import of_score, write_run
+from lib.reports import of_score, write_run, write_sweep
 
 from lit_eemllm.evaluation.sets import read_suite
 from lit_eemllm.report.difference import t95
@@ -103,6 +103,32 @@ def test_claims_by_hand(tmp_path):
         evidence.claimed("one >= 1 base", [scored("one", 1, 0.5), rows[1]])
 
 
+def test_what_a_claim_hangs_on_by_hand(tmp_path, capsys):
+    """Without shape, and without seed 2, the differences are 0.5 and 0.25; with it one is -1."""
+    cells = {
+        "a": [{"colour": [1, 1], "shape": [0]}, {"colour": [1, 1, 1, 0], "shape": [0]}, {"colour": [0], "shape": [1]}],
+        "b": [{"colour": [1, 0], "shape": [1]}, {"colour": [1, 1, 0, 0], "shape": [1]}, {"colour": [1], "shape": [0]}],
+    }
+    named = {
+        name: [write_run(tmp_path / name / f"{s}", f"seed={s}", answers=one) for s, one in enumerate(runs)]
+        for name, runs in cells.items()
+    }
+    command = ["claims", str(write_sweep(tmp_path, named)), "--out", str(tmp_path / "out"), "--claims", "a >= 1 b"]
+    assert evidence.main([*command, "--seeds", "0", "1", "--without", "shape"]) == 0
+    (line,) = csv.DictReader((tmp_path / "out" / "claims.csv").read_text().splitlines())
+    told = [line[name] for name in ("claim", "seeds", "average", "difference", "outcome")]
+    assert told == ["a >= 1 b, without shape", "2", "0.8750", "0.3750", "not decided"]
+    assert evidence.main([*command, "--without", "shape"]) == 0
+    (line,) = csv.DictReader((tmp_path / "out" / "claims.csv").read_text().splitlines())
+    assert (line["seeds"], line["difference"]) == ("3", "-0.0833")
+    capsys.readouterr()
+    for more, message in (
+        (["--seeds", "7"], "--seeds: a, b: no run of these"),
+        (["--without", "word"], "--without: found word"),
+    ):
+        assert evidence.main([*command, *more]) == 2 and message in capsys.readouterr().err
+
+
 def test_whether_a_row_looks_by_hand(tmp_path):
     """Scores 0.5, 0.6, 0.4 beside 0.2, of a second type 0.2 beside 0.2, and losses 1.25 beside 2.5: the answer is of each."""
     shape = {"questions": 10, "metric": "exact_match", "score": 0.2, "control": 0.2}
@@ -170,9 +196,9 @@ def test_questions_are_as_difficult_as_their_set_says(tmp_path):
 
 
 def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):
-    """Two rows, two of three seeds: each run is asked once."""
+    """Two rows, two seeds: each run is asked once."""
     rows = [
-        SimpleNamespace(label=label, runs=[SimpleNamespace(config=SimpleNamespace(seed=seed)) for seed in range(3)])
+        SimpleNamespace(label=label, runs=[SimpleNamespace(config=SimpleNamespace(seed=seed)) for seed in (0, 2)])
         for label in ("a", "b")
     ]
     scores = {
@@ -183,7 +209,7 @@ def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):
     }
     asked = []
     monkeypatch.setattr(evidence, "ask", lambda run, suite, folder: asked.append(run) or scores)
-    evidence.curves(rows, 1, [0, 2], tmp_path)
+    evidence.curves(rows, 1, tmp_path)
     lines = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
     assert len(asked) == 4 and len(lines) == 4 * len(scores)
     assert {(line["row"], line["seed"]) for line in lines} == {("a", "0"), ("a", "2"), ("b", "0"), ("b", "2")}

@@ -50,6 +50,7 @@ from typing import Any, NamedTuple
 
 from lit_eemllm.console import COMMAND, console, progress, write_atomically
 from lit_eemllm.errors import UserError
+from lit_eemllm.report import markdown_table
 from lit_eemllm.report.difference import Z95, half_over_seeds, over_questions, t95, weights_of_average
 from lit_eemllm.report.runs import Row, Run, read_sweep
 from lit_eemllm.report.tables import csv_text
@@ -101,17 +102,13 @@ def half_width(seed_variance: float, question_variance: float, seeds: int, times
 def power(rows: Sequence[Row]) -> str:
     """The table, in Markdown."""
     baseline, *others = rows
-    lines = [
-        f"| against {baseline.label}, half of the 95 % interval | "
-        + " | ".join(f"{n} seeds, {m} x" for n in SEEDS for m in TIMES)
-        + " |",
-        "|---|" + "---|" * (len(SEEDS) * len(TIMES)),
-    ]
+    heading = f"against {baseline.label}, half of the 95 % interval"
+    lines = [[heading, *(f"{n} seeds, {m} x" for n in SEEDS for m in TIMES)]]
     for row in others:
         if found := variances(row, baseline):
             cells = (f"{half_width(*found, n, m):.3f}" for n in SEEDS for m in TIMES)
-            lines.append(f"| {row.label} ({len(row.runs)} seeds) | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append([f"{row.label} ({len(row.runs)} seeds)", *cells])
+    return markdown_table(lines) + "\n"
 
 
 # ---------------------------------------------------------------- claims
@@ -130,12 +127,15 @@ def compared(claim: str, own: dict[int, float], theirs: dict[int, float], share:
 
 
 def average(run: Run, without: Sequence[str]) -> float | None:
-    """Of a run's types but those. Raises UserError if it has no such type."""
+    """Of a run's types but those, each with its weight in the whole. Raises UserError if it has no such type, or no other."""
     if not without:
         return run.result("average")
     if unknown := [kind for kind in without if kind not in run.types]:
         raise UserError(f"--without: found {', '.join(unknown)}, expected types of {run.path}: {', '.join(run.types)}")
-    return mean(run.results["types"][kind]["score"] for kind in run.types if kind not in without)
+    kept = {kind: weight for kind, weight in weights_of_average((run,)).items() if kind not in without}
+    if not kept:
+        raise UserError(f"--without: nothing is left of the average of {run.path}")
+    return sum(weight * run.results["types"][kind]["score"] for kind, weight in kept.items()) / sum(kept.values())
 
 
 def claimed(claim: str, rows: Sequence[Row], without: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -246,16 +246,19 @@ def table_of(written: Sequence[tuple[Any, ...]]) -> str:
     for row, _, parameter, value, kind, _, score in written:
         scores[row, parameter, value, kind].append(score)
     rows = [*dict.fromkeys(line[0] for line in written)]
-    text = "# Scores over difficulty\n"
+    lines = ["# Scores over difficulty"]
     for parameter, curve in CURVES.items():
-        text += f"\n| {parameter} | | " + " | ".join(map(str, curve.values)) + " |\n"
-        text += "|---|---|" + "---|" * len(curve.values) + "\n"
-        for kinds in [*((kind,) for kind in curve.types), *([curve.types] if len(curve.types) > 1 else [])]:
+        lines += [
+            "",
+            f"| {parameter} | | {' | '.join(map(str, curve.values))} |",
+            "|---|---|" + "---|" * len(curve.values),
+        ]
+        groups = {kind: (kind,) for kind in curve.types} | ({"mean": curve.types} if len(curve.types) > 1 else {})
+        for name, kinds in groups.items():
             for row in rows:
                 means = (mean(mean(scores[row, parameter, value, kind]) for kind in kinds) for value in curve.values)
-                name = kinds[0] if len(kinds) == 1 else "mean"
-                text += f"| {name} | {row} | " + " | ".join(f"{one:.3f}" for one in means) + " |\n"
-    return text
+                lines.append(f"| {name} | {row} | {' | '.join(f'{one:.3f}' for one in means)} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(written: Sequence[tuple[Any, ...]]) -> bytes:

@@ -65,9 +65,8 @@ def validate(config: Config, checkpoint: str | None) -> None:
         if report.bad:
             console.print(f"{one.data}: {report}")
     model, processor, source = load(config, checkpoint)
-    made = origin(
-        model.device.type == "cuda"
-    )  # now: the commit is of the code that runs, whatever is committed meanwhile
+    # now: the commit is of the code that runs, whatever is committed meanwhile
+    made = origin(model.device.type == "cuda")
     folder = Path(config.out) / ("eval" if checkpoint != UNTRAINED else "eval-untrained")
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.global_rank == 0 and not (Path(config.out) / "config.yaml").exists():  # under another mechanism, say

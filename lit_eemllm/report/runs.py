@@ -1,7 +1,8 @@
 """What a report compares, read from run directories: runs, and rows of runs that differ in nothing but seed and directory.
 
 Numbers come from ``eval/results.json``, ``eval-untrained/`` and ``logs/*/metrics.csv`` of a run, machines from ``logs/*/machine.csv``
-and the results; what is unknown stays None. A sweep's ``sweep.json`` names the rows; without it, runs are one row if they and the runs they start from are equal.
+and the results; what is unknown stays None. A sweep's ``sweep.json`` names the rows; without it, runs are one row if they and the
+runs they start from are equal.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def read_run(path: Path) -> Run:
                     rows[float(row["step"])] = {name: float(value) for name, value in row.items() if value}
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{file}: not metrics of a run: {row} ({error})") from error
-    starts = [read_table(file)[1][:1] for file in path.glob("logs/version_*/machine.csv")]
+    starts = [row for file in path.glob("logs/version_*/machine.csv") for row in read_table(file)[1][:1]]
     results = read_results(path / "eval" / "results.json")
     try:
         config = load_config([path / "config.yaml"])
@@ -249,7 +250,7 @@ def read_run(path: Path) -> Run:
         results,
         read_results(untrained) if untrained.is_file() else None,
         [rows[step] for step in sorted(rows)],
-        {row["machine"] for start in starts for row in start if row.get("machine")},
+        {row["machine"] for row in starts if row.get("machine")},
         results.get("machine"),
     )
 

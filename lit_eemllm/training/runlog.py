@@ -147,10 +147,9 @@ class RunLog(Callback):
             model = pl_module.model
             table = model.mechanism.table(len(model.language_model.model.layers))
             self.logs.log_table("mechanism", *grouped(table))
-            self.logs.log_table("machine", ["machine"], [[origin(pl_module.device.type == "cuda")]])
-            if (
-                torch.cuda.is_available() and pl_module.device.type == "cuda"
-            ):  # no MFU on a CPU, which the loader uses too
+            on_gpu = pl_module.device.type == "cuda"
+            self.logs.log_table("machine", ["machine"], [[origin(on_gpu)]])
+            if on_gpu:  # no MFU on a CPU, which the loader uses too
                 self._measure_peak(pl_module)
         self.steps = pl_module.config.optim.steps
         self.every = min(self.config.optim.log_every, max(1, self.steps // LINES))

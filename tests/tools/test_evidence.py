@@ -14,7 +14,7 @@ from lib.reports import of_score, write_run, write_sweep
 
 from lit_eemllm.evaluation.sets import read_suite
 from lit_eemllm.report.difference import t95
-from lit_eemllm.report.runs import compare
+from lit_eemllm.report.runs import compare, read_run
 
 SOURCE = Path(__file__).parents[2] / "tools" / "evidence.py"
 spec = importlib.util.spec_from_file_location("evidence", SOURCE)
@@ -125,8 +125,17 @@ def test_what_a_claim_hangs_on_by_hand(tmp_path, capsys):
     for more, message in (
         (["--seeds", "7"], "--seeds: a, b: no run of these"),
         (["--without", "word"], "--without: found word"),
+        (["--without", "colour", "shape"], "--without: nothing is left of the average"),
     ):
         assert evidence.main([*command, *more]) == 2 and message in capsys.readouterr().err
+
+
+def test_a_type_left_out_leaves_the_others_their_weights(tmp_path):
+    """Two sets weigh a half each: (1/4 * 0.5 + 1/2 * 0.2) / (3/4) without x/a."""
+    types = {name: {"questions": 4, "score": score} for name, score in (("x/a", 1.0), ("x/b", 0.5), ("y/c", 0.2))}
+    results = {"loss": 1.0, "types": types, "average": (0.75 + 0.2) / 2}
+    run = read_run(write_run(tmp_path / "run", results=results))
+    assert evidence.average(run, []) == 0.475 and evidence.average(run, ["x/a"]) == pytest.approx(0.3)
 
 
 def test_whether_a_row_looks_by_hand(tmp_path):
@@ -193,6 +202,22 @@ def test_questions_are_as_difficult_as_their_set_says(tmp_path):
         names = asked[0]["image"] if isinstance(asked[0]["image"], list) else [asked[0]["image"]]
         assert all((tmp_path / one["images"] / image).is_file() for image in names)
         assert len(names) == (int(value) if parameter == "pictures" else 1)
+
+
+def test_a_difficulty_of_which_nothing_was_answered_is_named(tmp_path, monkeypatch):
+    names = [
+        f"{name}-{n}/{kind}" for name, curve in evidence.CURVES.items() for n in curve.values for kind in curve.types
+    ]
+    (tmp_path / "eval").mkdir()
+    monkeypatch.setattr(evidence.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    run = SimpleNamespace(path=tmp_path, results={"checkpoint": "none"})
+    for left_out in (0, 2):
+        types = {name: {"questions": 1, "score": 0.5} for name in names[left_out:]}
+        (tmp_path / "eval" / "results.json").write_text(json.dumps({"types": types}))
+        if not left_out:
+            assert evidence.ask(run, tmp_path / "suite.yaml", tmp_path) == types
+    with pytest.raises(evidence.UserError, match="no question of objects-2/outermost, objects-2/shape was answered"):
+        evidence.ask(run, tmp_path / "suite.yaml", tmp_path)
 
 
 def test_curves_are_written_by_row_and_seed(tmp_path, monkeypatch):

@@ -180,8 +180,8 @@ SUBJECTS = {
         },
         patches=puzzles_patches,
         word=puzzles_word,
-        drilled=("word", "tallest", "beside"),
-        told=(*puzzles.TYPES, *puzzles.HARDER),
+        drilled=("word", "tallest", "outermost"),
+        told=puzzles.TYPES,
         told_as={"grid": 4, "pictures": 2},  # a quarter of the patches
         asked=2 + puzzles.FURTHER_TURNS,
         pictures=32,
@@ -242,7 +242,7 @@ def labelled_batches(
     source = subject.source
     every, drilled = (
         (scene for _, items in source.rows_and_scenes(split, sys.maxsize, seed, types) for scene in items)
-        for types in ((*source.TYPES, *getattr(source, "HARDER", ())), subject.drilled)
+        for types in (source.TYPES, subject.drilled)
     )
     while True:
         batch = [*islice(every, size - size // 3), *islice(drilled, size // 3)]

@@ -270,6 +270,24 @@ def test_usual_difficulty(val):
     assert {len(scenes) for row, scenes in val if row["type"] == "find"} == {3, 4, 5}
 
 
+def test_everything_that_can_be_asked_for_is(val):
+    """Each colour, direction and rank, about equally often; of shapes and words, the topmost and the lowest alone."""
+    rows = {"topmost", "lowest"}
+    expected = {
+        ("outermost", "extreme"): {*rows, "leftmost", "rightmost"},
+        ("shape", "extreme"): rows,
+        ("word", "extreme"): rows,
+        ("tallest", "height"): {"tallest", "second tallest", "shortest", "second shortest"},
+        **{(kind, "colour"): set(puzzles.COLOURS) for kind in ("count_colour", "count_bars", "find")},
+    }
+    counts = collections.defaultdict(collections.Counter)
+    for row, _ in val:
+        for slot, value in named(row["type"], question(row))[1].items():
+            counts[row["type"], slot][value] += 1
+    assert {slot: set(found) for slot, found in counts.items()} == expected
+    assert all(max(found.values()) < 3 * min(found.values()) for found in counts.values())
+
+
 # ---------------------------------------------------------------- lazy answers
 
 

@@ -240,8 +240,8 @@ def solve(kind: str, scenes: Sequence[Scene], slots: dict[str, str]) -> str | No
 # ---------------------------------------------------------------- scenes
 
 
-def _other(rng: random.Random, values: Sequence[str], *but: str) -> str:
-    return rng.choice([value for value in values if value not in but])
+def _other(rng: random.Random, values: Sequence[str], but: str) -> str:
+    return rng.choice([value for value in values if value != but])
 
 
 def _scene(kind: str, grid: int, items: list[Any], rng: random.Random) -> Scene:

@@ -11,18 +11,21 @@ full below), so no patch tells a shape.
 is given, as is the number of pictures, and so scores can be drawn over either (tools/evidence.py curves). Where more
 are counted, more are shown; there is room for half as many objects as cells, and for a bar a letter and a word a colour.
 
-As in shapes.py: within a type every answer is equally frequent, for each wording, and independent of what the question
-names, so the best constant answer scores 1/K (``ANSWERS``); answers are one word and one token; half of the training
-scenes are emptier, and training rows may have further turns of the same type about other things of the picture (these
-may hint at each other) and end with a description of it (without, models of this size hardly learn to bind); rows of the
-other splits have one question. Scenes belong to splits by the SHA-256 of their *content* (without sizes, small shifts,
-shades and backgrounds): its first byte modulo ten is 0 in ``val``, 1 in ``search`` (for choosing
-learning rates and the like, so that nothing is chosen by what is reported) and more in ``train``.
+As in shapes.py: within a type every answer of first questions is equally frequent, for each wording, and independent of
+what the question names, so the best constant answer scores 1/K (``ANSWERS``); answers are one word and one token; half of
+the training scenes are sparser, and training rows may have further turns of the same type, each with another answer
+(these may hint at each other; ``most`` has none), and end with a description of the picture (without, models of this size
+hardly learn to bind); rows of the other splits have one question. Scenes belong to splits by the SHA-256 of their
+*content* (without sizes, small shifts, shades and backgrounds): its first byte modulo ten is 0 in ``val``, 1 in
+``search`` (for choosing learning rates and the like, so that they are not chosen by what is reported) and more in ``train``.
 
 Lazy strategies, on validation rows (bounded by tests/data_recipes/test_puzzles.py): a colour, shape or word that is
-merely present, the rarest or the most frequent one, scores at most 1/K + 0.2. Reading half of a question scores more:
-0.42 of ``outermost`` (in any direction), 0.53 of ``shape`` and 0.5 of ``word`` (topmost or lowest), 0.53 of
-``tallest`` (or second tallest, and so for the shortest); counting one too few, 0.34 of ``most``.
+merely present, the rarest or the most frequent one, scores at most 1/K + 0.2, but for ``most``, where it is the answer.
+Reading half of a question scores more: 0.42 of ``outermost`` (in any direction), 0.55 of ``shape`` and 0.5 of ``word``
+(topmost or lowest, which are the first and the last in reading order), 0.55 of ``tallest`` (or second tallest, and so for
+the shortest), 0.41 of ``find`` (any that is the only one of its colour), 0.33 of ``count_colour`` and 0.43 of
+``count_bars`` (the number of the most frequent colour). Of ``most``, counting one too few scores 0.33, counting half of
+the picture 0.46.
 
 Use it from Python (``rows``), or write LLaVA-style JSON files and a folder of images::
 
@@ -63,12 +66,12 @@ SHAPES = {  # upper and lower half
 LETTERS = tuple("ABCDEFGHKMNP")
 # Of each first letter, every pair of a vowel and a last letter: no two letters tell the word
 WORDS = ("CAT", "CUT", "CAP", "CUP", "BAT", "BUT", "BAG", "BUG", "HAT", "HUT", "HAM", "HUM")
-EXTREMES = {
+EXTREMES = {  # row or column, least or most
     "topmost": (0, 1),
     "lowest": (0, -1),
     "leftmost": (1, 1),
     "rightmost": (1, -1),
-}  # row or column, least or most
+}
 HEIGHTS = {"tallest": -1, "second tallest": -2, "second shortest": 1, "shortest": 0}  # place among the sorted heights
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -92,8 +95,8 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "find": tuple(SHAPES),
 }
 TYPES = tuple(TEMPLATES)
-# Of these only the topmost or lowest is asked for: in reading order, models of this size hardly learn columns
-ROWS = ("shape", "word")
+# Patches come row by row, and models of this size hardly learn columns: of two types only the first or last row is asked for
+EXTREMES_OF = {"outermost": tuple(EXTREMES), "shape": ("topmost", "lowest"), "word": ("topmost", "lowest")}
 DESCRIBE = "Describe what is shown."
 FURTHER_TURNS = 3
 # Fewest and most of a picture; half of the training scenes are sparse: they have fewer than the fewest, down to a third
@@ -201,18 +204,16 @@ def patches(scene: Scene) -> list[list[dict[str, str]]]:
 # ---------------------------------------------------------------- answers
 
 
-def outermost(places: Sequence[tuple[int, int]], extreme: str) -> list[int]:
+def outermost(at: Sequence[tuple[int, int]], extreme: str) -> list[int]:
     """The indices of the places (row, column) furthest out in the direction `extreme`: several if equally far."""
     axis, sign = EXTREMES[extreme]
-    far = [sign * place[axis] for place in places]
+    far = [sign * place[axis] for place in at]
     return [index for index, value in enumerate(far) if value == min(far)]
 
 
-def places(scene: Scene) -> list[tuple[int, int]]:
-    """Row and column of each object's cell, or of each word's first letter."""
-    if scene["kind"] == "words":
-        return [item[:2] for item in scene["items"]]
-    return [divmod(item[0], scene["grid"]) for item in scene["items"]]
+def place(item: Any, grid: int) -> tuple[int, int]:
+    """Row and column of an object's cell, or of a word's first letter."""
+    return divmod(item[0], grid) if isinstance(item[1], str) else item[:2]
 
 
 def solve(kind: str, scenes: Sequence[Scene], slots: dict[str, str]) -> str | None:
@@ -221,7 +222,8 @@ def solve(kind: str, scenes: Sequence[Scene], slots: dict[str, str]) -> str | No
     found: list[str] = []  # candidates: exactly one is an answer
     if kind in ("outermost", "shape", "word"):
         entry = 1 if kind == "outermost" else 2
-        found = [items[index][entry] for index in outermost(places(scenes[0]), slots["extreme"])]
+        at = [place(item, scenes[0]["grid"]) for item in items]
+        found = [items[index][entry] for index in outermost(at, slots["extreme"])]
     elif kind == "most":
         colours = [item[1] for item in items]
         found = [colour for colour in COLOURS if colours.count(colour) == max(map(colours.count, colours))]
@@ -229,7 +231,7 @@ def solve(kind: str, scenes: Sequence[Scene], slots: dict[str, str]) -> str | No
         found = [str(sum(item[1] == slots["colour"] for item in items))]
     elif kind == "tallest":
         ranked = sorted(items, key=lambda item: item[2])
-        found = [ranked[HEIGHTS[slots["height"]]][3]] if len(items) > 1 else []
+        found = [ranked[HEIGHTS[slots["height"]]][3]]
     elif kind == "count_bars":
         found = [str(sum(item[3] == slots["colour"] for item in items))]
     else:  # find
@@ -258,33 +260,46 @@ def _place(rng: random.Random, grid: int, placed: Sequence[tuple[int, str, str]]
     return _scene("objects", grid, items, rng)
 
 
+def _counted(rng: random.Random, colour: str, number: int, things: int) -> list[str]:
+    """Colours of which `number` are the one that is asked for; of one more there may be as many: the most frequent tells little."""
+    also = _other(rng, tuple(COLOURS), colour)
+    others = [_other(rng, tuple(COLOURS), colour) for _ in range(things)]
+    return [*[colour] * number, *[also] * rng.randint(0, 5), *others][: max(things, number)]
+
+
 def _objects(kind: str, answer: str, slots: dict[str, str], rng: random.Random, grid: int, things: int) -> Scene:
     """A scene of about `things` objects that may have the answer wanted; `solve` decides whether it has."""
     colours, shapes = tuple(COLOURS), tuple(SHAPES)
-    colour = slots.get("colour", "")
     cells = rng.sample(range(grid * grid), grid * grid)
     some = [(rng.choice(colours), rng.choice(shapes)) for _ in range(things)]
     if kind in ("outermost", "shape"):  # the first is the answer, and the furthest out
         first = outermost([divmod(cell, grid) for cell in cells[:things]], slots["extreme"])[0]
         cells[0], cells[first] = cells[first], cells[0]
         given = [(answer, rng.choice(shapes)) if kind == "outermost" else (rng.choice(colours), answer)]
-    elif kind == "most":  # as few as may be, so that of most other colours there is one less
-        number = (things + 10) // 6
-        given = [(answer, rng.choice(shapes)) for _ in range(number)]
-        others = [other for other in colours if other != answer for _ in range(number - 1)]
-        some = [(other, rng.choice(shapes)) for other in rng.sample(others, things - number)]
-    else:  # count_colour, and find, whose answer is of one picture: of the others, it is ""
-        number = int(answer) if kind == "count_colour" else int(answer != "")
-        given = [(colour, rng.choice(shapes) if kind == "count_colour" else answer) for _ in range(number)]
-        some = [(_other(rng, colours, colour), rng.choice(shapes)) for _ in range(things)]
+    elif kind == "most":  # as few as may be if of two colours there is one less, and of three two less at most
+        number = (things + 13) // 6
+        first, second, *rest = rng.sample([other for other in colours if other != answer], len(colours) - 1)
+        fewer = rng.sample([other for other in rest for _ in range(number - 2)], len(rest) * (number - 2))
+        drawn = [*[answer] * number, *[first, second] * (number - 1), *fewer]
+        given, some = [(one, rng.choice(shapes)) for one in drawn[:things]], []
+    else:  # count_colour
+        drawn = _counted(rng, slots["colour"], int(answer), things)
+        given, some = [(one, rng.choice(shapes)) for one in drawn], []
     shown = [*given, *some][: max(things, len(given))]
     return _place(rng, grid, [(cell, *item) for cell, item in zip(cells, shown, strict=False)])
 
 
+def _crowd(given: Sequence[tuple[str, str]], fill: Sequence[str], rng: random.Random, grid: int, things: int) -> Scene:
+    """A scene of the (colour, shape) given among others of the colours `fill`."""
+    things = max(things, len(given))
+    cells, others = rng.sample(range(grid * grid), things), things - len(given)
+    shown = [*given, *((rng.choice(fill), rng.choice(tuple(SHAPES))) for _ in range(others))]
+    return _place(rng, grid, [(cell, *item) for cell, item in zip(cells, shown, strict=True)])
+
+
 def _bars(kind: str, answer: str, slots: dict[str, str], rng: random.Random, grid: int, things: int) -> Scene:
-    """Bars of distinct heights below distinct letters: of a rank, the first is asked for; of a number, the first are of the colour."""
-    if kind == "count_bars":
-        things = max(things, int(answer))
+    """Bars of distinct heights below distinct letters: of a rank, the first is asked for."""
+    things = max(things, int(answer) if kind == "count_bars" else 2)  # of one bar there is no second tallest
     heights, letters = rng.sample(range(1, 2 * grid - 1), things), rng.sample(LETTERS, things)
     if kind == "tallest":
         asked = heights.index(sorted(heights)[HEIGHTS[slots["height"]]])
@@ -292,8 +307,7 @@ def _bars(kind: str, answer: str, slots: dict[str, str], rng: random.Random, gri
         twice = [colour for colour in COLOURS for _ in range(1 + (colour != answer))]
         colours = [answer, *rng.sample(twice, things - 1)]  # none is more than twice there
     else:
-        others = [_other(rng, tuple(COLOURS), slots["colour"]) for _ in range(things)]
-        colours = [*[slots["colour"]] * int(answer), *others][:things]
+        colours = _counted(rng, slots["colour"], int(answer), things)
     bars = list(zip(letters, heights, colours, strict=True))
     rng.shuffle(bars)
     items = []
@@ -326,8 +340,12 @@ def _scenes(
     if kind == "word":
         return [partial(_words, answer, slots["extreme"], rng, grid, things)]
     if kind == "find":
-        shown = rng.sample([answer, *[""] * (pictures - 1)], pictures)
-        return [partial(_objects, kind, one, slots, rng, grid, things) for one in shown]
+        also, second, *fill = rng.sample([one for one in COLOURS if one != slots["colour"]], len(COLOURS) - 1)
+        given: list[list[tuple[str, str]]] = [[] for _ in range(pictures)]
+        for colour in (slots["colour"], also, second):  # three are there once, so that the question has to be read
+            shape = answer if colour == slots["colour"] else rng.choice(tuple(SHAPES))
+            rng.choice(given).append((colour, shape))
+        return [partial(_crowd, one, fill, rng, grid, things) for one in given]
     return [partial(_objects, kind, answer, slots, rng, grid, things)]
 
 
@@ -335,7 +353,7 @@ def _slots(kind: str, rng: random.Random) -> dict[str, str]:
     """What a question of type `kind` names."""
     values = {
         "colour": rng.choice(tuple(COLOURS)),
-        "extreme": rng.choice(tuple(EXTREMES)[: 2 if kind in ROWS else 4]),
+        "extreme": rng.choice(EXTREMES_OF.get(kind, ("",))),
         "height": rng.choice(tuple(HEIGHTS)),
     }
     return {name: value for name, value in values.items() if f"{{{name}}}" in TEMPLATES[kind][0]}
@@ -349,17 +367,15 @@ def _of_split(split: str, draw: Callable[[], Scene]) -> Scene:
     return next(scene for scene in iter(draw, None) if split_of(scene) == split)
 
 
-def _further_turns(kind: str, scenes: list[Scene], slots: dict[str, str], rng: random.Random) -> list[tuple[str, str]]:
-    """Questions of the same type about other things of the pictures, with their answers."""
-    turns: list[tuple[str, str]] = []
-    asked = [slots]
+def _further_turns(kind: str, scenes: list[Scene], told: str, rng: random.Random) -> list[tuple[str, str]]:
+    """Questions of the same type about the pictures, with answers that differ from `told` and each other (else half are "0")."""
+    turns: dict[str, str] = {}  # by answer
     for _ in range(8 * FURTHER_TURNS):
         named = _slots(kind, rng)
-        answer = None if named in asked else solve(kind, scenes, named)
-        if answer is not None and len(turns) < FURTHER_TURNS:
-            turns.append((rng.choice(TEMPLATES[kind]).format(**named), answer))
-            asked.append(named)
-    return turns
+        answer = solve(kind, scenes, named)
+        if answer and answer not in (told, *turns) and len(turns) < FURTHER_TURNS:
+            turns[answer] = rng.choice(TEMPLATES[kind]).format(**named)
+    return [(question, answer) for answer, question in turns.items()]
 
 
 def describe(scene: Scene) -> str:
@@ -388,7 +404,7 @@ def _row(
             break
     turns = [("<image>\n" * len(shown) + TEMPLATES[kind][wording].format(**slots), answer)]
     if split == "train":
-        turns += _further_turns(kind, shown, slots, rng)
+        turns += _further_turns(kind, shown, answer, rng)
         turns.append((DESCRIBE, " and ".join(map(describe, shown))))
     return easy.llava_row(f"{split}-{index:06d}", kind, len(shown), turns), shown
 

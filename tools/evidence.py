@@ -73,7 +73,7 @@ class Curve(NamedTuple):
 
 
 TOKENS = (2 * puzzles.GRID) ** 2  # visual tokens of a picture
-CURVES = {  # every type of the set; training has 2 to 16 objects, 2 to 12 bars, 1 to 6 words, 3 to 5 pictures
+CURVES = {  # every type of the set; training has 2 to 16 objects, 2 to 12 bars, 1 to 6 words, 3 to 5 pictures of 5 to 28
     "objects": Curve("things", (2, 4, 8, 16, 24), ("outermost", "shape", "most", "count_colour"), "objects"),
     "bars": Curve("things", (2, 4, 8, 12), ("tallest", "count_bars"), "bars"),
     "words": Curve("things", (1, 2, 4, 6), ("word",), "words"),

@@ -13,9 +13,10 @@ are counted, more are shown; there is room for half as many objects as cells, an
 
 As in shapes.py: within a type every answer of first questions is equally frequent, for each wording, and independent of
 what the question names, so the best constant answer scores 1/K (``ANSWERS``); answers are one word and one token; half of
-the training scenes are sparser, and training rows may have further turns of the same type, each with another answer
-(these may hint at each other; ``most`` has none), and end with a description of the picture (without, models of this size
-hardly learn to bind); rows of the other splits have one question. Scenes belong to splits by the SHA-256 of their
+the training scenes are sparser, and training rows may have further turns of the same type about other things of the picture
+(these may hint at each other, and half of the further counts are 0; ``most`` has none by its nature, and ``find``, which
+is learnt soonest, is given none) and end with a description of it (without, models of this size hardly learn to bind);
+rows of the other splits have one question. Scenes belong to splits by the SHA-256 of their
 *content* (without sizes, small shifts, shades and backgrounds): its first byte modulo ten is 0 in ``val``, 1 in
 ``search`` (for choosing learning rates and the like, so that they are not chosen by what is reported) and more in ``train``.
 
@@ -23,9 +24,9 @@ Lazy strategies, on validation rows (bounded by tests/data_recipes/test_puzzles.
 merely present, the rarest or the most frequent one, scores at most 1/K + 0.2, but for ``most``, where it is the answer.
 Reading half of a question scores more: 0.42 of ``outermost`` (in any direction), 0.55 of ``shape`` and 0.5 of ``word``
 (topmost or lowest, which are the first and the last in reading order), 0.55 of ``tallest`` (or second tallest, and so for
-the shortest), 0.41 of ``find`` (any that is the only one of its colour), 0.33 of ``count_colour`` and 0.43 of
+the shortest), 0.41 of ``find`` (any that is the only one of its colour), 0.34 of ``count_colour`` and 0.43 of
 ``count_bars`` (the number of the most frequent colour). Of ``most``, counting one too few scores 0.33, counting half of
-the picture 0.46.
+the picture 0.48.
 
 Use it from Python (``rows``), or write LLaVA-style JSON files and a folder of images::
 
@@ -110,7 +111,7 @@ THINGS = {
     "word": (3, 6),
     "find": (16, 28),
 }
-PICTURES = (3, 5)  # of "find"
+PICTURES = (2, 4)  # of "find"
 SPLITS = {"val": (0,), "search": (1,), "train": tuple(range(2, 10))}  # the first byte of the content's hash modulo ten
 
 # A scene is plain data: {"kind": "objects" | "bars" | "words", "grid": cells, "background": index, "items": [...]}. Items:
@@ -367,15 +368,17 @@ def _of_split(split: str, draw: Callable[[], Scene]) -> Scene:
     return next(scene for scene in iter(draw, None) if split_of(scene) == split)
 
 
-def _further_turns(kind: str, scenes: list[Scene], told: str, rng: random.Random) -> list[tuple[str, str]]:
-    """Questions of the same type about the pictures, with answers that differ from `told` and each other (else half are "0")."""
-    turns: dict[str, str] = {}  # by answer
+def _further_turns(kind: str, scenes: list[Scene], slots: dict[str, str], rng: random.Random) -> list[tuple[str, str]]:
+    """Questions of the same type about other things of the picture, with their answers."""
+    turns: list[tuple[str, str]] = []
+    asked = [slots]
     for _ in range(8 * FURTHER_TURNS):
         named = _slots(kind, rng)
-        answer = solve(kind, scenes, named)
-        if answer and answer not in (told, *turns) and len(turns) < FURTHER_TURNS:
-            turns[answer] = rng.choice(TEMPLATES[kind]).format(**named)
-    return [(question, answer) for answer, question in turns.items()]
+        answer = None if named in asked else solve(kind, scenes, named)
+        if answer is not None and len(turns) < FURTHER_TURNS:
+            turns.append((rng.choice(TEMPLATES[kind]).format(**named), answer))
+            asked.append(named)
+    return turns
 
 
 def describe(scene: Scene) -> str:
@@ -404,7 +407,7 @@ def _row(
             break
     turns = [("<image>\n" * len(shown) + TEMPLATES[kind][wording].format(**slots), answer)]
     if split == "train":
-        turns += _further_turns(kind, shown, answer, rng)
+        turns += [] if kind == "find" else _further_turns(kind, shown, slots, rng)
         turns.append((DESCRIBE, " and ".join(map(describe, shown))))
     return easy.llava_row(f"{split}-{index:06d}", kind, len(shown), turns), shown
 

@@ -73,11 +73,11 @@ class Curve(NamedTuple):
 
 
 TOKENS = (2 * puzzles.GRID) ** 2  # visual tokens of a picture
-CURVES = {  # every type of the set; training has 2 to 16 objects, 2 to 12 bars, 1 to 6 words, 3 to 5 pictures of 5 to 28
+CURVES = {  # every type of the set; training has 2 to 16 objects, 2 to 12 bars, 1 to 6 words, 2 to 4 pictures of 5 to 28
     "objects": Curve("things", (2, 4, 8, 16, 24), ("outermost", "shape", "most", "count_colour"), "objects"),
     "bars": Curve("things", (2, 4, 8, 12), ("tallest", "count_bars"), "bars"),
     "words": Curve("things", (1, 2, 4, 6), ("word",), "words"),
-    "pictures": Curve("pictures", (1, 3, 4, 5, 6), ("find",), f"visual tokens, {TOKENS} a picture", TOKENS),
+    "pictures": Curve("pictures", (1, 2, 3, 4, 6), ("find",), f"visual tokens, {TOKENS} a picture", TOKENS),
 }
 KEPT = ("report.md", "report.csv", "report.png", "numbers.csv")
 

@@ -204,7 +204,7 @@ def test_further_turns_are_true_of_the_pixels():
         kind, pictures = row["type"], [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
         texts = [turn["value"] for turn in row["conversations"]]
         *asked, (request, description) = zip(texts[::2], texts[1::2], strict=True)
-        assert request == puzzles.DESCRIBE and len({told for _, told in asked}) == len(asked)
+        assert request == puzzles.DESCRIBE and (kind not in ("most", "find") or len(asked) == 1)
         for text, told in asked[1:]:
             assert brute_force(kind, named(kind, text)[1], pictures) == told
             turns += 1
@@ -261,7 +261,7 @@ def test_usual_difficulty(val):
         numbers = [len(scenes[0]["items"]) for _, scenes in drawn]
         assert min(numbers) == fewest // 3 and most - 2 < max(numbers) <= most
         assert share([number < fewest for number in numbers]) == pytest.approx(0.5, abs=0.1), kind
-    assert {len(scenes) for row, scenes in val if row["type"] == "find"} == {3, 4, 5}
+    assert {len(scenes) for row, scenes in val if row["type"] == "find"} == {2, 3, 4}
 
 
 def test_everything_that_can_be_asked_for_is(val):
@@ -349,7 +349,7 @@ def test_reading_half_of_a_question_is_worth_what_is_said(val):
         found = fitting(row["type"], named(row["type"], question(row))[1], scenes)
         scores[row["type"]].append(found.count(answer(row)) / len(found))
     told = dict(
-        outermost=0.42, shape=0.55, most=0.33, count_colour=0.33, tallest=0.55, count_bars=0.43, word=0.5, find=0.41
+        outermost=0.42, shape=0.55, most=0.33, count_colour=0.34, tallest=0.55, count_bars=0.43, word=0.5, find=0.41
     )
     assert {kind: share(found) for kind, found in scores.items()} == pytest.approx(told, abs=0.03)
 

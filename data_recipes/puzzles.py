@@ -212,7 +212,7 @@ def outermost(at: Sequence[tuple[int, int]], extreme: str) -> list[int]:
     return [index for index, value in enumerate(far) if value == min(far)]
 
 
-def place(item: Any, grid: int) -> tuple[int, int]:
+def place_of(item: Any, grid: int) -> tuple[int, int]:
     """Row and column of an object's cell, or of a word's first letter."""
     return divmod(item[0], grid) if isinstance(item[1], str) else item[:2]
 
@@ -223,7 +223,7 @@ def solve(kind: str, scenes: Sequence[Scene], slots: dict[str, str]) -> str | No
     found: list[str] = []  # candidates: exactly one is an answer
     if kind in ("outermost", "shape", "word"):
         entry = 1 if kind == "outermost" else 2
-        at = [place(item, scenes[0]["grid"]) for item in items]
+        at = [place_of(item, scenes[0]["grid"]) for item in items]
         found = [items[index][entry] for index in outermost(at, slots["extreme"])]
     elif kind == "most":
         colours = [item[1] for item in items]
@@ -251,10 +251,10 @@ def _scene(kind: str, grid: int, items: list[Any], rng: random.Random) -> Scene:
     return {"kind": kind, "grid": grid, "background": rng.randrange(len(BACKGROUNDS)), "items": sorted(items)}
 
 
-def _place(rng: random.Random, grid: int, placed: Sequence[tuple[int, str, str]]) -> Scene:
-    """A scene of (cell, colour, shape) with random sizes, shifts and shades."""
+def _place(rng: random.Random, grid: int, cells: Sequence[int], shown: Sequence[tuple[str, str]]) -> Scene:
+    """A scene of objects (colour, shape) in the first of the cells, with random sizes, shifts and shades."""
     items = []
-    for cell, colour, shape in placed:
+    for cell, (colour, shape) in zip(cells, shown, strict=False):
         size = rng.randint(CELL - 2, CELL)
         dx, dy = rng.randint(0, CELL - size), rng.randint(0, CELL - size)
         items.append((cell, colour, shape, size, dx, dy, rng.randrange(len(SHADES))))
@@ -268,34 +268,36 @@ def _counted(rng: random.Random, colour: str, number: int, things: int) -> list[
     return [*[colour] * number, *[also] * rng.randint(0, 5), *others][: max(things, number)]
 
 
+def _most(rng: random.Random, colour: str, things: int) -> list[str]:
+    """Colours of which there are the most of one, as few as may be if of two there is one less, and of three two less at most."""
+    number = (things + 13) // 6
+    first, second, *rest = rng.sample([other for other in COLOURS if other != colour], len(COLOURS) - 1)
+    fewer = rng.sample([other for other in rest for _ in range(number - 2)], len(rest) * (number - 2))
+    return [*[colour] * number, *[first, second] * (number - 1), *fewer][:things]
+
+
 def _objects(kind: str, answer: str, slots: dict[str, str], rng: random.Random, grid: int, things: int) -> Scene:
     """A scene of about `things` objects that may have the answer wanted; `solve` decides whether it has."""
     colours, shapes = tuple(COLOURS), tuple(SHAPES)
     cells = rng.sample(range(grid * grid), grid * grid)
-    some = [(rng.choice(colours), rng.choice(shapes)) for _ in range(things)]
+    shown = [(rng.choice(colours), rng.choice(shapes)) for _ in range(things)]
     if kind in ("outermost", "shape"):  # the first is the answer, and the furthest out
         first = outermost([divmod(cell, grid) for cell in cells[:things]], slots["extreme"])[0]
         cells[0], cells[first] = cells[first], cells[0]
-        given = [(answer, rng.choice(shapes)) if kind == "outermost" else (rng.choice(colours), answer)]
-    elif kind == "most":  # as few as may be if of two colours there is one less, and of three two less at most
-        number = (things + 13) // 6
-        first, second, *rest = rng.sample([other for other in colours if other != answer], len(colours) - 1)
-        fewer = rng.sample([other for other in rest for _ in range(number - 2)], len(rest) * (number - 2))
-        drawn = [*[answer] * number, *[first, second] * (number - 1), *fewer]
-        given, some = [(one, rng.choice(shapes)) for one in drawn[:things]], []
-    else:  # count_colour
-        drawn = _counted(rng, slots["colour"], int(answer), things)
-        given, some = [(one, rng.choice(shapes)) for one in drawn], []
-    shown = [*given, *some][: max(things, len(given))]
-    return _place(rng, grid, [(cell, *item) for cell, item in zip(cells, shown, strict=False)])
+        asked = (answer, rng.choice(shapes)) if kind == "outermost" else (rng.choice(colours), answer)
+        shown = [asked, *shown[:-1]]
+    else:
+        most = kind == "most"
+        drawn = _most(rng, answer, things) if most else _counted(rng, slots["colour"], int(answer), things)
+        shown = [(colour, rng.choice(shapes)) for colour in drawn]
+    return _place(rng, grid, cells, shown)
 
 
 def _crowd(given: Sequence[tuple[str, str]], fill: Sequence[str], rng: random.Random, grid: int, things: int) -> Scene:
     """A scene of the (colour, shape) given among others of the colours `fill`."""
     things = max(things, len(given))
-    cells, others = rng.sample(range(grid * grid), things), things - len(given)
-    shown = [*given, *((rng.choice(fill), rng.choice(tuple(SHAPES))) for _ in range(others))]
-    return _place(rng, grid, [(cell, *item) for cell, item in zip(cells, shown, strict=True)])
+    cells, others = rng.sample(range(grid * grid), things), range(things - len(given))
+    return _place(rng, grid, cells, [*given, *((rng.choice(fill), rng.choice(tuple(SHAPES))) for _ in others)])
 
 
 def _bars(kind: str, answer: str, slots: dict[str, str], rng: random.Random, grid: int, things: int) -> Scene:

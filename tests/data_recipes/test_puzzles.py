@@ -338,7 +338,7 @@ def fitting(kind, slots, scenes):
     if kind == "tallest":
         bars = sorted(items, key=lambda bar: bar[2], reverse="tallest" in slots["height"])
         return [bar[3] for bar in bars[:2]]
-    at = [puzzles.place(item, scenes[0]["grid"]) for item in items]
+    at = [puzzles.place_of(item, scenes[0]["grid"]) for item in items]
     found = [items[puzzles.outermost(at, extreme)[0]] for extreme in puzzles.EXTREMES_OF[kind]]
     return [item[1 if kind == "outermost" else 2] for item in found]
 
